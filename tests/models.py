@@ -1,0 +1,93 @@
+"""Tiny random models, saved as safetensors folders: the same weights in every process and on every run.
+
+Importable on engines, so that a builder can be sent by name. No tokenizer: feed ids below `vocab`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+__all__ = ["ARCHS", "build", "ids_and_mask", "tiny"]
+
+SEED = 20231203
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 512}
+SPECIAL = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "initializer_range": 0.1,
+}
+
+# name -> (config class, what differs from SPECIAL and the vocabulary)
+ARCHS = {
+    "llama": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=True)),
+    "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
+    "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
+    "mixtral": (
+        "MixtralConfig",
+        dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
+    "gpt2": ("GPT2Config", GPT2),
+    "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
+    "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
+}
+
+
+def build(arch: str, vocab: int = 256) -> torch.nn.Module:
+    """The model itself in float32, eval mode. Does not touch the caller's random state."""
+    import transformers
+
+    config_class, differs = ARCHS[arch]
+    config = getattr(transformers, config_class)(vocab_size=vocab, **{**SPECIAL, **differs})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _stir(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def _stir(model: torch.nn.Module) -> None:
+    """Norm weights and biases start as ones and zeros, which hide a bias added twice or a norm left out."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def tiny(arch: str, folder: str | os.PathLike[str], vocab: int = 256) -> Path:
+    """Folder with that architecture's model under `folder`, built once; safe when several processes ask at the same time."""
+    target = Path(folder) / (arch if vocab == 256 else f"{arch}-{vocab}")
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    build(arch, vocab).save_pretrained(part)
+    try:
+        os.rename(part, target)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+    return target
+
+
+def ids_and_mask(lengths: list[int], vocab: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded random rows of these lengths, as the keyword arguments of a forward (ids, mask, position ids)."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.tensor([[int(column >= max(lengths) - n) for column in range(max(lengths))] for n in lengths])
+    ids = torch.randint(3, vocab, mask.shape, generator=generator) * mask
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
