@@ -67,7 +67,7 @@ def _stir(model: torch.nn.Module) -> None:
 
 
 def tiny(arch: str, folder: str | os.PathLike[str], vocab: int = 256) -> Path:
-    """Folder with that architecture's model under `folder`, built once; safe when several processes ask at the same time."""
+    """Folder with that architecture's model under `folder`, built once, whoever asks at the same time."""
     target = Path(folder) / (arch if vocab == 256 else f"{arch}-{vocab}")
     if target.exists():
         return target

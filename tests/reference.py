@@ -70,7 +70,7 @@ def reference(
     dtype: torch.dtype = torch.float32,
     gguf: bool = False,
 ) -> Reference:
-    """One forward of the unsharded model, all modules hooked. A model that is passed in keeps its own attn and dtype."""
+    """One forward of the unsharded model, all modules hooked. A model passed in keeps its own attn and dtype."""
     given = isinstance(folder_or_model, torch.nn.Module)
     model = folder_or_model.eval() if given else load(folder_or_model, attn=attn, dtype=dtype, gguf=gguf)
     batch = {
