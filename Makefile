@@ -1,0 +1,52 @@
+# make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
+.PHONY: demo test check lab venv chromium clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.flexkernel-installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+# Engines are processes: threads of their own would only fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+demo: $(STAMP)
+	$(BIN)/python -m flexkernel demo
+
+test: check chromium
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(STAMP)
+	$(BIN)/python -m flexkernel demo-model
+	$(BIN)/jupyter lab notebooks/quickstart.ipynb
+
+venv: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "flexkernel needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@# Without a GPU the CPU build spares gigabytes; where its index is out of reach, the default one has to do.
+	@$(BIN)/python -c 'import torch' 2>/dev/null || command -v nvidia-smi >/dev/null || \
+	    $(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 5 $(TORCH) \
+	        --index-url https://download.pytorch.org/whl/cpu || echo "taking $(TORCH) from the default index"
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]' -c constraints.txt
+	$(BIN)/python -m flexkernel install --sys-prefix
+	@touch $@
+
+# Browser tests are skipped where there is no chromium, except on CI, which must run them.
+chromium:
+ifeq ($(CI),true)
+	@command -v chromium >/dev/null || { \
+	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	    $$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
+endif
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
