@@ -1,0 +1,426 @@
+"""Partial results, and how they combine exactly: reductions of a tensor that lies in pieces, and tiles to draw.
+
+Two families. `partial` / `combine` / `reduce_shards` follow torch: NaN propagates, and the result over shards is the
+result over the whole. `tiles`, `histogram` and `count_nan` are for looking: NaN is counted and never hides its
+neighbours. Everything runs where the tensor lies and copies no more than a cache-sized block at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "HOWS",
+    "OPS",
+    "Histogram",
+    "Partial",
+    "bounds",
+    "combine",
+    "count_nan",
+    "histogram",
+    "partial",
+    "reduce_shards",
+    "robust_range",
+    "tiles",
+]
+
+Tensors = tuple[torch.Tensor, ...]
+Dims = tuple[int, ...]
+BLOCK_ELEMENTS = 1 << 18  # 1 MiB of fp32: the second reduction of a block still finds it in the cache
+
+
+# --- partial results over shards -------------------------------------------------------------------------------------
+
+
+class _Op(NamedTuple):
+    """first(x, dims, keepdim) -> statistics; merge(statistics, dims) reduces them further; last -> the value."""
+
+    first: Callable[[torch.Tensor, Dims, bool], Tensors]
+    merge: Callable[[Tensors, Dims], Tensors]
+    last: Callable[[Tensors], torch.Tensor]
+
+
+def _only(parts: Tensors) -> torch.Tensor:
+    return parts[0]
+
+
+def _count(x: torch.Tensor, dims: Dims, like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, math.prod(x.shape[d] for d in dims), dtype=torch.float64)
+
+
+def _first_mean(x: torch.Tensor, dims: Dims, keepdim: bool) -> Tensors:
+    total = x.sum(dims, keepdim=keepdim, dtype=torch.float64)
+    return total, _count(x, dims, total)
+
+
+def _merge_sums(parts: Tensors, dims: Dims) -> Tensors:
+    return tuple(part.sum(dims) for part in parts)
+
+
+def _first_var(x: torch.Tensor, dims: Dims, keepdim: bool) -> Tensors:
+    """Count, mean and the sum of squared distances from it."""
+    var, mean = torch.var_mean(x.double(), dims, correction=0, keepdim=keepdim)
+    num = _count(x, dims, mean)
+    return num, mean, var * num
+
+
+def _merge_var(parts: Tensors, dims: Dims) -> Tensors:
+    """Chan's rule; an empty part (count 0) has no say."""
+    num, mean, squares = parts
+    total = num.sum(dims, keepdim=True)
+    weighted = torch.where(num > 0, mean * num, 0).sum(dims, keepdim=True)
+    whole_mean = weighted / total.clamp(min=1)
+    between = torch.where(num > 0, num * (mean - whole_mean).square(), 0)
+    spread = torch.where(num > 0, squares, 0) + between
+    return total.sum(dims), whole_mean.sum(dims), spread.sum(dims)
+
+
+def _last_var(parts: Tensors) -> torch.Tensor:
+    num, _, squares = parts
+    return squares / (num - 1)  # correction 1, torch's default
+
+
+OPS: dict[str, _Op] = {
+    "sum": _Op(lambda x, d, k: (x.sum(d, keepdim=k, dtype=torch.float64),), _merge_sums, _only),
+    "mean": _Op(_first_mean, _merge_sums, lambda parts: parts[0] / parts[1]),
+    "var": _Op(_first_var, _merge_var, _last_var),
+    "std": _Op(_first_var, _merge_var, lambda parts: _last_var(parts).sqrt()),
+    "norm": _Op(
+        lambda x, d, k: (torch.linalg.vector_norm(x.double(), dim=d, keepdim=k),),
+        lambda parts, d: (torch.linalg.vector_norm(parts[0], dim=d),),
+        _only,
+    ),
+    "amax": _Op(lambda x, d, k: (x.amax(d, keepdim=k),), lambda parts, d: (parts[0].amax(d),), _only),
+    "amin": _Op(lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only),
+}
+_EXACT = {"amax", "amin"}  # their value is one of the elements, so it keeps the dtype
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What one shard knows about a reduction: a few tensors of the reduced shape, float64 unless they are elements.
+
+    op: the name in OPS, or "topk". dtype: of the tensor that was reduced. k, largest, dim: for topk only.
+    """
+
+    op: str
+    parts: Tensors
+    dtype: torch.dtype
+    k: int = 0
+    largest: bool = True
+    dim: int = 0
+
+    def value(self) -> torch.Tensor | Tensors:
+        """The reduced tensor (topk: values and indices). Float64 stays; other floating results are float32."""
+        if self.op == "topk":
+            return self.parts
+        out = OPS[self.op].last(self.parts)
+        return out if self.op in _EXACT else out.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+
+def partial(
+    op: str,
+    x: torch.Tensor,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    k: int = 1,
+    largest: bool = True,
+    offset: int = 0,
+) -> Partial:
+    """One shard's part of `op` over `dim` (None: all dims). x: any shape, float, int or bool, any device.
+
+    For "topk" `dim` is one dim and `offset` is where this shard begins in it, so that indices are those of the whole;
+    which of several equal elements is named is not defined, as in torch.
+
+    >>> a, b = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    >>> combine([partial("norm", a), partial("norm", b)]).value()
+    tensor(5.)
+    """
+    if op == "topk":
+        return _partial_topk(x, -1 if dim is None else dim, k, largest, offset)
+    if op not in OPS:
+        raise ValueError(f"no reduction {op!r}; there are {', '.join([*OPS, 'topk'])}")
+    return Partial(op, OPS[op].first(x, _dims(x, dim), keepdim), x.dtype)
+
+
+def combine(partials: Sequence[Partial]) -> Partial:
+    """The part of all shards together: the reduced dim was cut, and each shard gave its `partial`."""
+    one = partials[0]
+    if one.op == "topk":
+        return _combine_topk(partials)
+    stacked = tuple(torch.stack(parts) for parts in zip(*(p.parts for p in partials), strict=True))
+    return Partial(one.op, OPS[one.op].merge(stacked, (0,)), one.dtype)
+
+
+def reduce_shards(
+    op: str,
+    shards: Sequence[torch.Tensor],
+    shard_dim: int,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    k: int = 1,
+    largest: bool = True,
+) -> torch.Tensor | Tensors:
+    """`op` of the whole tensor, from the shards it was cut into along `shard_dim`, without putting it together.
+
+    >>> x = torch.arange(12.0).reshape(2, 6)
+    >>> reduce_shards("mean", x.split(4, dim=1), shard_dim=1, dim=-1)
+    tensor([2.5000, 8.5000])
+    """
+    ndim = shards[0].dim()
+    cut = shard_dim % ndim
+    over = (-1 if dim is None else dim) if op == "topk" else dim
+    starts = [sum(s.shape[cut] for s in shards[:i]) for i in range(len(shards))]
+    inside = cut in _dims(shards[0], over)
+    parts = [
+        partial(op, s, over, keepdim, k=k, largest=largest, offset=start if inside else 0)
+        for s, start in zip(shards, starts, strict=True)
+        if s.numel()  # an empty shard has no maximum to give
+    ]
+    if inside:
+        return combine(parts).value()
+    kept = cut if keepdim or op == "topk" else cut - sum(d < cut for d in _dims(shards[0], over))
+    values = [value if isinstance(value, tuple) else (value,) for value in (part.value() for part in parts)]
+    joined = tuple(torch.cat(pieces, kept) for pieces in zip(*values, strict=True))
+    return joined if op == "topk" else joined[0]
+
+
+def _dims(x: torch.Tensor, dim: int | Sequence[int] | None) -> Dims:
+    if dim is None:
+        return tuple(range(x.dim()))
+    return tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
+
+
+def _partial_topk(x: torch.Tensor, dim: int | Sequence[int], k: int, largest: bool, offset: int) -> Partial:
+    if not isinstance(dim, int):
+        raise ValueError(f"topk goes along one dim, not {dim!r}")
+    values, indices = x.topk(min(k, x.shape[dim]), dim=dim, largest=largest)
+    return Partial("topk", (values, indices + offset), x.dtype, k, largest, dim % x.dim())
+
+
+def _combine_topk(partials: Sequence[Partial]) -> Partial:
+    one = partials[0]
+    values, indices = (torch.cat(parts, one.dim) for parts in zip(*(p.parts for p in partials), strict=True))
+    best, where = values.topk(min(one.k, values.shape[one.dim]), dim=one.dim, largest=one.largest)
+    return Partial("topk", (best, indices.gather(one.dim, where)), one.dtype, one.k, one.largest, one.dim)
+
+
+# --- tiles: what is drawn --------------------------------------------------------------------------------------------
+
+
+def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
+    """amax or amin that skips NaN; NaN only where there is nothing else."""
+    out = x.amax(dim) if largest else x.amin(dim)
+    poisoned = out.isnan()
+    if poisoned.any():
+        runs = x.movedim(dim, -1)[poisoned]  # only the runs that hold a NaN are looked at again
+        nan = runs.isnan()
+        runs = runs.masked_fill_(nan, -math.inf if largest else math.inf)
+        again = runs.amax(-1) if largest else runs.amin(-1)
+        out[poisoned] = again.masked_fill_(nan.all(-1), math.nan)
+    return out
+
+
+def _extreme(parts: Tensors) -> torch.Tensor:
+    most, least = parts
+    return torch.where(most.abs() >= least.abs(), most, least)
+
+
+def _tile_mean(x: torch.Tensor, dim: int) -> Tensors:
+    total = x.sum(dim)
+    if not total.isnan().any():
+        return total, torch.full_like(total, x.shape[dim])
+    return x.nansum(dim), (~x.isnan()).sum(dim).to(x.dtype)
+
+
+def _tile_var(x: torch.Tensor, dim: int) -> Tensors:
+    """Count, mean, squared distances; in steps, because torch.var_mean over a strided dim takes ten times as long."""
+    total, num = _tile_mean(x, dim)
+    mean = total / num
+    squares = (x - mean.unsqueeze(dim)).square_()
+    return num, mean, squares.sum(dim) if bool((num == x.shape[dim]).all()) else squares.nansum(dim)
+
+
+class _How(NamedTuple):
+    """first(x, dim) -> statistics down one dim; merge(statistics, dim) along the other; last -> the tile."""
+
+    first: Callable[[torch.Tensor, int], Tensors]
+    merge: Callable[[Tensors, int], Tensors]
+    last: Callable[[Tensors], torch.Tensor]
+
+
+def _peaks(parts: Tensors, dim: int) -> Tensors:
+    return _peak(parts[0], dim, True), _peak(parts[1], dim, False)
+
+
+_BOUNDS = _How(lambda x, d: _peaks((x, x), d), _peaks, _only)
+HOWS: dict[str, _How] = {
+    "extreme": _BOUNDS._replace(last=_extreme),
+    "mean": _How(_tile_mean, lambda parts, d: _merge_sums(parts, (d,)), lambda parts: parts[0] / parts[1]),
+    "max": _How(lambda x, d: (_peak(x, d, True),), lambda parts, d: (_peak(parts[0], d, True),), _only),
+    "min": _How(lambda x, d: (_peak(x, d, False),), lambda parts, d: (_peak(parts[0], d, False),), _only),
+    "std": _How(
+        _tile_var,
+        lambda parts, d: _merge_var(parts, (d,)),
+        lambda parts: torch.where(parts[0] > 0, (parts[2] / parts[0]).sqrt(), math.nan),
+    ),
+}
+
+
+def tiles(
+    x_2d: torch.Tensor,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+    height: int = 256,
+    width: int = 512,
+    how: str = "extreme",
+) -> torch.Tensor:
+    """The part `rows` × `cols` of a matrix in at most height × width pixels, each standing for an equal block of cells.
+
+    x_2d: (R, C), any real dtype, any strides -> (h, w) float32 on the CPU, h <= height, w <= width.
+    A pixel stands for ceil(R / height) × ceil(C / width) cells; those of the last row and column may stand for fewer.
+    how: "extreme" is the element farthest from zero, with its sign, so that no single hot cell gets lost; "max", "min",
+    "mean", "std" (of the block, correction 0). NaN is skipped; a pixel is NaN where every cell of its block is.
+
+    >>> tiles(torch.tensor([[1.0, -9.0, 2.0], [0.0, 0.0, 3.0]]), height=1, width=2)
+    tensor([[-9.,  3.]])
+    """
+    if how not in HOWS:
+        raise ValueError(f"no tile {how!r}; there are {', '.join(HOWS)}")
+    return HOWS[how].last(_tile_parts(_crop(x_2d, rows, cols), height, width, HOWS[how])).float().cpu()
+
+
+def bounds(
+    x_2d: torch.Tensor,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+    height: int = 256,
+    width: int = 512,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The "max" and the "min" tile of the same pixels from one pass. Two (h, w) float32 tensors, as `tiles` says."""
+    most, least = _tile_parts(_crop(x_2d, rows, cols), height, width, _BOUNDS)
+    return most.float().cpu(), least.float().cpu()
+
+
+def count_nan(x_2d: torch.Tensor, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> int:
+    """How many NaN the part holds. One summing pass, which finds the blocks worth counting."""
+    if not x_2d.dtype.is_floating_point:
+        return 0
+    part = _crop(x_2d, rows, cols)
+    return sum(int(block.isnan().sum()) for block in _row_blocks(part, 1) if block.sum().isnan())
+
+
+def _crop(x: torch.Tensor, rows: tuple[int, int] | None, cols: tuple[int, int] | None) -> torch.Tensor:
+    (r0, r1), (c0, c1) = rows or (0, x.shape[0]), cols or (0, x.shape[1])
+    if not (0 <= r0 < r1 <= x.shape[0] and 0 <= c0 < c1 <= x.shape[1]):
+        raise ValueError(f"rows {r0}:{r1}, columns {c0}:{c1} are no part of a {x.shape[0]} × {x.shape[1]} matrix")
+    return x.detach()[r0:r1, c0:c1]
+
+
+def _tile_parts(part: torch.Tensor, height: int, width: int, how: _How) -> Tensors:
+    """Statistics of the blocks: down the rows first, which runs along memory, then along the few rows left."""
+    down, along = (-(-n // max(size, 1)) for n, size in zip(part.shape, (height, width), strict=True))
+    columns = [
+        _fold((_workable(block),), 0, down, lambda p, d: how.first(p[0], d)) for block in _row_blocks(part, down)
+    ]
+    stacked = tuple(torch.cat(parts) for parts in zip(*columns, strict=True))
+    return _fold(stacked, 1, along, how.merge)
+
+
+def _row_blocks(part: torch.Tensor, multiple: int) -> Sequence[torch.Tensor]:
+    """Groups of rows, a multiple of `multiple` each, that fit the cache."""
+    rows = max(1, BLOCK_ELEMENTS // (multiple * part.shape[1])) * multiple
+    return part.split(rows)
+
+
+def _workable(block: torch.Tensor) -> torch.Tensor:
+    """fp32 for everything narrower and for integers: torch's half reductions on the CPU are slower than converting."""
+    return block if block.dtype in (torch.float32, torch.float64) else block.float()
+
+
+def _fold(parts: Tensors, dim: int, block: int, reduce: Callable[[Tensors, int], Tensors]) -> Tensors:
+    """Each run of `block` entries along `dim` becomes one; the last may be shorter."""
+    full, rest = divmod(parts[0].shape[dim], block)
+    folded = []
+    if full:
+        runs = tuple(p.narrow(dim, 0, full * block).unflatten(dim, (full, block)) for p in parts)
+        folded.append(reduce(runs, dim + 1))
+    if rest:
+        tail = tuple(p.narrow(dim, full * block, rest).unsqueeze(dim) for p in parts)
+        folded.append(reduce(tail, dim + 1))
+    return tuple(torch.cat(pieces, dim) for pieces in zip(*folded, strict=True))
+
+
+# --- ranges and histograms -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values in equal bins from lo to hi (hi belongs to the last bin). counts: (bins,) int64."""
+
+    lo: float
+    hi: float
+    counts: torch.Tensor
+    below: int = 0
+    above: int = 0
+    nan: int = 0
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """The histogram of both shards; they must have been made with the same bins."""
+        mine, theirs = (self.lo, self.hi, len(self.counts)), (other.lo, other.hi, len(other.counts))
+        if mine != theirs:
+            raise ValueError(f"bins (lo, hi, number) {mine} and {theirs} do not add up")
+        sums = (getattr(self, name) + getattr(other, name) for name in ("counts", "below", "above", "nan"))
+        return Histogram(self.lo, self.hi, *sums)
+
+
+def histogram(x: torch.Tensor, lo: float, hi: float, bins: int = 256) -> Histogram:
+    """Counts of x's elements in `bins` equal bins, and of those outside and NaN. x: any shape and real dtype.
+
+    >>> h = histogram(torch.tensor([0.0, 0.6, 1.0, 7.0, math.nan]), 0, 1, bins=2)
+    >>> h.counts.tolist(), h.above, h.nan
+    ([1, 2], 1, 1)
+    """
+    if not hi > lo:
+        raise ValueError(f"a histogram needs lo < hi, not {lo} and {hi}")
+    total = Histogram(lo, hi, torch.zeros(bins, dtype=torch.int64))
+    for block in x.detach().reshape(-1).split(BLOCK_ELEMENTS):  # histc counts in fp32: exact up to 2**24 a block
+        total += _block_histogram(_workable(block), lo, hi, bins)
+    return total
+
+
+def _block_histogram(block: torch.Tensor, lo: float, hi: float, bins: int) -> Histogram:
+    counts = block.histc(bins, lo, hi).round().to(torch.int64).cpu()  # skips what lies outside, and NaN
+    if int(counts.sum()) == len(block):
+        return Histogram(lo, hi, counts)
+    below, above, nan = (int(mask.sum()) for mask in (block < lo, block > hi, block.isnan()))
+    return Histogram(lo, hi, counts, below, above, nan)
+
+
+def robust_range(values: torch.Tensor, share: float = 0.995) -> tuple[float, float]:
+    """A range (lo, hi) that `share` of the finite values lie in: symmetric about 0 where some are negative.
+
+    values: any shape, float. Outliers beyond it do not wash out a picture that is coloured by it. lo < hi always.
+
+    >>> robust_range(torch.tensor([-1.0, 0.5, 1.0]))
+    (-1.0, 1.0)
+    """
+    finite = values.detach().reshape(-1)
+    finite = finite[finite.isfinite()].float()
+    if not len(finite):
+        return 0.0, 1.0
+    signed = bool((finite < 0).any())
+    rank = max(1, min(len(finite), math.ceil(share * len(finite))))
+    top = float((finite.abs() if signed else finite).kthvalue(rank).values)
+    top = top or float(finite.abs().max()) or 1.0  # nearly all zero: then the few others make the range
+    if signed:
+        return -top, top
+    low = float(finite.min())
+    return (0.0 if low < top / 2 else low), (top if top > low else low + (abs(low) or 1.0))
