@@ -15,13 +15,13 @@ test: check chromium
 	$(BIN)/python -m pytest $(PYTEST)
 
 check: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model
-	$(BIN)/jupyter lab notebooks/quickstart.ipynb
+	$(BIN)/python -m jupyterlab notebooks/quickstart.ipynb
 
 venv: $(STAMP)
 

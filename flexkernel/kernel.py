@@ -35,7 +35,7 @@ class FlexKernel(IPythonKernel):
     implementation_version = __version__
 
     @property
-    def banner(self) -> str:
+    def banner(self) -> str:  # type: ignore[override]  # ipykernel's own is a property too
         return f"FlexKernel {__version__}: look inside sharded models (%flex_cluster, %flex_load)\n{super().banner}"
 
     def start(self) -> None:
@@ -44,6 +44,7 @@ class FlexKernel(IPythonKernel):
 
     def load_extension(self) -> None:
         """A kernel without magics can still say what is wrong; one that dies at start cannot."""
+        assert self.shell is not None
         try:
             self.shell.extension_manager.load_extension("flexkernel")
         except Exception:
