@@ -1,4 +1,4 @@
-"""Prompts into token batches and back: text, chat, ids, left padding. Knows a tokenizer only as an object it is given."""
+"""Prompts into token batches and back: text, chat, ids, left padding. Only this file talks to a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from .errors import PromptError
 
-__all__ = ["Batch", "batch", "texts", "token_strings"]
+__all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 LARGEST_ID = 2**63 - 1  # what an int64 tensor can hold
 
 
@@ -55,6 +56,18 @@ def batch(
     for number, row in enumerate(rows):
         _check(row, f" in row {number}" if len(rows) > 1 else "", vocab_size, max_positions)
     return _pad(rows, tokenizer, _pad_id(tokenizer, vocab_size) if pad_id is None else pad_id)
+
+
+def tokenizer(path: str) -> Any:
+    """The tokenizer of a model folder or hub id; None where the folder has none."""
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def texts(ids: Batch | Sequence[Sequence[int]], tokenizer: Any, skip_special: bool = True) -> list[str]:

@@ -1,0 +1,59 @@
+"""flexkernel: look inside, and change, language models that are spread over many GPUs, from a notebook.
+
+>>> import flexkernel as fk                       # doctest: +SKIP
+>>> session = fk.start(n=2)                       # doctest: +SKIP
+>>> session.load("path/to/model", pp=2)           # doctest: +SKIP
+>>> session.hook("model.layers.*.mlp")            # doctest: +SKIP
+>>> session.run("The capital of France is")       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import FlexError
+
+if TYPE_CHECKING:
+    from .capture import Capture
+    from .run import Run
+    from .session import Session, attach, local, start
+
+__version__ = "0.1.0"
+__all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "start"]
+
+# The door is light: torch, ipyparallel and the widgets are imported when one of these names is first used.
+_HOMES = {
+    "Capture": "capture",
+    "Run": "run",
+    "Session": "session",
+    "attach": "session",
+    "local": "session",
+    "start": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flexkernel' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext flexkernel` calls: registers the magics and their completion."""
+    from .magics import register
+
+    register(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """What `%unload_ext flexkernel` calls: takes the completion out again; the session stays."""
+    from .magics import unregister
+
+    unregister(shell)

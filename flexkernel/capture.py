@@ -1,0 +1,316 @@
+"""Capture: one activation of a run, whole. It lies in slabs until someone looks; looking on the same host moves nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from . import errors, reduce
+from .errors import CaptureError, CaptureExpired, PlacementError
+from .slabs import Slab, size_of
+from .wire import Box, CaptureKey, Region, Seen
+
+__all__ = ["Capture", "Home"]
+
+
+class Home(Protocol):
+    """Where a capture's bytes are: what the session's store of runs gives it."""
+
+    here: str
+    hosts: Sequence[str]  # rank → host
+
+    def slab(self, name: str, num_bytes: int) -> Slab: ...
+    def client(self, host: str) -> Any: ...
+
+
+class Capture:
+    """One activation, behaving as if the model were on one device.
+
+    key: which module, where, which leaf and call. shape, dtype: of the whole. evidence: how its placement is known.
+    seen: rank → what that rank saw. region: its planned place, None where it has none.
+    """
+
+    def __init__(
+        self,
+        key: CaptureKey,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        seen: Mapping[int, Seen],
+        region: Region | None,
+        home: Home,
+        slab_bytes: int = 0,
+        looked_into: Callable[[], Callable[[], None]] | None = None,
+        tokens: list[list[str]] | None = None,
+    ):
+        self.key, self.shape, self.dtype, self.seen = key, tuple(shape), dtype, dict(seen)
+        self.tokens = tokens
+        self._region, self._home, self._slab_bytes = region, home, slab_bytes
+        self._looked_into = looked_into or (lambda: lambda: None)
+        self._expired = ""
+        self.error = _failure(key, self.seen, self.shape)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return str(self.key)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return size_of(self.shape, str(self.dtype).removeprefix("torch."))
+
+    @property
+    def evidence(self) -> str:
+        """How the placement is known: dtensor, plan, class, scan+digest, declared; described: one rank had all of it."""
+        kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
+        return "/".join("scan+digest" if kind == "scan" else kind for kind in kinds) or "none"
+
+    @property
+    def placement(self) -> str:
+        """Over the tp axis, in torch's words."""
+        return "/".join(sorted({seen.placement for seen in self.seen.values() if seen.error is None})) or "unknown"
+
+    @property
+    def shards(self) -> list[tuple[int, list[int], list[str]]]:
+        """For each dim that is split over ranks: (dim, where the parts end, which ranks hold each)."""
+        found: dict[int, dict[tuple[int, int], list[int]]] = {}
+        for rank, seen in sorted(self.seen.items()):
+            for dim, start, stop in seen.holds if seen.error is None else ():
+                if stop > start:
+                    found.setdefault(dim, {}).setdefault((start, stop), []).append(rank)
+        return [
+            (dim, [stop for _, stop in sorted(parts)], [ranks_text(parts[part]) for part in sorted(parts)])
+            for dim, parts in sorted(found.items())
+            if len(parts) > 1
+        ]
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<Capture {self.name}: {type(self.error).__name__}>"
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def tensor(self) -> torch.Tensor:
+        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view, at once at any size.
+
+        CaptureExpired: the run was freed. PlacementError: where the shards lie is not known."""
+        self._check()
+        if self._is_view():
+            region, slab = self._place()
+            return slab.private(region, self._looked_into())
+        return self._assemble()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A slice, in memory of its own."""
+        self._check()
+        if self._is_view():
+            return self._shared()[index].clone()
+        host = self._one_host()
+        if host is not None and self._region is not None:
+            return self._home.client(host).slice(self._region, index)
+        return self._assemble()[index].clone()
+
+    def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+        return self._reduced("mean", dim, keepdim)
+
+    def norm(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+        """The 2-norm over `dim` (all dims by default), in float32 or the tensor's float64."""
+        return self._reduced("norm", dim, keepdim)
+
+    def var(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+        return self._reduced("var", dim, keepdim)
+
+    def amax(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+        return self._reduced("amax", dim, keepdim)
+
+    def amin(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+        return self._reduced("amin", dim, keepdim)
+
+    def topk(self, k: int, dim: int = -1, largest: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values, indices) of the k largest, or smallest, along dim."""
+        values, indices = self._reduced("topk", dim, False, k=k, largest=largest)
+        return values, indices
+
+    def tiles(self, rows=None, cols=None, height: int = 256, width: int = 512, how: str = "extreme") -> torch.Tensor:
+        """The activation as rows of its last dim, reduced to at most height × width: what a picture needs."""
+        self._check()
+        host = None if self._is_view() else self._one_host()
+        if host is not None and self._region is not None:
+            return self._home.client(host).tiles(self._region, rows, cols, height, width, how)
+        return reduce.tiles(self._matrix(), rows, cols, height, width, how)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as a safetensors file, under its name; the file appears whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        handle, part = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}-", suffix=".part")
+        os.close(handle)
+        try:
+            save_file({self.name: self.tensor().contiguous()}, part)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+        return path
+
+    def show(self, as_: str = "map", **options: Any) -> Any:
+        """An interactive view, with a static picture beside it."""
+        from .widgets import show
+
+        self._check()
+        return show(self, as_, **options)
+
+    def expire(self, why: str) -> None:
+        """The store takes the memory back; what was read before stays readable."""
+        self._expired = why
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self._expired:
+            raise CaptureExpired(f"{self.name}: {self._expired}")
+
+    def _reduced(self, op: str, dim: Any, keepdim: bool, **more: Any) -> Any:
+        self._check()
+        host = None if self._is_view() else self._one_host()
+        if host is not None and self._region is not None:
+            return self._home.client(host).reduce(self._region, op, dim, keepdim, **more)
+        return reduce.partial(op, self._whole(), dim, keepdim, **more).value()
+
+    def _hosts(self) -> set[str]:
+        """The hosts whose ranks wrote a part of it."""
+        return {self._home.hosts[r] for r, s in self.seen.items() if s.box is not None or s.region is not None}
+
+    def _one_host(self) -> str | None:
+        hosts = self._hosts()
+        return hosts.pop() if len(hosts) == 1 and not self._is_partial() else None
+
+    def _is_partial(self) -> bool:
+        return any(seen.partial for seen in self.seen.values())
+
+    def _is_view(self) -> bool:
+        """Whether all of it lies in one region of a slab that this process can map."""
+        return not self._is_partial() and self._hosts() <= {self._home.here}
+
+    def _place(self) -> tuple[Region, Slab]:
+        if self._region is not None:
+            return self._region, self._home.slab(self._region.slab, self._slab_bytes)
+        region = next(s.region for s in self.seen.values() if s.region is not None)
+        return region, self._home.slab(region.slab, size_of(region.shape, region.dtype))
+
+    def _shared(self) -> torch.Tensor:
+        """The shared map: to be read here, never handed out."""
+        region, slab = self._place()
+        return slab.tensor(region)
+
+    def _whole(self) -> torch.Tensor:
+        return self._shared() if self._is_view() else self._assemble()
+
+    def _matrix(self) -> torch.Tensor:
+        whole = self._whole()
+        return whole.reshape(-1, whole.shape[-1]) if whole.dim() else whole.reshape(1, 1)
+
+    def _assemble(self) -> torch.Tensor:
+        """The whole in memory of its own, from each host's part, or as the sum of its addends."""
+        if self._is_partial():
+            return self._sum()
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for rank, seen in self.seen.items():
+            if seen.box is not None:
+                index = index_of(seen.box, len(self.shape))
+                whole[index] = self._part(rank, index)
+            elif seen.region is not None:
+                return self._home.client(self._home.hosts[rank]).read(seen.region)
+        return whole
+
+    def _part(self, rank: int, index: tuple) -> torch.Tensor:
+        assert self._region is not None
+        host = self._home.hosts[rank]
+        if host == self._home.here:
+            return self._shared()[index]
+        return self._home.client(host).slice(self._region, index)
+
+    def _sum(self) -> torch.Tensor:
+        """Addends are kept apart by the ranks and summed here in float32."""
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        whole = torch.zeros(self.shape, dtype=exact)
+        for rank, seen in self.seen.items():
+            if seen.region is None:
+                continue
+            host = self._home.hosts[rank]
+            if host == self._home.here:
+                slab = self._home.slab(seen.region.slab, size_of(seen.region.shape, seen.region.dtype))
+                addend = slab.tensor(seen.region)
+            else:
+                addend = self._home.client(host).read(seen.region)
+            whole[index_of(seen.holds, len(self.shape))] += addend.to(exact)
+        return whole.to(self.dtype)
+
+
+def index_of(box: Box, ndim: int) -> tuple:
+    index: list[Any] = [slice(None)] * ndim
+    for dim, start, stop in box if ndim else ():
+        index[dim] = slice(start, stop)
+    return tuple(index)
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    return "rank " + ", ".join(map(str, ranks)) if len(ranks) < 5 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+
+def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
+    """Why this capture is not to be read: a rank failed, copies differ, or a part is missing."""
+    for rank, one in sorted(seen.items()):
+        if one.error is not None:
+            kind, message = one.error
+            return errors.named(kind)(f"{message} (rank {rank})" if "rank" not in message else message)
+    return _differing(key, seen) or _missing(key, seen, shape)
+
+
+def _differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
+    """Ranks that hold the same part must hold the same numbers."""
+    first: dict[Box, tuple[int, int]] = {}
+    for rank, one in sorted(seen.items()):
+        if one.partial or not all(stop > start for _, start, stop in one.holds):
+            continue
+        other, digest = first.setdefault(one.holds, (rank, one.digest))
+        if digest != one.digest:
+            return PlacementError(
+                f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial sum, "
+                f"or these ranks have diverged. If it is a sum, declare it: placements={{{key.module!r}: 'partial'}}"
+            )
+    return None
+
+
+def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
+    """The parts that were written must be the whole: counted, since no two ranks write the same element."""
+    if any(one.partial or one.region is not None for one in seen.values()):
+        return None
+    written = sum(_volume(one.box, shape) for one in seen.values() if one.box is not None)
+    total = _volume((), shape)
+    if written == total:
+        return None
+    what = "it did not fire in this run" if not seen else f"{written:,} of {total:,} elements were written"
+    return CaptureError(f"{key}: {what}")
+
+
+def _volume(box: Box, shape: tuple[int, ...]) -> int:
+    part = dict((dim, stop - start) for dim, start, stop in box)
+    count = 1
+    for dim, size in enumerate(shape):
+        count *= part.get(dim, size)
+    return count

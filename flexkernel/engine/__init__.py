@@ -1,0 +1,46 @@
+"""The door to an engine: one function that the driver calls by name. Imports no torch until it is used."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from typing import Any
+
+from ..wire import ErrorReport
+
+__all__ = ["answer", "call", "open_runtime"]
+
+_runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
+
+
+def open_runtime() -> Any:
+    """A Runtime of this process, for a driver that is its own engine."""
+    from .runtime import Runtime
+
+    return Runtime()
+
+
+def call(method: str, *args: Any, **kwargs: Any) -> Any:
+    """Run a method of this engine's Runtime; what ipyparallel applies on an engine."""
+    global _runtime
+    if _runtime is None:
+        _runtime = open_runtime()
+    return answer(_runtime, method, *args, **kwargs)
+
+
+def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """The method's result, or an ErrorReport: nothing is ever raised through the control plane."""
+    try:
+        return getattr(runtime, method)(*args, **kwargs)
+    except BaseException as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
+        return report(runtime, error)
+
+
+def report(runtime: Any, error: BaseException) -> ErrorReport:
+    told = getattr(error, "flex_report", None)
+    if told is not None:
+        return told
+    text = "".join(traceback.format_exception(error))
+    return ErrorReport(
+        rank=runtime.rank, type=type(error).__name__, message=str(error), traceback=text, time=time.time()
+    )

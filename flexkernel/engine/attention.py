@@ -1,0 +1,80 @@
+"""Inside attention: the virtual points @q, @k (after rotary), @v, @pattern and @z of every attention module.
+
+transformers looks its attention function up by name on every call. Ours stands in under the names that exist, so the
+masks stay what they are, and calls the original; a module that nobody watches pays one dictionary look-up.
+Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B, H, S, P+S), z (B, S, H, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .compat import attention_functions, eager_attention, set_attention
+
+__all__ = ["POINTS", "install", "tap", "untap"]
+
+POINTS = ("q", "k", "v", "pattern", "z")
+TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with its value
+
+
+def tap(module: torch.nn.Module, point: str, function: Callable[[torch.Tensor], None]) -> None:
+    """Call function with that point's value at every forward of the module; one function a point."""
+    module.__dict__.setdefault(TAPS, {})[point] = function
+
+
+def untap(module: torch.nn.Module, point: str) -> None:
+    taps = module.__dict__.get(TAPS, {})
+    taps.pop(point, None)
+    if not taps:
+        module.__dict__.pop(TAPS, None)
+
+
+def install() -> None:
+    """Stand in for every attention function that transformers has, eager included. Idempotent."""
+    for name in ("eager", *attention_functions()):
+        set_attention(name, watched(name))
+
+
+def watched(name: str) -> Callable:
+    """The attention of that name, which tells a module's taps what it computes."""
+    original = attention_functions().get(name)
+
+    def attention(module: torch.nn.Module, q, k, v, mask, **kwargs: Any):
+        run = original or eager_attention(module)
+        taps = module.__dict__.get(TAPS)
+        if not taps:
+            return run(module, q, k, v, mask, **kwargs)
+        z, pattern = run(module, q, k, v, mask, **kwargs)
+        values = {"q": q, "k": k, "v": v, "z": z}
+        for point, function in list(taps.items()):
+            function(values[point] if point != "pattern" else pattern_of(module, pattern, q, k, v, mask, kwargs))
+        return z, pattern
+
+    return attention
+
+
+def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
+    """The attention pattern: as computed, else computed beside the forward by the model's own eager attention."""
+    if pattern is not None:
+        return pattern
+    additive = additive_mask(mask, q, k, kwargs.get("sliding_window"))
+    return eager_attention(module)(module, q, k, v, additive, **kwargs)[1]
+
+
+def additive_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The mask as eager attention wants it, float (B or 1, 1, Q, K): sdpa hands over bool or None (causal), flash
+    (B, K) or None."""
+    if mask is not None and mask.dtype != torch.bool and mask.dim() == 4:
+        return mask
+    keep = mask
+    if mask is None or mask.dim() == 2:
+        Q, K = q.shape[2], k.shape[2]
+        keep = torch.ones(Q, K, dtype=torch.bool, device=q.device).tril(K - Q)
+        if window:
+            keep &= ~torch.ones_like(keep).tril(K - Q - window)
+        keep = keep[None, None] if mask is None else keep[None, None] & mask[:, None, None, :].bool()
+    assert keep is not None
+    return torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, torch.finfo(q.dtype).min)

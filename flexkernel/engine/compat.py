@@ -1,0 +1,160 @@
+"""Every private or fragile API of torch and transformers that we lean on, each wrapped once and pinned by a test."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from transformers import AttentionInterface
+from transformers.distributed import DistributedConfig, mixin
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+from transformers.distributed.utils import initialize_distributed_mesh
+
+from ..wire import Layout
+
+__all__ = [
+    "abort_groups",
+    "attention_functions",
+    "distributed_config",
+    "eager_attention",
+    "fix_cached_groups",
+    "is_placeholder",
+    "loading_under",
+    "rebuild_meshes",
+    "set_attention",
+    "tp_styles",
+    "waited",
+]
+
+# --- transformers: loading --------------------------------------------------------------------------------------------
+
+
+def distributed_config(layout: Layout) -> DistributedConfig:
+    """transformers' config of a layout. Its check refuses pp together with fsdp or dp; both run and are equal to the
+    unsharded model (tests/test_parity.py), so the degrees are checked apart and joined afterwards."""
+    config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.fsdp, dp_replicate_size=layout.dp)
+    config.pp_size = layout.pp
+    return config
+
+
+def is_placeholder(module: torch.nn.Module) -> bool:
+    """Whether the module stands in for one of another pipeline stage."""
+    return isinstance(module, PipelineIdentityLayer)
+
+
+@contextlib.contextmanager
+def loading_under(layout: Layout) -> Iterator[None]:
+    """While a model loads: the plans are resolved for all layers before the absent ones of this stage are replaced
+    (KeyError in transformers 5.23), so each plan is filtered to what the stage holds."""
+    if layout.pp == 1:
+        yield
+        return
+    names = [n for n in ("apply_tensor_parallelism", "apply_fully_sharded_data_parallelism") if hasattr(mixin, n)]
+    original = {name: getattr(mixin, name) for name in names}
+
+    def held(model: torch.nn.Module, plan: dict[str, str]) -> dict[str, str]:
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        return {n: s for n, s in plan.items() if n in parameters or (n in modules and not is_placeholder(modules[n]))}
+
+    def tensor_parallel(model, mesh, plan):
+        return original["apply_tensor_parallelism"](model, mesh, held(model, plan))
+
+    def data_parallel(model, meshes, plan, ep_plan):
+        return original["apply_fully_sharded_data_parallelism"](model, meshes, held(model, plan), ep_plan)
+
+    mixin.apply_tensor_parallelism = tensor_parallel
+    mixin.apply_fully_sharded_data_parallelism = data_parallel
+    try:
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(mixin, name, function)
+
+
+def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
+    """Module or parameter name → the tensor-parallel style that transformers' plan gives it; empty without tp."""
+    if layout.tp == 1 or not hasattr(model, "_resolve_parallel_plans"):
+        return {}
+    return dict(model._resolve_parallel_plans(DistributedConfig(tp_size=layout.tp))[0])
+
+
+# --- transformers: attention --------------------------------------------------------------------------------------------
+
+_ORIGINAL_ATTENTION: dict[str, Callable] = dict(AttentionInterface())
+
+
+def attention_functions() -> dict[str, Callable]:
+    """transformers' own attention functions by name, as they were before ours stood in for them."""
+    return _ORIGINAL_ATTENTION
+
+
+def set_attention(name: str, function: Callable) -> None:
+    """Put a function in the place of the attention of that name; under an existing name the masks stay as they are."""
+    AttentionInterface.register(name, function)
+
+
+def eager_attention(module: torch.nn.Module) -> Callable:
+    """The eager attention of the module's own modeling file."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise LookupError(f"{type(module).__name__} has no eager_attention_forward")
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------------
+
+
+def waited(value: torch.Tensor) -> torch.Tensor:
+    """A value whose collective has arrived: tensor parallelism hands out tensors that are still on their way."""
+    return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
+
+
+def abort_groups() -> None:
+    """Drop every process group of this process, also one that is broken or half made, and start counting anew."""
+    if dist.is_initialized():
+        c10d._abort_process_group()
+    c10d._world.group_count = 0  # differs between ranks after an init that failed on some; the next would hang
+
+
+def rebuild_meshes(layout: Layout) -> Any:
+    """transformers' meshes again under new groups, in the order of the load: groups are found by name, so that every
+    old mesh, DTensor and closure works again."""
+    return initialize_distributed_mesh(distributed_config(layout))[1]
+
+
+def fix_cached_groups(model: torch.nn.Module) -> None:
+    """Give the objects that remember a process group the new one of the same name."""
+    from torch.distributed.fsdp import FSDPModule
+
+    stage = getattr(model, "_pp_stage", None)
+    if stage is not None:
+        stage.pp_group = model._mesh_manager.get_mesh("pp").get_group()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in fsdp_groups(module):
+                for info in (group.mesh_info, group.post_forward_mesh_info):
+                    refresh_mesh_info(info)
+
+
+def fsdp_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def refresh_mesh_info(info: Any) -> None:
+    if info is None:
+        return
+    for kind in ("shard", "replicate"):
+        dim = getattr(info, f"{kind}_mesh_dim", None)
+        if dim is not None and hasattr(info, f"{kind}_process_group"):
+            setattr(info, f"{kind}_process_group", info.mesh.get_group(dim))

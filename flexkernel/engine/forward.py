@@ -1,0 +1,197 @@
+"""One forward with its captures: PREPARE, in which every rank says whether it can, then GO.
+
+Nothing is sent in the forward that the model would not send by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import EngineError, FlexError, HookError
+from ..slabs import PAGE, Plan, Slab, pages
+from ..wire import ErrorReport, RunPlan, RunReport, share
+from .gather import header
+from .hooks import Recording, StopForward, spiller
+from .placements import Place
+
+__all__ = ["run"]
+
+
+def run(runtime: Any, plan: RunPlan) -> RunReport:
+    """This rank's share of the run. All ranks must call. Raises what is wrong before the forward begins, on all ranks."""
+    start = time.perf_counter()
+    forget(runtime, plan.freed)
+    prepared: tuple[Recording, dict[str, torch.Tensor]] | None = None
+    problem: Exception | None = None
+    try:
+        prepared = prepare(runtime, plan)
+    except Exception as error:  # told to all ranks in the header, and raised there
+        problem = error
+    agree(runtime, plan, problem)
+    assert prepared is not None
+    recording, batch = prepared
+    ready = time.perf_counter()
+    stopped = go(runtime, plan, recording, batch)
+    return RunReport(
+        rank=runtime.rank,
+        run=plan.run,
+        planned=recording.planned,
+        others=recording.others,
+        seconds={
+            "prepare": ready - start,
+            "forward": time.perf_counter() - ready - recording.seconds,
+            "copy": recording.seconds,
+        },
+        stopped=stopped,
+    )
+
+
+def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Tensor]]:
+    """Everything that can fail before the forward: the hooks, the slab, the rows."""
+    if runtime.model is None:
+        raise EngineError("no model is loaded on this rank", runtime.rank)
+    if plan.hooks != runtime.hook_set.digest:
+        raise HookError(f"rank {runtime.rank} has other hooks than the session; unhook and hook again")
+    info, layout = runtime.info, runtime.info.layout
+    active = runtime.hook_set.active(plan.groups, plan.complement)
+    B, S = len(plan.ids), len(plan.ids[0])
+    where: Plan = runtime.planner.plan(active, B, S)
+    assert where.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
+    slab = open_slab(runtime, plan.slab, plan.slab_bytes)
+    rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
+    here = Place(layout, runtime.rank, B, S, rows, info.window)
+    recording = Recording(
+        where,
+        frozenset(hook.key for hook in active),
+        slab,
+        lambda entry: where.region(entry, plan.slab, plan.base),
+        runtime.placer,
+        here,
+        spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
+    )
+    return recording, batch_of(plan, rows, runtime.device)
+
+
+def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
+    """This rank's rows; one copied row where it has none, since it must run the model's collectives all the same."""
+    own = slice(*rows) if rows[1] > rows[0] else slice(0, 1)
+    tensor = lambda rows: torch.tensor(rows[own], dtype=torch.long, device=device)  # noqa: E731
+    return {
+        "input_ids": tensor(plan.ids),
+        "attention_mask": tensor(plan.mask),
+        "position_ids": tensor(plan.positions),
+    }
+
+
+def agree(runtime: Any, plan: RunPlan, problem: Exception | None) -> None:
+    """Go on only if every rank can. Raises the rank's own problem, or that another rank has one."""
+    if runtime.seat.world == 1:
+        if problem is not None:
+            raise problem
+        return
+    said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s)
+    if problem is not None:
+        raise problem
+    unready = said[:, 2].nonzero().flatten().tolist()
+    if unready:
+        error = EngineError(f"rank {unready[0]} was not ready for the run", unready[0])
+        error.flex_report = told(runtime, error, secondary=True)  # type: ignore[attr-defined]
+        raise error
+    if not (said[:, :2] == said[0, :2]).all():
+        raise EngineError(f"the ranks are in different runs: {said[:, 0].tolist()}", runtime.rank)
+
+
+def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch.Tensor]) -> bool:
+    """The forward itself; whether it was stopped early. A rank that fails breaks the groups, so that nobody waits."""
+    runtime.breaker.busy = runtime.seat.world > 1
+    runtime.hooks.recording = recording
+    try:
+        with torch.no_grad(), stopping(runtime, plan) as enters:
+            if enters:
+                runtime.model(**batch, use_cache=False)
+        return False
+    except StopForward:
+        return True
+    except BaseException as error:
+        if runtime.seat.world > 1:
+            runtime.breaker.break_groups()
+        error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
+        raise
+    finally:
+        runtime.hooks.recording = None
+        runtime.breaker.busy = False
+
+
+@contextlib.contextmanager
+def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
+    """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward at all.
+
+    Ranks of a tp group reach the module together. Stages before it end where they would wait for the logits, stages
+    after it do not begin. With the batch split (fsdp, dp) the forward runs to its end: its collectives need everyone."""
+    layout = runtime.info.layout
+    if plan.stop_at is None or layout.batch_groups > 1:
+        yield True
+        return
+    module = next(m for m in runtime.info.modules if m.name == plan.stop_at)
+    last = module.stages[-1] if module.spans else module.stages[0]
+    mine = layout.coordinate(runtime.rank)["pp"]
+    stage = getattr(runtime.model, "_pp_stage", None)
+    handle = None
+
+    def stop(*_args: Any, **_kwargs: Any) -> None:
+        raise StopForward
+
+    if mine == last:
+        handle = runtime.hooks.modules[plan.stop_at].register_forward_hook(stop)
+    elif stage is not None and mine < last:
+        stage.broadcast_from_last = stop
+    try:
+        yield mine <= last
+    finally:
+        if handle is not None:
+            handle.remove()
+        elif stage is not None:
+            stage.__dict__.pop("broadcast_from_last", None)
+
+
+def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bool = False) -> ErrorReport:
+    """The error as the driver hears of it."""
+    text = "".join(traceback.format_exception(error))
+    name = type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
+    message = str(error) if name != "EngineError" else f"{type(error).__name__} on rank {runtime.rank}: {error}"
+    return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
+
+
+# --- slabs ------------------------------------------------------------------------------------------------------------
+
+
+def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:
+    """The slab of that name on this host, mapped once and kept."""
+    if name not in runtime.slabs:
+        runtime.slabs[name] = Slab(runtime.run_folder / name, num_bytes)
+    return runtime.slabs[name]
+
+
+def extra_slab(runtime: Any, plan: RunPlan, num_bytes: int) -> tuple[Slab, str]:
+    """A file of this rank's own for a value that has no planned place."""
+    taken = [name for name in runtime.slabs if name.startswith(extra_prefix(runtime.rank, plan.run))]
+    name = f"{extra_prefix(runtime.rank, plan.run)}{len(taken)}.slab"
+    return open_slab(runtime, name, max(pages(num_bytes), PAGE)), name
+
+
+def extra_prefix(rank: int, run: int) -> str:
+    return f"extra-{rank}-{run}-"
+
+
+def forget(runtime: Any, runs: tuple[int, ...]) -> None:
+    """Let go of runs that the driver's store has freed."""
+    for number in runs:
+        runtime.runs.pop(number, None)
+        for name in [n for n in runtime.slabs if n.startswith(extra_prefix(runtime.rank, number))]:
+            runtime.slabs.pop(name).path.unlink(missing_ok=True)

@@ -1,0 +1,245 @@
+"""Hooks on this rank's modules, and the recording that a run makes with them.
+
+A torch hook stays registered from `attach` to `detach`; while no run records it returns at once. A read never
+communicates, never replaces the value (it returns None) and never raises into the forward: a failure is written down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate
+
+from ..errors import HookError, PlacementError
+from ..slabs import Plan, Slab, size_of
+from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
+from . import attention
+from .leaves import inputs, leaf, leaves
+from .placements import Place, Placed, Placer, narrowed, shared_part
+
+__all__ = ["Hooks", "Recording", "StopForward"]
+
+
+class StopForward(Exception):
+    """Ends a forward at the module that the run said to stop at. Not an error."""
+
+
+class Hooks:
+    """The torch hooks of this rank. `reads(name, at)`: whether this rank is the stage that reads that module."""
+
+    def __init__(self, model: torch.nn.Module, reads: Callable[[str, str], bool]):
+        self.modules = dict(model.named_modules())
+        self.reads = reads
+        self.recording: Recording | None = None
+        self._handles: dict[str, list[Callable[[], None]]] = {}
+
+    def attach(self, hook: HookSpec, names: tuple[str, ...]) -> list[str]:
+        """Register on every one of these modules that this rank reads; returns them. Replaces a hook of that key."""
+        self.detach(hook.key)
+        mine = [name for name in names if self.reads(name, hook.at)]
+        self._handles[hook.key] = [self._register(hook, name) for name in mine]
+        return mine
+
+    def detach(self, key: str) -> None:
+        for remove in self._handles.pop(key, ()):
+            remove()
+
+    def clear(self) -> None:
+        for key in list(self._handles):
+            self.detach(key)
+
+    def _register(self, hook: HookSpec, name: str) -> Callable[[], None]:
+        owner, _, point = name.rpartition(".@")
+        if point and owner:
+            return self._tap(hook, name, self.modules[owner], point)
+        module = self.modules[name]
+        if hook.at == "input":
+
+            def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+                self.fire(hook, name, lambda: inputs(args, kwargs))
+
+            return module.register_forward_pre_hook(before, with_kwargs=True).remove
+        if hook.at == "output":
+
+            def after(_module: torch.nn.Module, _args: tuple, _kwargs: dict, out: Any) -> None:
+                self.fire(hook, name, lambda: out)
+
+            return module.register_forward_hook(after, with_kwargs=True).remove
+        raise HookError(f"hooks at {hook.at!r} are not there yet; at is 'output' or 'input'")
+
+    def _tap(self, hook: HookSpec, name: str, module: torch.nn.Module, point: str) -> Callable[[], None]:
+        """A virtual point has one tap, which all hooks on it share."""
+        hooks = module.__dict__.setdefault("_flex_hooks", {}).setdefault(point, {})
+        hooks[hook.key] = hook
+
+        def fired(value: torch.Tensor) -> None:
+            for each in hooks.values():
+                self.fire(each, name, lambda: value)
+
+        attention.tap(module, point, fired)
+
+        def remove() -> None:
+            hooks.pop(hook.key, None)
+            if not hooks:
+                attention.untap(module, point)
+
+        return remove
+
+    def fire(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> None:
+        if self.recording is not None:
+            self.recording.record(hook, name, value)
+
+
+class Recording:
+    """What the hooks of one run write, and where.
+
+    copiers: how many ranks of this host's tp axis share the copying of a value they all hold, and which of them this is.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        active: frozenset[str],
+        slab: Slab | None,
+        region: Callable[[Any], Region],
+        placer: Placer,
+        here: Place,
+        spill: Callable[[torch.Tensor], Region],
+    ):
+        self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
+        self.placer, self.here, self.spill = placer, here, spill
+        self.where = index_of(plan)
+        self.calls: dict[tuple[str, str], int] = {}
+        self.planned: dict[int, Seen] = {}
+        self.others: dict[CaptureKey, Seen] = {}
+        self.seconds = 0.0
+
+    def record(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> None:
+        """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture."""
+        if hook.key not in self.active:
+            return
+        start = time.perf_counter()
+        call = self.calls.get((hook.key, name), 0)
+        self.calls[hook.key, name] = call + 1
+        i = self.where.get((hook.key, name, call))
+        try:
+            if i is None:
+                self._record_other(hook, name, call, value())
+            else:
+                entry = self.plan.entries[i]
+                found = leaf(value(), entry.key.index)
+                self.planned[i] = self._write(i, found)
+        except Exception as error:  # a read never raises into the forward; the capture carries its failure
+            failed = Seen("none", "unknown", box=None, error=(type(error).__name__, str(error)))
+            if i is None:
+                self.others[CaptureKey(hook.key, name, hook.at, hook.index or "", call)] = failed
+            else:
+                self.planned[i] = failed
+        self.seconds += time.perf_counter() - start
+
+    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
+        entry, here = self.plan.entries[i], self.here
+        if value is None:
+            raise PlacementError(
+                f"{entry.key}: the value has no tensor at {entry.key.index!r}, as the scan said it would"
+            )
+        placed = self.placer.place(entry.key.module, entry.key.at, value.detach(), entry.formula, here)
+        if placed.local.dtype != getattr(torch, entry.formula.dtype):
+            raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
+        local = kept(placed.local, entry.hook, entry.formula, here)
+        evidence, placement = placed.evidence, repr(placed.placement)
+        if isinstance(placed.placement, Partial):
+            return Seen(evidence, placement, 0, placed.holds, None, self.spill(local), partial=True)
+        if here.idle and entry.formula.dims_of("B", "B*S"):
+            return Seen(evidence, placement, 0, placed.holds, None)
+        assert self.slab is not None
+        whole = narrowed(self.slab.tensor(self.region(entry)), placed.holds)
+        box = self._copy(whole, local, placed, entry.formula)
+        return Seen(evidence, placement, digest(local), placed.holds, box)
+
+    def _copy(self, whole: torch.Tensor, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Box | None:
+        """Copy this rank's part; ranks that hold copies share the work, a piece each."""
+        layout, where = self.here.layout, self.here.layout.coordinate(self.here.rank)
+        copies, index = (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
+        if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
+            copies, index = copies * layout.batch_groups, index + copies * where["batch"]
+        piece = (0, 0, 0) if copies == 1 else shared_part(whole.shape, copies, index)
+        if piece is None:
+            return None
+        if copies == 1 or not whole.shape:
+            whole.copy_(local)
+            return placed.holds
+        narrowed(whole, (piece,)).copy_(narrowed(local, (piece,)))
+        return joined(placed.holds, piece)
+
+    def _record_other(self, hook: HookSpec, name: str, call: int, value: Any) -> None:
+        """A value with no planned place: kept with its own description where this rank alone has all of it."""
+        found = next(leaves(value), None) if hook.index is None else (hook.index, leaf(value, hook.index))
+        if found is None or found[1] is None:
+            return  # the value holds no tensor
+        path, tensor = found
+        layout = self.here.layout
+        if layout.tp > 1 or layout.batch_groups > 1:
+            raise PlacementError(
+                f"{name or '(root)'} {hook.at}: its shape or its order of rows depends on the data, so that "
+                f"{tuple(tensor.shape)} on each rank cannot be put together under {layout}; "
+                "hook the modules around it, or declare it (placements=)"
+            )
+        region = self.spill(tensor.detach())
+        self.others[CaptureKey(hook.key, name, hook.at, path, call)] = Seen(
+            "described", "Replicate()", digest(tensor.detach()), (), None, region
+        )
+
+
+def index_of(plan: Plan) -> dict[tuple[str, str, int], int]:
+    """(hook, module, call) → index in the plan; made once a plan."""
+    found = plan.__dict__.get("_index")
+    if found is None:
+        found = {(e.key.hook, e.key.module, e.key.call): i for i, e in enumerate(plan.entries)}
+        object.__setattr__(plan, "_index", found)
+    return found
+
+
+def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place) -> torch.Tensor:
+    """What a hook keeps of a value: all, or the positions it names."""
+    dims = formula.dims_of("S")
+    if hook.positions is None or not dims:
+        return local
+    at = torch.tensor([p % here.S for p in hook.positions], device=local.device)
+    return local.index_select(dims[0], at)
+
+
+def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
+    """A piece within a held part, as a part of the whole."""
+    dim, start, stop = piece
+    found = {d: (a, b) for d, a, b in holds}
+    offset = found.get(dim, (0, 0))[0]
+    found[dim] = (offset + start, offset + stop)
+    return tuple((d, *found[d]) for d in sorted(found))
+
+
+def digest(value: torch.Tensor) -> int:
+    """Wrapping sum of the value's bytes as int64 words: equal values have equal digests, 2 ms per 64 MiB."""
+    if value.numel() == 0:
+        return 0
+    raw = value.contiguous().view(-1).view(torch.uint8)
+    even = raw.numel() // 8 * 8
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    return int(raw[:even].view(torch.int64).sum()) + int(raw[even:].sum(dtype=torch.int64))
+
+
+def spiller(slab_of: Callable[[int], tuple[Slab, str]]) -> Callable[[torch.Tensor], Region]:
+    """Keeps tensors one after another in slab files of this rank's own; slab_of(bytes) → (slab, its name)."""
+
+    def spill(tensor: torch.Tensor) -> Region:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        slab, name = slab_of(size_of(tensor.shape, dtype))
+        region = Region(name, 0, tuple(tensor.shape), dtype)
+        slab.tensor(region).copy_(tensor)
+        return region
+
+    return spill

@@ -1,0 +1,49 @@
+"""The tensors inside a value that goes into or comes out of a module, each under its path.
+
+An output that is itself a tensor has the path "". A tuple's elements are "0", "1"; a mapping's or dataclass's values
+go by their key; nesting joins with a dot. A module's input is its positional arguments by number, then its keyword
+arguments by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["inputs", "leaf", "leaves"]
+
+
+def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments as one value."""
+    return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+
+
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), inner) for key, inner in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from ((str(i), inner) for i, inner in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Each (path, tensor), in the value's own order."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    else:
+        for key, inner in children(value):
+            yield from leaves(inner, f"{path}.{key}" if path else key)
+
+
+def leaf(value: Any, path: str) -> torch.Tensor | None:
+    """The tensor at that path, or None."""
+    while path:
+        if isinstance(value, torch.Tensor):
+            return None
+        key, _, path = path.partition(".")
+        value = next((inner for name, inner in children(value) if name == key), None)
+    return value if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,148 @@
+"""A model onto this rank: transformers' own sharded loading, with the degrees checked before anything is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..errors import LayoutError, LoadError
+from ..wire import Layout, ModelInfo, ModuleInfo
+from .compat import distributed_config, is_placeholder, loading_under, tp_styles
+from .scan import read_config, scan, unsharded
+
+__all__ = ["check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise LoadError(f"dtype {name!r} is not one of torch's floating point types, such as float32 or bfloat16")
+    return found
+
+
+def inspect(path: str, layout: Layout, dtype: str, attention: str, placements: dict[str, str]) -> ModelInfo:
+    """What is known of a model before any of it is loaded: its modules, every value's shape, and that the degrees fit.
+
+    LoadError, LayoutError: what is wrong with the path, the dtype or the degrees."""
+    exists(path)
+    try:
+        config = read_config(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is neither a model folder nor a model the hub knows: {first_line(error)}") from error
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model = unsharded(config, dtype_of(dtype))
+    check(config, model, layout)
+    return ModelInfo(
+        path=path,
+        cls=type(model).__name__,
+        layout=layout,
+        dtype=dtype,
+        attention=attention,
+        modules=tuple(
+            ModuleInfo(name, type(m).__name__, sum(p.numel() for p in m.parameters()))
+            for name, m in model.named_modules()
+        ),
+        scan=scan(model),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        rank_parameters=(),
+        rank_bytes=(),
+        vocab_size=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
+        window=getattr(text, "sliding_window", None) or 0,
+        placements=dict(placements),
+        styles=tp_styles(model, layout),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def check(config: Any, model: torch.nn.Module, layout: Layout) -> None:
+    """LayoutError for degrees that the model cannot have. `model` may be on the meta device."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    name = type(model).__name__
+    if layout.tp > 1:
+        if not getattr(model, "tp_plan", None):
+            raise LayoutError(
+                f"tp={layout.tp}: {name} has no tensor-parallel plan in transformers; use fsdp= or dp=, "
+                "or load it with a builder that shards it"
+            )
+        for what, key in (
+            ("attention heads", "num_attention_heads"),
+            ("key/value heads", "num_key_value_heads"),
+            ("MLP width", "intermediate_size"),
+        ):
+            size = getattr(text, key, None)
+            if size and size % layout.tp:
+                fits = [d for d in range(2, layout.tp * 4 + 1) if divides(text, d)]
+                raise LayoutError(f"tp={layout.tp} does not divide {name}'s {size} {what}; tp could be {fits or 1}")
+    if layout.pp > 1:
+        base = getattr(model, model.base_model_prefix, model)
+        missing = [part for part in ("layers", "embed_tokens", "norm") if not hasattr(base, part)]
+        if missing:
+            raise LayoutError(
+                f"pp={layout.pp}: {name} cannot be split into stages, transformers looks for "
+                f"{model.base_model_prefix}.{missing[0]} and it has none; use fsdp= or dp="
+            )
+        if len(base.layers) < layout.pp:
+            raise LayoutError(f"pp={layout.pp} stages need as many layers; {name} has {len(base.layers)}")
+    if layout.batch_groups > 1 and not getattr(model, "fsdp_plan", None):
+        raise LayoutError(f"fsdp={layout.fsdp}, dp={layout.dp}: {name} has no FSDP plan in transformers")
+
+
+def divides(text: Any, tp: int) -> bool:
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return all(getattr(text, key, tp) % tp == 0 for key in keys if getattr(text, key, None))
+
+
+def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> torch.nn.Module:
+    """This rank's part of the model, in eval mode. All ranks must call; the process group exists already."""
+    options: dict[str, Any] = {"dtype": dtype_of(dtype), "attn_implementation": attention, "trust_remote_code": False}
+    options["use_safetensors"] = True
+    if layout.world > 1:
+        options["distributed_config"] = distributed_config(layout)
+    elif device != "cpu":
+        options["device_map"] = device
+    try:
+        with loading_under(layout):
+            model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoadError(f"{path} cannot be loaded as {layout}: {error}") from error
+    model.requires_grad_(False)
+    return model
+
+
+def exists(path: str) -> None:
+    """LoadError for something that looks like a folder and is none. Anything else may be a hub id."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.sep != "/" and os.sep in path
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise LoadError(f"{path} holds no config.json: it is not a saved transformers model")
+    elif looks_local or folder.exists():
+        near = sorted(p.name for p in folder.parent.iterdir())[:8] if folder.parent.is_dir() else []
+        raise LoadError(f"there is no model folder {path}" + (f"; beside it are {', '.join(near)}" if near else ""))
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def own(model: torch.nn.Module) -> Iterable[torch.Tensor]:
+    """This rank's parameters, placeholders have none."""
+    return (local(p) for m in model.modules() if not is_placeholder(m) for p in m.parameters(recurse=False))
+
+
+def local_parameters(model: torch.nn.Module) -> int:
+    """How many parameters lie on this rank; tied ones once."""
+    return sum(t.numel() for t in {t.data_ptr(): t for t in own(model)}.values())
+
+
+def local_bytes(model: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in own(model)}.values())

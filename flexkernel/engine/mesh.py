@@ -1,0 +1,56 @@
+"""This rank among the others: the rendezvous store, the process groups, and their generation.
+
+A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a broken one is met again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..wire import Seat
+from .compat import abort_groups
+
+__all__ = ["join", "leave", "open_store"]
+
+
+def open_store(interface: str = "127.0.0.1") -> tuple[str, int, dist.TCPStore]:
+    """A rendezvous store in this process: (address, port, store). It listens on that interface only: a TCPStore left
+    to itself listens on all of them, without a password."""
+    listener = socket.socket(socket.AF_INET6 if ":" in interface else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((interface, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        interface, port, None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    return interface, port, store
+
+
+def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.TCPStore:
+    """Initialise this generation's default group. All ranks must call. Returns this rank's client of the store."""
+    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(seat.local_rank))
+    if address in ("127.0.0.1", "::1"):
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its default tears the process down, and the model with it
+    store = dist.TCPStore(address, port, None, is_master=False, timeout=timedelta(seconds=60))
+    if device == "cuda":
+        torch.cuda.set_device(seat.local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore(f"generation-{seat.generation}", store),
+        rank=seat.rank,
+        world_size=seat.world,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return store
+
+
+def leave() -> None:
+    """Drop all groups of this process, whatever state they are in."""
+    abort_groups()

@@ -1,0 +1,205 @@
+"""Where this rank's value lies in the whole one. Never a guess: evidence is named, and checked against the shapes.
+
+The order of truth: the value is a DTensor and says so; the user declared it; the model's parallel plan covers the
+module; its class is a known parallel layer; the scan's whole shape against the local one. Else PlacementError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ..errors import PlacementError
+from ..names import match
+from ..wire import Box, Layout, ShapeFormula, share
+from .compat import waited
+
+__all__ = ["Place", "Placed", "Placer", "chunk"]
+
+# transformers' tensor-parallel styles: what the module's first input and its output are over tp. None: not known.
+STYLES: dict[str, dict[str, Placement | None]] = {
+    "colwise": {"input": Replicate(), "output": Shard(-1)},
+    "colwise_gather_output": {"input": Replicate(), "output": Replicate()},
+    "rowwise": {"input": Shard(-1), "output": Replicate()},
+    "embedding_rowwise": {"input": Replicate(), "output": Replicate()},
+    "moe_tp_experts": {"input": Replicate(), "output": Replicate()},
+    "all_reduce": {"output": Replicate()},
+}
+STRIDED = ("packed_colwise", "packed_rowwise")  # a rank's columns do not lie together in the whole
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank needs to know of itself to place a value: where it sits, and its rows of the batch.
+
+    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row."""
+
+    layout: Layout
+    rank: int
+    B: int
+    S: int
+    rows: tuple[int, int]
+    window: int = 0
+
+    @property
+    def tp(self) -> int:
+        return self.layout.coordinate(self.rank)["tp"]
+
+    @property
+    def local_rows(self) -> int:
+        return max(self.rows[1] - self.rows[0], 1)
+
+    @property
+    def idle(self) -> bool:
+        """This rank's rows are a copy that nobody wants."""
+        return self.rows[0] == self.rows[1]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A local tensor and its place: local == whole[box] for the box it holds; over tp it is `placement`."""
+
+    local: torch.Tensor
+    evidence: str
+    placement: Placement
+    holds: Box
+
+
+class Placer:
+    """Places the values of one model. styles: name → transformers' tensor-parallel style; declared: glob → placement."""
+
+    def __init__(self, layout: Layout, styles: dict[str, str], declared: dict[str, str]):
+        self.layout, self.styles = layout, styles
+        self.declared = {glob: parse(text) for glob, text in declared.items()}
+
+    def place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
+        """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
+        evidence, placement, local = self.evidence(name, at, value, formula)
+        whole = formula.shape(here.B, here.S, 0, here.window)
+        expected = formula.shape(here.local_rows, here.S, 0, here.window)
+        if placement is None:
+            evidence, placement = "scan", inferred(local.shape, expected, here, name)
+        sharded = checked(placement, local.shape, expected, here, name, evidence)
+        return Placed(local, evidence, placement, box(whole, formula, sharded, here))
+
+    def evidence(
+        self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula
+    ) -> tuple[str, Placement | None, torch.Tensor]:
+        """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves it to the scan."""
+        if isinstance(value, DTensor):
+            return "dtensor", tp_placement(value), waited(value.to_local())
+        local = waited(value)
+        for glob, placement in self.declared.items():
+            if match(glob, name):
+                return "declared", placement, local
+        style = self.styles.get(name)
+        if style in STRIDED and at == "output" and self.layout.tp > 1:
+            raise PlacementError(
+                f"{name} is {style} over tp={self.layout.tp}: each rank's columns are interleaved in the whole; "
+                "hook the modules around it"
+            )
+        planned = STYLES.get(style or "", {}).get(at)
+        if planned is not None and self.layout.tp > 1 and formula.path in ("", "0", "input", "hidden_states"):
+            return "plan", planned, local
+        return "scan", None, local
+
+
+def parse(text: str) -> Placement:
+    """A declared placement.
+
+    >>> parse("shard:-1"), parse("replicate"), parse("partial")
+    (Shard(dim=-1), Replicate(), Partial(sum))
+    """
+    kind, _, dim = text.partition(":")
+    if kind == "shard" and dim.lstrip("-").isdigit():
+        return Shard(int(dim))
+    if text in ("replicate", "partial"):
+        return Replicate() if text == "replicate" else Partial()
+    raise PlacementError(f"a placement is 'shard:DIM', 'replicate' or 'partial', not {text!r}")
+
+
+def tp_placement(value: DTensor) -> Placement:
+    """A DTensor's placement over tp: it has one axis, or one that is called tp."""
+    names = value.device_mesh.mesh_dim_names or ()
+    if len(value.placements) == 1:
+        return value.placements[0]
+    if "tp" not in names:
+        raise PlacementError(f"a DTensor over {names or 'unnamed axes'} has no tp axis: {value.placements}")
+    return value.placements[names.index("tp")]
+
+
+def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: str) -> Placement:
+    """The placement that explains the local shape: the expected one, or smaller in just one dim."""
+    if tuple(local) == tuple(expected):
+        return Replicate()
+    smaller = [dim for dim, (a, b) in enumerate(zip(local, expected, strict=False)) if a != b]
+    if len(local) == len(expected) and len(smaller) == 1 and here.layout.tp > 1:
+        return Shard(smaller[0])
+    raise PlacementError(
+        f"{name}: this rank holds {tuple(local)}, the unsharded model's value is {tuple(expected)} for its rows; "
+        f"no one split over tp={here.layout.tp} explains it: declare it, placements={{{name!r}: 'shard:-1'}}"
+    )
+
+
+def checked(
+    placement: Placement, local: Sequence[int], expected: Sequence[int], here: Place, name: str, evidence: str
+) -> tuple[int, int, int] | None:
+    """(dim, start, stop) of this rank's part over tp, None where it holds all; PlacementError if the shapes disagree."""
+    want, part = list(expected), None
+    if isinstance(placement, Shard):
+        dim = placement.dim % len(want) if want else 0
+        start, stop = chunk(want[dim], here.layout.tp, here.tp) if want else (0, 0)
+        if want:
+            want[dim], part = stop - start, (dim, start, stop)
+    if tuple(local) != tuple(want):
+        raise PlacementError(
+            f"{name}: {evidence} says {placement} over tp={here.layout.tp}, so rank {here.rank} should hold "
+            f"{tuple(want)}; it holds {tuple(local)}: declare it, placements={{{name!r}: 'shard:-1'}}"
+        )
+    return part
+
+
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of one of torch.chunk's pieces, which is how DTensor and transformers split.
+
+    >>> [chunk(257, 2, i) for i in range(2)]
+    [(0, 129), (129, 257)]
+    """
+    step = -(-size // parts)
+    return min(index * step, size), min((index + 1) * step, size)
+
+
+def box(whole: Sequence[int], formula: ShapeFormula, part: tuple[int, int, int] | None, here: Place) -> Box:
+    """Which part of the whole this rank holds: its rows of the batch, its part over tp."""
+    found = {part[0]: part[1:]} if part else {}
+    for dim in formula.dims_of("B", "B*S"):
+        unit = whole[dim] // here.B
+        if here.layout.batch_groups == 1:
+            continue
+        if dim in found:
+            raise PlacementError(f"dim {dim} is split over the batch and over tp; its order is not known")
+        found[dim] = (here.rows[0] * unit, here.rows[1] * unit)
+    return tuple((dim, *found[dim]) for dim in sorted(found))
+
+
+def narrowed(whole: torch.Tensor, parts: Box) -> torch.Tensor:
+    """The view of a whole tensor that a box names."""
+    for dim, start, stop in parts:
+        whole = whole.narrow(dim, start, stop - start)
+    return whole
+
+
+def shared_part(shape: Sequence[int], copies: int, index: int) -> tuple[int, int, int] | None:
+    """Which piece of a value that `copies` ranks hold rank `index` of them writes, along the largest dim: (dim, start,
+    stop) within what they hold; None if there is nothing for it."""
+    if math.prod(shape) == 0:
+        return None
+    if not shape:
+        return (0, 0, 1) if index == 0 else None
+    dim = max(range(len(shape)), key=lambda d: shape[d])
+    start, stop = share(shape[dim], copies, index)
+    return (dim, start, stop) if stop > start else None

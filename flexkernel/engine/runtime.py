@@ -1,0 +1,188 @@
+"""What an engine is: this rank's one object. Each method is called by the driver by its name and delegates.
+
+Methods marked "all ranks" contain a collective: the driver calls them on every rank, or on none.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flexkernel
+
+from .. import slabs
+from ..errors import LoadError
+from ..wire import HookSet, HookSpec, Layout, ModelInfo, RunPlan, RunReport, Seat
+from .faults import Breaker
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """This rank: its seat, its part of the model, its hooks, the runs whose captures it wrote."""
+
+    def __init__(self) -> None:
+        self.seat = Seat()
+        self.breaker = Breaker()
+        self.store: Any = None
+        self.model: torch.nn.Module | None = None
+        self.info: ModelInfo | None = None
+        self.hooks: Any = None
+        self.hook_set = HookSet()
+        self.device = "cpu"
+        self.folder = ""  # the name that all hosts' run folders share
+        self.run_folder: Path | None = None  # this host's
+        self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}  # what lies in the slabs
+        self.slabs: dict[str, slabs.Slab] = {}
+        self.server: Any = None
+
+    @property
+    def rank(self) -> int:
+        return self.seat.rank
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def hello(self) -> dict[str, Any]:
+        """Who this engine is, and what it already holds: an attaching driver asks this first."""
+        return {
+            "version": flexkernel.__version__,
+            "pid": os.getpid(),
+            "host": os.environ.get("FLEX_HOST") or socket.gethostname(),
+            "seat": self.seat,
+            "folder": self.folder,
+            "device": self.device,
+            "loaded": self.info is not None,
+        }
+
+    def open_store(self, interface: str) -> tuple[str, int]:
+        """Begin a generation: a fresh rendezvous store in this process. On rank 0 only."""
+        from .mesh import open_store
+
+        address, port, self._master = open_store(interface)
+        return address, port
+
+    def sit(
+        self, seat: Seat, folder: str, device: str, address: str = "", port: int = 0, timeout_s: float = 60
+    ) -> None:
+        """Take a seat among the ranks, and join their groups. All ranks."""
+        from .regroup import regroup
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self.seat, self.device, self.folder = seat, device, folder
+        name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
+        self.run_folder = slabs.folder(name)
+        if seat.world > 1:
+            layout = self.info.layout if self.info else None
+            self.store = regroup(seat, address, port, device, timeout_s, self.breaker, self.model, layout)
+            self.breaker.watch_interrupts()
+
+    def close(self) -> None:
+        """Forget everything: the model, the groups, the slabs."""
+        from .mesh import leave
+
+        self.unload()
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+        if self.seat.world > 1:
+            leave()
+        if self.run_folder is not None and self.seat.local_rank == 0:
+            slabs.sweep(self.run_folder)
+        self.slabs, self.runs, self.run_folder = {}, {}, None
+
+    def serve(self, token: str, interface: str) -> tuple[str, str]:
+        """Serve this host's slabs to a driver on another host: (address, token). On a host's first engine."""
+        from ..channel import Server
+
+        assert self.run_folder is not None
+        if self.server is None:
+            self.server, self.token = Server(self.run_folder, token, interface), token
+        return self.server.address, self.token
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """Run a user's function on this rank."""
+        return function(*args)
+
+    # --- model --------------------------------------------------------------------------------------------------------
+
+    def inspect(self, path: str, layout: Layout, dtype: str, attention: str, placements: dict[str, str]) -> Any:
+        """Everything that can be known before anything is loaded: refusals, and the scan. The answer is rank 0's."""
+        from .load import inspect
+
+        return inspect(path, layout, dtype, attention, placements) if self.rank == 0 else None
+
+    def load(self, info: ModelInfo) -> tuple[list[str], int, int]:
+        """This rank's part of the model: (names of the modules it holds, its parameters, its bytes). All ranks."""
+        from . import attention
+        from .compat import is_placeholder
+        from .load import load, local_bytes, local_parameters
+
+        self.unload()
+        self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
+        attention.install()
+        if self.seat.world > 1:
+            self.breaker.after_groups({self.store.port})
+        held = [name for name, module in self.model.named_modules() if not is_placeholder(module)]
+        return held, local_parameters(self.model), local_bytes(self.model)
+
+    def adopt(self, info: ModelInfo) -> None:
+        """The model as all ranks together know it: from here on there can be hooks."""
+        from .hooks import Hooks
+        from .placements import Placer
+
+        if self.model is None:
+            raise LoadError(f"rank {self.rank} has no model")
+        self.info, self.planner = info, slabs.Planner(info)
+        modules = {m.name: m for m in info.modules}
+        stage = info.layout.coordinate(self.rank)["pp"]
+
+        def reads(name: str, at: str) -> bool:
+            module = modules[name.rpartition(".@")[0] if ".@" in name else name]
+            return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
+
+        self.hooks = Hooks(self.model, reads)
+        self.placer = Placer(info.layout, info.styles, info.placements)
+        self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
+
+    def unload(self) -> None:
+        if self.hooks is not None:
+            self.hooks.clear()
+        self.model = self.info = self.hooks = None
+        self.hook_set = HookSet()
+
+    def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]]:
+        """What an attaching driver needs to go on where the last one stopped."""
+        return self.info, self.hook_set, self.runs
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def hook(self, spec: HookSpec) -> list[str]:
+        """Register a hook on the modules this rank reads; returns their names."""
+        mine = self.hooks.attach(spec, self.planner.targets(spec.glob))
+        self.hook_set = self.hook_set.put(spec)
+        return mine
+
+    def set_hooks(self, hook_set: HookSet) -> None:
+        """Make the hooks exactly these."""
+        kept = set(hook_set.hooks)
+        for old in self.hook_set.hooks:
+            if old not in kept:
+                self.hooks.detach(old.key)
+        for new in hook_set.hooks:
+            if new not in self.hook_set.hooks:
+                self.hooks.attach(new, self.planner.targets(new.glob))
+        self.hook_set = hook_set
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def run(self, plan: RunPlan) -> RunReport:
+        """One forward. All ranks. Everything that can be refused is refused before it, on all ranks alike."""
+        from .forward import run
+
+        report = run(self, plan)
+        self.runs[plan.run] = (plan, tuple(self.hook_set.active(plan.groups, plan.complement)), report)
+        return report

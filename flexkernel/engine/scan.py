@@ -1,0 +1,162 @@
+"""The scan: the unsharded model runs on the meta device, and every value's shape becomes a formula in the batch size
+B, the sequence length S and the past P. It costs no memory and a second or two, and makes placement a matter of
+comparison instead of a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from ..wire import ShapeFormula
+from . import attention
+from .leaves import inputs, leaves
+
+__all__ = ["Scan", "scan", "unsharded"]
+
+Scan = dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
+WINDOW = 8  # every sliding window during the scan, so that it shows
+SIZES = ((2, 11, 0), (3, 17, 0), (2, 1, 19))  # (B, S, past): two sizes and one cached step tell the terms apart
+TERMS = {
+    "B": lambda B, S, P: B,
+    "S": lambda B, S, P: S,
+    "B*S": lambda B, S, P: B * S,
+    "P+S": lambda B, S, P: P + S,
+    "P": lambda B, S, P: P,
+    "W+S": lambda B, S, P: min(P, WINDOW - 1) + S,
+}
+
+
+def unsharded(config: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """The whole model on the meta device, in the implementations that run there."""
+    config = copy.deepcopy(config)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
+    extra = {"experts_implementation": "batched_mm"} if has_experts(config) else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype, **extra).eval()
+
+
+def has_experts(config: Any) -> bool:
+    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+def scan(model: torch.nn.Module) -> Scan:
+    """(module or virtual point, "output" | "input") → for each call in a forward, a formula for each tensor leaf."""
+    sizes = [size for size in SIZES if not size[2] or not getattr(model, "_is_stateful", False)]
+    runs = [observe(model, *size) for size in sizes]
+    found: Scan = {}
+    for where, calls in runs[0].items():
+        found[where] = tuple(
+            tuple(
+                ShapeFormula(path, formula(where[0], shapes_of(runs, where, call, path), sizes), dtype)
+                for path, (_, dtype) in values.items()
+            )
+            for call, values in enumerate(calls)
+        )
+    return found
+
+
+Observed = dict[tuple[str, str], list[dict[str, tuple[tuple[int, ...], str]]]]
+
+
+def observe(model: torch.nn.Module, B: int, S: int, past: int) -> Observed:
+    """One forward on the meta device: what went into and came out of every module, each call."""
+    seen: Observed = {}
+    ids = lambda n: torch.ones(B, n, dtype=torch.long, device="meta")  # noqa: E731
+    position = lambda a, n: torch.arange(a, a + n, device="meta").expand(B, n)  # noqa: E731
+    cache = DynamicCache(config=model.config) if past else None
+    with torch.no_grad():
+        if past:
+            model(ids(past), attention_mask=ids(past), position_ids=position(0, past), past_key_values=cache)
+        with watching(model, seen):
+            model(
+                input_ids=ids(S),
+                attention_mask=ids(past + S),
+                position_ids=position(past, S),
+                use_cache=bool(past),
+                **({"past_key_values": cache} if past else {}),
+            )
+    return seen
+
+
+class watching:
+    """While it is entered, note every value of every module and virtual point."""
+
+    def __init__(self, model: torch.nn.Module, seen: Observed):
+        self.model, self.seen, self.handles = model, seen, []
+
+    def note(self, name: str, at: str, value: Any) -> None:
+        shapes = {path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)}
+        self.seen.setdefault((name, at), []).append(shapes)
+
+    def __enter__(self) -> None:
+        attention.install()
+        for name, module in self.model.named_modules():
+            self.handles += [
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, name=name: self.note(name, "input", inputs(args, kwargs)), with_kwargs=True
+                ),
+                module.register_forward_hook(
+                    lambda _m, args, kwargs, out, name=name: self.note(name, "output", out), with_kwargs=True
+                ),
+            ]
+            for point in attention.POINTS:
+                attention.tap(module, point, lambda t, name=f"{name}.@{point}": self.note(name, "output", t))
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module in self.model.modules():
+            for point in attention.POINTS:
+                attention.untap(module, point)
+
+
+def shapes_of(runs: Sequence[Observed], where: tuple[str, str], call: int, path: str) -> list[tuple[int, ...] | None]:
+    """The shapes of one leaf in each run; None where it did not show."""
+    found = []
+    for run in runs:
+        calls = run.get(where, [])
+        found.append(calls[call][path][0] if call < len(calls) and path in calls[call] else None)
+    return found
+
+
+def formula(
+    name: str, shapes: Sequence[tuple[int, ...] | None], sizes: Sequence[tuple[int, int, int]]
+) -> tuple[tuple[int, str], ...] | None:
+    """The dims as terms in B, S and P; None where no formula fits, or the rows are ordered by the data.
+
+    Rows inside a mixture's experts are sorted by expert: their shape may fit a formula, their order does not."""
+    known = [(shape, size) for shape, size in zip(shapes, sizes, strict=True) if shape is not None]
+    if len(known) < 2 or len({len(shape) for shape, _ in known}) > 1 or "experts" in name.split(".")[:-1]:
+        return None
+    dims = [dim_of([shape[d] for shape, _ in known], [size for _, size in known]) for d in range(len(known[0][0]))]
+    if any(dim is None or (dim[1] == "B*S" and dim[0] > 1) for dim in dims):
+        return None
+    return tuple(dim for dim in dims if dim is not None)
+
+
+def dim_of(values: Sequence[int], sizes: Sequence[tuple[int, int, int]]) -> tuple[int, str] | None:
+    """(factor, term) of one dim.
+
+    >>> dim_of([22, 33, 22], [(2, 11, 0), (3, 17, 0), (2, 1, 19)])
+    (11, 'B')
+    """
+    if len(set(values)) == 1:
+        return values[0], ""
+    for term, function in TERMS.items():
+        of_term = [function(*size) for size in sizes]
+        if all(of_term) and values[0] % of_term[0] == 0:
+            factor = values[0] // of_term[0]
+            if factor and all(value == factor * t for value, t in zip(values, of_term, strict=True)):
+                return factor, term
+    return None
+
+
+def read_config(path: str) -> Any:
+    """The model's config, from a folder or hub id; no code from the repository runs."""
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -1,0 +1,105 @@
+"""Every error flexkernel raises on purpose.
+
+FlexError
+├── ClusterError          engines cannot be started, reached or attached
+│   └── EngineDied        an engine's process ended while it held a piece of the model
+├── LoadError             a model cannot be loaded as asked
+│   └── LayoutError       degrees, heads, world size or shards that do not fit together
+├── HookError             a hook, a group or a module name that means nothing
+├── PromptError           a prompt or token ids the model cannot take
+├── PlacementError        where a shard lies in the whole tensor is not known
+├── CaptureError          an activation that is not there
+│   └── CaptureExpired    it was there, and the store of runs has given its memory back
+├── MemoryBudgetError     the bytes would not fit; refused before the forward
+└── EngineError           code on an engine raised; carries the rank and the engine's traceback
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "CaptureExpired",
+    "ClusterError",
+    "EngineDied",
+    "EngineError",
+    "FlexError",
+    "HookError",
+    "LayoutError",
+    "LoadError",
+    "MemoryBudgetError",
+    "PlacementError",
+    "PromptError",
+    "named",
+]
+
+
+class FlexError(Exception):
+    """Base of the tree. In a notebook it shows as one block: what was asked, what was found, what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Jupyter asks an exception for its own traceback; ours is the sentence, not our insides."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ClusterError(FlexError):
+    pass
+
+
+class EngineDied(ClusterError):
+    pass
+
+
+class LoadError(FlexError):
+    pass
+
+
+class LayoutError(LoadError):
+    pass
+
+
+class HookError(FlexError):
+    pass
+
+
+class PromptError(FlexError):
+    pass
+
+
+class PlacementError(FlexError):
+    pass
+
+
+class CaptureError(FlexError):
+    pass
+
+
+class CaptureExpired(CaptureError):
+    pass
+
+
+class MemoryBudgetError(FlexError):
+    pass
+
+
+class EngineError(FlexError):
+    """An engine raised.
+
+    rank: which one, the earliest where several did. remote_traceback: its text, as the engine saw it.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, remote_traceback: str = ""):
+        super().__init__(message)
+        self.rank = rank
+        self.remote_traceback = remote_traceback
+
+    def _render_traceback_(self) -> list[str]:
+        block = super()._render_traceback_()
+        if self.remote_traceback:
+            block += [f"--- traceback of rank {self.rank} ---", self.remote_traceback.rstrip()]
+        return block
+
+
+def named(name: str) -> type[FlexError]:
+    """The error class of that name, EngineError for any that is not ours: how an engine's error gets its type back."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, FlexError) else EngineError

@@ -1,0 +1,136 @@
+"""The driver's view of the hooks: what registering one returns, the table of all, and what groups do to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Callable, Sequence
+
+from .errors import HookError
+from .names import match, nearest
+from .wire import HookSet, HookSpec
+
+__all__ = ["Hooked", "Hooks", "regrouped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooked:
+    """A hook as registered: where it is, and which of its modules never fire in a forward."""
+
+    spec: HookSpec
+    modules: tuple[str, ...]
+    silent: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        text = f"Hook {self.spec.key!r} on {len(self.modules)} module{'s' * (len(self.modules) != 1)}"
+        text += f": {some(self.modules)}"
+        if self.spec.groups:
+            text += f"; groups {', '.join(self.spec.groups)}"
+        if self.silent:
+            text += f"; {len(self.silent)} of them never fire in a forward: {some(self.silent)}"
+        return text
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """A few of the names, and how many more there are."""
+    shown = [name or "(root)" for name in names]
+    return ", ".join(shown if len(shown) <= limit else [*shown[: limit - 1], "...", shown[-1]])
+
+
+class Hooks:
+    """The table of hooks. Iterates over HookSpecs."""
+
+    def __init__(self, hook_set: HookSet, targets: Callable[[str], Sequence[str]]):
+        self.specs, self.off = hook_set.hooks, hook_set.off
+        self._targets = targets
+
+    def __iter__(self):
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                spec.key,
+                some(self._targets(spec.glob)),
+                str(len(self._targets(spec.glob))),
+                spec.at + (f"[{spec.index}]" if spec.index is not None else ""),
+                ", ".join(g + (" (off)" if g in self.off else "") for g in spec.groups),
+            )
+            for spec in self.specs
+        ]
+
+    def __repr__(self) -> str:
+        if not self.specs:
+            return "no hooks"
+        table = [("hook", "modules", "n", "at", "groups"), *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
+        )
+
+    def _repr_html_(self) -> str:
+        if not self.specs:
+            return "<p>no hooks</p>"
+        head = "".join(f"<th>{name}</th>" for name in ("hook", "modules", "n", "at", "groups"))
+        rows = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows())
+        return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def regrouped(hook_set: HookSet, action: str, group: str, glob: str | None) -> HookSet:
+    """The hooks after a group operation. HookError: no such action, group or hook."""
+    actions = {"on": _on, "off": _off, "add": _add, "remove": _remove}
+    if action == "list":
+        return hook_set
+    if action not in actions:
+        raise HookError(f"a group is switched on or off, added to, removed from or listed; not {action!r}")
+    if not group:
+        raise HookError(f"which group? %flex_group {action} NAME; there are {list(hook_set.groups) or 'none'}")
+    return actions[action](hook_set, group, glob)
+
+
+def _known(hook_set: HookSet, group: str) -> None:
+    if group not in hook_set.groups:
+        near = nearest(group, list(hook_set.groups)) or list(hook_set.groups)
+        raise HookError(f"there is no group {group!r}" + (f"; there are {', '.join(near)}" if near else ""))
+
+
+def _on(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
+    _known(hook_set, group)
+    return dataclasses.replace(hook_set, off=hook_set.off - {group})
+
+
+def _off(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
+    _known(hook_set, group)
+    return dataclasses.replace(hook_set, off=hook_set.off | {group})
+
+
+def _add(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
+    keys = _chosen(hook_set, glob)
+    return _with_groups(hook_set, keys, lambda groups: groups if group in groups else (*groups, group))
+
+
+def _remove(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
+    """Take hooks out of the group; with no glob the group itself goes, and its hooks stay."""
+    _known(hook_set, group)
+    keys = hook_set.groups[group] if glob is None else _chosen(hook_set, glob)
+    left = _with_groups(hook_set, keys, lambda groups: tuple(g for g in groups if g != group))
+    return dataclasses.replace(left, off=left.off & set(left.groups))
+
+
+def _with_groups(hook_set: HookSet, keys: Sequence[str], change: Callable[[tuple], tuple]) -> HookSet:
+    hooks = tuple(dataclasses.replace(h, groups=change(h.groups)) if h.key in keys else h for h in hook_set.hooks)
+    return dataclasses.replace(hook_set, hooks=hooks)
+
+
+def _chosen(hook_set: HookSet, glob: str | None) -> list[str]:
+    """The hooks that a name or glob means: by key, by name, by the glob they were given, or by matching it."""
+    if glob is None:
+        raise HookError("which hooks? give a hook's name or a glob")
+    keys = [h.key for h in hook_set.hooks if glob in (h.key, h.name, h.glob) or match(glob, h.glob)]
+    if not keys:
+        there = [h.key for h in hook_set.hooks]
+        raise HookError(f"no hook is meant by {glob!r}; there are {nearest(glob, there) or there or 'none'}")
+    return keys

@@ -1,0 +1,93 @@
+"""What the driver knows of the loaded model, put together from what each rank says of its part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .errors import LayoutError, LoadError
+from .wire import Layout, ModelInfo, ModuleInfo
+
+__all__ = ["check_world", "load", "merged"]
+
+
+def check_world(layout: Layout, world: int) -> None:
+    """LayoutError unless the degrees multiply to the number of engines."""
+    for axis in ("pp", "dp", "fsdp", "tp"):
+        degree = getattr(layout, axis)
+        if not isinstance(degree, int) or degree < 1:
+            raise LayoutError(f"{axis}={degree!r} is not a degree; it is a whole number from 1")
+    if layout.world != world:
+        asked = str(layout) if layout.world > 1 else "no degree"
+        raise LayoutError(
+            f"{asked} makes {layout.world} rank{'s' * (layout.world > 1)}, the cluster has {world} engines: "
+            f"the degrees must multiply to {world}, for instance pp={world} or tp={world}"
+        )
+
+
+def load(
+    cluster: Any,
+    path: str,
+    layout: Layout,
+    dtype: str,
+    attention: str,
+    placements: dict[str, str],
+    progress: Callable[[str, int, int], None],
+) -> ModelInfo:
+    """Load a model on all engines: refuse what cannot be, load each part, tell every rank what all hold."""
+    progress("inspecting", 0, layout.world)
+    info: ModelInfo = cluster.call("inspect", path, layout, dtype, attention, placements)[0]
+    parts = cluster.call("load", info, progress=lambda done: progress("loading", done, layout.world))
+    info = merged(info, parts)
+    check_sharded(info)
+    cluster.call("adopt", info)
+    progress("loaded", layout.world, layout.world)
+    return info
+
+
+def merged(info: ModelInfo, parts: Sequence[tuple[list[str], int, int]]) -> ModelInfo:
+    """The model with the stages that hold each module, from each rank's (names, parameters, bytes)."""
+    stages: dict[str, set[int]] = {}
+    for rank, (names, _, _) in enumerate(parts):
+        stage = info.layout.coordinate(rank)["pp"]
+        for name in names:
+            stages.setdefault(name, set()).add(stage)
+    lost = [m.name for m in info.modules if m.name not in stages]
+    strange = set(stages) - {m.name for m in info.modules}
+    if lost or strange:
+        raise LoadError(
+            f"the loaded model has other modules than the unsharded one: "
+            f"{len(lost)} missing {lost[:3]}, {len(strange)} unknown {sorted(strange)[:3]}"
+        )
+    spans = spanning(info.modules, stages)
+    return dataclasses.replace(
+        info,
+        modules=tuple(
+            dataclasses.replace(m, stages=tuple(sorted(stages[m.name])), spans=m.name in spans) for m in info.modules
+        ),
+        rank_parameters=tuple(part[1] for part in parts),
+        rank_bytes=tuple(part[2] for part in parts),
+    )
+
+
+def spanning(modules: Sequence[ModuleInfo], stages: dict[str, set[int]]) -> set[str]:
+    """The modules beneath which something lies on other stages than they do themselves."""
+    found = set()
+    for module in modules:
+        name = module.name
+        while name:
+            name = name.rpartition(".")[0]
+            if stages[name] != stages[module.name]:
+                found.add(name)
+    return found
+
+
+def check_sharded(info: ModelInfo) -> None:
+    """LoadError if a model that should be split lies whole on every rank."""
+    layout = info.layout
+    if layout.tp * layout.pp * layout.fsdp > 1 and min(info.rank_parameters) >= info.num_parameters:
+        raise LoadError(
+            f"{info.path} was loaded as {layout}, but every rank holds all {info.num_parameters:,} parameters: "
+            f"transformers has no plan that splits {info.cls}"
+        )

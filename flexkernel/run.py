@@ -1,0 +1,322 @@
+"""Run: one forward with what it captured; and the session's store of runs, which keeps them within a budget."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import html
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .capture import Capture
+from .errors import CaptureError, MemoryBudgetError
+from .names import nearest
+from .prompts import token_strings
+from .slabs import Extent, Plan, Pool, Slab, pages
+from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
+
+__all__ = ["Run", "Store"]
+
+SHOWN = 24  # captures listed in a repr
+
+
+class Run:
+    """One forward: its tokens, its next-token table, its captures.
+
+    run[module], run[module, at], run[module, at, index], run[module, at, index, call]: a Capture.
+    run.captures: all of them. run.logits: the model's output, whole or (where that would be large) its last position.
+    """
+
+    def __init__(self, number: int, plan: RunPlan, tokens: list[list[str]], tokenizer: Any):
+        self.number, self.plan, self.tokens, self._tokenizer = number, plan, tokens, tokenizer
+        self.captures: dict[CaptureKey, Capture] = {}
+        self.seconds: dict[str, float] = {}
+        self.silent: tuple[str, ...] = ()
+        self.stopped = False
+        self.kept = False
+        self.freed = ""
+        self._store: Any = None
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str | tuple) -> Capture:
+        wanted = (key,) if isinstance(key, str) else tuple(key)
+        found = [c for k, c in self.captures.items() if k.hook != "logits" and _fits(k, wanted)]
+        if len({(c.key.module, c.key.at, c.key.index, c.key.call) for c in found}) == 1:
+            return found[-1]
+        if not found:
+            raise CaptureError(self._nothing_at(wanted))
+        options = [repr((k.module, k.at, k.index, k.call)) for k in (c.key for c in found)]
+        raise CaptureError(f"{wanted[0]!r} has {len(found)} captures: say which, one of {', '.join(options[:6])}")
+
+    def _nothing_at(self, wanted: tuple) -> str:
+        names = list(dict.fromkeys(k.module for k in self.captures if k.hook != "logits"))
+        if wanted[0] in self.silent:
+            return f"{wanted[0]!r} never fires in a forward of this model, so there is nothing to capture"
+        near = nearest(str(wanted[0]), names) or names[:3]
+        return f"run {self.number} captured nothing at {wanted!r}" + (f"; it has {', '.join(near)}" if near else "")
+
+    def __contains__(self, key: str | tuple) -> bool:
+        wanted = (key,) if isinstance(key, str) else tuple(key)
+        return any(k.hook != "logits" and _fits(k, wanted) for k in self.captures)
+
+    def __iter__(self) -> Iterator[Capture]:
+        return (c for k, c in self.captures.items() if k.hook != "logits")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def logits(self) -> Capture:
+        """(B, S, V), or (B, 1, V) where all positions would take more than 64 MiB."""
+        for key, capture in self.captures.items():
+            if key.hook == "logits":
+                return capture
+        raise CaptureError(
+            f"run {self.number} has no logits" + (": it was stopped before them" if self.stopped else "")
+        )
+
+    @property
+    def logits_are_last_only(self) -> bool:
+        return self.plan.logits_last
+
+    @property
+    def text(self) -> list[str] | str:
+        """The prompt as text: a string, or a list of them for a batch."""
+        rows = ["".join(row) for row in self.tokens]
+        return rows[0] if len(rows) == 1 else rows
+
+    def next_tokens(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """For each row the k likeliest next tokens and their probabilities."""
+        last = self.logits[:, -1].float().softmax(-1)
+        values, ids = last.topk(min(k, last.shape[-1]))
+        words = [token_strings(row, self._tokenizer) for row in ids.tolist()]
+        return [list(zip(w, v, strict=True)) for w, v in zip(words, values.tolist(), strict=True)]
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def keep(self) -> Run:
+        """Never expire this run to make room for others."""
+        self.kept = True
+        return self
+
+    def free(self) -> None:
+        """Give its memory back now. Tensors that were read stay as they are."""
+        if self._store is not None:
+            self._store.free(self, "its run was freed (run.free())")
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(c.num_bytes for c in self.captures.values() if c.error is None)
+
+    # --- repr -------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = [self._headline()]
+        lines += [f"  next: {', '.join(f'{w!r} {p:.3f}' for w, p in row)}" for row in self._table()[:4]]
+        captures = list(self)
+        lines += [f"  {c.name:<44} {_shape(c):<18} {c.placement} by {c.evidence}" for c in captures[:SHOWN]]
+        if len(captures) > SHOWN:
+            lines.append(f"  ... and {len(captures) - SHOWN} more captures")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        esc = html.escape
+        tokens = " ".join(
+            f'<span style="background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre">{esc(t)}</span>'
+            for t in self.tokens[0][:200]
+        )
+        rows = "".join(
+            "<tr>" + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in row) + "</tr>"
+            for row in self._table()[:8]
+        )
+        captures = list(self)
+        table = "".join(
+            f"<tr><td><code>{esc(c.name)}</code></td><td>{esc(_shape(c))}</td><td>{c.num_bytes / 1e6:.2f} MB</td>"
+            f"<td>{esc(c.placement)}</td><td>{esc(c.evidence)}</td></tr>"
+            for c in captures[:SHOWN]
+        )
+        more = f"<p>… and {len(captures) - SHOWN} more captures</p>" if len(captures) > SHOWN else ""
+        head = "<tr><th>capture</th><th>shape</th><th>bytes</th><th>placement over tp</th><th>evidence</th></tr>"
+        return (
+            f"<div><b>{esc(self._headline())}</b><p>{tokens}</p>"
+            + (f"<table><tr><th colspan=5>next token</th></tr>{rows}</table>" if rows else "")
+            + (f"<table>{head}{table}</table>{more}" if table else "")
+            + "</div>"
+        )
+
+    def _headline(self) -> str:
+        B, S = len(self.tokens), len(self.tokens[0])
+        state = f", {self.freed}" if self.freed else ""
+        return (
+            f"Run {self.number}: {B} × {S} tokens, {len(self)} captures, {self.num_bytes / 1e6:.1f} MB, "
+            f"{self.seconds.get('total', 0) * 1e3:.0f} ms{state}"
+        )
+
+    def _table(self) -> list[list[tuple[str, float]]]:
+        try:
+            return self.next_tokens()
+        except CaptureError:  # stopped early, or freed: the rest of the repr is still good
+            return []
+
+
+def _fits(key: CaptureKey, wanted: tuple) -> bool:
+    return (key.module, key.at, key.index, key.call)[: len(wanted)] == wanted
+
+
+def _shape(capture: Capture) -> str:
+    if capture.error is not None:
+        return type(capture.error).__name__
+    return "×".join(map(str, capture.shape)) or "scalar"
+
+
+class Store:
+    """The session's runs and the memory behind them: slabs on this host, clients of the hosts that are elsewhere.
+
+    A notebook's Out[] keeps every run for ever, so memory is bounded by a budget: above it the oldest runs that nobody
+    keeps or looks into expire.
+    """
+
+    def __init__(self, cluster: Any, here: str, folder: Path, prefix: str):
+        self._cluster, self.here, self.folder = cluster, here, folder
+        self.hosts: list[str] = list(cluster.hosts)
+        self.pool = Pool(prefix)
+        self.budget = psutil.virtual_memory().available // 4
+        self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
+        self._freed: list[int] = []
+        self._extents: dict[int, Extent] = {}
+        self._slabs: dict[str, Slab] = {}
+        self._clients: dict[str, Any] = {}
+        self._count = 0
+
+    def slab(self, name: str, num_bytes: int) -> Slab:
+        """A slab of this host, mapped once and kept."""
+        if name not in self._slabs:
+            self._slabs[name] = Slab(self.folder / name, num_bytes)
+        return self._slabs[name]
+
+    def client(self, host: str) -> Any:
+        """Who asks another host for its slabs: its first engine serves them from a thread."""
+        if host not in self._clients:
+            from .channel import Client
+
+            token = secrets.token_hex(16)
+            address, token = self._cluster.call("serve", token, "127.0.0.1", ranks=[self.hosts.index(host)])[0]
+            self._clients[host] = Client(address, token)
+        return self._clients[host]
+
+    def close(self) -> None:
+        """Let go of every run and connection."""
+        for run in list(self.runs.values()):
+            self.free(run, "its session has ended, or has loaded another model")
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+    def take_freed(self) -> tuple[int, ...]:
+        """The runs freed since the last call: the engines hear of them with the next run."""
+        freed, self._freed = tuple(self._freed), []
+        return freed
+
+    def next_number(self) -> int:
+        self._count += 1
+        return self._count
+
+    def take(self, num_bytes: int) -> Extent:
+        """Room for a run's captures; older runs expire to make it. MemoryBudgetError when they do not suffice."""
+        if num_bytes > self.budget:
+            raise MemoryBudgetError(
+                f"this run would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
+                "use --positions, or raise session.store.budget"
+            )
+        for run in list(self.runs.values()):
+            if self.pool.num_bytes + num_bytes <= self.budget:
+                break
+            extent = self._extents.get(run.number)
+            if not run.kept and not run.freed and extent is not None and extent.tensors <= 0:
+                self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
+        if self.pool.num_bytes + num_bytes > self.budget:
+            raise MemoryBudgetError(
+                f"this run would keep {num_bytes:,} bytes; runs that are kept or looked into hold "
+                f"{self.pool.num_bytes:,} of the session's budget of {self.budget:,}: free some (run.free())"
+            )
+        return self.pool.take(num_bytes)
+
+    @contextlib.contextmanager
+    def room(self, num_bytes: int) -> Iterator[Extent]:
+        """Room for a run while it is made; given back if the run fails."""
+        extent = self.take(num_bytes)
+        try:
+            yield extent
+        except BaseException:
+            self.pool.release(extent)
+            raise
+
+    def adopt(self, plan: RunPlan, where: Plan, reports: Sequence[RunReport], tokens: Any, tokenizer: Any) -> Run:
+        """A run of an earlier driver: its captures lie where that one put them."""
+        extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
+        self.pool.adopt(extent)
+        return self.add(plan, where, extent, reports, tokens, tokenizer)
+
+    def add(
+        self, plan: RunPlan, where: Plan, extent: Extent, reports: Sequence[RunReport], tokens: Any, tokenizer: Any
+    ) -> Run:
+        """The run that these reports describe."""
+        run = Run(plan.run, plan, tokens, tokenizer)
+        self._count = max(self._count, plan.run)
+        run.silent, run.stopped = where.silent, any(report.stopped for report in reports)
+        run.seconds = {k: max(r.seconds.get(k, 0.0) for r in reports) for k in ("prepare", "forward", "copy")}
+        run.captures = captures(run, where, extent, reports, self)
+        run._store = self
+        self.runs[run.number] = run
+        self._extents[run.number] = extent
+        return run
+
+    def free(self, run: Run, why: str) -> None:
+        """Take a run's memory back."""
+        if run.freed:
+            return
+        run.freed = "freed"
+        for capture in run.captures.values():
+            capture.expire(why)
+        for seen in (s for c in run.captures.values() for s in c.seen.values() if s.region is not None):
+            self._slabs.pop(seen.region.slab, None)
+        self.runs.pop(run.number, None)
+        self._freed.append(run.number)
+        extent = self._extents.pop(run.number, None)
+        if extent is not None:
+            self.pool.release(extent)
+
+
+def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport], home: Store) -> dict:
+    """Key → Capture, from what each rank saw."""
+    planned: dict[int, dict[int, Seen]] = {}
+    others: dict[CaptureKey, dict[int, Seen]] = {}
+    for report in reports:
+        for i, seen in report.planned.items():
+            planned.setdefault(i, {})[report.rank] = seen
+        for key, seen in report.others.items():
+            others.setdefault(key, {})[report.rank] = seen
+
+    def looked_into():
+        return home.pool.looked_into(extent)
+
+    found: dict[CaptureKey, Capture] = {}
+    for i, entry in enumerate(where.entries):
+        if i not in planned and run.stopped:
+            continue
+        region: Region = where.region(entry, extent.slab, extent.base)
+        dtype = getattr(torch, entry.formula.dtype)
+        found[entry.key] = Capture(
+            entry.key, entry.shape, dtype, planned.get(i, {}), region, home, extent.slab_bytes, looked_into, run.tokens
+        )
+    for key, by_rank in others.items():
+        lies = next((s.region for s in by_rank.values() if s.region is not None), None)
+        shape, dtype = (lies.shape, getattr(torch, lies.dtype)) if lies else ((), torch.float32)
+        found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
+    return found

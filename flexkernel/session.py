@@ -1,0 +1,264 @@
+"""Session: the driver's one object. Each method says what is asked in a few lines and delegates."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cluster as clusters
+from . import model, names, prompts, slabs
+from .errors import HookError, LoadError
+from .hooks import Hooked, Hooks, regrouped
+from .run import Run, Store
+from .status import Status
+from .tree import Tree
+from .wire import HookSet, HookSpec, Layout, ModelInfo, RunPlan
+
+__all__ = ["Session", "attach", "local", "start"]
+
+AT = ("output", "input")
+
+
+def start(n: int = 2, engines: str | None = None, cluster_id: str = "") -> Session:
+    """A session over n new engines, which end with it. engines: an ipyparallel launcher's name (slurm, ssh, mpi, ...)."""
+    return Session(clusters.start(n, engines, cluster_id))
+
+
+def attach(profile: str | None = None, cluster_id: str | None = None) -> Session:
+    """A session over engines that run already; a model, hooks and runs that they hold are found again."""
+    return Session(clusters.attach(profile, cluster_id))
+
+
+def local() -> Session:
+    """A session over one engine in this process."""
+    return Session(clusters.InProcess())
+
+
+class Session:
+    """Engines, the model on them, its hooks and its runs."""
+
+    def __init__(self, cluster: clusters.Cluster):
+        self.cluster = cluster
+        self.info: ModelInfo | None = None
+        self.tokenizer: Any = None
+        self.hook_set = HookSet()
+        self.store: Store | None = None
+        if getattr(cluster, "loaded", False):
+            self._recover()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session: owned engines stop, attached ones stay with their model."""
+        if self.store is not None:
+            self.store.close()
+        self.cluster.close()
+
+    def status(self) -> Status:
+        """Engines, model, hooks, memory: what there is now."""
+        return Status(self)
+
+    def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
+        """Run a function on every engine; its results in order of rank."""
+        return self.cluster.call("call", function, *args)
+
+    # --- model --------------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        tp: int = 1,
+        pp: int = 1,
+        dp: int = 1,
+        fsdp: int = 1,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attn: str = "sdpa",
+        placements: Mapping[str, str] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> ModelInfo:
+        """Load a model folder or hub id, split over the engines: each reads only its part. The degrees multiply to the
+        number of engines. Replaces the model that was loaded. LoadError, LayoutError: refused before anything is read."""
+        layout = Layout(pp, dp, fsdp, tp)
+        model.check_world(layout, self.cluster.size)
+        path = os.fspath(path)
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
+        if not self.cluster.seated or self.cluster.device != device:
+            self.cluster.seat(device)
+        self._forget()
+        info = model.load(
+            self.cluster, path, layout, dtype, attn, dict(placements or {}), progress or (lambda *_: None)
+        )
+        self._know(info)
+        return info
+
+    def _know(self, info: ModelInfo) -> None:
+        self.info, self.planner = info, slabs.Planner(info)
+        self.tokenizer = prompts.tokenizer(info.path)
+        self.store = self._new_store()
+
+    def _forget(self) -> None:
+        if self.store is not None:
+            self.store.close()
+        self.info, self.store, self.hook_set = None, None, HookSet()
+
+    def _new_store(self) -> Store:
+        here = os.environ.get("FLEX_HOST") or socket.gethostname()
+        suffix = f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else ""
+        return Store(self.cluster, here, slabs.folder(self.cluster.folder + suffix), secrets.token_hex(4))
+
+    def _recover(self) -> None:
+        """Find again what the engines hold: they are the source of truth."""
+        answers = self.cluster.call("describe")
+        self._know(answers[0][0])
+        self.hook_set = answers[0][1]
+        for number, (plan, hooks, _) in sorted(answers[0][2].items()):
+            reports = [runs[number][2] for _, _, runs in answers if number in runs]
+            if len(reports) == self.cluster.size:
+                where = self.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
+                tokens = [prompts.token_strings(row, self.tokenizer) for row in plan.ids]
+                self.store.adopt(plan, where, reports, tokens, self.tokenizer)
+
+    def _loaded(self) -> ModelInfo:
+        if self.info is None:
+            raise LoadError("no model is loaded: session.load(path, tp=, pp=, dp=, fsdp=), or %flex_load PATH")
+        return self.info
+
+    def tree(self, glob: str = "**") -> Tree:
+        """The modules a glob names, with shapes, placements, ranks and hooks."""
+        return Tree(self._loaded(), self.hook_set, glob)
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    @property
+    def hooks(self) -> Hooks:
+        """The hooks there are, as a table."""
+        return Hooks(self.hook_set, self._targets)
+
+    def hook(
+        self,
+        glob: str,
+        at: str = "output",
+        index: str | int | None = None,
+        groups: Sequence[str] | str = (),
+        positions: Sequence[int] | None = None,
+        name: str = "",
+    ) -> Hooked:
+        """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
+
+        index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
+        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module, nearest names."""
+        info = self._loaded()
+        if at not in AT:
+            raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
+        if name == "logits":
+            raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
+        groups = (groups,) if isinstance(groups, str) else tuple(groups)
+        spec = HookSpec(
+            glob, at, None if index is None else str(index), name, groups, tuple(positions) if positions else None
+        )
+        found = self._targets(glob)
+        firing = [n for n in found if info.scan.get((n, at))]
+        slabs.check_index(info, firing, spec)
+        self.cluster.call("hook", spec)
+        self.hook_set = self.hook_set.put(spec)
+        return Hooked(spec, tuple(found), tuple(n for n in found if n not in firing))
+
+    def _targets(self, glob: str) -> tuple[str, ...]:
+        info = self._loaded()
+        if "@" in glob and not any(".@" in n for n in info.names):
+            raise HookError(
+                f"{info.cls} does not compute attention through transformers' interface: it has no @ points"
+            )
+        return self.planner.targets(glob)
+
+    def unhook(self, glob_or_name: str | None = None) -> list[str]:
+        """Take hooks away, by name or by the glob they were given; all of them if none is named. Returns their names."""
+        self._loaded()
+        keys = [h.key for h in self.hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
+        if not keys and glob_or_name is not None:
+            there = [h.key for h in self.hook_set.hooks]
+            raise HookError(
+                f"no hook is called {glob_or_name!r}; there are {names.nearest(glob_or_name, there) or there}"
+            )
+        self._set_hooks(self.hook_set.without(keys))
+        return keys
+
+    def group(self, action: str, group: str = "", glob: str | None = None) -> dict[str, list[str]]:
+        """ "on" or "off" switches a group; "add" or "remove" puts the hooks of a glob into it or takes them out;
+        "list" only tells. Returns group → its hooks."""
+        self._loaded()
+        self._set_hooks(regrouped(self.hook_set, action, group, glob))
+        return self.hook_set.groups
+
+    def _set_hooks(self, hook_set: HookSet) -> None:
+        if hook_set != self.hook_set:
+            self.cluster.call("set_hooks", hook_set)
+            self.hook_set = hook_set
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are stored, oldest first."""
+        return list(self.store.runs.values()) if self.store is not None else []
+
+    def run(
+        self,
+        prompts_or_ids: Any,
+        groups: Sequence[str] | str = (),
+        complement: bool = False,
+        chat: bool = False,
+        stop_at: str | None = None,
+    ) -> Run:
+        """One forward over prompts, token ids or chat messages, with what the hooks capture.
+
+        groups: only the hooks of these groups; complement: all but those. stop_at: end after this module, the rest is
+        not computed. PromptError, MemoryBudgetError: refused before the forward."""
+        info = self._loaded()
+        assert self.store is not None
+        begin = time.perf_counter()
+        groups = (groups,) if isinstance(groups, str) else tuple(groups)
+        self._check_groups(groups)
+        if stop_at is not None:
+            names.select(stop_at, [m.name for m in info.modules])
+        batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+        where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
+        with self.store.room(where.num_bytes) as extent:
+            plan = RunPlan(
+                run=self.store.next_number(),
+                ids=batch.ids,
+                mask=batch.mask,
+                positions=batch.positions,
+                hooks=self.hook_set.digest,
+                slab=extent.slab,
+                slab_bytes=extent.slab_bytes,
+                base=extent.base,
+                num_bytes=where.num_bytes,
+                groups=groups,
+                complement=complement,
+                stop_at=stop_at,
+                logits_last=where.logits_last,
+                timeout_s=self.cluster.timeout_s,
+                freed=self.store.take_freed(),
+            )
+            reports = self.cluster.call("run", plan)
+        run = self.store.add(plan, where, extent, reports, batch.tokens, self.tokenizer)
+        run.seconds["total"] = time.perf_counter() - begin
+        return run
+
+    def _check_groups(self, groups: Sequence[str]) -> None:
+        unknown = [g for g in groups if g not in self.hook_set.groups]
+        if unknown:
+            raise HookError(f"no hook is in group {unknown[0]!r}; groups are {list(self.hook_set.groups) or 'none'}")

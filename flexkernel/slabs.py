@@ -1,0 +1,320 @@
+"""Slabs: memory-mapped files in which whole tensors lie, the plan of what lies where, and who may reuse it.
+
+A slab is planned before the run and every process computes the same plan, so that nobody has to be told where
+an activation goes. Captures start on page boundaries: one can be mapped by itself.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import functools
+import math
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import CaptureError, HookError, MemoryBudgetError
+from .names import nearest, select
+from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
+
+__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "folder", "pages", "sweep"]
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
+LOGITS_BYTES = 64 << 20  # above this a run keeps the last position's logits only
+
+
+def pages(num_bytes: int) -> int:
+    """The bytes rounded up to whole pages."""
+    return -(-num_bytes // PAGE) * PAGE
+
+
+def size_of(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of a contiguous tensor."""
+    return math.prod(shape) * getattr(torch, dtype).itemsize
+
+
+# --- what lies where -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base."""
+
+    key: CaptureKey
+    hook: HookSpec
+    formula: ShapeFormula
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire."""
+
+    entries: tuple[Entry, ...]
+    num_bytes: int
+    silent: tuple[str, ...]
+    logits_last: bool
+
+    def region(self, entry: Entry, slab: str, base: int) -> Region:
+        return Region(slab, base + entry.offset, entry.shape, entry.formula.dtype)
+
+
+class Planner:
+    """Plans runs of one model; remembers the plans it made, so that a run costs nothing per module."""
+
+    def __init__(self, info: ModelInfo):
+        self.info = info
+        self._plans: dict[tuple, Plan] = {}
+        self.targets = functools.lru_cache(maxsize=4096)(self._targets)
+
+    def _targets(self, glob: str) -> tuple[str, ...]:
+        return tuple(select(glob, self.info.names))
+
+    def plan(self, hooks: Sequence[HookSpec], B: int, S: int) -> Plan:
+        """Where each capture of these hooks lies for B rows of S positions. HookError: an index that is not there."""
+        key = (tuple(hooks), B, S)
+        if key not in self._plans:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            self._plans[key] = self._plan(hooks, B, S)
+        return self._plans[key]
+
+    def _plan(self, hooks: Sequence[HookSpec], B: int, S: int) -> Plan:
+        logits = self._logits(B, S)
+        entries, offset, silent = [], 0, []
+        for hook in (*hooks, *([logits] if logits else [])):
+            for name in self.targets(hook.glob):
+                calls = self.info.scan.get((name, hook.at))
+                if not calls:
+                    silent.append(name)
+                for call, leaves in enumerate(calls or ()):
+                    formula = leaf_of(leaves, hook, name)
+                    if formula is None or formula.dims is None:
+                        continue
+                    shape = kept_shape(formula, hook, B, S, self.info.window)
+                    key = CaptureKey(hook.key, name, hook.at, formula.path, call)
+                    entries.append(Entry(key, hook, formula, shape, offset))
+                    offset += pages(size_of(shape, formula.dtype))
+        return Plan(tuple(entries), offset, tuple(silent), bool(logits and logits.positions))
+
+    def _logits(self, B: int, S: int) -> HookSpec | None:
+        """The hook that every run has: the model's logits, or their last position where all would not be small."""
+        calls = self.info.scan.get(("", "output"), ())
+        formula = next((leaf for leaf in calls[0] if leaf.path in ("logits", "")), None) if calls else None
+        if formula is None or formula.dims is None:
+            return None
+        large = size_of(formula.shape(B, S), formula.dtype) > LOGITS_BYTES
+        return HookSpec("", index=formula.path, name="logits", positions=(-1,) if large else None)
+
+
+def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeFormula | None:
+    """The leaf a hook asks for; None where the value holds no tensor at all."""
+    if hook.index is None:
+        return leaves[0] if leaves else None
+    for leaf in leaves:
+        if leaf.path == hook.index:
+            return leaf
+    paths = [leaf.path for leaf in leaves]
+    near = nearest(hook.index, paths) or paths[:6]
+    raise HookError(f"{name or '(root)'} {hook.at} has no tensor at index {hook.index!r}; there are {near}")
+
+
+def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
+    """HookError if the hook's index is not in the value of one of these modules."""
+    for name in names:
+        for leaves in info.scan[name, hook.at]:
+            leaf_of(leaves, hook, name)
+
+
+def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int) -> tuple[int, ...]:
+    """The shape a capture keeps: the whole, or only the positions its hook names."""
+    shape = list(formula.shape(B, S, 0, window))
+    if hook.positions is not None:
+        outside = [p for p in hook.positions if not -S <= p < S]
+        if outside:
+            raise HookError(f"hook {hook.key!r} keeps position {outside[0]}, but the run has {S}")
+        for dim in formula.dims_of("S")[:1]:
+            shape[dim] = len(hook.positions)
+    return tuple(shape)
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+def folder(name: str) -> Path:
+    """This user's private folder of that name for slabs, 0700, in memory where the system has /dev/shm."""
+    root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
+    home = root / f"flexkernel-{os.getuid()}"
+    for path in (home, home / name):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise CaptureError(f"{path} is not a private folder of this user; remove it or set FLEX_SLABS")
+    return home / name
+
+
+def sweep(path: Path) -> None:
+    """Remove a folder of slabs and what lies in it."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink(missing_ok=True)
+        path.rmdir()
+
+
+class _Bytes(np.ndarray):
+    """An ndarray that can be referenced weakly: how a mapping tells that the last tensor made from it has died."""
+
+
+class Slab:
+    """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past a full
+    /dev/shm would kill the process."""
+
+    def __init__(self, path: Path, num_bytes: int):
+        self.path, self.num_bytes = path, num_bytes
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            allocate(fd, num_bytes, path)
+            self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        finally:
+            os.close(fd)
+        self.bytes = torch.from_numpy(np.frombuffer(self.map, dtype=np.uint8))
+
+    def tensor(self, region: Region) -> torch.Tensor:
+        """The region through the map that all processes share: what is written here is seen everywhere."""
+        return shaped(self.bytes[region.offset :], region)
+
+    def private(self, region: Region, freed) -> torch.Tensor:
+        """The region through a copy-on-write map of its own; freed() when the last tensor made from it dies."""
+        num_bytes = size_of(region.shape, region.dtype)
+        if num_bytes == 0:  # nothing to map, and nothing that could outlive the run
+            return torch.empty(region.shape, dtype=getattr(torch, region.dtype))
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            start = region.offset // PAGE * PAGE
+            inner = region.offset - start
+            own = mmap.mmap(
+                fd, inner + num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start
+            )
+        finally:
+            os.close(fd)
+        array = np.frombuffer(own, dtype=np.uint8).view(_Bytes)
+        weakref.finalize(array, freed).atexit = False
+        return shaped(torch.from_numpy(array)[inner:], region)
+
+
+def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
+    """Bytes (uint8) seen as the region's tensor."""
+    return raw[: size_of(region.shape, region.dtype)].view(getattr(torch, region.dtype)).view(region.shape)
+
+
+def allocate(fd: int, num_bytes: int, path: Path) -> None:
+    """Make the file that long, with memory behind every page; MemoryBudgetError when there is none."""
+    if os.fstat(fd).st_size >= num_bytes:
+        return
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise
+        os.ftruncate(fd, 0)
+        free = os.statvfs(path.parent)
+        raise MemoryBudgetError(
+            f"a slab of {num_bytes:,} bytes does not fit into {path.parent}: {free.f_bavail * free.f_frsize:,} are free; "
+            "free runs (session.runs), hook less, or set FLEX_SLABS to a larger folder"
+        ) from None
+
+
+# --- who may reuse it ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Extent:
+    """A run's bytes in a slab. tensors: how many live tensors look into it."""
+
+    slab: str
+    slab_bytes: int
+    base: int
+    num_bytes: int
+    tensors: int = 0
+    released: bool = False
+
+
+class Pool:
+    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into them any more."""
+
+    def __init__(self, prefix: str):
+        self._prefix, self._count = prefix, 0
+        self._sizes: dict[str, int] = {}
+        self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
+        self._dead: collections.deque[Extent] = collections.deque()  # finalizers only append here
+
+    def take(self, num_bytes: int) -> Extent:
+        """An extent for a run: in the first slab with a gap, else in a new one."""
+        self.drain()
+        need = max(pages(num_bytes), PAGE)
+        for slab, extents in self._extents.items():
+            base = first_gap(extents, need, self._sizes[slab])
+            if base is not None:
+                return self._put(slab, base, need)
+        self._count += 1
+        slab = f"{self._prefix}-{self._count}.slab"
+        self._sizes[slab] = max(-(-need // SLAB_BYTES) * SLAB_BYTES, SLAB_BYTES)
+        self._extents[slab] = []
+        return self._put(slab, 0, need)
+
+    def _put(self, slab: str, base: int, num_bytes: int) -> Extent:
+        extent = Extent(slab, self._sizes[slab], base, num_bytes)
+        self._extents[slab].append(extent)
+        self._extents[slab].sort(key=lambda e: e.base)
+        return extent
+
+    def adopt(self, extent: Extent) -> None:
+        """Book an extent that an earlier driver handed out."""
+        self._sizes[extent.slab] = extent.slab_bytes
+        self._extents.setdefault(extent.slab, []).append(extent)
+        self._extents[extent.slab].sort(key=lambda e: e.base)
+
+    def looked_into(self, extent: Extent):
+        """Count a tensor made from the extent; call the result when it has died (from any thread, even a finalizer)."""
+        extent.tensors += 1
+        return functools.partial(self._dead.append, extent)
+
+    def release(self, extent: Extent) -> None:
+        """The run is done with it; reused once no tensor looks into it."""
+        extent.released = True
+        self.drain()
+
+    def drain(self) -> None:
+        while self._dead:
+            self._dead.popleft().tensors -= 1
+        for slab, extents in self._extents.items():
+            self._extents[slab] = [e for e in extents if not (e.released and e.tensors <= 0)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are handed out."""
+        return sum(e.num_bytes for extents in self._extents.values() for e in extents)
+
+    @property
+    def slabs(self) -> dict[str, int]:
+        """Slab → bytes of its file."""
+        return dict(self._sizes)
+
+
+def first_gap(extents: Sequence[Extent], need: int, size: int) -> int | None:
+    base = 0
+    for extent in extents:
+        if extent.base - base >= need:
+            return base
+        base = extent.base + extent.num_bytes
+    return base if size - base >= need else None

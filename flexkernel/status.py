@@ -1,0 +1,54 @@
+"""Status: engines, model, hooks and memory as they are now."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+__all__ = ["Status"]
+
+
+class Status:
+    """A table of what a session has. rows: (what, value)."""
+
+    def __init__(self, session: Any):
+        cluster, info, store = session.cluster, session.info, session.store
+        alive = cluster.alive()
+        self.rows: list[tuple[str, str]] = [
+            ("engines", f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}"),
+            (
+                "cluster",
+                "owned: it ends with this session" if cluster.owned else "attached: it stays when this session ends",
+            ),
+        ]
+        if getattr(cluster, "cluster_id", ""):
+            self.rows.append(("cluster id", cluster.cluster_id))
+        if info is None:
+            self.rows.append(("model", "none loaded"))
+            return
+        self.rows += [
+            ("model", f"{info.cls} from {info.path}"),
+            ("layout", f"{info.layout}, {info.dtype}, attention {info.attention}, on {cluster.device}"),
+            (
+                "parameters",
+                f"{info.num_parameters:,} in all; by rank {', '.join(f'{n:,}' for n in info.rank_parameters)}",
+            ),
+            ("weights", ", ".join(f"{n / 1e6:,.0f} MB" for n in info.rank_bytes) + " by rank"),
+            ("hooks", f"{len(session.hook_set.hooks)}"),
+            (
+                "runs",
+                f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB budget",
+            ),
+            (
+                "slabs",
+                f"{len(store.pool.slabs)} files, {sum(store.pool.slabs.values()) / 1e6:,.0f} MB, in {store.folder}",
+            ),
+        ]
+
+    def __repr__(self) -> str:
+        width = max(len(what) for what, _ in self.rows)
+        return "\n".join(f"{what:<{width}}  {value}" for what, value in self.rows)
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows)
+        return f"<table>{''.join(rows)}</table>"

@@ -1,0 +1,85 @@
+"""Tree: the modules of the loaded model, where each lies, and the hooks on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import HookError
+from .names import match, nearest
+from .wire import HookSet, ModelInfo
+
+__all__ = ["Tree", "TreeRow"]
+
+STYLES = {"colwise": "Shard(-1)", "rowwise": "Replicate()", "colwise_gather_output": "Replicate()"}
+
+
+@dataclass(frozen=True)
+class TreeRow:
+    """One module. shape: of its whole output, as a formula in B and S. ranks: who holds it. hooks: (name, groups)."""
+
+    name: str
+    cls: str
+    num_parameters: int
+    shape: str
+    placement: str
+    ranks: tuple[int, ...]
+    hooks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+class Tree:
+    """The modules a glob names, as rows. Draws itself in a notebook; prints as text elsewhere."""
+
+    def __init__(self, info: ModelInfo, hook_set: HookSet, glob: str = "**"):
+        self.info, self.glob = info, glob
+        self.rows = [row(info, hook_set, m.name) for m in info.modules if m.name == "" or match(glob, m.name)]
+        if glob not in ("**", "") and not any(r.name for r in self.rows):
+            near = nearest(glob, info.names)
+            raise HookError(f"no module matches {glob!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+
+    def __repr__(self) -> str:
+        lines = [f"{self.info.cls}: {self.info.num_parameters:,} parameters, {self.info.layout}"]
+        for r in self.rows[:60]:
+            hooks = "  " + ", ".join(name for name, _ in r.hooks) if r.hooks else ""
+            lines.append(
+                f"{r.name or '(root)':<44} {r.cls:<24} {r.num_parameters:>14,}  {r.shape:<16} {r.placement}{hooks}".rstrip()
+            )
+        if len(self.rows) > 60:
+            lines.append(f"... and {len(self.rows) - 60} more modules: %flex_tree GLOB")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from .widgets.tree import tree_html  # views are imported when something is drawn, as in Capture.show
+
+        return tree_html(self.rows, title=f"{self.info.cls}, {self.info.layout}")
+
+
+def row(info: ModelInfo, hook_set: HookSet, name: str) -> TreeRow:
+    module = next(m for m in info.modules if m.name == name)
+    calls = info.scan.get((name, "output"), ())
+    first = next((leaf for leaves in calls for leaf in leaves), None)
+    held = [r for r in range(info.layout.world) if info.layout.coordinate(r)["pp"] in module.stages]
+    hooks = tuple((h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name))
+    return TreeRow(
+        name,
+        module.cls,
+        module.num_parameters,
+        str(first) if first else "–",
+        placement(info, name),
+        tuple(held),
+        hooks,
+    )
+
+
+def on_point(glob: str, name: str) -> bool:
+    """Whether the glob names a virtual point of this module."""
+    owner, dot, _ = glob.rpartition(".@")
+    return bool(dot) and match(owner, name)
+
+
+def placement(info: ModelInfo, name: str) -> str:
+    """What is known of the output's placement over tp before a run: what the plan says."""
+    if info.layout.tp == 1:
+        return "whole"
+    style = info.styles.get(name)
+    return STYLES.get(style, style) if style else "by scan"

@@ -1,0 +1,311 @@
+"""What crosses a process: frozen dataclasses of plain data, nothing that needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+__all__ = [
+    "AXES",
+    "Box",
+    "CaptureKey",
+    "ErrorReport",
+    "HookSet",
+    "HookSpec",
+    "Layout",
+    "ModelInfo",
+    "ModuleInfo",
+    "Region",
+    "RunPlan",
+    "RunReport",
+    "Seat",
+    "Seen",
+    "ShapeFormula",
+    "share",
+]
+
+Box = tuple[tuple[int, int, int], ...]
+AXES = ("pp", "dp", "fsdp", "tp")
+
+
+def share(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Which of `total` rows part `index` has, (start, stop): as even as can be, the first ones larger.
+
+    >>> [share(5, 4, i) for i in range(4)]
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    size, more = divmod(total, parts)
+    start = index * size + min(index, more)
+    return start, start + size + (index < more)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways each axis of the device mesh is split. Ranks count row-major over (pp, dp, fsdp, tp)."""
+
+    pp: int = 1
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.fsdp * self.tp
+
+    @property
+    def batch_groups(self) -> int:
+        """Over how many groups of ranks the rows of a batch are split."""
+        return self.dp * self.fsdp
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where a rank sits: axis → index, and `batch`, which share of the rows it runs."""
+        rest, where = rank, {}
+        for axis in reversed(AXES):
+            rest, where[axis] = divmod(rest, getattr(self, axis))
+        where["batch"] = where["dp"] * self.fsdp + where["fsdp"]
+        return where
+
+    def __str__(self) -> str:
+        used = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return " × ".join(used) or "one engine"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which rank this process is. local_rank: its number among the ranks of its host, which is also its GPU's."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor lies: bytes from `offset` of the slab file of that name, contiguous."""
+
+    slab: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ShapeFormula:
+    """A value's whole shape for any batch: each dim is a coefficient times one of "", B, S, P+S, B*S, ..."""
+
+    path: str  # of the leaf within the value
+    dims: tuple[tuple[int, str], ...] | None  # None: it depends on the data, no formula gives it
+    dtype: str
+
+    def shape(self, B: int, S: int, past: int = 0, window: int = 0) -> tuple[int, ...]:
+        assert self.dims is not None
+        terms = {
+            "": 1,
+            "B": B,
+            "S": S,
+            "P": past,
+            "P+S": past + S,
+            "B*S": B * S,
+            "W+S": min(past, window - 1) + S if window else past + S,
+        }
+        return tuple(factor * terms[term] for factor, term in self.dims)
+
+    def dims_of(self, *terms: str) -> list[int]:
+        """The dims that are a multiple of one of these terms."""
+        return [dim for dim, (_, term) in enumerate(self.dims or ()) if term in terms]
+
+    def __str__(self) -> str:
+        if self.dims is None:
+            return "depends on the data"
+        return (
+            "×".join(term if f == 1 and term else f"{f}{term}" if term else str(f) for f, term in self.dims) or "scalar"
+        )
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the first."""
+
+    glob: str
+    at: str = "output"
+    index: str | None = None  # path of a leaf; None is the first tensor leaf
+    name: str = ""
+    groups: tuple[str, ...] = ()
+    positions: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        if self.name:
+            return self.name
+        at = f" {self.at}" if self.at != "output" else ""
+        return f"{self.glob or '(root)'}{at}" + (f" [{self.index}]" if self.index is not None else "")
+
+
+@dataclass(frozen=True)
+class HookSet:
+    """The hooks of a session in order of registration, and the groups that are switched off.
+
+    Driver and engines hold equal ones: a run names the digest, and an engine whose set differs refuses.
+    """
+
+    hooks: tuple[HookSpec, ...] = ()
+    off: frozenset[str] = frozenset()
+
+    def put(self, spec: HookSpec) -> HookSet:
+        """With this hook: in the place of the one of its name, else at the end."""
+        keys = [hook.key for hook in self.hooks]
+        if spec.key not in keys:
+            return replace(self, hooks=(*self.hooks, spec))
+        at = keys.index(spec.key)
+        return replace(self, hooks=(*self.hooks[:at], spec, *self.hooks[at + 1 :]))
+
+    def without(self, keys: Sequence[str]) -> HookSet:
+        return replace(self, hooks=tuple(hook for hook in self.hooks if hook.key not in keys))
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group → keys of its hooks."""
+        found: dict[str, list[str]] = {}
+        for hook in self.hooks:
+            for group in hook.groups:
+                found.setdefault(group, []).append(hook.key)
+        return found
+
+    def active(self, groups: Sequence[str] = (), complement: bool = False) -> list[HookSpec]:
+        """The hooks a run fires: those of the groups (or all others), else all that no group switches off."""
+        if groups:
+            return [hook for hook in self.hooks if bool(set(hook.groups) & set(groups)) != complement]
+        return [hook for hook in self.hooks if not set(hook.groups) & self.off]
+
+    @property
+    def digest(self) -> int:
+        """63 bits that say which hooks these are, alike in every process."""
+        text = repr((self.hooks, sorted(self.off)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """A module of the unsharded model. stages: the pipeline stages that hold it, in order."""
+
+    name: str
+    cls: str
+    num_parameters: int
+    stages: tuple[int, ...] = (0,)
+    spans: bool = False  # something beneath it lies on another set of stages
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the driver knows of a loaded model: all of it plain data, so that a new driver can ask for it again."""
+
+    path: str
+    cls: str
+    layout: Layout
+    dtype: str
+    attention: str
+    modules: tuple[ModuleInfo, ...]
+    # (module name or virtual point, "output" | "input") → for each call in a forward, its leaves
+    scan: dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
+    num_parameters: int
+    rank_parameters: tuple[int, ...]
+    rank_bytes: tuple[int, ...]
+    vocab_size: int
+    max_positions: int | None
+    window: int = 0
+    placements: dict[str, str] = field(default_factory=dict)  # declared by the user: glob → placement
+    styles: dict[str, str] = field(default_factory=dict)  # of the model's own parallel plan: name → style
+
+    @property
+    def names(self) -> list[str]:
+        """Every name a hook can have: modules, then virtual points."""
+        return [m.name for m in self.modules] + [n for n, at in self.scan if ".@" in n and at == "output"]
+
+
+@dataclass(frozen=True)
+class CaptureKey:
+    """Which value of a run: a hook's value at one module, one leaf, one call."""
+
+    hook: str
+    module: str
+    at: str = "output"
+    index: str = ""
+    call: int = 0
+
+    def __str__(self) -> str:
+        text = self.module or "(root)"
+        text += f" {self.at}" if self.at != "output" else ""
+        text += f" [{self.index}]" if self.index else ""
+        return text + (f" call {self.call}" if self.call else "")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, before it: the whole batch, and where its captures will lie. Every rank gets the same."""
+
+    run: int
+    ids: list[list[int]]
+    mask: list[list[int]]
+    positions: list[list[int]]
+    hooks: int  # digest of the HookSet
+    slab: str
+    slab_bytes: int
+    base: int
+    num_bytes: int
+    groups: tuple[str, ...] = ()
+    complement: bool = False
+    stop_at: str | None = None
+    logits_last: bool = False  # keep only the last position's logits: all of them would not be small
+    timeout_s: float = 60.0
+    freed: tuple[int, ...] = ()  # runs that the driver's store has let go
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw of one capture.
+
+    holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds a part of.
+    box: the part it wrote: ranks that hold the same part share the copying; None: it wrote nothing.
+    digest: of what it holds; ranks that hold the same part must have the same numbers.
+    region: where the value lies if not in its planned place. partial: it is one addend of a sum over tp.
+    """
+
+    evidence: str
+    placement: str
+    digest: int = 0
+    holds: Box = ()
+    box: Box | None = ()
+    region: Region | None = None
+    partial: bool = False
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One rank's answer to a RunPlan. planned: index in the plan → Seen; others: values that had no planned place."""
+
+    rank: int
+    run: int
+    planned: dict[int, Seen]
+    others: dict[CaptureKey, Seen]
+    seconds: dict[str, float]
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """An engine raised. time: when, in seconds since the epoch; the earliest of several is the cause.
+
+    broken: the process groups were broken to free the other ranks and must be made anew.
+    """
+
+    rank: int
+    type: str
+    message: str
+    traceback: str
+    time: float
+    broken: bool = False
+    secondary: bool = False  # it only says that another rank failed
