@@ -23,22 +23,14 @@ SMALL = {
     "num_key_value_heads": 4,
 }
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 512}
-SPECIAL = {
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "initializer_range": 0.1,
-}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "initializer_range": 0.1}
 
 # name -> (config class, what differs from SPECIAL and the vocabulary)
 ARCHS = {
     "llama": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=True)),
     "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
     "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
-    "mixtral": (
-        "MixtralConfig",
-        dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    ),
+    "mixtral": ("MixtralConfig", dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
     "gpt2": ("GPT2Config", GPT2),
     "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
     "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
@@ -86,8 +78,4 @@ def ids_and_mask(lengths: list[int], vocab: int = 256, seed: int = 0) -> dict[st
     generator = torch.Generator().manual_seed(seed)
     mask = torch.tensor([[int(column >= max(lengths) - n) for column in range(max(lengths))] for n in lengths])
     ids = torch.randint(3, vocab, mask.shape, generator=generator) * mask
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}

@@ -36,21 +36,10 @@ class Reference:
 
         Leaves the capturing hooks of transformers' output_attentions on the model; they change no value.
         """
-        return {
-            **_patterns(self),
-            **_keys_and_values(self),
-            **_queries(self),
-            **_mixed(self),
-        }
+        return {**_patterns(self), **_keys_and_values(self), **_queries(self), **_mixed(self)}
 
 
-def load(
-    folder: str | os.PathLike[str],
-    *,
-    attn: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    gguf: bool = False,
-):
+def load(folder: str | os.PathLike[str], *, attn: str = "sdpa", dtype: torch.dtype = torch.float32, gguf: bool = False):
     """The unsharded model. gguf: read the folder's one .gguf file, dequantised."""
     from transformers import AutoModelForCausalLM
 
@@ -73,11 +62,7 @@ def reference(
     """One forward of the unsharded model, all modules hooked. A model passed in keeps its own attn and dtype."""
     given = isinstance(folder_or_model, torch.nn.Module)
     model = folder_or_model.eval() if given else load(folder_or_model, attn=attn, dtype=dtype, gguf=gguf)
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-    }
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     outputs, inputs = record(model, batch)
     return Reference(model, batch, outputs, inputs)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +13,12 @@ import torch
 from flexkernel.errors import PromptError
 from flexkernel.prompts import batch, texts, token_strings
 
-SMOLLM2 = Path.home() / ".cache" / "flexkernel" / "SmolLM2-135M-Instruct"
-
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    if not (SMOLLM2 / "tokenizer.json").exists():
-        pytest.skip("the demo model is not in the cache: python -m flexkernel demo-model")
+def tokenizer(smollm2):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(SMOLLM2)
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 # Ids, without a tokenizer

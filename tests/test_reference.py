@@ -49,11 +49,7 @@ def test_a_folder_is_built_once_and_a_seed_gives_one_model(folder):
     before = (path / "model.safetensors").stat().st_mtime_ns
     assert tiny("qwen3", folder) == path and (path / "model.safetensors").stat().st_mtime_ns == before
     torch.manual_seed(1)
-    for (name, a), b in zip(
-        load(path).state_dict().items(),
-        build("qwen3").state_dict().values(),
-        strict=True,
-    ):
+    for (name, a), b in zip(load(path).state_dict().items(), build("qwen3").state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
