@@ -1,0 +1,121 @@
+"""The picture writer: a valid PNG with its words drawn in, read back by hand."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from flexkernel.widgets import png
+from flexkernel.widgets.png import Axis
+
+
+def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and palette of a palette PNG, every chunk's checksum checked."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, chunks = 8, {}
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
+        chunks[kind] = body
+        at += 12 + size
+    width, height, depth, colour_type = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
+    assert (depth, colour_type) == (8, 3)
+    assert b"IEND" in chunks
+    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
+    assert not lines[:, 0].any()
+    return lines[:, 1:], np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
+
+
+def test_what_is_encoded_can_be_read_back():
+    index = np.random.default_rng(0).integers(0, 256, (37, 51)).astype(np.uint8)
+    palette = png.colours(True)
+    pixels, colours = decode(png.encode(index, palette))
+    assert np.array_equal(pixels, index)
+    assert np.array_equal(colours, palette)
+
+
+def test_nan_has_an_index_of_its_own_and_the_ends_are_clipped():
+    values = np.array([[np.nan, -np.inf, -9, -1, 0, 1, 9, np.inf]], np.float32)
+    assert png.quantise(values, -1, 1).tolist() == [[0, 1, 1, 1, 128, 255, 255, 255]]
+    assert png.quantise(values, -1, 1, levels=63).tolist() == [[0, 1, 1, 1, 32, 63, 63, 63]]
+
+
+def test_zero_is_nearly_white_on_the_signed_map_and_its_ends_differ_in_hue():
+    colours = png.colours(True).astype(int)
+    assert colours[128].min() > 240
+    blue, red = colours[1], colours[255]
+    assert blue[2] - blue[0] > 80 and red[0] - red[2] > 80
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_lightness_is_ordered_so_that_the_map_reads_without_hue(signed):
+    light = png.colours(signed)[1:].astype(float) @ [0.299, 0.587, 0.114]
+    if signed:
+        assert (np.diff(light[:128]) > -0.8).all() and (np.diff(light[128:]) < 0.8).all()
+    else:
+        assert (np.diff(light) < 0.8).all()
+
+
+def picture(values, rows=(), cols=(), **options) -> tuple[np.ndarray, np.ndarray]:
+    height, width = values.shape
+    data, wide, high = png.render(values, -1.0, 1.0, True, Axis(0, height, rows), Axis(0, width, cols), **options)
+    index, palette = decode(data)
+    assert index.shape == (high, wide)
+    return index, palette[index]
+
+
+def ink(rgb: np.ndarray) -> np.ndarray:
+    return (rgb == png.INK).all(-1)
+
+
+def test_a_hot_cell_a_nan_and_a_label_are_all_in_the_picture():
+    values = np.zeros((20, 40), np.float32)
+    values[3, 4], values[5, 6] = 1.0, np.nan
+    _, rgb = picture(values, rows=[(3, "tok")], cols=[(4, "4")], title="name", bar=[(1.0, "1"), (0.0, "0")])
+    assert (rgb == png.colours(True)[255]).all(-1).sum() >= 24 * 24
+    assert (rgb == png.NAN).all(-1).sum() == 24 * 24
+    assert ink(rgb).sum() > 200
+
+
+def test_words_change_the_picture_where_they_are():
+    values = np.zeros((20, 40), np.float32)
+    _, one = picture(values, rows=[(3, "aaa")])
+    _, other = picture(values, rows=[(3, "bbb")])
+    rows, _ = np.nonzero((one != other).any(-1))
+    assert len(rows) and rows.max() - rows.min() < 16
+
+
+def test_shard_strips_carry_their_ranks_and_the_cut_is_dotted():
+    values = np.zeros((40, 60), np.float32)
+    shards = [(0, 30, "rank 0"), (30, 60, "rank 1")]
+    data, _, _ = png.render(values, -1, 1, True, Axis(0, 40), Axis(0, 60, (), shards))
+    index, palette = decode(data)
+    rgb = palette[index]
+    for band in png.BANDS:
+        assert (rgb == band).all(-1).sum() > 5000
+    cut = ink(rgb).sum(axis=0).max()  # the column of the cut has the most ink: a third of its pixels
+    assert 130 < cut < 240
+
+
+def test_every_printable_character_has_a_glyph_of_its_own():
+    glyphs = {chr(c): png._glyph(chr(c)).tobytes() for c in range(33, 127)}
+    assert len(set(glyphs.values())) == len(glyphs) == 94
+    assert png._glyph("字").tobytes() == png._glyph("☃").tobytes()  # a box
+    assert not png._glyph(" ").any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (400, 1), (192, 384)])
+def test_any_shape_makes_a_picture_of_readable_size(shape):
+    _, rgb = picture(np.random.default_rng(0).normal(size=shape).astype(np.float32), title="t", caption="c")
+    assert 60 < rgb.shape[0] < 700 and 60 < rgb.shape[1] < 1300
+
+
+def test_extremes_of_pure_noise_stay_small():
+    rng = np.random.default_rng(0)
+    values = (rng.choice([-1, 1], (192, 384)) * rng.normal(0.6, 0.13, (192, 384))).astype(np.float32)
+    data, _, _ = png.render(values, -1, 1, True, Axis(0, 192), Axis(0, 384))
+    assert len(data) < 70_000
