@@ -22,6 +22,7 @@ __all__ = [
     "bounds",
     "combine",
     "count_nan",
+    "extreme",
     "histogram",
     "partial",
     "reduce_shards",
@@ -228,8 +229,8 @@ def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
     return out
 
 
-def _extreme(parts: Tensors) -> torch.Tensor:
-    most, least = parts
+def extreme(most: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """The "extreme" tile from the two that `bounds` gives: whichever is farther from zero, with its sign."""
     return torch.where(most.abs() >= least.abs(), most, least)
 
 
@@ -262,7 +263,7 @@ def _peaks(parts: Tensors, dim: int) -> Tensors:
 
 _BOUNDS = _How(lambda x, d: _peaks((x, x), d), _peaks, _only)
 HOWS: dict[str, _How] = {
-    "extreme": _BOUNDS._replace(last=_extreme),
+    "extreme": _BOUNDS._replace(last=lambda parts: extreme(*parts)),
     "mean": _How(_tile_mean, lambda parts, d: _merge_sums(parts, (d,)), lambda parts: parts[0] / parts[1]),
     "max": _How(lambda x, d: (_peak(x, d, True),), lambda parts, d: (_peak(parts[0], d, True),), _only),
     "min": _How(lambda x, d: (_peak(x, d, False),), lambda parts, d: (_peak(parts[0], d, False),), _only),
@@ -314,7 +315,8 @@ def count_nan(x_2d: torch.Tensor, rows: tuple[int, int] | None = None, cols: tup
     if not x_2d.dtype.is_floating_point:
         return 0
     part = _crop(x_2d, rows, cols)
-    return sum(int(block.isnan().sum()) for block in _row_blocks(part, 1) if block.sum().isnan())
+    blocks = (block if block.element_size() > 1 else block.float() for block in _row_blocks(part, 1))  # float8: no sum
+    return sum(int(block.isnan().sum()) for block in blocks if block.sum().isnan())
 
 
 def _crop(x: torch.Tensor, rows: tuple[int, int] | None, cols: tuple[int, int] | None) -> torch.Tensor:
