@@ -1,4 +1,4 @@
-"""Capture: one activation of a run, whole. It lies in slabs until someone looks; looking on the same host moves nothing."""
+"""Capture: one activation of a run, whole. It lies in slabs; looking at it on the same host moves nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from . import errors, reduce
 from .errors import CaptureError, CaptureExpired, PlacementError
-from .slabs import Slab, size_of
+from .slabs import Slab, pages, size_of
 from .wire import Box, CaptureKey, Region, Seen
 
 __all__ = ["Capture", "Home"]
@@ -22,7 +22,7 @@ class Home(Protocol):
     """Where a capture's bytes are: what the session's store of runs gives it."""
 
     here: str
-    hosts: Sequence[str]  # rank → host
+    hosts: list[str]  # rank → host
 
     def slab(self, name: str, num_bytes: int) -> Slab: ...
     def client(self, host: str) -> Any: ...
@@ -54,7 +54,7 @@ class Capture:
         self._expired = ""
         self.error = _failure(key, self.seen, self.shape)
 
-    # --- what it is -------------------------------------------------------------------------------------------------
+    # --- what it is --------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class Capture:
 
     @property
     def evidence(self) -> str:
-        """How the placement is known: dtensor, plan, class, scan+digest, declared; described: one rank had all of it."""
+        """How the placement is known: dtensor, plan, class, scan+digest or declared; described: one rank had it all."""
         kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
         return "/".join("scan+digest" if kind == "scan" else kind for kind in kinds) or "none"
 
@@ -99,10 +99,10 @@ class Capture:
         kind = str(self.dtype).removeprefix("torch.")
         return f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
 
-    # --- looking ----------------------------------------------------------------------------------------------------
+    # --- looking -----------------------------------------------------------------------------------
 
     def tensor(self) -> torch.Tensor:
-        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view, at once at any size.
+        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view, at once.
 
         CaptureExpired: the run was freed. PlacementError: where the shards lie is not known."""
         self._check()
@@ -176,7 +176,7 @@ class Capture:
         """The store takes the memory back; what was read before stays readable."""
         self._expired = why
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         if self.error is not None:
@@ -204,13 +204,18 @@ class Capture:
 
     def _is_view(self) -> bool:
         """Whether all of it lies in one region of a slab that this process can map."""
-        return not self._is_partial() and self._hosts() <= {self._home.here}
+        pieces = sum(seen.region is not None for seen in self.seen.values())
+        return not self._is_partial() and self._hosts() <= {self._home.here} and pieces <= 1
 
     def _place(self) -> tuple[Region, Slab]:
         if self._region is not None:
             return self._region, self._home.slab(self._region.slab, self._slab_bytes)
         region = next(s.region for s in self.seen.values() if s.region is not None)
-        return region, self._home.slab(region.slab, size_of(region.shape, region.dtype))
+        return region, self._own_slab(region)
+
+    def _own_slab(self, region: Region) -> Slab:
+        """The file a rank keeps a value in that had no planned place."""
+        return self._home.slab(region.slab, max(pages(size_of(region.shape, region.dtype)), pages(1)))
 
     def _shared(self) -> torch.Tensor:
         """The shared map: to be read here, never handed out."""
@@ -234,8 +239,15 @@ class Capture:
                 index = index_of(seen.box, len(self.shape))
                 whole[index] = self._part(rank, index)
             elif seen.region is not None:
-                return self._home.client(self._home.hosts[rank]).read(seen.region)
+                whole[index_of(seen.holds, len(self.shape))] = self._own_part(rank, seen.region)
         return whole
+
+    def _own_part(self, rank: int, region: Region) -> torch.Tensor:
+        """What a rank keeps in a region of its own."""
+        host = self._home.hosts[rank]
+        if host == self._home.here:
+            return self._own_slab(region).tensor(region)
+        return self._home.client(host).read(region)
 
     def _part(self, rank: int, index: tuple) -> torch.Tensor:
         assert self._region is not None
@@ -249,15 +261,8 @@ class Capture:
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, seen in self.seen.items():
-            if seen.region is None:
-                continue
-            host = self._home.hosts[rank]
-            if host == self._home.here:
-                slab = self._home.slab(seen.region.slab, size_of(seen.region.shape, seen.region.dtype))
-                addend = slab.tensor(seen.region)
-            else:
-                addend = self._home.client(host).read(seen.region)
-            whole[index_of(seen.holds, len(self.shape))] += addend.to(exact)
+            if seen.region is not None:
+                whole[index_of(seen.holds, len(self.shape))] += self._own_part(rank, seen.region).to(exact)
         return whole.to(self.dtype)
 
 
@@ -290,17 +295,19 @@ def _differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
         other, digest = first.setdefault(one.holds, (rank, one.digest))
         if digest != one.digest:
             return PlacementError(
-                f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial sum, "
-                f"or these ranks have diverged. If it is a sum, declare it: placements={{{key.module!r}: 'partial'}}"
+                f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial "
+                f"sum, or these ranks have diverged. If it is a sum, declare it, "
+                f"placements={{{key.module!r}: 'partial'}}"
             )
     return None
 
 
 def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
     """The parts that were written must be the whole: counted, since no two ranks write the same element."""
-    if any(one.partial or one.region is not None for one in seen.values()):
+    if any(one.partial for one in seen.values()):
         return None
     written = sum(_volume(one.box, shape) for one in seen.values() if one.box is not None)
+    written += sum(_volume(one.holds, shape) for one in seen.values() if one.region is not None)
     total = _volume((), shape)
     if written == total:
         return None
@@ -309,7 +316,7 @@ def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
 
 
 def _volume(box: Box, shape: tuple[int, ...]) -> int:
-    part = dict((dim, stop - start) for dim, start, stop in box)
+    part = {dim: stop - start for dim, start, stop in box}
     count = 1
     for dim, size in enumerate(shape):
         count *= part.get(dim, size)

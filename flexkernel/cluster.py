@@ -1,7 +1,8 @@
 """The engines as one thing to call: through ipyparallel, or in this process. Only this file knows ipyparallel.
 
 A call goes to every rank and comes back with one answer a rank. Engines never raise through ipyparallel: an error is
-an ErrorReport, the earliest is the cause, and groups that were broken to free the others are made anew before it is raised.
+an ErrorReport, the earliest is the cause, and groups that were broken to free the others are made anew before it is
+raised.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import engine, errors
 from .errors import ClusterError, EngineDied, EngineError
 from .wire import ErrorReport, Seat
 
-__all__ = ["Cluster", "FlexEngineSetLauncher", "InProcess", "IPyParallel"]
+__all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 
@@ -42,7 +43,7 @@ class Cluster:
         self.timeout_s = 60.0
         self.seated = False
 
-    # --- what a backend does ----------------------------------------------------------------------------------------
+    # --- what a backend does -----------------------------------------------------------------------
 
     def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
         raise NotImplementedError
@@ -53,7 +54,7 @@ class Cluster:
     def close(self) -> None:
         raise NotImplementedError
 
-    # --- calling ------------------------------------------------------------------------------------------------------
+    # --- calling -----------------------------------------------------------------------------------
 
     def call(
         self,
@@ -90,6 +91,17 @@ class Cluster:
         rest = (*where, self.timeout_s) if where else ()
         self.call("sit", each=[(seat, self.folder, device, *rest) for seat in seats])
         self.seated = True
+
+
+def packed(function: Callable) -> bytes:
+    """A user's function as it travels to engines: with its code, so that one typed into a notebook works."""
+    import cloudpickle
+
+    try:
+        return cloudpickle.dumps(function)
+    except Exception as error:
+        name = getattr(function, "__name__", function)
+        raise ClusterError(f"{name} cannot be sent to engines, it holds something that stays here: {error}") from None
 
 
 def cause(reports: Sequence[ErrorReport]) -> BaseException:
@@ -264,7 +276,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# --- beginnings ---------------------------------------------------------------------------------------------------------
+# --- beginnings ------------------------------------------------------------------------------------
 
 
 class FlexEngineLauncher(LocalEngineLauncher):

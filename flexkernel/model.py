@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import LayoutError, LoadError
-from .wire import Layout, ModelInfo, ModuleInfo
+from .wire import Layout, ModelInfo, ModuleInfo, Source
 
-__all__ = ["check_world", "load", "merged"]
+__all__ = ["check_world", "load", "merged", "source"]
 
 
 def check_world(layout: Layout, world: int) -> None:
@@ -26,36 +27,54 @@ def check_world(layout: Layout, world: int) -> None:
         )
 
 
+def source(what: Any, reference: Callable | None, packed: Callable[[Callable], bytes]) -> Source:
+    """What a user gave to load, as engines understand it."""
+    if callable(what):
+        name = getattr(what, "__name__", type(what).__name__)
+        return Source(name, packed(what), packed(reference) if reference is not None else None)
+    if not isinstance(what, str | os.PathLike):
+        raise LoadError(f"a model is a folder, a hub id or a function that builds it; found {type(what).__name__}")
+    path = os.fspath(what)
+    return Source(os.path.expanduser(path) if path.startswith("~") else path)
+
+
 def load(
     cluster: Any,
-    path: str,
+    source: Source,
     layout: Layout,
     dtype: str,
-    attention: str,
+    attention: str | None,
     placements: dict[str, str],
     progress: Callable[[str, int, int], None],
 ) -> ModelInfo:
     """Load a model on all engines: refuse what cannot be, load each part, tell every rank what all hold."""
     progress("inspecting", 0, layout.world)
-    info: ModelInfo = cluster.call("inspect", path, layout, dtype, attention, placements)[0]
-    parts = cluster.call("load", info, progress=lambda done: progress("loading", done, layout.world))
-    info = merged(info, parts)
-    check_sharded(info)
+    info: ModelInfo = cluster.call("inspect", source, layout, dtype, attention, placements)[0]
+    parts = cluster.call("load", info, source, progress=lambda done: progress("loading", done, layout.world))
+    info = merged(info, parts, foreign=source.builder is not None)
+    if source.builder is None:
+        check_sharded(info)
     cluster.call("adopt", info)
     progress("loaded", layout.world, layout.world)
     return info
 
 
-def merged(info: ModelInfo, parts: Sequence[tuple[list[str], int, int]]) -> ModelInfo:
-    """The model with the stages that hold each module, from each rank's (names, parameters, bytes)."""
+def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], foreign: bool = False) -> ModelInfo:
+    """The model with the stages that hold each module, from each rank's (modules, parameters, bytes).
+
+    foreign: it was built by the user, and may have modules of its own beside those of the unsharded one."""
     stages: dict[str, set[int]] = {}
-    for rank, (names, _, _) in enumerate(parts):
+    held: dict[str, ModuleInfo] = {}
+    for rank, (modules, _, _) in enumerate(parts):
         stage = info.layout.coordinate(rank)["pp"]
-        for name in names:
-            stages.setdefault(name, set()).add(stage)
+        for module in modules:
+            held.setdefault(module.name, module)
+            stages.setdefault(module.name, set()).add(stage)
     lost = [m.name for m in info.modules if m.name not in stages]
-    strange = set(stages) - {m.name for m in info.modules}
-    if lost or strange:
+    strange = {name: m for name, m in held.items() if name not in {known.name for known in info.modules}}
+    if foreign and not lost:
+        info = dataclasses.replace(info, modules=(*info.modules, *strange.values()))
+    elif lost or strange:
         raise LoadError(
             f"the loaded model has other modules than the unsharded one: "
             f"{len(lost)} missing {lost[:3]}, {len(strange)} unknown {sorted(strange)[:3]}"

@@ -23,7 +23,7 @@ def _regex(glob: str) -> re.Pattern[str]:
         if segment == "**":  # zero or more whole segments, none of them a virtual point
             pattern += r"(?:(?:^|\.)[^.@][^.]*)*"
             continue
-        first = "(?:^)" if i == 0 else r"(?:^|\.)" if pattern.startswith("(?:(?:^") else r"\."
+        first = "(?:^)" if i == 0 else r"(?:^|\.)" if set(glob.split(".")[:i]) == {"**"} else r"\."
         virtual = segment.startswith("@")
         body = "".join("[^.]*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", segment) if part)
         pattern += first + ("" if virtual or not segment.startswith("*") else "(?!@)") + body

@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import html
+import os
 import secrets
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -16,12 +18,13 @@ import torch
 from .capture import Capture
 from .errors import CaptureError, MemoryBudgetError
 from .names import nearest
-from .prompts import token_strings
-from .slabs import Extent, Plan, Pool, Slab, pages
+from .prompts import Batch, token_strings
+from .slabs import Extent, Plan, Planner, Pool, Slab, folder, pages
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store"]
 
+TOKEN_STYLE = "background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre"
 SHOWN = 24  # captures listed in a repr
 
 
@@ -42,7 +45,7 @@ class Run:
         self.freed = ""
         self._store: Any = None
 
-    # --- looking ----------------------------------------------------------------------------------------------------
+    # --- looking -----------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple) -> Capture:
         wanted = (key,) if isinstance(key, str) else tuple(key)
@@ -98,7 +101,7 @@ class Run:
         words = [token_strings(row, self._tokenizer) for row in ids.tolist()]
         return [list(zip(w, v, strict=True)) for w, v in zip(words, values.tolist(), strict=True)]
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- life --------------------------------------------------------------------------------------
 
     def keep(self) -> Run:
         """Never expire this run to make room for others."""
@@ -114,7 +117,7 @@ class Run:
     def num_bytes(self) -> int:
         return sum(c.num_bytes for c in self.captures.values() if c.error is None)
 
-    # --- repr -------------------------------------------------------------------------------------------------------
+    # --- repr --------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         lines = [self._headline()]
@@ -127,10 +130,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         esc = html.escape
-        tokens = " ".join(
-            f'<span style="background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre">{esc(t)}</span>'
-            for t in self.tokens[0][:200]
-        )
+        tokens = " ".join(f'<span style="{TOKEN_STYLE}">{esc(t)}</span>' for t in self.tokens[0][:200])
         rows = "".join(
             "<tr>" + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in row) + "</tr>"
             for row in self._table()[:8]
@@ -182,9 +182,12 @@ class Store:
     keeps or looks into expire.
     """
 
-    def __init__(self, cluster: Any, here: str, folder: Path, prefix: str):
-        self._cluster, self.here, self.folder = cluster, here, folder
+    def __init__(self, cluster: Any):
+        host = os.environ.get("FLEX_HOST", "")
+        self._cluster, self.here = cluster, host or socket.gethostname()
+        self.folder = folder(cluster.folder + (f"-{host}" if host else ""))
         self.hosts: list[str] = list(cluster.hosts)
+        prefix = secrets.token_hex(4)
         self.pool = Pool(prefix)
         self.budget = psutil.virtual_memory().available // 4
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
@@ -257,11 +260,39 @@ class Store:
             self.pool.release(extent)
             raise
 
-    def adopt(self, plan: RunPlan, where: Plan, reports: Sequence[RunReport], tokens: Any, tokenizer: Any) -> Run:
-        """A run of an earlier driver: its captures lie where that one put them."""
-        extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
-        self.pool.adopt(extent)
-        return self.add(plan, where, extent, reports, tokens, tokenizer)
+    def run(self, batch: Batch, where: Plan, tokenizer: Any, wanted: dict[str, Any]) -> Run:
+        """Have the engines run a batch, once there is room for what it keeps. wanted: the RunPlan's other fields."""
+        begin = time.perf_counter()
+        with self.room(where.num_bytes) as extent:
+            plan = RunPlan(
+                run=self.next_number(),
+                ids=batch.ids,
+                mask=batch.mask,
+                positions=batch.positions,
+                slab=extent.slab,
+                slab_bytes=extent.slab_bytes,
+                base=extent.base,
+                num_bytes=where.num_bytes,
+                logits_last=where.logits_last,
+                timeout_s=self._cluster.timeout_s,
+                freed=self.take_freed(),
+                **wanted,
+            )
+            reports = self._cluster.call("run", plan)
+        run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
+        run.seconds["total"] = time.perf_counter() - begin
+        return run
+
+    def recover(self, by_rank: Sequence[dict], planner: Planner, tokenizer: Any) -> None:
+        """The runs of an earlier driver that every rank still knows: their captures lie where that one put them."""
+        for number, (plan, hooks, _) in sorted(by_rank[0].items()):
+            reports = [runs[number][2] for runs in by_rank if number in runs]
+            if len(reports) == len(by_rank):
+                where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
+                tokens = [token_strings(row, tokenizer) for row in plan.ids]
+                extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
+                self.pool.adopt(extent)
+                self.add(plan, where, extent, reports, tokens, tokenizer)
 
     def add(
         self, plan: RunPlan, where: Plan, extent: Extent, reports: Sequence[RunReport], tokens: Any, tokenizer: Any
@@ -284,8 +315,8 @@ class Store:
         run.freed = "freed"
         for capture in run.captures.values():
             capture.expire(why)
-        for seen in (s for c in run.captures.values() for s in c.seen.values() if s.region is not None):
-            self._slabs.pop(seen.region.slab, None)
+        for region in [s.region for c in run.captures.values() for s in c.seen.values() if s.region is not None]:
+            self._slabs.pop(region.slab, None)
         self.runs.pop(run.number, None)
         self._freed.append(run.number)
         extent = self._extents.pop(run.number, None)
@@ -316,7 +347,17 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
             entry.key, entry.shape, dtype, planned.get(i, {}), region, home, extent.slab_bytes, looked_into, run.tokens
         )
     for key, by_rank in others.items():
-        lies = next((s.region for s in by_rank.values() if s.region is not None), None)
-        shape, dtype = (lies.shape, getattr(torch, lies.dtype)) if lies else ((), torch.float32)
+        shape, dtype = described(by_rank)
         found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
     return found
+
+
+def described(by_rank: Mapping[int, Seen]) -> tuple[tuple[int, ...], torch.dtype]:
+    """The whole shape and dtype of a value that no plan foresaw, from the parts that ranks describe."""
+    lies = next((s.region for s in by_rank.values() if s.region is not None), None)
+    if lies is None:
+        return (), torch.float32
+    shape = list(lies.shape)
+    for dim in range(len(shape)):
+        shape[dim] = max([stop for s in by_rank.values() for d, _, stop in s.holds if d == dim], default=shape[dim])
+    return tuple(shape), getattr(torch, lies.dtype)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
-import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from . import cluster as clusters
@@ -17,7 +13,7 @@ from .hooks import Hooked, Hooks, regrouped
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import HookSet, HookSpec, Layout, ModelInfo, RunPlan
+from .wire import HookSet, HookSpec, Layout, ModelInfo
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -25,7 +21,7 @@ AT = ("output", "input")
 
 
 def start(n: int = 2, engines: str | None = None, cluster_id: str = "") -> Session:
-    """A session over n new engines, which end with it. engines: an ipyparallel launcher's name (slurm, ssh, mpi, ...)."""
+    """A session over n new engines, which end with it. engines: an ipyparallel launcher (slurm, ssh, mpi, pbs)."""
     return Session(clusters.start(n, engines, cluster_id))
 
 
@@ -51,7 +47,7 @@ class Session:
         if getattr(cluster, "loaded", False):
             self._recover()
 
-    # --- life ---------------------------------------------------------------------------------------------------------
+    # --- life --------------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
         return self
@@ -71,64 +67,57 @@ class Session:
 
     def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
         """Run a function on every engine; its results in order of rank."""
-        return self.cluster.call("call", function, *args)
+        return self.cluster.call("call", clusters.packed(function), *args)
 
-    # --- model --------------------------------------------------------------------------------------------------------
+    # --- model -------------------------------------------------------------------------------------
 
     def load(
         self,
-        path: str | os.PathLike[str],
+        source: str | os.PathLike[str] | Callable[[], Any],
         tp: int = 1,
         pp: int = 1,
         dp: int = 1,
         fsdp: int = 1,
         dtype: str = "float32",
         device: str = "cpu",
-        attn: str = "sdpa",
+        attn: str | None = None,
+        reference: Callable[[], Any] | None = None,
         placements: Mapping[str, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> ModelInfo:
-        """Load a model folder or hub id, split over the engines: each reads only its part. The degrees multiply to the
-        number of engines. Replaces the model that was loaded. LoadError, LayoutError: refused before anything is read."""
+        """Load a model folder or hub id, split over the engines: each reads only its part. Replaces what was loaded.
+
+        Or a builder: it returns a rank's nn.Module, however it was distributed, and the degrees say how; reference()
+        builds the unsharded one, for the scan. placements: glob → "shard:DIM", "replicate" or "partial", over tp.
+        LoadError, LayoutError: refused before anything is read; the degrees multiply to the number of engines."""
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
-        path = os.fspath(path)
-        path = str(Path(path).expanduser()) if path.startswith("~") else path
+        where = model.source(source, reference, clusters.packed)
+        self._forget()
         if not self.cluster.seated or self.cluster.device != device:
             self.cluster.seat(device)
-        self._forget()
-        info = model.load(
-            self.cluster, path, layout, dtype, attn, dict(placements or {}), progress or (lambda *_: None)
-        )
+        told = progress or (lambda *_: None)
+        info = model.load(self.cluster, where, layout, dtype, attn, dict(placements or {}), told)
         self._know(info)
         return info
 
     def _know(self, info: ModelInfo) -> None:
         self.info, self.planner = info, slabs.Planner(info)
         self.tokenizer = prompts.tokenizer(info.path)
-        self.store = self._new_store()
+        self.store = Store(self.cluster)
 
     def _forget(self) -> None:
         if self.store is not None:
             self.store.close()
         self.info, self.store, self.hook_set = None, None, HookSet()
 
-    def _new_store(self) -> Store:
-        here = os.environ.get("FLEX_HOST") or socket.gethostname()
-        suffix = f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else ""
-        return Store(self.cluster, here, slabs.folder(self.cluster.folder + suffix), secrets.token_hex(4))
-
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
         answers = self.cluster.call("describe")
         self._know(answers[0][0])
         self.hook_set = answers[0][1]
-        for number, (plan, hooks, _) in sorted(answers[0][2].items()):
-            reports = [runs[number][2] for _, _, runs in answers if number in runs]
-            if len(reports) == self.cluster.size:
-                where = self.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
-                tokens = [prompts.token_strings(row, self.tokenizer) for row in plan.ids]
-                self.store.adopt(plan, where, reports, tokens, self.tokenizer)
+        assert self.store is not None
+        self.store.recover([runs for _, _, runs in answers], self.planner, self.tokenizer)
 
     def _loaded(self) -> ModelInfo:
         if self.info is None:
@@ -139,7 +128,7 @@ class Session:
         """The modules a glob names, with shapes, placements, ranks and hooks."""
         return Tree(self._loaded(), self.hook_set, glob)
 
-    # --- hooks --------------------------------------------------------------------------------------------------------
+    # --- hooks -------------------------------------------------------------------------------------
 
     @property
     def hooks(self) -> Hooks:
@@ -158,7 +147,7 @@ class Session:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
 
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
-        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module, nearest names."""
+        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module."""
         info = self._loaded()
         if at not in AT:
             raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
@@ -184,7 +173,7 @@ class Session:
         return self.planner.targets(glob)
 
     def unhook(self, glob_or_name: str | None = None) -> list[str]:
-        """Take hooks away, by name or by the glob they were given; all of them if none is named. Returns their names."""
+        """Take hooks away, by name or by the glob they were given; all if none is named. Returns their names."""
         self._loaded()
         keys = [h.key for h in self.hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
         if not keys and glob_or_name is not None:
@@ -207,7 +196,7 @@ class Session:
             self.cluster.call("set_hooks", hook_set)
             self.hook_set = hook_set
 
-    # --- runs ---------------------------------------------------------------------------------------------------------
+    # --- runs --------------------------------------------------------------------------------------
 
     @property
     def runs(self) -> list[Run]:
@@ -228,35 +217,14 @@ class Session:
         not computed. PromptError, MemoryBudgetError: refused before the forward."""
         info = self._loaded()
         assert self.store is not None
-        begin = time.perf_counter()
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         self._check_groups(groups)
         if stop_at is not None:
             names.select(stop_at, [m.name for m in info.modules])
         batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
         where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
-        with self.store.room(where.num_bytes) as extent:
-            plan = RunPlan(
-                run=self.store.next_number(),
-                ids=batch.ids,
-                mask=batch.mask,
-                positions=batch.positions,
-                hooks=self.hook_set.digest,
-                slab=extent.slab,
-                slab_bytes=extent.slab_bytes,
-                base=extent.base,
-                num_bytes=where.num_bytes,
-                groups=groups,
-                complement=complement,
-                stop_at=stop_at,
-                logits_last=where.logits_last,
-                timeout_s=self.cluster.timeout_s,
-                freed=self.store.take_freed(),
-            )
-            reports = self.cluster.call("run", plan)
-        run = self.store.add(plan, where, extent, reports, batch.tokens, self.tokenizer)
-        run.seconds["total"] = time.perf_counter() - begin
-        return run
+        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "hooks": self.hook_set.digest}
+        return self.store.run(batch, where, self.tokenizer, wanted)
 
     def _check_groups(self, groups: Sequence[str]) -> None:
         unknown = [g for g in groups if g not in self.hook_set.groups]

@@ -42,7 +42,7 @@ def size_of(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
-# --- what lies where -------------------------------------------------------------------------------------------------
+# --- what lies where -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: in
     return tuple(shape)
 
 
-# --- the files ------------------------------------------------------------------------------------------------------
+# --- the files -------------------------------------------------------------------------------------
 
 
 def folder(name: str) -> Path:
@@ -229,12 +229,12 @@ def allocate(fd: int, num_bytes: int, path: Path) -> None:
         os.ftruncate(fd, 0)
         free = os.statvfs(path.parent)
         raise MemoryBudgetError(
-            f"a slab of {num_bytes:,} bytes does not fit into {path.parent}: {free.f_bavail * free.f_frsize:,} are free; "
-            "free runs (session.runs), hook less, or set FLEX_SLABS to a larger folder"
+            f"a slab of {num_bytes:,} bytes does not fit into {path.parent}, {free.f_bavail * free.f_frsize:,} are "
+            "free there: free runs (session.runs), hook less, or set FLEX_SLABS to a larger folder"
         ) from None
 
 
-# --- who may reuse it ------------------------------------------------------------------------------------------------
+# --- who may reuse it ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass

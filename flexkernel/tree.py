@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import HookError
@@ -40,10 +39,9 @@ class Tree:
     def __repr__(self) -> str:
         lines = [f"{self.info.cls}: {self.info.num_parameters:,} parameters, {self.info.layout}"]
         for r in self.rows[:60]:
-            hooks = "  " + ", ".join(name for name, _ in r.hooks) if r.hooks else ""
-            lines.append(
-                f"{r.name or '(root)':<44} {r.cls:<24} {r.num_parameters:>14,}  {r.shape:<16} {r.placement}{hooks}".rstrip()
-            )
+            hooks = ", ".join(name for name, _ in r.hooks)
+            line = f"{r.name or '(root)':<44} {r.cls:<24} {r.num_parameters:>14,}  {r.shape:<16} {r.placement}  {hooks}"
+            lines.append(line.rstrip())
         if len(self.rows) > 60:
             lines.append(f"... and {len(self.rows) - 60} more modules: %flex_tree GLOB")
         return "\n".join(lines)

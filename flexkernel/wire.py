@@ -22,6 +22,7 @@ __all__ = [
     "Seat",
     "Seen",
     "ShapeFormula",
+    "Source",
     "share",
 ]
 
@@ -80,6 +81,17 @@ class Seat:
     local_rank: int = 0
     local_world: int = 1
     generation: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a folder or hub id, or a user's functions (cloudpickled) that build it.
+
+    builder: returns a rank's module, however it was distributed; reference: returns the unsharded one, for the scan."""
+
+    path: str
+    builder: bytes | None = None
+    reference: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +225,7 @@ class ModelInfo:
     num_parameters: int
     rank_parameters: tuple[int, ...]
     rank_bytes: tuple[int, ...]
-    vocab_size: int
+    vocab_size: int | None
     max_positions: int | None
     window: int = 0
     placements: dict[str, str] = field(default_factory=dict)  # declared by the user: glob → placement

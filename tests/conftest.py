@@ -1,15 +1,84 @@
-"""What several test files need."""
+"""What several test files need: the real model, tiny ones, and one shared cluster of engines at a time."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flexkernel import demo
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+# Engines import what tests send them by name, and one thread each is what two cores can carry.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from flexkernel import demo  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one number of engines run together, so that one cluster serves them all."""
+    items.sort(key=num_engines)
+
+
+def num_engines(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("engines")
+    return marker.args[0] if marker else 0
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of the real demo model; the first test run on a machine fetches it."""
     return demo.model()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """tiny(arch, vocab=256): the folder of a tiny random model."""
+    import models
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return lambda arch, vocab=256: models.tiny(arch, folder, vocab)
+
+
+class Clusters:
+    """One session over n engines at a time; asking for another number ends the last."""
+
+    def __init__(self) -> None:
+        self.n, self.session = 0, None
+
+    def get(self, n: int) -> Any:
+        import flexkernel as fk
+
+        if self.n != n or self.session is None or not all(self.session.cluster.alive()):
+            self.close()
+            self.n, self.session = n, fk.local() if n == 1 else fk.start(n)
+        return self.session
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        self.n, self.session = 0, None
+
+
+@pytest.fixture(scope="session")
+def _clusters() -> Iterator[Clusters]:
+    clusters = Clusters()
+    yield clusters
+    clusters.close()
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest, _clusters: Clusters) -> Iterator[Any]:
+    """A session over as many engines as the test's `engines(n)` mark says (1: in this process). No hooks, no runs."""
+    session = _clusters.get(num_engines(request.node) or 1)
+    yield session
+    if session.info is not None:
+        session.unhook()
+        for run in session.runs:
+            run.free()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 LAYERS = [
     {"errors", "wire", "names"},
     {"slabs", "reduce"},
-    {"channel", "cluster", "prompts", "capture", "run"},
+    {"channel", "cluster", "prompts", "capture", "run", "hooks", "model", "status", "tree"},
     {"session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]
@@ -28,7 +28,7 @@ WIDGETS_MAY = LAYERS[0] | LAYERS[1] | {"capture"}  # and each other; never the s
 DOOR_MAY = {"errors"}  # flexkernel/__init__.py when it is imported; the rest when it is asked for
 NAME_THE_ENGINE = {"session", "cluster"}  # its door only: `flexkernel.engine`, no file behind it
 SHOW_WIDGETS = LAYERS[4]
-SHOW_WIDGETS_INSIDE_A_FUNCTION = {"capture"}
+SHOW_WIDGETS_INSIDE_A_FUNCTION = {"capture", "tree"}
 
 # Third parties that one file or folder keeps to itself; and who never sees torch at run time
 ONLY = {

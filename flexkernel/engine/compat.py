@@ -26,13 +26,14 @@ __all__ = [
     "fix_cached_groups",
     "is_placeholder",
     "loading_under",
+    "own_modules",
     "rebuild_meshes",
     "set_attention",
     "tp_styles",
     "waited",
 ]
 
-# --- transformers: loading --------------------------------------------------------------------------------------------
+# --- transformers: loading -------------------------------------------------------------------------
 
 
 def distributed_config(layout: Layout) -> DistributedConfig:
@@ -50,8 +51,8 @@ def is_placeholder(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def loading_under(layout: Layout) -> Iterator[None]:
-    """While a model loads: the plans are resolved for all layers before the absent ones of this stage are replaced
-    (KeyError in transformers 5.23), so each plan is filtered to what the stage holds."""
+    """While a model loads: transformers 5.23 resolves the plans for all layers before it replaces those that are absent
+    from this stage (KeyError), so each plan is filtered to what the stage holds."""
     if layout.pp == 1:
         yield
         return
@@ -84,7 +85,7 @@ def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
     return dict(model._resolve_parallel_plans(DistributedConfig(tp_size=layout.tp))[0])
 
 
-# --- transformers: attention --------------------------------------------------------------------------------------------
+# --- transformers: attention -----------------------------------------------------------------------
 
 _ORIGINAL_ATTENTION: dict[str, Callable] = dict(AttentionInterface())
 
@@ -108,7 +109,44 @@ def eager_attention(module: torch.nn.Module) -> Callable:
     raise LookupError(f"{type(module).__name__} has no eager_attention_forward")
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------------
+# --- wrappers --------------------------------------------------------------------------------------
+
+WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The user's modules under the names they have in the unsharded model: what DDP, FSDP, compile and checkpointing
+    put around a module takes part in neither."""
+    found: dict[str, torch.nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: torch.nn.Module, name: str) -> None:
+        module = unwrapped(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[name] = module
+        for child_name, child in module.named_children():
+            walk(child, f"{name}.{child_name}" if name else child_name)
+
+    walk(model, "")
+    return found
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+            continue
+        inner = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+# --- torch -----------------------------------------------------------------------------------------
 
 
 def waited(value: torch.Tensor) -> torch.Tensor:

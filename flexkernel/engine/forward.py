@@ -24,7 +24,7 @@ __all__ = ["run"]
 
 
 def run(runtime: Any, plan: RunPlan) -> RunReport:
-    """This rank's share of the run. All ranks must call. Raises what is wrong before the forward begins, on all ranks."""
+    """This rank's share of the run. All ranks must call. Raises before the forward what is wrong, on all ranks."""
     start = time.perf_counter()
     forget(runtime, plan.freed)
     prepared: tuple[Recording, dict[str, torch.Tensor]] | None = None
@@ -133,7 +133,7 @@ def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
     """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward at all.
 
     Ranks of a tp group reach the module together. Stages before it end where they would wait for the logits, stages
-    after it do not begin. With the batch split (fsdp, dp) the forward runs to its end: its collectives need everyone."""
+    after it do not begin. With the batch split (fsdp, dp) the forward runs to its end: its collectives need all."""
     layout = runtime.info.layout
     if plan.stop_at is None or layout.batch_groups > 1:
         yield True
@@ -168,7 +168,7 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
 
 
-# --- slabs ------------------------------------------------------------------------------------------------------------
+# --- slabs -----------------------------------------------------------------------------------------
 
 
 def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:

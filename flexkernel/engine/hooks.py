@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..errors import HookError, PlacementError
 from ..slabs import Plan, Slab, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .leaves import inputs, leaf, leaves
-from .placements import Place, Placed, Placer, narrowed, shared_part
+from .placements import Place, Placed, Placer, chunk, narrowed, shared_part
 
 __all__ = ["Hooks", "Recording", "StopForward"]
 
@@ -30,8 +30,8 @@ class StopForward(Exception):
 class Hooks:
     """The torch hooks of this rank. `reads(name, at)`: whether this rank is the stage that reads that module."""
 
-    def __init__(self, model: torch.nn.Module, reads: Callable[[str, str], bool]):
-        self.modules = dict(model.named_modules())
+    def __init__(self, modules: dict[str, torch.nn.Module], reads: Callable[[str, str], bool]):
+        self.modules = modules
         self.reads = reads
         self.recording: Recording | None = None
         self._handles: dict[str, list[Callable[[], None]]] = {}
@@ -94,10 +94,7 @@ class Hooks:
 
 
 class Recording:
-    """What the hooks of one run write, and where.
-
-    copiers: how many ranks of this host's tp axis share the copying of a value they all hold, and which of them this is.
-    """
+    """What the hooks of one run write, and where. region: a plan's entry → its place; spill: keeps what has none."""
 
     def __init__(
         self,
@@ -133,11 +130,10 @@ class Recording:
                 found = leaf(value(), entry.key.index)
                 self.planned[i] = self._write(i, found)
         except Exception as error:  # a read never raises into the forward; the capture carries its failure
-            failed = Seen("none", "unknown", box=None, error=(type(error).__name__, str(error)))
             if i is None:
-                self.others[CaptureKey(hook.key, name, hook.at, hook.index or "", call)] = failed
+                self.others[CaptureKey(hook.key, name, hook.at, hook.index or "", call)] = failed(error)
             else:
-                self.planned[i] = failed
+                self.planned[i] = failed(error)
         self.seconds += time.perf_counter() - start
 
     def _write(self, i: int, value: torch.Tensor | None) -> Seen:
@@ -176,22 +172,44 @@ class Recording:
         return joined(placed.holds, piece)
 
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any) -> None:
-        """A value with no planned place: kept with its own description where this rank alone has all of it."""
-        found = next(leaves(value), None) if hook.index is None else (hook.index, leaf(value, hook.index))
-        if found is None or found[1] is None:
-            return  # the value holds no tensor
-        path, tensor = found
-        layout = self.here.layout
-        if layout.tp > 1 or layout.batch_groups > 1:
+        """A value with no planned place: kept in a region of this rank's own, described in the reply."""
+        path, tensor = first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
+        if tensor is not None:
+            key = CaptureKey(hook.key, name, hook.at, path, call)
+            try:
+                self.others[key] = self._described(name, hook.at, path, tensor.detach())
+            except PlacementError as error:
+                self.others[key] = failed(error)
+
+    def _described(self, name: str, at: str, path: str, value: torch.Tensor) -> Seen:
+        """Its part of the whole as the evidence says it, without a formula: the batch must lie on one group."""
+        layout, tp = self.here.layout, self.here.tp
+        evidence, placement, local = self.placer.evidence(name, at, value, path)
+        if placement is None and layout.tp == 1:
+            evidence, placement = "described", Replicate()
+        if placement is None or layout.batch_groups > 1:
             raise PlacementError(
-                f"{name or '(root)'} {hook.at}: its shape or its order of rows depends on the data, so that "
-                f"{tuple(tensor.shape)} on each rank cannot be put together under {layout}; "
-                "hook the modules around it, or declare it (placements=)"
+                f"{name or '(root)'} {at}: its shape or its order of rows depends on the data, so that "
+                f"{tuple(value.shape)} on each rank cannot be put together under {layout}; hook the modules around it"
             )
-        region = self.spill(tensor.detach())
-        self.others[CaptureKey(hook.key, name, hook.at, path, call)] = Seen(
-            "described", "Replicate()", digest(tensor.detach()), (), None, region
-        )
+        holds: Box = ()
+        if isinstance(placement, Shard):
+            dim = placement.dim % local.dim()
+            total = value.shape[dim] if isinstance(value, DTensor) else local.shape[dim] * layout.tp
+            holds = ((dim, *chunk(total, layout.tp, tp)),)
+        keeps = tp == 0 or not isinstance(placement, Replicate)
+        region = self.spill(local) if keeps else None
+        partial = isinstance(placement, Partial)
+        return Seen(evidence, repr(placement), digest(local), holds, None, region, partial)
+
+
+def first_leaf(value: Any) -> tuple[str, torch.Tensor | None]:
+    return next(leaves(value), ("", None))
+
+
+def failed(error: Exception) -> Seen:
+    """What is kept of a capture that could not be made."""
+    return Seen("none", "unknown", box=None, error=(type(error).__name__, str(error)))
 
 
 def index_of(plan: Plan) -> dict[tuple[str, str, int], int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import copy
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..errors import LayoutError, LoadError
-from ..wire import Layout, ModelInfo, ModuleInfo
+from ..wire import Layout, ModelInfo, ModuleInfo, Source
 from .compat import distributed_config, is_placeholder, loading_under, tp_styles
-from .scan import read_config, scan, unsharded
+from .scan import read_config, runnable_on_meta, scan, unsharded
 
-__all__ = ["check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
+__all__ = ["build", "check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -25,38 +26,76 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def inspect(path: str, layout: Layout, dtype: str, attention: str, placements: dict[str, str]) -> ModelInfo:
+def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]) -> ModelInfo:
     """What is known of a model before any of it is loaded: its modules, every value's shape, and that the degrees fit.
 
     LoadError, LayoutError: what is wrong with the path, the dtype or the degrees."""
-    exists(path)
-    try:
-        config = read_config(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path)
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is neither a model folder nor a model the hub knows: {first_line(error)}") from error
+    model, config = whole_model(source, dtype_of(dtype), layout)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model = unsharded(config, dtype_of(dtype))
-    check(config, model, layout)
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return ModelInfo(
-        path=path,
-        cls=type(model).__name__,
+        path=source.path,
+        cls=type(model).__name__ if model is not None else source.path,
         layout=layout,
         dtype=dtype,
-        attention=attention,
-        modules=tuple(
-            ModuleInfo(name, type(m).__name__, sum(p.numel() for p in m.parameters()))
-            for name, m in model.named_modules()
-        ),
-        scan=scan(model),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        attention=implementation(attention, model),
+        modules=described(model),
+        scan=scan(model) if model is not None else {},
+        num_parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
         rank_parameters=(),
         rank_bytes=(),
-        vocab_size=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
+        vocab_size=getattr(text, "vocab_size", None),
+        max_positions=longest,
         window=getattr(text, "sliding_window", None) or 0,
         placements=dict(placements),
-        styles=tp_styles(model, layout),
+        styles=tp_styles(model, layout) if model is not None and source.builder is None else {},
     )
+
+
+ATTENTION = {"flash": "flash_attention_2"}  # short names; transformers' own are taken as they are
+
+
+def implementation(asked: str | None, model: torch.nn.Module | None) -> str:
+    """The attention to load with: the one asked for, else sdpa where the architecture has it."""
+    if asked is not None:
+        return ATTENTION.get(asked, asked)
+    return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+
+
+def described(model: torch.nn.Module | None) -> tuple[ModuleInfo, ...]:
+    named = model.named_modules() if model is not None else ()
+    return tuple(ModuleInfo(name, type(m).__name__, sum(p.numel() for p in m.parameters())) for name, m in named)
+
+
+def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> tuple[torch.nn.Module | None, Any]:
+    """The unsharded model on the meta device, its degrees checked, and its config; None for a builder that has no
+    reference."""
+    if source.builder is not None:
+        if source.reference is None:
+            return None, None
+        with torch.device("meta"):
+            model = pickle.loads(source.reference)().eval()
+        config = copy.deepcopy(getattr(model, "config", None))
+        return runnable_on_meta(model), config
+    exists(source.path)
+    folder = Path(source.path).expanduser()
+    try:
+        config = read_config(str(folder) if folder.is_dir() else source.path)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{source.path} is neither a model folder nor a model the hub knows: {first_line(error)}"
+        ) from error
+    model = unsharded(config, dtype)
+    check(config, model, layout)
+    return model, config
+
+
+def build(builder: bytes) -> torch.nn.Module:
+    """What a user's builder returns on this rank. LoadError if it is no module."""
+    model = pickle.loads(builder)()
+    if not isinstance(model, torch.nn.Module):
+        raise LoadError(f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module")
+    return model.eval()
 
 
 def first_line(error: BaseException) -> str:
@@ -120,7 +159,7 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
 
 def exists(path: str) -> None:
     """LoadError for something that looks like a folder and is none. Anything else may be a hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or os.sep != "/" and os.sep in path
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

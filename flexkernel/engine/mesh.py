@@ -1,6 +1,6 @@
 """This rank among the others: the rendezvous store, the process groups, and their generation.
 
-A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a broken one is met again.
+A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a broken one is met.
 """
 
 from __future__ import annotations

@@ -70,15 +70,22 @@ class Placed:
 
 
 class Placer:
-    """Places the values of one model. styles: name → transformers' tensor-parallel style; declared: glob → placement."""
+    """Places the values of one model. styles: name → transformers' tensor-parallel style; declared: glob → placement;
+    modules: this rank's, by name."""
 
-    def __init__(self, layout: Layout, styles: dict[str, str], declared: dict[str, str]):
-        self.layout, self.styles = layout, styles
+    def __init__(
+        self,
+        layout: Layout,
+        styles: dict[str, str],
+        declared: dict[str, str],
+        modules: dict[str, torch.nn.Module] | None = None,
+    ):
+        self.layout, self.styles, self.modules = layout, styles, modules or {}
         self.declared = {glob: parse(text) for glob, text in declared.items()}
 
     def place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
         """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
-        evidence, placement, local = self.evidence(name, at, value, formula)
+        evidence, placement, local = self.evidence(name, at, value, formula.path)
         whole = formula.shape(here.B, here.S, 0, here.window)
         expected = formula.shape(here.local_rows, here.S, 0, here.window)
         if placement is None:
@@ -87,7 +94,7 @@ class Placer:
         return Placed(local, evidence, placement, box(whole, formula, sharded, here))
 
     def evidence(
-        self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula
+        self, name: str, at: str, value: torch.Tensor, path: str
     ) -> tuple[str, Placement | None, torch.Tensor]:
         """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves it to the scan."""
         if isinstance(value, DTensor):
@@ -103,9 +110,32 @@ class Placer:
                 "hook the modules around it"
             )
         planned = STYLES.get(style or "", {}).get(at)
-        if planned is not None and self.layout.tp > 1 and formula.path in ("", "0", "input", "hidden_states"):
+        first = path in ("", "0", "input", "hidden_states")
+        if planned is not None and self.layout.tp > 1 and first:
             return "plan", planned, local
+        by_class = class_placement(self.modules.get(name), at) if self.layout.tp > 1 and first else None
+        if by_class is not None:
+            return "class", by_class, local
         return "scan", None, local
+
+
+def class_placement(module: torch.nn.Module | None, at: str) -> Placement | None:
+    """What the parallel layers of fairscale and Megatron take and put out, by their own flags."""
+    kind = type(module)
+    if module is None or kind.__module__.partition(".")[0] not in ("fairscale", "megatron"):
+        return None
+    sequence = bool(getattr(module, "sequence_parallel", False))  # Megatron: (S, B, D), split along S
+    if kind.__name__ == "ColumnParallelLinear":
+        if at == "input":
+            return Shard(0) if sequence else Replicate()
+        return Replicate() if getattr(module, "gather_output", False) else Shard(-1)
+    if kind.__name__ == "RowParallelLinear":
+        if at == "input":
+            return Shard(-1) if getattr(module, "input_is_parallel", False) else Replicate()
+        return Shard(0) if sequence else Replicate()
+    if kind.__name__ in ("VocabParallelEmbedding", "ParallelEmbedding"):
+        return Replicate()
+    return None
 
 
 def parse(text: str) -> Placement:
@@ -148,7 +178,7 @@ def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: s
 def checked(
     placement: Placement, local: Sequence[int], expected: Sequence[int], here: Place, name: str, evidence: str
 ) -> tuple[int, int, int] | None:
-    """(dim, start, stop) of this rank's part over tp, None where it holds all; PlacementError if the shapes disagree."""
+    """(dim, start, stop) of this rank's part over tp, None where it holds all. PlacementError: the shapes disagree."""
     want, part = list(expected), None
     if isinstance(placement, Shard):
         dim = placement.dim % len(want) if want else 0

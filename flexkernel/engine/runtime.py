@@ -6,6 +6,7 @@ Methods marked "all ranks" contain a collective: the driver calls them on every 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import flexkernel
 
 from .. import slabs
 from ..errors import LoadError
-from ..wire import HookSet, HookSpec, Layout, ModelInfo, RunPlan, RunReport, Seat
+from ..wire import HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, RunPlan, RunReport, Seat, Source
 from .faults import Breaker
 
 __all__ = ["Runtime"]
@@ -44,7 +45,7 @@ class Runtime:
     def rank(self) -> int:
         return self.seat.rank
 
-    # --- life ---------------------------------------------------------------------------------------------------------
+    # --- life --------------------------------------------------------------------------------------
 
     def hello(self) -> dict[str, Any]:
         """Who this engine is, and what it already holds: an attaching driver asks this first."""
@@ -103,34 +104,44 @@ class Runtime:
             self.server, self.token = Server(self.run_folder, token, interface), token
         return self.server.address, self.token
 
-    def call(self, function: Any, *args: Any) -> Any:
+    def call(self, function: bytes, *args: Any) -> Any:
         """Run a user's function on this rank."""
-        return function(*args)
+        return pickle.loads(function)(*args)
 
-    # --- model --------------------------------------------------------------------------------------------------------
+    # --- model -------------------------------------------------------------------------------------
 
-    def inspect(self, path: str, layout: Layout, dtype: str, attention: str, placements: dict[str, str]) -> Any:
+    def inspect(
+        self, source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]
+    ) -> Any:
         """Everything that can be known before anything is loaded: refusals, and the scan. The answer is rank 0's."""
         from .load import inspect
 
-        return inspect(path, layout, dtype, attention, placements) if self.rank == 0 else None
+        return inspect(source, layout, dtype, attention, placements) if self.rank == 0 else None
 
-    def load(self, info: ModelInfo) -> tuple[list[str], int, int]:
-        """This rank's part of the model: (names of the modules it holds, its parameters, its bytes). All ranks."""
+    def load(self, info: ModelInfo, source: Source) -> tuple[list[ModuleInfo], int, int]:
+        """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
         from . import attention
-        from .compat import is_placeholder
-        from .load import load, local_bytes, local_parameters
+        from .compat import is_placeholder, own_modules
+        from .load import build, load, local_bytes, local_parameters
 
         self.unload()
-        self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
+        if source.builder is not None:
+            self.model = build(source.builder)
+        else:
+            self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
         attention.install()
         if self.seat.world > 1:
             self.breaker.after_groups({self.store.port})
-        held = [name for name, module in self.model.named_modules() if not is_placeholder(module)]
+        held = [
+            ModuleInfo(name, type(module).__name__, local_parameters(module))
+            for name, module in own_modules(self.model).items()
+            if not is_placeholder(module)
+        ]
         return held, local_parameters(self.model), local_bytes(self.model)
 
     def adopt(self, info: ModelInfo) -> None:
         """The model as all ranks together know it: from here on there can be hooks."""
+        from .compat import own_modules
         from .hooks import Hooks
         from .placements import Placer
 
@@ -144,8 +155,9 @@ class Runtime:
             module = modules[name.rpartition(".@")[0] if ".@" in name else name]
             return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
 
-        self.hooks = Hooks(self.model, reads)
-        self.placer = Placer(info.layout, info.styles, info.placements)
+        own = own_modules(self.model)
+        self.hooks = Hooks(own, reads)
+        self.placer = Placer(info.layout, info.styles, info.placements, own)
         self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
 
     def unload(self) -> None:
@@ -158,7 +170,7 @@ class Runtime:
         """What an attaching driver needs to go on where the last one stopped."""
         return self.info, self.hook_set, self.runs
 
-    # --- hooks --------------------------------------------------------------------------------------------------------
+    # --- hooks -------------------------------------------------------------------------------------
 
     def hook(self, spec: HookSpec) -> list[str]:
         """Register a hook on the modules this rank reads; returns their names."""
@@ -177,7 +189,7 @@ class Runtime:
                 self.hooks.attach(new, self.planner.targets(new.glob))
         self.hook_set = hook_set
 
-    # --- runs ---------------------------------------------------------------------------------------------------------
+    # --- runs --------------------------------------------------------------------------------------
 
     def run(self, plan: RunPlan) -> RunReport:
         """One forward. All ranks. Everything that can be refused is refused before it, on all ranks alike."""

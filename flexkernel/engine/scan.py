@@ -6,6 +6,7 @@ comparison instead of a guess.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..wire import ShapeFormula
 from . import attention
 from .leaves import inputs, leaves
 
-__all__ = ["Scan", "scan", "unsharded"]
+__all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
 
 Scan = dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
 WINDOW = 8  # every sliding window during the scan, so that it shows
@@ -39,6 +40,16 @@ def unsharded(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     extra = {"experts_implementation": "batched_mm"} if has_experts(config) else {}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype, **extra).eval()
+
+
+def runnable_on_meta(model: torch.nn.Module) -> torch.nn.Module:
+    """A user's reference model, switched to the implementations that run on the meta device where it has any."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
+    return model
 
 
 def has_experts(config: Any) -> bool:
@@ -88,7 +99,8 @@ class watching:
     """While it is entered, note every value of every module and virtual point."""
 
     def __init__(self, model: torch.nn.Module, seen: Observed):
-        self.model, self.seen, self.handles = model, seen, []
+        self.model, self.seen = model, seen
+        self.handles: list[Any] = []
 
     def note(self, name: str, at: str, value: Any) -> None:
         shapes = {path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)}
@@ -106,7 +118,7 @@ class watching:
                 ),
             ]
             for point in attention.POINTS:
-                attention.tap(module, point, lambda t, name=f"{name}.@{point}": self.note(name, "output", t))
+                attention.tap(module, point, functools.partial(self.note, f"{name}.@{point}", "output"))
 
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
