@@ -44,7 +44,7 @@ class Row:
         )
 
 
-HEAD = f"{'model':<14} {'layout':<16} {'attn':<6} {'compared':>6} {'refused':>8} {'skipped':>8} {'wrong':>6} {'worst':>9}  evidence"
+HEAD = "model          layout           attn   compared  refused  skipped  wrong     worst  evidence"
 
 
 def hook_everything(session: Any, points: bool = True) -> None:

@@ -64,14 +64,10 @@ real_cases = [
 ]
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("layout", real_cases)
-def test_every_module_of_the_real_model_equals_the_unsharded_one(layout, session, smollm2, record_property):
-    session.load(smollm2, **layout)
-    row = parity.Row("SmolLM2", label(layout), "sdpa")
-    parity.hook_everything(session)
-    ref_model = reference.load(smollm2)
-    for lengths in parity.BATCHES.values():
-        parity.compare(session, ref_model, row, lengths)
+def test_every_module_of_the_real_model_equals_the_unsharded_one(layout, attn, session, smollm2, record_property):
+    row = parity.measure(session, "SmolLM2", smollm2, attn, layout)
     accept(row, record_property)
 
 
