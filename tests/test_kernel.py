@@ -8,7 +8,6 @@ import os
 import struct
 import sys
 import zlib
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from flexkernel import kernel
 from flexkernel.__main__ import main
 from flexkernel.errors import FlexError
 
-WITHOUT_MAGICS = pytest.mark.skipif(find_spec("flexkernel.magics") is None, reason="flexkernel.magics is not there yet")
 LOADED = "'flexkernel' in get_ipython().extension_manager.loaded"
 
 
@@ -153,7 +151,6 @@ def test_the_kernel_says_what_it_is(client):
 
 
 @pytest.mark.slow
-@WITHOUT_MAGICS
 def test_the_magics_are_there_without_loading_them(client):
     _, shown = run(client, f"{LOADED}, 'flex_hook' in get_ipython().magics_manager.magics['line']")
     assert shown == "(True, True)"
@@ -170,7 +167,6 @@ def test_an_error_of_ours_is_one_block_and_the_kernel_goes_on(client):
 
 
 @pytest.mark.slow
-@WITHOUT_MAGICS
 def test_the_extension_can_be_unloaded_and_loaded_again(client):
     _, shown = run(client, f"%unload_ext flexkernel\n%load_ext flexkernel\n{LOADED}")
     assert shown == "True"

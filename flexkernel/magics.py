@@ -1,0 +1,686 @@
+"""The magics: each parses its line, calls the session, returns the object. Only this file knows IPython.
+
+A magic is declared by its arguments, its twin and its docstring: help, completion and README's table come from these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import shlex
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.error import UsageError
+from IPython.core.inputtransformer2 import HelpEnd, MagicAssign
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.display import display
+
+from .errors import CaptureError, ClusterError
+
+if TYPE_CHECKING:
+    from .capture import Capture
+    from .run import Run
+    from .session import Session
+    from .wire import ModelInfo
+
+__all__ = ["FlexMagics", "magics_table", "register", "unregister"]
+
+VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
+ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
+ACTION_OF = {"n": "start", "engines": "start", "profile": "attach", "cluster_id": "attach"}
+
+
+def register(shell: Any) -> None:
+    """Give a shell the magics, their completion, and tables for what they return."""
+    earlier = shell.magics_manager.registry.get(FlexMagics.__name__)
+    magics = FlexMagics(shell, getattr(earlier, "session", None))
+    shell.register_magics(magics)
+    shell.Completer.custom_matchers.append(magics.matcher)
+    shell.input_transformer_manager.token_transformers.append(Question)
+    for mime, draw in {"text/plain": plain, "text/html": as_html}.items():
+        formatter = shell.display_formatter.formatters[mime]
+        formatter.for_type_by_name("flexkernel.session", "Session", draw)
+        formatter.for_type_by_name("flexkernel.wire", "ModelInfo", draw)
+
+
+def unregister(shell: Any) -> None:
+    """Take the completion out again. The magics and their session stay: IPython forgets no magic."""
+    magics = shell.magics_manager.registry[FlexMagics.__name__]
+    shell.Completer.custom_matchers.remove(magics.matcher)
+    shell.input_transformer_manager.token_transformers.remove(Question)
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def twin(text: str) -> Callable:
+    """Say what does the same as this magic in Python."""
+
+    def mark(magic: Any) -> Any:
+        magic.twin = text
+        return magic
+
+    return mark
+
+
+def parsed(magic: Any, line: str | Sequence[str]) -> argparse.Namespace:
+    """The line's arguments. UsageError itself, never a child of it: IPython shows those with a traceback."""
+    try:
+        words = shlex.split(line) if isinstance(line, str) else list(line)
+        return magic.parser.parse_args(glued(words))
+    except (ValueError, UsageError) as error:
+        raise UsageError(f"{error}. %{magic.__name__}? shows what it takes") from None
+
+
+def glued(words: Sequence[str]) -> list[str]:
+    """`--positions -1,0` as one word: to argparse the second half looks like an option.
+
+    >>> glued(["a", "--positions", "-1,0"])
+    ['a', '--positions=-1,0']
+    """
+    done: list[str] = []
+    for word in words:
+        negative = re.fullmatch(r"-\d+(,-?\d+)*", word)
+        if negative and done and done[-1].startswith("--") and "=" not in done[-1]:
+            done[-1] += f"={word}"
+        else:
+            done.append(word)
+    return done
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those arguments that the line had: for the others the session has its own defaults."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, [])}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def words(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def options_of(magic: Any) -> dict[str, argparse.Action]:
+    # argparse has no public list of a parser's options
+    return dict(magic.parser._option_string_actions)
+
+
+def split_prompt(line: str, options: dict[str, argparse.Action]) -> tuple[list[str], str]:
+    """The options that a line begins with, and the prompt: the raw rest. `--` by itself ends the options."""
+    found: list[str] = []
+    rest = line.strip()
+    while rest.startswith("--"):
+        word, rest = next_word(rest)
+        if word == "--":
+            break
+        name, given_here, _ = word.partition("=")
+        if name not in options:
+            raise UsageError(
+                f"there is no option {name}; there are {', '.join(options)}. "
+                f"A prompt that begins with dashes is written after --: %flex_run -- {line.strip()}"
+            )
+        found.append(word)
+        if options[name].nargs != 0 and not given_here and rest:
+            value, rest = next_word(rest)
+            found.append(value)
+    return found, unquoted(rest)
+
+
+def next_word(text: str) -> tuple[str, str]:
+    word, *rest = text.split(None, 1)
+    return word, rest[0] if rest else ""
+
+
+def unquoted(text: str) -> str:
+    """Without the quotes that enclose all of it.
+
+    >>> unquoted("'Hello '"), unquoted("'a' or 'b'")
+    ('Hello ', "'a' or 'b'")
+    """
+    quote = text[:1]
+    whole = len(text) > 1 and quote in ("'", '"') and text.endswith(quote) and quote not in text[1:-1]
+    return text[1:-1] if whole else text
+
+
+class Question(HelpEnd):
+    """`%flex_run Is it so?` asks the model. To IPython any line that ends in ? asks for help, here on `so`."""
+
+    priority = HelpEnd.priority - 1
+
+    def __init__(self, start: tuple[int, int], percent: tuple[int, int]):
+        self.start_line, self.start_col, self.percent = start[0] - 1, start[1], percent
+
+    @classmethod
+    def find(cls, tokens_by_line: list[list[Any]]) -> Question | None:
+        for line in tokens_by_line:
+            at = prompt_begins(line)
+            if at is not None and len(line) > 1 and line[-2].string == "?":
+                first = next(token for token in line if token.string.strip())
+                return cls(first.start, line[at - 2].start)
+        return None
+
+    def transform(self, lines: list[str]) -> list[str]:
+        return MagicAssign(self.percent).transform(lines)
+
+
+def prompt_begins(line: list[Any]) -> int | None:
+    """Index of the first token after `%flex_run ` at the beginning of a line or of what is assigned."""
+    for i, (a, b, c) in enumerate(zip(line, line[1:], line[2:], strict=False)):
+        begins = not any(token.string.strip() for token in line[:i]) or line[i - 1].string == "="
+        if (a.string, b.string) == ("%", "flex_run") and begins and c.start != b.end:  # %flex_run? is for help
+            return i + 2
+    return None
+
+
+# --- the magics -------------------------------------------------------------------------------------------------------
+
+
+@magics_class
+class FlexMagics(Magics):
+    """The magics of one shell. session: the one they work on; also in the notebook as `flex`, if that name is free."""
+
+    shell: Any
+
+    def __init__(self, shell: Any, session: Session | None = None):
+        super().__init__(shell)
+        self.session = session
+        self._engines: str | None = None
+        self._ended: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    # --- the session
+
+    def needed(self) -> Session:
+        """The session there is: of an earlier magic, else the newest that the user made by hand."""
+        if self.session is None:
+            found = self._by_hand()
+            if found is None:
+                raise ClusterError(
+                    "there are no engines yet: %flex_cluster start -n 2 starts two, %flex_cluster attach takes those "
+                    "of a running cluster, %flex_cluster local uses this process"
+                )
+            self._use(found)
+        assert self.session is not None
+        return self.session
+
+    def _by_hand(self) -> Session | None:
+        module = sys.modules.get("flexkernel.session")  # not there: nobody can have made one
+        if module is None:
+            return None
+        there = [v for v in list(self.shell.user_ns.values()) if isinstance(v, module.Session)]
+        return next((s for s in reversed(there) if s not in self._ended and not getattr(s, "closed", False)), None)
+
+    def _use(self, session: Session) -> Session:
+        """Work on this session from here on, and end the one before it."""
+        before, self.session = self.session, session
+        names = self.shell.user_ns
+        if VARIABLE not in names or names[VARIABLE] is before:
+            self.shell.push({VARIABLE: session}, interactive=False)
+        if before is not None and before is not session:
+            self._end(before)
+        return session
+
+    def _end(self, session: Session) -> None:
+        self._ended.add(session)
+        self.shell.drop_by_id({VARIABLE: session})
+        session.close()
+
+    @magic_arguments()
+    @argument("action", nargs="?", default="status", choices=ACTIONS, metavar="|".join(ACTIONS), help="what to do")
+    @argument("-n", type=int, metavar="N", help="start: how many engines (default: 2)")
+    @argument("--engines", metavar="NAME", help="start: an ipyparallel launcher: slurm, ssh, mpi, pbs, ...")
+    @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
+    @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
+    @twin("`fk.start(n=)`, `fk.attach(profile, cluster_id)`, `fk.local()`, `session.status()`, `session.close()`")
+    @line_magic
+    def flex_cluster(self, line: str) -> Any:
+        """Start engines, attach to those that `ipcluster start` began, or use this process; their status; stop them.
+
+        start, attach and local give the session, also found as `flex`. It takes the place of the one before, which
+        ends: engines that were started for it stop, attached ones stay with their model. restart stops the engines and
+        starts as many new ones, with no model on them. Alone it says the status.
+        """
+        args = parsed(self.flex_cluster, line)
+        for name, action in ACTION_OF.items():
+            if getattr(args, name) is not None and args.action != action:
+                option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
+                raise UsageError(f"{option} belongs to %flex_cluster {action}, not to {args.action}")
+        return getattr(self, f"_cluster_{args.action}")(args)
+
+    def _cluster_start(self, args: argparse.Namespace) -> Session:
+        from .session import start
+
+        session = self._use(start(2 if args.n is None else args.n, args.engines))
+        self._engines = args.engines
+        return session
+
+    def _cluster_attach(self, args: argparse.Namespace) -> Session:
+        from .session import attach
+
+        found, before = attach(args.profile, args.cluster_id), self.session
+        if before is not None and before.cluster.owned and same_engines(before, found):
+            found.close()  # these engines end with the session that started them: it stays the one
+            return before
+        return self._use(found)
+
+    def _cluster_local(self, _args: argparse.Namespace) -> Session:
+        from .session import local
+
+        return self._use(local())
+
+    def _cluster_status(self, _args: argparse.Namespace) -> Any:
+        return self.needed().status()
+
+    def _cluster_restart(self, _args: argparse.Namespace) -> Session:
+        from .session import local, start
+
+        cluster = self.needed().cluster
+        if not cluster.owned:
+            raise ClusterError("these engines were attached, not started here: restart them where they were started")
+        if not hasattr(cluster, "cluster_id"):  # the engine is this process
+            return self._use(local())
+        self._cluster_stop(_args)  # before the new ones: they need the memory
+        return self._use(start(cluster.size, self._engines))
+
+    def _cluster_stop(self, _args: argparse.Namespace) -> None:
+        session, self.session = self.needed(), None
+        self._end(session)
+
+    # --- model
+
+    @magic_arguments()
+    @argument("path", metavar="PATH_OR_HUB_ID", help="a model folder, or a model's name on the hub; {variable} works")
+    @argument("--tp", type=int, metavar="N", help="tensor parallel degree")
+    @argument("--pp", type=int, metavar="N", help="pipeline stages")
+    @argument("--dp", type=int, metavar="N", help="data parallel degree")
+    @argument("--fsdp", type=int, metavar="N", help="fully sharded data parallel degree")
+    @argument("--dtype", metavar="DTYPE", help="float32 (default), bfloat16, float16")
+    @argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
+    @argument("--attn", metavar="KIND", help="attention implementation: sdpa (default) or eager")
+    @twin("`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`")
+    @line_magic
+    def flex_load(self, line: str) -> ModelInfo:
+        """Load a model, split over the engines; gives its layout, and parameters and memory by rank.
+
+        The degrees multiply to the number of engines, each of which reads only its part. Replaces an earlier model.
+        """
+        args = parsed(self.flex_load, line)
+        session = self.needed()
+        options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
+        with Progress(self.shell, args.path.rstrip("/").rpartition("/")[2]) as progress:
+            return session.load(args.path, progress=progress, **options)
+
+    @magic_arguments()
+    @argument("glob", nargs="?", default="**", metavar="GLOB", help="which modules (default: all)")
+    @twin("`session.tree(glob)`")
+    @line_magic
+    def flex_tree(self, line: str) -> Any:
+        """The modules of the loaded model: class, parameters, output shape, placement, ranks that hold it, hooks."""
+        return self.needed().tree(parsed(self.flex_tree, line).glob)
+
+    # --- hooks
+
+    @magic_arguments()
+    @argument(
+        "glob", nargs="?", metavar="GLOB", help="which modules: model.layers.*.mlp, **.q_proj, *.self_attn.@pattern"
+    )
+    @argument("--at", choices=("output", "input"), metavar="output|input", help="what to capture (default: output)")
+    @argument("--index", metavar="PATH", help="which tensor of a tuple, dict or dataclass: 0, logits, 0.1")
+    @argument(
+        "--group", dest="groups", action="append", default=[], metavar="G", help="put it into a group; repeatable"
+    )
+    @argument("--positions", type=numbers, metavar="0,-1", help="keep only these token positions")
+    @argument("--name", metavar="NAME", help="a name of your own; a hook of the same name is replaced")
+    @twin("`session.hook(glob, at=, index=, groups=, positions=, name=)`, `session.hooks`")
+    @line_magic
+    def flex_hook(self, line: str) -> Any:
+        """Capture what modules put out, or take in, in every run from here on; alone: the table of hooks.
+
+        * stands for one dotted segment or a part of it, ** for any number of segments.
+        """
+        args = parsed(self.flex_hook, line)
+        options = given(args, "at", "index", "groups", "positions", "name")
+        if args.glob is not None:
+            return self.needed().hook(args.glob, **options)
+        if options:
+            raise UsageError(f"which modules? %flex_hook GLOB {line.strip()}")
+        return self.needed().hooks
+
+    @magic_arguments()
+    @argument("hook", nargs="*", metavar="GLOB_OR_NAME", help="the hook's name, or the glob it was given")
+    @twin("`session.unhook(glob_or_name)`")
+    @line_magic
+    def flex_unhook(self, line: str) -> list[str]:
+        """Take hooks away; alone: all of them. Gives the names of those that went."""
+        args = parsed(self.flex_unhook, line)
+        return self.needed().unhook(" ".join(args.hook) if args.hook else None)
+
+    @magic_arguments()
+    @argument(
+        "action", choices=("on", "off", "add", "remove", "list"), metavar="on|off|add|remove|list", help="what to do"
+    )
+    @argument("group", nargs="?", default="", metavar="G", help="the group")
+    @argument("hook", nargs="*", metavar="GLOB", help="add, remove: a hook's name, or a glob over the hooks' globs")
+    @twin("`session.group(action, group, glob)`")
+    @line_magic
+    def flex_group(self, line: str) -> dict[str, list[str]]:
+        """Switch a group of hooks on or off, add hooks to it or remove them, or list the groups with their hooks."""
+        args = parsed(self.flex_group, line)
+        return self.needed().group(args.action, args.group, " ".join(args.hook) or None)
+
+    # --- runs
+
+    @magic_arguments()
+    @argument("--groups", type=words, metavar="G,..", help="only the hooks of these groups fire")
+    @argument("--complement", action="store_true", default=None, help="with --groups: all hooks but those")
+    @argument(
+        "--chat", action="store_true", default=None, help="the prompt is a user's message in the model's template"
+    )
+    @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
+    @argument("--var", metavar="NAME", help="the prompt is in this Python variable: text, ids, messages, or several")
+    @argument(
+        "prompt", nargs="*", metavar="PROMPT", help="the rest of the line as it stands: $, { and -- are text in it"
+    )
+    @twin("`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=)`")
+    @no_var_expand
+    @line_cell_magic
+    def flex_run(self, line: str, cell: str | None = None) -> Run:
+        """One forward over the prompt, with what the hooks capture. As %%flex_run: a batch, one prompt a line.
+
+        Options come before the prompt; -- by itself ends them. Quotes are not needed; those that enclose the whole
+        prompt are taken off, and keep spaces at its ends.
+        """
+        options, prompt = split_prompt(line, options_of(self.flex_run))
+        args = parsed(self.flex_run, options)
+        session = self.needed()
+        prompts = self._prompts(args.var, prompt, cell)
+        return session.run(prompts, **given(args, "groups", "complement", "chat", "stop_at"))
+
+    def _prompts(self, variable: str | None, prompt: str, cell: str | None) -> Any:
+        sources = {"--var": variable is not None, "the line": bool(prompt), "the lines below": cell is not None}
+        found = [name for name, there in sources.items() if there]
+        if len(found) > 1:
+            raise UsageError(f"the prompt is given twice: in {' and in '.join(found)}")
+        if cell is not None:
+            return [unquoted(row.strip()) for row in cell.splitlines() if row.strip()]
+        if variable is None:
+            return prompt
+        if variable not in self.shell.user_ns:
+            raise UsageError(f"--var {variable}: there is no variable of that name")
+        return self.shell.user_ns[variable]
+
+    @magic_arguments()
+    @argument("name", nargs="+", metavar="NAME", help="as the run lists it: a module, or `MODULE input`; or logits")
+    @argument("--as", dest="as_", metavar="VIEW", help="map (default): the whole tensor as pixels to zoom into")
+    @argument("--run", type=int, metavar="N", help="of run number N (default: the last one)")
+    @twin("`run[name].show(as_)`")
+    @line_magic
+    def flex_show(self, line: str) -> Any:
+        """Draw a capture of the last run: a view, with a static picture beside it."""
+        args = parsed(self.flex_show, line)
+        return chosen(self._run_number(args.run), args.name).show(**given(args, "as_"))
+
+    def _run_number(self, number: int | None) -> Run:
+        there = {run.number: run for run in self.needed().runs}
+        if not there:
+            raise CaptureError("no run is stored: %flex_run PROMPT makes one")
+        if number is not None and number not in there:
+            raise CaptureError(f"run {number} is not stored; there are {', '.join(map(str, there))}")
+        return there[max(there) if number is None else number]
+
+    @magic_arguments()
+    @twin("`view.freeze()`")
+    @line_magic
+    def flex_freeze(self, line: str) -> list[Any]:
+        """Replace every live view in the notebook by its static picture, for a notebook that is to be kept."""
+        parsed(self.flex_freeze, line)
+        from .widgets import freeze_all
+
+        return freeze_all()
+
+    # --- completion
+
+    @context_matcher()
+    def matcher(self, context: CompletionContext) -> SimpleMatcherResult:
+        """What can stand at the cursor in a line of a flex magic; nothing in other lines."""
+        asked = MAGIC_LINE.match(context.text_until_cursor)
+        magic = getattr(self, asked[1], None) if asked else None
+        if asked is None or magic is None:
+            return SimpleMatcherResult(completions=[])
+        fragment, texts = self._completions(magic, asked[2])
+        return SimpleMatcherResult(
+            completions=[SimpleCompletion(text=text, type="magic") for text in texts],
+            matched_fragment=fragment,
+            suppress=True,
+            ordered=True,
+        )
+
+    def _completions(self, magic: Any, text: str) -> tuple[str, list[str]]:
+        """(what is typed of it, what it can become) for the last word of the arguments."""
+        *before, typed = re.split(r"[ \t]+", text)
+        options = options_of(magic)
+        action, in_prompt = expected(magic, before, options)
+        if in_prompt:
+            return typed, []
+        if typed.startswith("-") and (action is None or not action.option_strings):
+            name, equals, value = typed.partition("=")
+            if not equals or name not in options:
+                return typed, [option for option in options if option.startswith(typed)]
+            action, typed = options[name], value
+        if action is None:
+            return typed, []
+        typed = typed.rpartition(",")[2] if action.type is words else typed
+        return typed, list(self._values(action, typed))
+
+    def _values(self, action: argparse.Action, typed: str) -> Iterator[str]:
+        if action.dest in ("glob", "stop_at"):
+            return children(self._names(), typed)
+        texts: Iterable[Any] = action.choices or self._known(action.dest)
+        return (quoted(str(text)) for text in texts if str(text).startswith(typed))
+
+    def _names(self) -> list[str]:
+        session = self.session or self._by_hand()
+        return session.info.names if session is not None and session.info is not None else []
+
+    def _known(self, dest: str) -> Iterable[Any]:
+        """The values there are now for an argument of that name."""
+        if dest in USUAL:
+            return USUAL[dest]
+        if dest == "var":
+            return [name for name in self.shell.user_ns if not name.startswith("_")]
+        session = self.session or self._by_hand()
+        if session is None:
+            return []
+        if dest in ("groups", "group"):
+            return session.hook_set.groups
+        if dest == "hook":
+            return [hook.key for hook in session.hook_set.hooks]
+        if dest == "run":
+            return [run.number for run in session.runs]
+        if dest == "name" and session.runs:
+            return dict.fromkeys(capture.name for capture in session.runs[-1])
+        return []
+
+
+def same_engines(a: Session, b: Session) -> bool:
+    return getattr(a.cluster, "pids", None) == getattr(b.cluster, "pids", ())
+
+
+def chosen(run: Run, name: Sequence[str]) -> Capture:
+    """The capture of that name, as the run's own table writes it; else what run[...] makes of the words."""
+    if list(name) == ["logits"]:
+        return run.logits
+    found = [capture for capture in run if capture.name == " ".join(name)]
+    return found[-1] if found else run[tuple(name)]
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
+USUAL = {
+    "engines": ("slurm", "ssh", "mpi", "pbs", "sge", "lsf", "htcondor"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "device": ("cpu", "cuda"),
+    "attn": ("sdpa", "eager"),
+    "as_": ("map",),
+}
+
+
+def expected(
+    magic: Any, before: Sequence[str], options: dict[str, argparse.Action]
+) -> tuple[argparse.Action | None, bool]:
+    """The argument that comes after these words: an option's value, else the next positional. And whether a prompt has
+    begun, in which everything is text."""
+    positionals = [a for a in magic.parser._actions if not a.option_strings]
+    taken, waiting = 0, None
+    for word in before:
+        if waiting is not None:
+            waiting = None
+        elif word in options:
+            waiting = options[word] if options[word].nargs != 0 else None
+        elif not word.startswith("--"):
+            taken += 1
+    if waiting is not None:
+        return waiting, False
+    if taken < len(positionals):
+        return positionals[taken], False
+    return None, bool(positionals) and positionals[-1].dest == "prompt"
+
+
+def children(names: Iterable[str], typed: str) -> Iterator[str]:
+    """The names one segment further, after what is typed; `*` too where the segments are numbers.
+
+    >>> list(children(["a.0.mlp", "a.1.mlp", "a.1.norm"], "a.")), list(children(["a.0.mlp", "a.1.norm"], "a.*.m"))
+    (['a.*', 'a.0', 'a.1'], ['a.*.mlp'])
+    """
+    stem, dot, last = typed.rpartition(".")
+    parents = stem.split(".") if dot else []
+    found: dict[str, None] = {}
+    for name in names:
+        segments = name.split(".")
+        for segment in beneath(segments, parents):
+            found[segment] = None
+    if sum(segment.isdecimal() for segment in found) > 1:
+        found = {"*": None, **found}
+    return (f"{stem}{dot}{segment}" for segment in found if segment and segment.startswith(last))
+
+
+def beneath(segments: Sequence[str], parents: Sequence[str]) -> Sequence[str]:
+    """The segment after those that the parents match; all later ones where a parent is `**`."""
+    if "**" in parents:
+        return segments[parents.index("**") :]
+    fits = len(segments) > len(parents) and all(map(fnmatchcase, segments, parents))
+    return segments[len(parents) : len(parents) + 1] if fits else ()
+
+
+def quoted(text: str) -> str:
+    return shlex.quote(text) if " " in text else text
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far a load is: a bar that the output keeps as one line. A call tells it (stage, how many, of how many)."""
+
+    def __init__(self, shell: Any, name: str):
+        self.name, self.stage, self.done, self.total = name, "", 0, 1
+        self._notebook = hasattr(shell, "kernel")
+        self._handle: Any = None
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.stage, self.done, self.total = stage, done, total
+        self._draw()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and self.stage:
+            self.stage = "not loaded"
+            self._draw()
+        if not self._notebook and sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def _draw(self) -> None:
+        if self._notebook and self._handle is None:
+            self._handle = display(self, display_id=True)
+        elif self._notebook:
+            self._handle.update(self)
+        elif sys.stderr.isatty():
+            sys.stderr.write(f"\r{self!r:<100}")
+            sys.stderr.flush()
+
+    def _says(self) -> str:
+        engines = f"{self.total} engine{'s' * (self.total > 1)}"
+        count = engines if self.stage != "loading" else f"{self.done} of {engines}"
+        return f"{self.stage} {self.name}: {count}, {time.perf_counter() - self._began:.1f} s"
+
+    def __repr__(self) -> str:
+        full = 20 * self.done // self.total
+        return f"{'█' * full}{'░' * (20 - full)} {self._says()}"
+
+    def _repr_html_(self) -> str:
+        bar = f'<progress value="{self.done}" max="{self.total}" style="width:12em;margin-right:1em"></progress>'
+        return f"<div>{bar if self.stage in ('inspecting', 'loading') else ''}{html.escape(self._says())}</div>"
+
+
+def plain(thing: Any, printer: Any, _cycle: bool) -> None:
+    """A Session or ModelInfo as text."""
+    if hasattr(thing, "status"):
+        printer.text(repr(thing.status()))
+        return
+    title, table = loaded(thing)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
+    printer.text("\n".join([title, *lines]))
+
+
+def as_html(thing: Any) -> str:
+    """A Session or ModelInfo as a table."""
+    if hasattr(thing, "status"):
+        return thing.status()._repr_html_()
+    title, (head, *rows) = loaded(thing)
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    names = "".join(f"<th>{name}</th>" for name in head)
+    return f"<div><b>{html.escape(title)}</b><table><tr>{names}</tr><tr>{'</tr><tr>'.join(cells)}</tr></table></div>"
+
+
+def loaded(info: ModelInfo) -> tuple[str, list[tuple[str, ...]]]:
+    """What a load came to: one line, and a table by rank with its head."""
+    title = (
+        f"{info.cls}: {info.num_parameters:,} parameters, {len(info.modules)} modules, "
+        f"{info.layout}, {info.dtype}, attention {info.attention}"
+    )
+    axes = [axis for axis in ("pp", "dp", "fsdp", "tp") if getattr(info.layout, axis) > 1]
+    rows = [
+        (
+            str(rank),
+            *(str(info.layout.coordinate(rank)[axis]) for axis in axes),
+            f"{count:,}",
+            f"{count / info.num_parameters:.0%}",
+            f"{size / 1e6:,.1f} MB",
+        )
+        for rank, (count, size) in enumerate(zip(info.rank_parameters, info.rank_bytes, strict=True))
+    ]
+    return title, [("rank", *axes, "parameters", "of all", "memory"), *rows]
+
+
+def magics_table() -> str:
+    """README's table of the magics, in Markdown."""
+    lines = ["| magic | twin | does |", "| --- | --- | --- |"]
+    for name in FlexMagics.magics["line"]:
+        magic = getattr(FlexMagics, name)
+        usage = " ".join(magic.parser.format_usage().removeprefix("::").split()).replace("|", "\\|")
+        does = magic.parser.description.partition("\n")[0].replace("|", "\\|")
+        lines.append(f"| `{usage}` | {magic.twin} | {does} |")
+    return "\n".join(lines)
