@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from .errors import PromptError
+from .errors import LoadError, PromptError
 
 __all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
 
@@ -67,7 +67,10 @@ def tokenizer(path: str) -> Any:
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"the tokenizer of {path} cannot be loaded: {error}") from error
 
 
 def texts(ids: Batch | Sequence[Sequence[int]], tokenizer: Any, skip_special: bool = True) -> list[str]:

@@ -103,7 +103,7 @@ class Session:
 
     def _know(self, info: ModelInfo) -> None:
         self.info, self.planner = info, slabs.Planner(info)
-        self.tokenizer = prompts.tokenizer(info.path)
+        self.tokenizer = None if info.built else prompts.tokenizer(info.path)
         self.store = Store(self.cluster)
 
     def _forget(self) -> None:

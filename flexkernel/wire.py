@@ -230,6 +230,7 @@ class ModelInfo:
     window: int = 0
     placements: dict[str, str] = field(default_factory=dict)  # declared by the user: glob → placement
     styles: dict[str, str] = field(default_factory=dict)  # of the model's own parallel plan: name → style
+    built: bool = False  # by a user's function; path is its name
 
     @property
     def names(self) -> list[str]:

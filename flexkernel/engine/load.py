@@ -49,6 +49,7 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         window=getattr(text, "sliding_window", None) or 0,
         placements=dict(placements),
         styles=tp_styles(model, layout) if model is not None and source.builder is None else {},
+        built=source.builder is not None,
     )
 
 

@@ -116,7 +116,7 @@ function render({ model, el }) {
     flying = 0;
     clearTimeout(busy);
     ui.busy.textContent = "";
-    if (m.kind === "tile") accept(m, buffers);
+    if (m.kind === "tile") accept(m, buffers, performance.now() - asked);
     else if (m.kind === "value") ui.read.textContent = m.text;
     else if (m.kind === "error") ui.busy.textContent = m.text;
     pump();
@@ -130,7 +130,7 @@ function render({ model, el }) {
 
   // --- drawing
 
-  const accept = (m, buffers) => {
+  const accept = (m, buffers, wait) => {
     const [h, w] = m.size, index = bytes(buffers[0]);
     const sheet = new OffscreenCanvas(w, h), pen = sheet.getContext("2d"), image = pen.createImageData(w, h);
     const lut = luts[m.signed ? 0 : 1], pixels = new Uint32Array(image.data.buffer);
@@ -145,8 +145,8 @@ function render({ model, el }) {
     paint();
     ui.legend(m, lut);
     ui.says.textContent = m.says;
-    ui.plot.dataset.tiles = ++tiles;
-    ui.plot.dataset.ms = m.ms;
+    if (cursor) look(...cursor); // the same place says something else at another zoom
+    Object.assign(ui.plot.dataset, { tiles: ++tiles, ms: m.ms, wait: wait.toFixed(1) });
   };
   const box = () => ({ width: ui.plot.clientWidth, height: ui.plot.clientHeight });
   const x = (col) => ((col - view.c0) / (view.c1 - view.c0)) * 100;

@@ -7,6 +7,7 @@ as one byte a pixel. Beside the live map lies a static picture of it, which a sa
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import sys
 import threading
@@ -30,16 +31,18 @@ from .grid import Grid, Span, exact
 
 __all__ = ["TensorMap", "freeze_all", "tensor_map"]
 
-# A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 80 kB (html and png,
-# both in base64) and 21 kB of ESM: under the 0.4 MB that a view may cost.
+# A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 70 kB (html and png,
+# both in base64) and 22 kB of ESM: under the 0.4 MB that a view may cost.
 TILE_PIXELS = 200_000  # one byte each; a larger screen stretches them
-STILL = (192, 384)  # rows and columns of pixels in the static picture, at most
+STILL = (176, 352)  # rows and columns of pixels in the static picture, at most
 VALUES = 8_192  # so many native cells go along as fp32, so that hovering needs no question
 NAMES = 512  # so many row labels go along
 REDUCED = {"extreme": "signed extreme", "mean": "mean", "max": "max", "min": "min", "std": "std"}
 ESM = Path(__file__).with_name("tensormap.js").read_text(encoding="utf-8")
 
-_live: weakref.WeakSet[TensorMap] = weakref.WeakSet()
+MAX_LIVE = 32  # ipywidgets keeps every widget for ever: above this the oldest map becomes a picture and is let go
+_live: weakref.WeakValueDictionary[int, TensorMap] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def tensor_map(
@@ -56,7 +59,16 @@ def tensor_map(
 
 def freeze_all() -> list[TensorMap]:
     """Replaces every live map by its static picture, for a notebook that is to be kept. Returns those it froze."""
-    return [view.freeze() for view in list(_live)]
+    return [view.freeze() for _, view in sorted(_live.items())]
+
+
+def _admit(view: TensorMap) -> int:
+    """Makes room for a live map among at most MAX_LIVE, and numbers it."""
+    for _, oldest in sorted(_live.items())[: max(0, len(_live) - MAX_LIVE + 1)]:
+        oldest.freeze(f"Frozen: only the last {MAX_LIVE} maps stay live. Run the cell again for a live one.")
+    number = next(_numbers)
+    _live[number] = view
+    return number
 
 
 # --- one view, drawn -------------------------------------------------------------------------------------------------
@@ -207,15 +219,14 @@ class TensorMap(anywidget.AnyWidget):
         self._grid = grid
         self._lock = threading.RLock()  # Jupyter may answer the browser from another thread than the cell's
         self._display_id = uuid.uuid4().hex
-        self._displayed = False
+        self._displayed = self._answered = False
         self._frozen = False
         self._still: dict[str, Any] = {}  # the static copy: the last one drawn, and after `freeze` all there is
         self._over: Overview | None = None
         self._part = Part(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols), *STILL)
         super().__init__(info=about(grid, self._part), lut=_luts())
         self.on_msg(self._on_message)
-        if not grid.empty:
-            _live.add(self)
+        self._number = -1 if grid.empty else _admit(self)
 
     @property
     def window(self) -> tuple[Span, Span]:
@@ -240,7 +251,7 @@ class TensorMap(anywidget.AnyWidget):
                 self._still = self._draw_still(note)
                 self._frozen = True
                 self._grid.release()
-                _live.discard(self)
+                _live.pop(self._number, None)
                 self._replace_output(note)
         return self
 
@@ -291,6 +302,7 @@ class TensorMap(anywidget.AnyWidget):
         if display and self._displayed:
             data, metadata = self._repr_mimebundle_()
             display.update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
+        if self._displayed or not self._answered:  # in a box of widgets it stays, or there would be a hole
             self.close()
             self.__dict__.pop("_repr_mimebundle_", None)  # ipywidgets blanks a closed widget; ours stays shown
 
@@ -302,6 +314,7 @@ class TensorMap(anywidget.AnyWidget):
         if answer is None:
             return
         with self._lock:
+            self._answered = True
             if self._frozen:
                 self.send({"kind": "frozen", "text": "frozen"})
                 return
@@ -445,7 +458,7 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
     facts = facts_of(grid, overview)
     return {
         "text/plain": "\n".join([title, caption, *(f"{name}: {value}" for name, value in facts)]),
-        "text/html": _still_html(encoded, size["width"], title, caption, facts),
+        "text/html": _still_html(encoded, size["width"], f"{title}: {caption}", part_text(grid, tile.part), facts),
         "image/png": encoded,
         "size": size,
     }
@@ -461,7 +474,17 @@ def facts_of(grid: Grid, overview: Overview) -> list[tuple[str, str]]:
     ]
 
 
-def _still_html(encoded: str, width: int, title: str, caption: str, facts: list[tuple[str, str]]) -> str:
+def part_text(grid: Grid, part: Part) -> str:
+    """Which part of the tensor a picture shows."""
+    whole = part.rows == (0, grid.num_rows) and part.cols == (0, grid.num_cols)
+    rows, cols = f"{grid.num_rows:,} rows", f"{grid.num_cols:,} columns"
+    if whole:
+        return f"All {rows} × {cols}."
+    (r0, r1), (c0, c1) = part.rows, part.cols
+    return f"Rows {r0}–{r1 - 1} and columns {c0}–{c1 - 1} of {rows} × {cols}."
+
+
+def _still_html(encoded: str, width: int, alt: str, caption: str, facts: list[tuple[str, str]]) -> str:
     cell = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;vertical-align:top;"
     rows = "".join(
         f'<tr style="background:none"><td style="{cell}opacity:.7;white-space:nowrap">{html.escape(name)}</td>'
@@ -470,9 +493,9 @@ def _still_html(encoded: str, width: int, title: str, caption: str, facts: list[
     )
     return (
         f'<figure style="margin:4px 0;max-width:{width}px">'
-        f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(f"{title}: {caption}", quote=True)}" '
+        f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(alt, quote=True)}" '
         f'style="display:block;width:{width}px;max-width:100%;height:auto;border-radius:4px">'
-        f'<figcaption style="font-size:90%;margin-top:4px"><b>{html.escape(title)}</b></figcaption>'
+        f'<figcaption style="font-size:90%;margin-top:4px">{html.escape(caption)}</figcaption>'
         f'<table style="font-size:85%;border-collapse:collapse;border:0;margin:2px 0 0 0">{rows}</table></figure>'
     )
 

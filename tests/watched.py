@@ -1,0 +1,228 @@
+"""Functions that tests run on engines: they reach into the engine's Runtime, as no driver does. Importable there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+import flexkernel.engine as door
+
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_reduce", "reduce", "broadcast", "reduce_scatter",
+    "reduce_scatter_tensor", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
+    "barrier", "batch_isend_irecv", "all_gather_object", "broadcast_object_list",
+)  # fmt: skip
+
+
+def runtime():
+    """This engine's Runtime."""
+    return door._runtime
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """What this process sends while it is entered: every function of torch.distributed that communicates, point to
+    point included, which CommDebugMode does not see; and the functional collectives, which it does."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    sent: list[str] = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+    modules = [dist, dist.distributed_c10d]
+
+    def noted(name: str, function: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            sent.append(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name, function in originals.items():
+        wrapper = noted(name, function)  # one for both places: P2POp compares its function with the module's
+        for module in modules:
+            setattr(module, name, wrapper)
+    try:
+        with CommDebugMode() as mode:
+            yield sent
+        sent += [f"{op}" for op, count in mode.get_comm_counts().items() for _ in range(count)]
+    finally:
+        for name, function in originals.items():
+            for module in modules:
+                setattr(module, name, function)
+
+
+def count_in_runs() -> None:
+    """From now on every run of this engine notes what it sends, in `sent_in_run`."""
+    import flexkernel.engine.forward as forward
+
+    if not hasattr(forward, "_counted_run"):
+        forward._counted_run = forward.run
+
+    def run(rt, plan):
+        with counting() as sent:
+            report = forward._counted_run(rt, plan)
+        rt.sent = list(sent)
+        return report
+
+    forward.run = run
+
+
+def sent_in_run() -> list[str]:
+    return runtime().sent
+
+
+def stop_counting() -> None:
+    import flexkernel.engine.forward as forward
+
+    forward.run = forward._counted_run
+
+
+# --- faults ------------------------------------------------------------------------------------------
+
+
+def once(name: str, rank: int, action: Callable[[], None]) -> None:
+    """At the next forward on that rank, act when the module has run."""
+    rt = runtime()
+    if rt.rank != rank or name not in rt.hooks.modules:
+        return
+
+    def fire(_module, _args, _out) -> None:
+        handle.remove()
+        action()
+
+    handle = rt.hooks.modules[name].register_forward_hook(fire)
+
+
+def raise_at(name: str, rank: int) -> None:
+    def boom() -> None:
+        raise ZeroDivisionError("a test raised this")
+
+    once(name, rank, boom)
+
+
+def sleep_at(name: str, rank: int, seconds: float = 100.0) -> None:
+    once(name, rank, lambda: time.sleep(seconds))
+
+
+def die_at(name: str, rank: int) -> None:
+    once(name, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def weights_at() -> list[int]:
+    """Where this rank's parameters lie: equal before and after shows that nothing was loaded again."""
+    return [getattr(p, "_local_tensor", p).data_ptr() for p in runtime().model.parameters()]
+
+
+# --- builders ----------------------------------------------------------------------------------------
+
+def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
+    """A tiny Llama under torch's own parallelize_module, tp 2; with sequence parallel norms, whose values are DTensors."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        PrepareModuleOutput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    row = RowwiseParallel(output_layouts=Shard(1)) if sequence else RowwiseParallel()
+    plan = {
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": row,
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": row,
+    }
+    if sequence:  # inside a layer the sequence is split; between layers it is whole, as the model's masks expect
+        plan |= {
+            "input_layernorm": SequenceParallel(),
+            "post_attention_layernorm": SequenceParallel(),
+            "self_attn": PrepareModuleInput(
+                input_kwarg_layouts={"hidden_states": Shard(1)},
+                desired_input_kwarg_layouts={"hidden_states": Replicate()},
+                use_local_output=True,
+            ),
+            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        }
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+        if sequence:
+            split = PrepareModuleInput(
+                input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+            )
+            joined = PrepareModuleOutput(output_layouts=(Shard(1),), desired_output_layouts=(Replicate(),))
+            parallelize_module(layer, mesh, {"": split})
+            parallelize_module(layer, mesh, {"": joined})
+    return model
+
+
+def partial_sums(folder: str) -> torch.nn.Module:
+    """The same, with hooks' view of o_proj and down_proj left unreduced: each rank holds one addend, reduced by the
+    layer's owner. What a wrapper that reduces outside the module makes of a row-parallel layer."""
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        size = mlp.gate_proj.out_features // world
+        mine = slice(rank * size, (rank + 1) * size)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = torch.nn.Parameter(linear.weight[mine].clone())
+        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, mine].clone())
+        layer.mlp = Reduced(mlp)
+    return model
+
+
+class Reduced(torch.nn.Module):
+    """Sums an MLP's partial result over all ranks, outside the MLP."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import torch.distributed as dist
+
+        out = self.inner(x).clone()
+        dist.all_reduce(out)
+        return out
+
+
+def whole(folder: str) -> torch.nn.Module:
+    """The unsharded model of a folder; on the meta device when it is built under one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+
+
+def whole_reduced(folder: str) -> torch.nn.Module:
+    """The unsharded model with the same wrapper around its MLPs, which is then nothing."""
+    model = whole(folder)
+    for layer in model.model.layers:
+        layer.mlp = Passed(layer.mlp)
+    return model
+
+
+class Passed(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
