@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import math
 import re
 import threading
+import weakref
 from html.parser import HTMLParser
 from typing import Any
 
@@ -16,7 +18,7 @@ from test_grid import FarSource, Source
 
 from flexkernel import widgets
 from flexkernel.errors import CaptureExpired
-from flexkernel.widgets import freeze_all, tensor_map
+from flexkernel.widgets import freeze_all, tensor_map, tensormap
 from flexkernel.widgets.tensormap import ESM, TILE_PIXELS, VALUES, fitting, number
 
 
@@ -258,7 +260,7 @@ def test_the_bundle_has_four_ways_to_be_shown():
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert metadata["image/png"]["width"] > 300
     page = Allowed(data["text/html"])
-    assert page.tags <= {"figure", "img", "figcaption", "b", "table", "tr", "td", "bdi", "div"}
+    assert page.tags <= {"figure", "img", "figcaption", "table", "tr", "td", "bdi", "div"}
     assert page.names <= {"style", "src", "alt"}
     assert "-30 at [0, 2] <script>alert(1)</script>, column 7" in page.text
     assert "model.layers.3.mlp  (1, 4, 64) float32" in data["text/plain"]
@@ -302,6 +304,18 @@ def test_freeze_all_freezes_every_live_map():
     assert {one, other} <= set(frozen)
     assert one.frozen and other.frozen
     assert freeze_all() == []
+
+
+def test_only_the_newest_maps_stay_live_so_that_a_cell_can_run_a_thousand_times(monkeypatch):
+    freeze_all()
+    monkeypatch.setattr(tensormap, "MAX_LIVE", 3)
+    views = [tensor_map(torch.randn(4, 5)) for _ in range(5)]
+    assert [view.frozen for view in views] == [True, True, False, False, False]
+    assert "only the last 3 maps stay live" in repr(views[0])
+    held = weakref.ref(views[1])
+    del views[1]
+    gc.collect()
+    assert held() is None  # ipywidgets has let it go too
 
 
 def test_a_capture_that_expires_freezes_the_map_with_the_reason(wire):

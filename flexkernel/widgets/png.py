@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -90,6 +90,7 @@ def render(
     values: (h, w) float, covering rows × cols, cells[0] × cells[1] of them a pixel (those at the end may have fewer).
     bar: (value, label) beside the colour bar.
     """
+    rows = replace(rows, ticks=[(cell, _short(label)) for cell, label in rows.ticks])
     paint = _Paint(signed)
     plot = _grown(quantise(values, lo, hi, LEVELS), (rows, cols), cells)
     high, wide = plot.shape
@@ -238,6 +239,10 @@ STEP = 12  # pixels from one character to the next, at twice the font's size
 
 def _width(text: str) -> int:
     return STEP * len(text)
+
+
+def _short(text: str, most: int = 28) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _mask(text: str) -> np.ndarray:

@@ -34,7 +34,7 @@ __all__ = ["TensorMap", "freeze_all", "tensor_map"]
 # A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 70 kB (html and png,
 # both in base64) and 22 kB of ESM: under the 0.4 MB that a view may cost.
 TILE_PIXELS = 200_000  # one byte each; a larger screen stretches them
-STILL = (176, 352)  # rows and columns of pixels in the static picture, at most
+STILL = (176, 704, 62_000)  # rows and columns of the static picture, and its pixels, at most
 VALUES = 8_192  # so many native cells go along as fp32, so that hovering needs no question
 NAMES = 512  # so many row labels go along
 REDUCED = {"extreme": "signed extreme", "mean": "mean", "max": "max", "min": "min", "std": "std"}
@@ -80,8 +80,8 @@ class Part:
 
     rows: Span
     cols: Span
-    height: int
-    width: int
+    height: int = 1
+    width: int = 1
     how: str = "extreme"
     range: tuple[float, float] | None = None
 
@@ -131,12 +131,24 @@ def range_text(bounds: tuple[float, float]) -> str:
     return f"±{number(hi)}" if lo == -hi else f"{number(lo)} to {number(hi)}"
 
 
+def still_size(rows: Span) -> tuple[int, int]:
+    """The pixels of a static picture: few rows leave room for more columns."""
+    height = max(1, min(STILL[0], rows[1] - rows[0]))
+    return height, max(1, min(STILL[1], STILL[2] // height))
+
+
+def still_part(part: Part) -> Part:
+    height, width = still_size(part.rows)
+    return replace(part, height=height, width=width)
+
+
 class Overview:
     """What is known of the whole matrix once it was looked at: bounds, NaN, largest elements, colour ranges."""
 
     def __init__(self, grid: Grid):
         self.rows, self.cols = (0, grid.num_rows), (0, grid.num_cols)
-        self.most, self.least = grid.bounds(self.rows, self.cols, *STILL)
+        self.size = still_size(self.rows)
+        self.most, self.least = grid.bounds(self.rows, self.cols, *self.size)
         self.nan = grid.count_nan()
         self.signed = bool((self.least < 0).any())
         self.low, self.high = (_finite(t, pick) for t, pick in ((self.least, min), (self.most, max)))
@@ -155,12 +167,12 @@ class Overview:
 
     def tile(self, grid: Grid, how: str) -> torch.Tensor:
         known = {"max": self.most, "min": self.least, "extreme": reduce.extreme(self.most, self.least)}
-        return known[how] if how in known else grid.tiles(self.rows, self.cols, *STILL, how)
+        return known[how] if how in known else grid.tiles(self.rows, self.cols, *self.size, how)
 
     def _largest(self, grid: Grid, count: int = 3) -> list[tuple[int, int, str]]:
         """(row, column, value) of the elements farthest from zero: they lie in the pixels farthest from zero."""
         far = torch.maximum(self.most.abs(), self.least.abs()).nan_to_num(-1.0, posinf=math.inf)
-        down, along = (-(-n // s) for n, s in zip((grid.num_rows, grid.num_cols), STILL, strict=True))
+        down, along = (-(-n // s) for n, s in zip((grid.num_rows, grid.num_cols), self.size, strict=True))
         found: list[tuple[float, int, int, str]] = []
         for pixel in far.flatten().topk(min(count, far.numel())).indices.tolist():
             r, c = (pixel // far.shape[1]) * down, (pixel % far.shape[1]) * along
@@ -223,7 +235,7 @@ class TensorMap(anywidget.AnyWidget):
         self._frozen = False
         self._still: dict[str, Any] = {}  # the static copy: the last one drawn, and after `freeze` all there is
         self._over: Overview | None = None
-        self._part = Part(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols), *STILL)
+        self._part = still_part(Part(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols)))
         super().__init__(info=about(grid, self._part), lut=_luts())
         self.on_msg(self._on_message)
         self._number = -1 if grid.empty else _admit(self)
@@ -291,7 +303,7 @@ class TensorMap(anywidget.AnyWidget):
         if self._grid.empty:
             return text_bundle(self._grid)
         try:
-            tile = draw(self._grid, self._overview(), replace(self._part, height=STILL[0], width=STILL[1]))
+            tile = draw(self._grid, self._overview(), still_part(self._part))
         except CaptureExpired as gone:
             return noted(self._still, note or str(gone)) if self._still else {"text/plain": f"{self._grid}\n{gone}"}
         return noted(still_bundle(self._grid, self._overview(), tile), note)
