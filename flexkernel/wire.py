@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 __all__ = [
     "AXES",
@@ -169,20 +169,22 @@ class HookSet:
     def put(self, spec: HookSpec) -> HookSet:
         """With this hook: in the place of the one of its name, else at the end."""
         keys = [hook.key for hook in self.hooks]
-        if spec.key not in keys:
-            return replace(self, hooks=(*self.hooks, spec))
-        at = keys.index(spec.key)
-        return replace(self, hooks=(*self.hooks[:at], spec, *self.hooks[at + 1 :]))
+        at = keys.index(spec.key) if spec.key in keys else len(keys)
+        return self._of((*self.hooks[:at], spec, *self.hooks[at + 1 :]))
 
     def without(self, keys: Sequence[str]) -> HookSet:
-        return replace(self, hooks=tuple(hook for hook in self.hooks if hook.key not in keys))
+        return self._of(tuple(hook for hook in self.hooks if hook.key not in keys))
+
+    def _of(self, hooks: tuple[HookSpec, ...]) -> HookSet:
+        """These hooks instead; a group that has none any more is not off any more either."""
+        return HookSet(hooks, self.off & {group for hook in hooks for group in hook.groups})
 
     @property
     def groups(self) -> dict[str, list[str]]:
         """Group → keys of its hooks."""
         found: dict[str, list[str]] = {}
         for hook in self.hooks:
-            for group in hook.groups:
+            for group in dict.fromkeys(hook.groups):
                 found.setdefault(group, []).append(hook.key)
         return found
 
