@@ -109,7 +109,7 @@ class Tile:
         """What was reduced, what was clipped, what is missing: nothing of it silently."""
         down, along = self.cells
         what = "one pixel is one cell" if self.native else f"{REDUCED[self.part.how]} of {down}×{along} cells/pixel"
-        clipped = f", {self.beyond:,} pixels beyond" if self.beyond else ""
+        clipped = f", {self.beyond:,} pixel{'s' * (self.beyond > 1)} beyond" if self.beyond else ""
         return f"{what} · range {range_text(self.range)}{clipped}" + (f" · {nan:,} NaN" if nan else "")
 
     def bar(self) -> list[tuple[float, str]]:
