@@ -19,7 +19,7 @@ from .capture import Capture
 from .errors import CaptureError, MemoryBudgetError
 from .names import nearest
 from .prompts import Batch, token_strings
-from .slabs import Extent, Plan, Planner, Pool, Slab, folder, pages
+from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, folder, pages
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store"]
@@ -187,9 +187,9 @@ class Store:
         self._cluster, self.here = cluster, host or socket.gethostname()
         self.folder = folder(cluster.folder + (f"-{host}" if host else ""))
         self.hosts: list[str] = list(cluster.hosts)
-        prefix = secrets.token_hex(4)
-        self.pool = Pool(prefix)
-        self.budget = psutil.virtual_memory().available // 4
+        free = psutil.disk_usage(str(self.folder)).free
+        self.pool = Pool(secrets.token_hex(4), max(min(SLAB_BYTES, free // 8 // PAGE * PAGE), PAGE))
+        self.budget = min(psutil.virtual_memory().available // 4, free)
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self._freed: list[int] = []
         self._extents: dict[int, Extent] = {}
@@ -200,7 +200,7 @@ class Store:
     def slab(self, name: str, num_bytes: int) -> Slab:
         """A slab of this host, mapped once and kept."""
         if name not in self._slabs:
-            self._slabs[name] = Slab(self.folder / name, num_bytes)
+            self._slabs[name] = Slab(self.folder / name, num_bytes, create=False)
         return self._slabs[name]
 
     def client(self, host: str) -> Any:
@@ -220,6 +220,7 @@ class Store:
         for client in self._clients.values():
             client.close()
         self._clients.clear()
+        self._slabs.clear()
 
     def take_freed(self) -> tuple[int, ...]:
         """The runs freed since the last call: the engines hear of them with the next run."""
@@ -232,6 +233,7 @@ class Store:
 
     def take(self, num_bytes: int) -> Extent:
         """Room for a run's captures; older runs expire to make it. MemoryBudgetError when they do not suffice."""
+        self.pool.drain()  # tensors that died since the last run count no more
         if num_bytes > self.budget:
             raise MemoryBudgetError(
                 f"this run would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
@@ -256,6 +258,9 @@ class Store:
         extent = self.take(num_bytes)
         try:
             yield extent
+        except MemoryBudgetError:
+            self.pool.abandon(extent)
+            raise
         except BaseException:
             self.pool.release(extent)
             raise

@@ -7,6 +7,7 @@ an activation goes. Captures start on page boundaries: one can be mapped by itse
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import CaptureError, HookError, MemoryBudgetError
+from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
 
@@ -143,9 +144,15 @@ def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: in
         outside = [p for p in hook.positions if not -S <= p < S]
         if outside:
             raise HookError(f"hook {hook.key!r} keeps position {outside[0]}, but the run has {S}")
-        for dim in formula.dims_of("S")[:1]:
+        dim = position_dim(formula)
+        if dim is not None:
             shape[dim] = len(hook.positions)
     return tuple(shape)
+
+
+def position_dim(formula: ShapeFormula) -> int | None:
+    """The dim along which the positions of a run lie, those of the queries first; None where no dim has them alone."""
+    return next(iter(formula.dims_of("S") or formula.dims_of("P+S", "W+S")), None)
 
 
 # --- the files -------------------------------------------------------------------------------------
@@ -154,9 +161,12 @@ def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: in
 def folder(name: str) -> Path:
     """This user's private folder of that name for slabs, 0700, in memory where the system has /dev/shm."""
     root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
+    if not root.is_dir():
+        raise CaptureError(f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there")
     home = root / f"flexkernel-{os.getuid()}"
     for path in (home, home / name):
-        path.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise CaptureError(f"{path} is not a private folder of this user; remove it or set FLEX_SLABS")
@@ -177,11 +187,11 @@ class _Bytes(np.ndarray):
 
 class Slab:
     """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past a full
-    /dev/shm would kill the process."""
+    /dev/shm would kill the process. create=False: for who only reads, and must not find zeros where nothing is."""
 
-    def __init__(self, path: Path, num_bytes: int):
+    def __init__(self, path: Path, num_bytes: int, create: bool = True):
         self.path, self.num_bytes = path, num_bytes
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = opened(path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW)
         try:
             allocate(fd, num_bytes, path)
             self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
@@ -197,8 +207,13 @@ class Slab:
         """The region through a copy-on-write map of its own; freed() when the last tensor made from it dies."""
         num_bytes = size_of(region.shape, region.dtype)
         if num_bytes == 0:  # nothing to map, and nothing that could outlive the run
+            freed()
             return torch.empty(region.shape, dtype=getattr(torch, region.dtype))
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = opened(self.path, os.O_RDONLY)
+        except CaptureExpired:
+            freed()
+            raise
         try:
             start = region.offset // PAGE * PAGE
             inner = region.offset - start
@@ -210,6 +225,13 @@ class Slab:
         array = np.frombuffer(own, dtype=np.uint8).view(_Bytes)
         weakref.finalize(array, freed).atexit = False
         return shaped(torch.from_numpy(array)[inner:], region)
+
+
+def opened(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        raise CaptureExpired(f"{path} is gone: the engines have ended, or have loaded another model") from None
 
 
 def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
@@ -252,8 +274,8 @@ class Extent:
 class Pool:
     """The driver's book of slabs: hands out extents, and takes them back when nothing looks into them any more."""
 
-    def __init__(self, prefix: str):
-        self._prefix, self._count = prefix, 0
+    def __init__(self, prefix: str, smallest: int = SLAB_BYTES):
+        self._prefix, self._smallest, self._count = prefix, smallest, 0
         self._sizes: dict[str, int] = {}
         self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
         self._dead: collections.deque[Extent] = collections.deque()  # finalizers only append here
@@ -268,7 +290,7 @@ class Pool:
                 return self._put(slab, base, need)
         self._count += 1
         slab = f"{self._prefix}-{self._count}.slab"
-        self._sizes[slab] = max(-(-need // SLAB_BYTES) * SLAB_BYTES, SLAB_BYTES)
+        self._sizes[slab] = -(-need // self._smallest) * self._smallest
         self._extents[slab] = []
         return self._put(slab, 0, need)
 
@@ -293,6 +315,12 @@ class Pool:
         """The run is done with it; reused once no tensor looks into it."""
         extent.released = True
         self.drain()
+
+    def abandon(self, extent: Extent) -> None:
+        """Release it, and its slab too if nothing else lies there: the slab could not be made."""
+        self.release(extent)
+        if not self._extents[extent.slab]:
+            del self._extents[extent.slab], self._sizes[extent.slab]
 
     def drain(self) -> None:
         while self._dead:

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..errors import HookError, PlacementError
-from ..slabs import Plan, Slab, size_of
+from ..slabs import Plan, Slab, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .leaves import inputs, leaf, leaves
@@ -145,7 +145,7 @@ class Recording:
         placed = self.placer.place(entry.key.module, entry.key.at, value.detach(), entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
-        local = kept(placed.local, entry.hook, entry.formula, here)
+        local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
         evidence, placement = placed.evidence, repr(placed.placement)
         if isinstance(placed.placement, Partial):
             return Seen(evidence, placement, 0, placed.holds, None, self.spill(local), partial=True)
@@ -221,13 +221,19 @@ def index_of(plan: Plan) -> dict[tuple[str, str, int], int]:
     return found
 
 
-def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place) -> torch.Tensor:
+def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place, holds: Box) -> torch.Tensor:
     """What a hook keeps of a value: all, or the positions it names."""
-    dims = formula.dims_of("S")
-    if hook.positions is None or not dims:
+    if hook.positions is None:
         return local
-    at = torch.tensor([p % here.S for p in hook.positions], device=local.device)
-    return local.index_select(dims[0], at)
+    dim = position_dim(formula)
+    if formula.dims_of("B*S") or dim in [split for split, _, _ in holds]:
+        raise PlacementError(
+            f"{hook.key}: positions cannot be picked from {formula}, whose rows run over the batch or are split along "
+            "the sequence; hook it without positions"
+        )
+    if dim is None:
+        return local
+    return local.index_select(dim, torch.tensor([p % here.S for p in hook.positions], device=local.device))
 
 
 def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
