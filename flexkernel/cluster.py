@@ -18,10 +18,12 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import ipyparallel as ipp
+import psutil
 from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher
 
-from . import engine, errors
+from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
+from .reaper import Reaper
 from .wire import ErrorReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
@@ -151,6 +153,7 @@ class IPyParallel(Cluster):
         self.size = len(self.engines)
         self.hosts = [""] * self.size
         self._views: dict[int, Any] = {}
+        self.reaper: Reaper | None = None
         self._greet()
 
     @property
@@ -252,6 +255,8 @@ class IPyParallel(Cluster):
             self._client.close()
             if self.owned:
                 self._cluster.stop_cluster_sync()
+        if self.reaper is not None:
+            self.reaper.leave()
 
 
 def silent(rank: int) -> ErrorReport:
@@ -308,6 +313,7 @@ def start(n: int, engines: str | None = None, cluster_id: str = "", timeout_s: f
         log_level=40,
         shutdown_atexit=True,
     )
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
     previous = os.umask(0o077)
     try:
         cluster.start_cluster_sync()
@@ -321,7 +327,10 @@ def start(n: int, engines: str | None = None, cluster_id: str = "", timeout_s: f
         raise
     finally:
         os.umask(previous)
-    return IPyParallel(cluster, client, owned=True)
+    mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    found = IPyParallel(cluster, client, owned=True)
+    found.reaper = Reaper(mine, slabs.folder(found.folder))
+    return found
 
 
 def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s: float = 60.0) -> IPyParallel:

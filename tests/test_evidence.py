@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import models
 import pytest
@@ -116,6 +117,27 @@ def test_a_builders_model_without_a_reference_has_what_its_values_say(session, t
         close(capture, truth.outputs[f"model.layers.0.{name}", 0, ""])
     with pytest.raises(fk.errors.PlacementError, match="cannot be put together"):
         run["model.layers.0.mlp.act_fn"].tensor()
+
+
+@pytest.mark.engines(2)
+def test_a_known_parallel_layer_decides(session, tiny):
+    """fairscale's layers say by class and flags what they put out: no reference, no declaration is needed."""
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("fairscale", reason="pip install --no-build-isolation --no-deps fairscale")
+    folder = str(tiny("llama"))
+    session.load(functools.partial(watched.fairscale_mlps, folder), tp=2)
+    session.hook("model.layers.*.mlp.gate_proj")
+    session.hook("model.layers.*.mlp.down_proj", at="input")
+    session.hook("model.layers.*.mlp.down_proj")
+    run, truth = session.run(IDS), truth_of(folder)
+    for layer in range(4):
+        gate, down = (f"model.layers.{layer}.mlp.{name}_proj" for name in ("gate", "down"))
+        assert (run[gate].evidence, run[gate].placement) == ("class", "Shard(dim=-1)")
+        close(run[gate], truth.outputs[gate, 0, ""])
+        assert run[down, "input"].evidence == "class"
+        close(run[down, "input"], truth.inputs[down, 0, "0"])
+        assert run[down, "output"].placement == "Replicate()"
+        close(run[down, "output"], truth.outputs[down, 0, ""])
 
 
 @pytest.mark.parametrize("wrong", ["shard:0", "replicate"])

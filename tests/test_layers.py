@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
     {"errors", "wire", "names"},
-    {"slabs", "reduce"},
+    {"slabs", "reduce", "reaper"},
     {"channel", "cluster", "prompts", "capture", "run", "hooks", "model", "status", "tree"},
     {"session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},

@@ -115,10 +115,16 @@ def die_at(name: str, rank: int) -> None:
 
 def weights_at() -> list[int]:
     """Where this rank's parameters lie: equal before and after shows that nothing was loaded again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in runtime().model.modules():
+        if isinstance(module, FSDPModule):  # the root stays unsharded after a forward
+            module.reshard()
     return [getattr(p, "_local_tensor", p).data_ptr() for p in runtime().model.parameters()]
 
 
 # --- builders ----------------------------------------------------------------------------------------
+
 
 def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
     """A tiny Llama under torch's own parallelize_module, tp 2; with sequence parallel norms, whose values are DTensors."""
@@ -202,6 +208,31 @@ class Reduced(torch.nn.Module):
         out = self.inner(x).clone()
         dist.all_reduce(out)
         return out
+
+
+def fairscale_mlps(folder: str) -> torch.nn.Module:
+    """A tiny Llama whose MLPs are fairscale's parallel layers, over all ranks."""
+    import torch.distributed as dist
+    from fairscale.nn.model_parallel.initialize import initialize_model_parallel, model_parallel_is_initialized
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from transformers import AutoModelForCausalLM
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if not model_parallel_is_initialized():
+        initialize_model_parallel(world)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(layer.mlp, name)
+            sizes = (old.in_features, old.out_features)
+            dim, new = (
+                (1, RowParallelLinear(*sizes, bias=False, input_is_parallel=True))
+                if name == "down_proj"
+                else (0, ColumnParallelLinear(*sizes, bias=False, gather_output=False))
+            )
+            new.weight = torch.nn.Parameter(old.weight.detach().chunk(world, dim)[rank].clone())
+            setattr(layer.mlp, name, new)
+    return model
 
 
 def whole(folder: str) -> torch.nn.Module:

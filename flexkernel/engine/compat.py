@@ -28,6 +28,7 @@ __all__ = [
     "loading_under",
     "own_modules",
     "rebuild_meshes",
+    "reset_forward",
     "set_attention",
     "tp_styles",
     "waited",
@@ -179,6 +180,14 @@ def fix_cached_groups(model: torch.nn.Module) -> None:
             for group in fsdp_groups(module):
                 for info in (group.mesh_info, group.post_forward_mesh_info):
                     refresh_mesh_info(info)
+
+
+def reset_forward(model: torch.nn.Module | None) -> None:
+    """Forget a forward that broke off: FSDP holds some layers' parameters whole, not the same ones on every rank."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def fsdp_groups(module: Any) -> list[Any]:

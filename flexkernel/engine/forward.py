@@ -22,6 +22,8 @@ from .placements import Place
 
 __all__ = ["run"]
 
+BROKEN = ("gloo/transport", "NCCL communicator was aborted")  # a collective says so when a peer has broken it
+
 
 def run(runtime: Any, plan: RunPlan) -> RunReport:
     """This rank's share of the run. All ranks must call. Raises before the forward what is wrong, on all ranks."""
@@ -119,9 +121,9 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     except StopForward:
         return True
     except BaseException as error:
+        error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
         if runtime.seat.world > 1:
             runtime.breaker.break_groups()
-        error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
         raise
     finally:
         runtime.hooks.recording = None
@@ -165,6 +167,7 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     text = "".join(traceback.format_exception(error))
     name = type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
     message = str(error) if name != "EngineError" else f"{type(error).__name__} on rank {runtime.rank}: {error}"
+    secondary = secondary or (isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN))
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ..wire import Layout, Seat
-from .compat import fix_cached_groups, rebuild_meshes
+from .compat import fix_cached_groups, rebuild_meshes, reset_forward
 from .faults import Breaker
 from .mesh import join, leave
 
@@ -28,6 +28,7 @@ def regroup(
     The meshes are made again in the order of the load, so that groups get the names that meshes, DTensors and forward
     closures remember; weights stay where they are and the next forward is bit-equal."""
     leave()
+    reset_forward(model)
     breaker.before_groups()
     store = join(seat, address, port, device, timeout_s)
     if model is not None and layout is not None and layout.world > 1:

@@ -1,0 +1,201 @@
+"""The cluster: one answer a rank, errors that come at once with their cause, engines that are usable again, and an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+import watched
+
+import flexkernel as fk
+from flexkernel import cluster as clusters
+
+IDS = [[5, 6, 7, 8, 9]]
+LAYOUTS = [{"tp": 2}, {"pp": 2}, {"fsdp": 2}]
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda d: "x".join(d))
+def loaded(request, session, tiny):
+    """A session with a model under each layout, its logits and where its weights lie."""
+    session.load(tiny("llama"), **request.param)
+    logits = session.run(IDS).logits.tensor()
+    yield session, logits, session.on_ranks(watched.weights_at)
+
+
+def still_right(session, logits, weights) -> None:
+    """The next run is bit-equal, and nothing was loaded again."""
+    assert torch.equal(session.run(IDS).logits.tensor(), logits)
+    assert session.on_ranks(watched.weights_at) == weights
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.engines(2)
+def test_a_rank_that_raises_leaves_nobody_waiting(loaded, rank):
+    session, logits, weights = loaded
+    name = f"model.layers.{3 * rank}.mlp"
+    session.on_ranks(watched.raise_at, name, rank)
+    begin = time.monotonic()
+    with pytest.raises(fk.errors.EngineError, match=rf"ZeroDivisionError on rank {rank}: a test raised this") as caught:
+        session.run(IDS)
+    assert time.monotonic() - begin < 10, "five times the bound of 2 s; the groups' own timeout is 60"
+    assert caught.value.rank == rank and "watched.py" in caught.value.remote_traceback
+    still_right(session, logits, weights)
+
+
+@pytest.mark.engines(2)
+def test_an_interrupt_frees_every_rank_and_keeps_the_model(loaded):
+    session, logits, weights = loaded
+    for name, rank in (("model.layers.0.mlp", 0), ("model.layers.3.mlp", 1)):
+        session.on_ranks(watched.sleep_at, name, rank)
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            session.run(IDS)
+        assert time.monotonic() - begin < 0.5 + 10, "five times the bound of 2 s"
+        still_right(session, logits, weights)
+
+
+@pytest.mark.engines(2)
+def test_the_groups_are_broken_twenty_times_without_a_leak(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    logits = session.run(IDS).logits.tensor()
+
+    def held():
+        process = psutil.Process()
+        return process.num_fds(), process.num_threads()
+
+    counts = []
+    for _ in range(20):
+        session.on_ranks(watched.raise_at, "model.layers.1.mlp", 1)
+        with pytest.raises(fk.errors.EngineError):
+            session.run(IDS)
+        counts.append(session.on_ranks(held))
+    assert torch.equal(session.run(IDS).logits.tensor(), logits)
+    for rank in (0, 1):
+        fds = [count[rank][0] for count in counts]
+        threads = [count[rank][1] for count in counts]
+        assert fds[-1] <= fds[4] + 4 and threads[-1] <= threads[4] + 2, (fds, threads)
+
+
+@pytest.mark.engines(2)
+def test_every_rank_answers_in_order(session):
+    import socket
+
+    assert session.on_ranks(lambda: watched.runtime().rank) == [0, 1]
+    assert session.cluster.hosts == [socket.gethostname()] * 2
+    assert session.on_ranks(lambda a, b: a + b, 2, 3) == [5, 5]
+
+
+@pytest.mark.engines(2)
+def test_a_function_that_cannot_travel_is_refused_here(session):
+    lock = threading.Lock()
+    with pytest.raises(fk.errors.ClusterError, match="cannot be sent to engines"):
+        session.on_ranks(lambda: lock)
+
+
+@pytest.mark.engines(2)
+def test_nothing_is_kept_of_calls_that_are_over(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    for _ in range(5):
+        session.run(IDS)
+    client = session.cluster._client
+    assert len(client.history) == len(client.results) == len(client._futures) == 0
+    assert len(client.metadata) <= 1, "ipyparallel keeps one entry of its own"
+
+
+@pytest.mark.engines(2)
+def test_all_our_sockets_are_on_loopback(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    pids = session.on_ranks(os.getpid)
+    mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    assert set(pids) <= {p.pid for p in mine}
+    listening = [(p.pid, c.laddr) for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert len(listening) > 5
+    assert {address.ip for _, address in listening} <= {"127.0.0.1", "::1", "127.0.1.1"}
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_named_and_the_others_come_back(tiny):
+    with fk.start(2) as session:
+        session.load(tiny("llama"), tp=2)
+        session.run(IDS)
+        session.on_ranks(watched.die_at, "model.layers.1.mlp", 1)
+        begin = time.monotonic()
+        with pytest.raises(fk.errors.EngineDied, match="rank 1"):
+            session.run(IDS)
+        assert time.monotonic() - begin < 10
+        with pytest.raises(fk.errors.EngineDied, match="rank 1's engine is gone"):
+            session.run(IDS)
+        assert session.cluster.alive() == [True, False]
+        assert "1 of 2 alive" in repr(session.status())
+
+
+DRIVER = """
+import sys, time, flexkernel as fk
+session = fk.start(2)
+session.load(sys.argv[1], tp=2)
+session.run([[1, 2, 3]])
+print(*session.on_ranks(__import__("os").getpid), session.store.folder, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_an_owned_cluster_goes_when_its_driver_is_killed(tiny):
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        *pids, folder = driver.stdout.readline().split()
+        processes = [p for p in psutil.Process(driver.pid).children(recursive=True) if "reaper" not in str(p.cmdline())]
+        assert {int(pid) for pid in pids} <= {p.pid for p in processes} and os.path.isdir(folder)
+        driver.kill()
+        gone, alive = psutil.wait_procs(processes, 30)
+        assert not alive and len(gone) >= 3
+        end = time.monotonic() + 10
+        while os.path.exists(folder) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not os.path.exists(folder)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def test_a_cluster_that_is_not_there_is_said_to_be_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    with pytest.raises(fk.errors.ClusterError, match=r"no cluster to attach to at cluster_id='none-such'.*ipcluster"):
+        fk.attach(cluster_id="none-such")
+
+
+def test_a_broken_cluster_file_is_said_to_be_broken(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    folder = tmp_path / "profile_default" / "security"
+    folder.mkdir(parents=True)
+    (folder / "cluster-.json").write_text("{ not json")
+    with pytest.raises(fk.errors.ClusterError, match="no cluster to attach to"):
+        fk.attach()
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "two"])
+def test_a_number_of_engines_that_is_none_is_refused(n):
+    with pytest.raises(fk.errors.ClusterError, match="whole number"):
+        fk.start(n)
+
+
+def test_the_earliest_error_that_is_not_about_another_rank_is_the_cause():
+    from flexkernel.wire import ErrorReport
+
+    reports = [
+        ErrorReport(0, "EngineError", "rank 1 was not ready", "", 1.0, secondary=True),
+        ErrorReport(1, "HookError", "rank 1 has other hooks", "", 2.0),
+        ErrorReport(2, "RuntimeError", "connection closed by peer", "", 3.0),
+    ]
+    found = clusters.cause(reports)
+    assert isinstance(found, fk.errors.HookError) and "other hooks" in str(found)
