@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 from .errors import HookError
 from .names import match, nearest
 from .wire import HookSet, HookSpec
 
-__all__ = ["Hooked", "Hooks", "regrouped"]
+__all__ = ["Hooked", "Hooks", "regrouped", "spec_of"]
+
+AT = ("output", "input")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,39 @@ class Hooked:
         if self.silent:
             text += f"; {len(self.silent)} of them never fire in a forward: {some(self.silent)}"
         return text
+
+
+def spec_of(
+    glob: str,
+    at: str,
+    index: str | int | None,
+    groups: Sequence[str] | str,
+    positions: Sequence[int] | int | None,
+    name: str,
+) -> HookSpec:
+    """A hook as a user asks for it. HookError: what no model could have."""
+    if at not in AT:
+        raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
+    if at != "output" and glob.rpartition(".")[2].startswith("@"):
+        raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
+    groups = (groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups))
+    spec = HookSpec(glob, at, None if index is None else str(index), name, groups, kept_positions(positions))
+    if spec.key == "logits":
+        raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
+    return spec
+
+
+def kept_positions(positions: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    """Positions as a hook keeps them; None is all."""
+    if positions is None:
+        return None
+    try:
+        found = tuple(map(operator.index, positions if isinstance(positions, Iterable) else (positions,)))
+    except TypeError:
+        found = ()
+    if not found:
+        raise HookError(f"positions={positions!r} are no positions; they are whole numbers, -1 is the last")
+    return found
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import LayoutError, LoadError
+from .errors import HookError, LayoutError, LoadError
+from .names import nearest
 from .wire import Layout, ModelInfo, ModuleInfo, Source
 
-__all__ = ["check_world", "load", "merged", "source"]
+__all__ = ["check_stop", "check_world", "inspect", "load", "merged", "source"]
 
 
 def check_world(layout: Layout, world: int) -> None:
@@ -38,7 +39,7 @@ def source(what: Any, reference: Callable | None, packed: Callable[[Callable], b
     return Source(os.path.expanduser(path) if path.startswith("~") else path)
 
 
-def load(
+def inspect(
     cluster: Any,
     source: Source,
     layout: Layout,
@@ -47,9 +48,14 @@ def load(
     placements: dict[str, str],
     progress: Callable[[str, int, int], None],
 ) -> ModelInfo:
-    """Load a model on all engines: refuse what cannot be, load each part, tell every rank what all hold."""
+    """What is known of a model before it is loaded. Refuses what cannot be; nothing on the engines changes."""
     progress("inspecting", 0, layout.world)
-    info: ModelInfo = cluster.call("inspect", source, layout, dtype, attention, placements)[0]
+    return cluster.call("inspect", source, layout, dtype, attention, placements)[0]
+
+
+def load(cluster: Any, source: Source, info: ModelInfo, progress: Callable[[str, int, int], None]) -> ModelInfo:
+    """Load a model on all engines, each its part, and tell every rank what all hold."""
+    layout = info.layout
     parts = cluster.call("load", info, source, progress=lambda done: progress("loading", done, layout.world))
     info = merged(info, parts, foreign=source.builder is not None)
     if source.builder is None:
@@ -57,6 +63,16 @@ def load(
     cluster.call("adopt", info)
     progress("loaded", layout.world, layout.world)
     return info
+
+
+def check_stop(info: ModelInfo, name: str) -> None:
+    """HookError unless a forward can end at that module: it is one, and it fires."""
+    modules = [m.name for m in info.modules]
+    if name not in modules:
+        near = nearest(name, modules)
+        raise HookError(f"no module matches {name!r}, to stop at" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if info.scan and not info.scan.get((name, "output")):
+        raise HookError(f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one that does")
 
 
 def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], foreign: bool = False) -> ModelInfo:

@@ -9,15 +9,13 @@ from typing import Any
 from . import cluster as clusters
 from . import model, names, prompts, slabs
 from .errors import HookError, LoadError
-from .hooks import Hooked, Hooks, regrouped
+from .hooks import Hooked, Hooks, regrouped, spec_of
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import HookSet, HookSpec, Layout, ModelInfo
+from .wire import HookSet, Layout, ModelInfo
 
 __all__ = ["Session", "attach", "local", "start"]
-
-AT = ("output", "input")
 
 
 def start(n: int = 2, engines: str | None = None, cluster_id: str = "") -> Session:
@@ -57,8 +55,7 @@ class Session:
 
     def close(self) -> None:
         """End the session: owned engines stop, attached ones stay with their model."""
-        if self.store is not None:
-            self.store.close()
+        self._forget()
         self.cluster.close()
 
     def status(self) -> Status:
@@ -78,7 +75,7 @@ class Session:
         pp: int = 1,
         dp: int = 1,
         fsdp: int = 1,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         device: str = "cpu",
         attn: str | None = None,
         reference: Callable[[], Any] | None = None,
@@ -93,17 +90,19 @@ class Session:
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
         where = model.source(source, reference, clusters.packed)
-        self._forget()
         if not self.cluster.seated or self.cluster.device != device:
             self.cluster.seat(device)
         told = progress or (lambda *_: None)
-        info = model.load(self.cluster, where, layout, dtype, attn, dict(placements or {}), told)
+        dtype = str(dtype).removeprefix("torch.")
+        info = model.inspect(self.cluster, where, layout, dtype, attn, dict(placements or {}), told)
+        self._forget()  # only now: what is refused leaves the loaded model as it is
+        info = model.load(self.cluster, where, info, told)
         self._know(info)
         return info
 
     def _know(self, info: ModelInfo) -> None:
-        self.info, self.planner = info, slabs.Planner(info)
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
+        self.info, self.planner = info, slabs.Planner(info)
         self.store = Store(self.cluster)
 
     def _forget(self) -> None:
@@ -141,7 +140,7 @@ class Session:
         at: str = "output",
         index: str | int | None = None,
         groups: Sequence[str] | str = (),
-        positions: Sequence[int] | None = None,
+        positions: Sequence[int] | int | None = None,
         name: str = "",
     ) -> Hooked:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
@@ -149,20 +148,14 @@ class Session:
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
         A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module."""
         info = self._loaded()
-        if at not in AT:
-            raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
-        if name == "logits":
-            raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
-        groups = (groups,) if isinstance(groups, str) else tuple(groups)
-        spec = HookSpec(
-            glob, at, None if index is None else str(index), name, groups, tuple(positions) if positions else None
-        )
+        spec = spec_of(glob, at, index, groups, positions, name)
         found = self._targets(glob)
         firing = [n for n in found if info.scan.get((n, at))]
         slabs.check_index(info, firing, spec)
         self.cluster.call("hook", spec)
         self.hook_set = self.hook_set.put(spec)
-        return Hooked(spec, tuple(found), tuple(n for n in found if n not in firing))
+        silent = [n for n in found if n not in firing] if info.scan else []
+        return Hooked(spec, tuple(found), tuple(silent))
 
     def _targets(self, glob: str) -> tuple[str, ...]:
         info = self._loaded()
@@ -220,7 +213,7 @@ class Session:
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         self._check_groups(groups)
         if stop_at is not None:
-            names.select(stop_at, [m.name for m in info.modules])
+            model.check_stop(info, stop_at)
         batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
         where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
         wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "hooks": self.hook_set.digest}

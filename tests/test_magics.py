@@ -443,8 +443,6 @@ def test_freeze_gives_the_views_it_froze(loaded):
 
 # Bad input: one block, and the session goes on
 
-FORGETS = pytest.mark.xfail(reason="a load that is refused after its degrees were checked forgets the loaded model")
-
 
 @pytest.mark.parametrize(
     ("code", "kind", "says"),
@@ -454,14 +452,9 @@ FORGETS = pytest.mark.xfail(reason="a load that is refused after its degrees wer
         ("%flex_tree nothing.here", HookError, "no module matches 'nothing.here'"),
         ("%flex_unhook nothing", HookError, "no hook is called 'nothing'"),
         ("%flex_group off nothing", HookError, "there is no group 'nothing'"),
-        pytest.param(
-            *("%flex_load /no/such/folder", LoadError, "there is no model folder /no/such/folder"), marks=FORGETS
-        ),
+        ("%flex_load /no/such/folder", LoadError, "there is no model folder /no/such/folder"),
         ("%flex_load {flex.info.path} --tp 3", LayoutError, "tp=3 makes 3 ranks, the cluster has 1 engine"),
-        pytest.param(
-            *("%flex_load {flex.info.path} --dtype int7", LoadError, "dtype 'int7' is not one of torch's"),
-            marks=FORGETS,
-        ),
+        ("%flex_load {flex.info.path} --dtype int7", LoadError, "dtype 'int7' is not one of torch's"),
         ("%flex_run", PromptError, "the prompt is empty"),
         ("%flex_run ''", PromptError, "the prompt is empty"),
         ("%%flex_run\n\n", PromptError, "the prompt is empty"),
