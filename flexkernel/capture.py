@@ -144,11 +144,22 @@ class Capture:
 
     def tiles(self, rows=None, cols=None, height: int = 256, width: int = 512, how: str = "extreme") -> torch.Tensor:
         """The activation as rows of its last dim, reduced to at most height × width: what a picture needs."""
+        return self._tiled("tiles", rows=rows, cols=cols, height=height, width=width, how=how)
+
+    def bounds(self, rows=None, cols=None, height: int = 256, width: int = 512) -> tuple[torch.Tensor, ...]:
+        """(largest, smallest) of each tile, in one pass: (h, w) each, as `tiles`."""
+        return self._tiled("bounds", rows=rows, cols=cols, height=height, width=width)
+
+    def count_nan(self, rows=None, cols=None) -> int:
+        return self._tiled("count_nan", rows=rows, cols=cols)
+
+    def _tiled(self, op: str, **options: Any) -> Any:
+        """One of the reductions for pictures, made where the bytes are."""
         self._check()
         host = None if self._is_view() else self._one_host()
         if host is not None and self._region is not None:
-            return self._home.client(host).tiles(self._region, rows, cols, height, width, how)
-        return reduce.tiles(self._matrix(), rows, cols, height, width, how)
+            return getattr(self._home.client(host), op)(self._region, **options)
+        return getattr(reduce, op)(self._matrix(), **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as a safetensors file, under its name; the file appears whole or not at all."""

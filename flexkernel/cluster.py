@@ -223,13 +223,19 @@ class IPyParallel(Cluster):
                         self.interrupt([r for r, p in zip(ranks, pending, strict=True) if not p.done()])
             if progress and not interrupted:
                 progress(done + 1)
-        self._client.purge_local_results(pending)
-        self._client.history.clear()
+        self._forget(pending)
         if interrupted:
             if any(isinstance(a, ErrorReport) and a.broken for a in answers):
                 self.seat(self.device)
             raise KeyboardInterrupt
         return answers
+
+    def _forget(self, done: list[Any]) -> None:
+        """The client keeps what it knows of every call, and of what engines print after it, for ever."""
+        self._client.purge_local_results(done)
+        self._client.history.clear()
+        for msg_id in set(self._client.metadata) - self._client.outstanding:
+            self._client.metadata.pop(msg_id, None)
 
     def _get(self, result: Any, rank: int, timeout_s: float) -> Any:
         try:

@@ -13,7 +13,7 @@ import torch
 import flexkernel.engine as door
 
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_reduce", "reduce", "broadcast", "reduce_scatter",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_reduce", "reduce", "broadcast", "reduce_scatter",
     "reduce_scatter_tensor", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
     "barrier", "batch_isend_irecv", "all_gather_object", "broadcast_object_list",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from ..wire import Layout
 
 __all__ = [
     "abort_groups",
+    "all_gather_single",
     "attention_functions",
     "distributed_config",
     "eager_attention",
@@ -153,6 +154,12 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def waited(value: torch.Tensor) -> torch.Tensor:
     """A value whose collective has arrived: tensor parallelism hands out tensors that are still on their way."""
     return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
+
+
+def all_gather_single(whole: torch.Tensor, mine: torch.Tensor) -> dist.Work:
+    """Begin to gather every rank's equal part. torch 2.13 warns of the name that older ones have only."""
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return function(whole, mine, async_op=True)
 
 
 def abort_groups() -> None:

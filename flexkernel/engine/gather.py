@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import EngineError
+from .compat import all_gather_single
 
 __all__ = ["HEADER", "header"]
 
@@ -23,7 +24,7 @@ def header(numbers: Sequence[int], timeout_s: float) -> torch.Tensor:
     mine = torch.zeros(HEADER, dtype=torch.int64)
     mine[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
     all_ranks = torch.empty(dist.get_world_size(), HEADER, dtype=torch.int64)
-    work = dist.all_gather_into_tensor(all_ranks.view(-1), mine, async_op=True)
+    work = all_gather_single(all_ranks.view(-1), mine)
     wait(work, timeout_s, "the run header")
     return all_ranks
 

@@ -1,0 +1,96 @@
+"""Captures of engines on another host: fetched over the data plane, the same numbers. FLEX_HOST names a host."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import flexkernel as fk
+from flexkernel import reduce
+
+IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+NAMES = ["model.layers.0.mlp.gate_proj", "model.layers.3.mlp", "model.layers.1.self_attn.@pattern"]
+
+
+def hook_and_run(session):
+    session.hook("**")
+    session.hook("**.@pattern")
+    return session.run(IDS)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(request):
+    """Two engines that say they are on host b; the driver is not."""
+    os.environ["FLEX_HOST"] = "b"
+    try:
+        session = fk.start(2)
+    finally:
+        del os.environ["FLEX_HOST"]
+    yield session
+    session.close()
+
+
+def move(session, rank: int, host: str) -> None:
+    """Let one engine be on another host from here on."""
+
+    def become(rank: int, host: str) -> None:
+        import flexkernel.engine as door
+
+        if door._runtime.rank == rank:
+            os.environ["FLEX_HOST"] = host
+
+    session.on_ranks(become, rank, host)
+    session.cluster.hosts[rank] = host
+    session.cluster.seat(session.cluster.device)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.slow
+def test_what_lies_on_another_host_is_the_same(elsewhere, tiny, layout):
+    with fk.local() as here:
+        here.load(tiny("llama"))
+        truth = hook_and_run(here)
+        want = {c.key: c.tensor() for c in truth if c.error is None}
+    elsewhere.load(tiny("llama"), **layout)
+    assert elsewhere.cluster.hosts == ["b", "b"]
+    run = hook_and_run(elsewhere)
+    assert len(want) > 60 and not (elsewhere.store.folder.parent / elsewhere.cluster.folder / "x").exists()
+    for key, whole in want.items():
+        capture = run[key.module, key.at, key.index, key.call]
+        torch.testing.assert_close(capture.tensor(), whole, atol=1e-5, rtol=1e-5)
+    for name in NAMES:
+        capture, whole = run[name], want[run[name].key]
+        torch.testing.assert_close(capture[1, ..., 2:4], whole[1, ..., 2:4], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(capture.norm(dim=-1), whole.norm(dim=-1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(capture.mean(), whole.mean(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(capture.topk(2)[0], whole.topk(2)[0], atol=1e-5, rtol=1e-5)
+        tiles = reduce.tiles(whole.reshape(-1, whole.shape[-1]), height=4, width=4)
+        torch.testing.assert_close(capture.tiles(height=4, width=4), tiles, atol=1e-5, rtol=1e-5)
+        assert capture.count_nan() == 0
+
+
+@pytest.mark.slow
+def test_a_capture_whose_parts_lie_on_two_hosts_is_put_together(elsewhere, tiny):
+    elsewhere.load(tiny("llama"), tp=2)
+    truth = {c.key: c.tensor() for c in hook_and_run(elsewhere) if c.error is None}
+    move(elsewhere, 1, "c")
+    elsewhere.load(tiny("llama"), tp=2)
+    assert elsewhere.cluster.hosts == ["b", "c"]
+    run = hook_and_run(elsewhere)
+    gate = run["model.layers.0.mlp.gate_proj"]
+    assert gate._hosts() == {"b", "c"} and gate._one_host() is None
+    assert len(truth) > 60
+    for key, whole in truth.items():
+        assert torch.equal(run[key.module, key.at, key.index, key.call].tensor(), whole), key
+
+
+@pytest.mark.slow
+def test_a_driver_on_one_of_the_hosts_uses_its_own_slab(elsewhere, tiny, monkeypatch):
+    monkeypatch.setenv("FLEX_HOST", "b")
+    elsewhere.load(tiny("llama"), pp=2)
+    elsewhere.hook("model.layers.0.mlp")
+    capture = elsewhere.run(IDS)["model.layers.0.mlp"]
+    assert capture._is_view()
+    assert torch.equal(capture.tensor(), elsewhere.run(IDS)["model.layers.0.mlp"].tensor())
