@@ -7,6 +7,7 @@ Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B, H, S, P+S), z (B,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,9 @@ POINTS = ("q", "k", "v", "pattern", "z")
 TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with its value
 
 
-def tap(module: torch.nn.Module, point: str, function: Callable[[torch.Tensor], None]) -> None:
-    """Call function with that point's value at every forward of the module; one function a point."""
+def tap(module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], None]) -> None:
+    """Call function at every forward of the module; what it is given returns the point's value, which is computed
+    only if it is called. One function a point."""
     module.__dict__.setdefault(TAPS, {})[point] = function
 
 
@@ -48,9 +50,15 @@ def watched(name: str) -> Callable:
         if not taps:
             return run(module, q, k, v, mask, **kwargs)
         z, pattern = run(module, q, k, v, mask, **kwargs)
-        values = {"q": q, "k": k, "v": v, "z": z}
+        values: dict[str, Callable[[], torch.Tensor]] = {
+            "q": lambda: q,
+            "k": lambda: k,
+            "v": lambda: v,
+            "z": lambda: z,
+            "pattern": functools.cache(lambda: pattern_of(module, pattern, q, k, v, mask, kwargs)),
+        }
         for point, function in list(taps.items()):
-            function(values[point] if point != "pattern" else pattern_of(module, pattern, q, k, v, mask, kwargs))
+            function(values[point])
         return z, pattern
 
     return attention

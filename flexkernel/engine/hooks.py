@@ -75,9 +75,9 @@ class Hooks:
         hooks = module.__dict__.setdefault("_flex_hooks", {}).setdefault(point, {})
         hooks[hook.key] = hook
 
-        def fired(value: torch.Tensor) -> None:
+        def fired(value: Callable[[], torch.Tensor]) -> None:
             for each in hooks.values():
-                self.fire(each, name, lambda: value)
+                self.fire(each, name, value)
 
         attention.tap(module, point, fired)
 
@@ -147,10 +147,13 @@ class Recording:
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
         evidence, placement = placed.evidence, repr(placed.placement)
-        if isinstance(placed.placement, Partial):
-            return Seen(evidence, placement, 0, placed.holds, None, self.spill(local), partial=True)
-        if here.idle and entry.formula.dims_of("B", "B*S"):
+        batched = entry.formula.dims_of("B", "B*S")
+        if here.idle and batched:
             return Seen(evidence, placement, 0, placed.holds, None)
+        if isinstance(placed.placement, Partial):
+            copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0  # one group's addends are the sum
+            region = None if copy else self.spill(local)
+            return Seen(evidence, placement, 0, placed.holds, None, region, partial=True)
         assert self.slab is not None
         whole = narrowed(self.slab.tensor(self.region(entry)), placed.holds)
         box = self._copy(whole, local, placed, entry.formula)
@@ -174,16 +177,20 @@ class Recording:
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any) -> None:
         """A value with no planned place: kept in a region of this rank's own, described in the reply."""
         path, tensor = first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
+        if hook.name == "logits" and path not in ("", "logits"):
+            return  # the model puts out something else first
         if tensor is not None:
             key = CaptureKey(hook.key, name, hook.at, path, call)
             try:
-                self.others[key] = self._described(name, hook.at, path, tensor.detach())
+                self.others[key] = self._described(hook, name, path, tensor.detach())
             except PlacementError as error:
                 self.others[key] = failed(error)
 
-    def _described(self, name: str, at: str, path: str, value: torch.Tensor) -> Seen:
+    def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> Seen:
         """Its part of the whole as the evidence says it, without a formula: the batch must lie on one group."""
-        layout, tp = self.here.layout, self.here.tp
+        layout, tp, at = self.here.layout, self.here.tp, hook.at
+        if hook.positions is not None:
+            raise PlacementError(f"{name or '(root)'} {at}: its positions are not known; hook it without positions")
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
             evidence, placement = "described", Replicate()

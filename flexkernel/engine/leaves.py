@@ -40,10 +40,5 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def leaf(value: Any, path: str) -> torch.Tensor | None:
-    """The tensor at that path, or None."""
-    while path:
-        if isinstance(value, torch.Tensor):
-            return None
-        key, _, path = path.partition(".")
-        value = next((inner for name, inner in children(value) if name == key), None)
-    return value if isinstance(value, torch.Tensor) else None
+    """The tensor at that path, or None. A key may have dots of its own."""
+    return next((tensor for found, tensor in leaves(value) if found == path), None)

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..errors import LayoutError, LoadError
+from ..names import select
 from ..wire import Layout, ModelInfo, ModuleInfo, Source
 from .compat import distributed_config, is_placeholder, loading_under, tp_styles
+from .placements import aimed, parse
 from .scan import read_config, runnable_on_meta, scan, unsharded
 
 __all__ = ["build", "check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
@@ -33,7 +35,7 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
     model, config = whole_model(source, dtype_of(dtype), layout)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return ModelInfo(
+    info = ModelInfo(
         path=source.path,
         cls=type(model).__name__ if model is not None else source.path,
         layout=layout,
@@ -51,6 +53,16 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         styles=tp_styles(model, layout) if model is not None and source.builder is None else {},
         built=source.builder is not None,
     )
+    check_placements(info)
+    return info
+
+
+def check_placements(info: ModelInfo) -> None:
+    """PlacementError, HookError: a declaration that says nothing, or of no module that there is."""
+    for key, text in info.placements.items():
+        parse(text)
+        if not info.built:  # which may have modules that its reference has not
+            select(aimed(key)[0], info.names)
 
 
 ATTENTION = {"flash": "flash_attention_2"}  # short names; transformers' own are taken as they are

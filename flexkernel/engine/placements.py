@@ -81,11 +81,12 @@ class Placer:
         modules: dict[str, torch.nn.Module] | None = None,
     ):
         self.layout, self.styles, self.modules = layout, styles, modules or {}
-        self.declared = {glob: parse(text) for glob, text in declared.items()}
+        self.declared = [(*aimed(key), parse(text)) for key, text in declared.items()]
 
     def place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
         """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
         evidence, placement, local = self.evidence(name, at, value, formula.path)
+        name += " input" if at == "input" else ""  # as a declaration would name it
         whole = formula.shape(here.B, here.S, 0, here.window)
         expected = formula.shape(here.local_rows, here.S, 0, here.window)
         if placement is None:
@@ -98,10 +99,10 @@ class Placer:
     ) -> tuple[str, Placement | None, torch.Tensor]:
         """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves it to the scan."""
         if isinstance(value, DTensor):
-            return "dtensor", tp_placement(value), waited(value.to_local())
+            return "dtensor", plain(tp_placement(value), name), waited(value.to_local())
         local = waited(value)
-        for glob, placement in self.declared.items():
-            if match(glob, name):
+        for glob, of, placement in self.declared:
+            if of == at and match(glob, name):
                 return "declared", placement, local
         style = self.styles.get(name)
         if style in STRIDED and at == "output" and self.layout.tp > 1:
@@ -136,6 +137,23 @@ def class_placement(module: torch.nn.Module | None, at: str) -> Placement | None
     if kind.__name__ in ("VocabParallelEmbedding", "ParallelEmbedding"):
         return Replicate()
     return None
+
+
+def aimed(key: str) -> tuple[str, str]:
+    """(glob, at) of a declaration's key: a module's output, or with "input" after it what goes in.
+
+    >>> aimed("model.layers.*.mlp"), aimed("lm_head input")
+    (('model.layers.*.mlp', 'output'), ('lm_head', 'input'))
+    """
+    glob, space, at = key.rpartition(" ")
+    return (glob, at) if space and at in ("input", "output") else (key, "output")
+
+
+def plain(placement: Placement, name: str) -> Placement:
+    """The placement, if it is one of those that are put together here."""
+    if type(placement) in (Shard, Replicate) or (type(placement) is Partial and placement.reduce_op == "sum"):
+        return placement
+    raise PlacementError(f"{name} is a DTensor that is {placement} over tp, which is not put together here")
 
 
 def parse(text: str) -> Placement:

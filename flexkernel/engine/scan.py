@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,9 @@ class watching:
         shapes = {path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)}
         self.seen.setdefault((name, at), []).append(shapes)
 
+    def note_point(self, name: str, value: Callable[[], torch.Tensor]) -> None:
+        self.note(name, "output", value())
+
     def __enter__(self) -> None:
         attention.install()
         for name, module in self.model.named_modules():
@@ -118,7 +121,7 @@ class watching:
                 ),
             ]
             for point in attention.POINTS:
-                attention.tap(module, point, functools.partial(self.note, f"{name}.@{point}", "output"))
+                attention.tap(module, point, functools.partial(self.note_point, f"{name}.@{point}"))
 
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
