@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from .capture import Capture
-from .errors import CaptureError, MemoryBudgetError
+from .errors import CaptureError, FlexError, MemoryBudgetError
 from .names import nearest
 from .prompts import Batch, token_strings
 from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, folder, pages
@@ -48,7 +48,7 @@ class Run:
     # --- looking -----------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple) -> Capture:
-        wanted = (key,) if isinstance(key, str) else tuple(key)
+        wanted = _wanted(key)
         found = [c for k, c in self.captures.items() if k.hook != "logits" and _fits(k, wanted)]
         if len({(c.key.module, c.key.at, c.key.index, c.key.call) for c in found}) == 1:
             return found[-1]
@@ -61,11 +61,12 @@ class Run:
         names = list(dict.fromkeys(k.module for k in self.captures if k.hook != "logits"))
         if wanted[0] in self.silent:
             return f"{wanted[0]!r} never fires in a forward of this model, so there is nothing to capture"
-        near = nearest(str(wanted[0]), names) or names[:3]
+        beside = [(k.module, k.at, k.index, k.call) for k in self.captures if k.module == wanted[0] != ""]
+        near = [str(key) for key in beside] or nearest(wanted[0], names) or names[:3]
         return f"run {self.number} captured nothing at {wanted!r}" + (f"; it has {', '.join(near)}" if near else "")
 
     def __contains__(self, key: str | tuple) -> bool:
-        wanted = (key,) if isinstance(key, str) else tuple(key)
+        wanted = _wanted(key)
         return any(k.hook != "logits" and _fits(k, wanted) for k in self.captures)
 
     def __iter__(self) -> Iterator[Capture]:
@@ -96,6 +97,8 @@ class Run:
 
     def next_tokens(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each row the k likeliest next tokens and their probabilities."""
+        if self.logits.ndim != 3 and self.logits.error is None:
+            raise CaptureError(f"next tokens are read from (B, S, V) logits; the model puts out {self.logits.shape}")
         last = self.logits[:, -1].float().softmax(-1)
         values, ids = last.topk(min(k, last.shape[-1]))
         words = [token_strings(row, self._tokenizer) for row in ids.tolist()]
@@ -161,8 +164,18 @@ class Run:
     def _table(self) -> list[list[tuple[str, float]]]:
         try:
             return self.next_tokens()
-        except CaptureError:  # stopped early, or freed: the rest of the repr is still good
+        except FlexError:  # stopped early, freed, or not to be placed: the rest of the repr is still good
             return []
+
+
+def _wanted(key: str | tuple | CaptureKey) -> tuple:
+    """(module, at, index, call), or the beginning of it; an index may be a number."""
+    if isinstance(key, CaptureKey):
+        return (key.module, key.at, key.index, key.call)
+    wanted = key if isinstance(key, tuple) else (key,)
+    if not wanted or not isinstance(wanted[0], str) or len(wanted) > 4:
+        raise CaptureError(f"a capture is run[module], or run[module, at, index, call]; not {key!r}")
+    return (*wanted[:2], *map(str, wanted[2:3]), *wanted[3:])
 
 
 def _fits(key: CaptureKey, wanted: tuple) -> bool:
@@ -268,9 +281,10 @@ class Store:
     def run(self, batch: Batch, where: Plan, tokenizer: Any, wanted: dict[str, Any]) -> Run:
         """Have the engines run a batch, once there is room for what it keeps. wanted: the RunPlan's other fields."""
         begin = time.perf_counter()
+        number = self.next_number()
         with self.room(where.num_bytes) as extent:
             plan = RunPlan(
-                run=self.next_number(),
+                run=number,
                 ids=batch.ids,
                 mask=batch.mask,
                 positions=batch.positions,
@@ -283,7 +297,9 @@ class Store:
                 freed=self.take_freed(),
                 **wanted,
             )
+            self._freed.append(number)  # if it fails: what it left on the engines goes with the next run
             reports = self._cluster.call("run", plan)
+            self._freed.remove(number)
         run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
         run.seconds["total"] = time.perf_counter() - begin
         return run

@@ -165,6 +165,9 @@ class Runtime:
             self.hooks.clear()
         self.model = self.info = self.hooks = None
         self.hook_set = HookSet()
+        for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
+            slab.path.unlink(missing_ok=True)
+        self.slabs, self.runs = {}, {}
 
     def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]]:
         """What an attaching driver needs to go on where the last one stopped."""
