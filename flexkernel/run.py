@@ -6,10 +6,11 @@ import collections
 import contextlib
 import html
 import os
+import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -125,10 +126,12 @@ class Run:
     def __repr__(self) -> str:
         lines = [self._headline()]
         lines += [f"  next: {', '.join(f'{w!r} {p:.3f}' for w, p in row)}" for row in self._table()[:4]]
-        captures = list(self)
-        lines += [f"  {c.name:<44} {_shape(c):<18} {c.placement} by {c.evidence}" for c in captures[:SHOWN]]
-        if len(captures) > SHOWN:
-            lines.append(f"  ... and {len(captures) - SHOWN} more captures")
+        rows = folded(self)
+        lines += [
+            f"  {name:<48} {n:>4}  {shape:<18} {place} by {proof}" for name, n, shape, place, proof in rows[:SHOWN]
+        ]
+        if len(rows) > SHOWN:
+            lines.append(f"  ... and {sum(row[1] for row in rows[SHOWN:])} more captures")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -138,14 +141,16 @@ class Run:
             "<tr>" + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in row) + "</tr>"
             for row in self._table()[:8]
         )
-        captures = list(self)
+        captured = folded(self)
         table = "".join(
-            f"<tr><td><code>{esc(c.name)}</code></td><td>{esc(_shape(c))}</td><td>{c.num_bytes / 1e6:.2f} MB</td>"
-            f"<td>{esc(c.placement)}</td><td>{esc(c.evidence)}</td></tr>"
-            for c in captures[:SHOWN]
+            f'<tr><td style="text-align:left"><code>{esc(name)}</code></td>'
+            + "".join(f"<td>{esc(str(cell))}</td>" for cell in cells)
+            + "</tr>"
+            for name, *cells in captured[:SHOWN]
         )
-        more = f"<p>… and {len(captures) - SHOWN} more captures</p>" if len(captures) > SHOWN else ""
-        head = "<tr><th>capture</th><th>shape</th><th>bytes</th><th>placement over tp</th><th>evidence</th></tr>"
+        left = sum(row[1] for row in captured[SHOWN:])
+        more = f"<p>… and {left} more captures</p>" if left else ""
+        head = "<tr><th>captures</th><th>n</th><th>shape</th><th>placement over tp</th><th>evidence</th></tr>"
         return (
             f"<div><b>{esc(self._headline())}</b><p>{tokens}</p>"
             + (f"<table><tr><th colspan=5>next token</th></tr>{rows}</table>" if rows else "")
@@ -180,6 +185,22 @@ def _wanted(key: str | tuple | CaptureKey) -> tuple:
 
 def _fits(key: CaptureKey, wanted: tuple) -> bool:
     return (key.module, key.at, key.index, key.call)[: len(wanted)] == wanted
+
+
+def folded(captures: Iterable[Capture]) -> list[tuple[str, int, str, str, str]]:
+    """(names, how many, shape, placement, evidence): captures alike but for a number in their name are one row."""
+    groups: dict[tuple, list[str]] = {}
+    for c in captures:
+        alike = (re.sub(r"\d+", "#", c.name), _shape(c), c.placement, c.evidence)
+        groups.setdefault(alike, []).append(c.name)
+    return [(_ranged(names), len(names), *alike[1:]) for alike, names in groups.items()]
+
+
+def _ranged(names: list[str]) -> str:
+    """Names that differ in one number, as one: model.layers.0–29.mlp."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
+    return "".join(c[0] if len(c) == 1 else f"{c[0]}–{c[-1]}" for c in columns)
 
 
 def _shape(capture: Capture) -> str:

@@ -146,7 +146,7 @@ class Recording:
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
-        evidence, placement = placed.evidence, repr(placed.placement)
+        evidence, placement = placed.evidence, repr(placed.placement) if here.layout.tp > 1 else "whole"
         batched = entry.formula.dims_of("B", "B*S")
         if here.idle and batched:
             return Seen(evidence, placement, 0, placed.holds, None)
