@@ -7,6 +7,7 @@ module; its class is a known parallel layer; the scan's whole shape against the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ STYLES: dict[str, dict[str, Placement | None]] = {
     "moe_tp_experts": {"input": Replicate(), "output": Replicate()},
     "all_reduce": {"output": Replicate()},
 }
-STRIDED = ("packed_colwise", "packed_rowwise")  # a rank's columns do not lie together in the whole
+STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}  # where a rank's columns do not lie together
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Placer:
             if of == at and match(glob, name):
                 return "declared", placement, local
         style = self.styles.get(name)
-        if style in STRIDED and at == "output" and self.layout.tp > 1:
+        if STRIDED.get(style or "") == at and self.layout.tp > 1:
             raise PlacementError(
                 f"{name} is {style} over tp={self.layout.tp}: each rank's columns are interleaved in the whole; "
                 "hook the modules around it"
@@ -162,9 +163,9 @@ def parse(text: str) -> Placement:
     >>> parse("shard:-1"), parse("replicate"), parse("partial")
     (Shard(dim=-1), Replicate(), Partial(sum))
     """
-    kind, _, dim = text.partition(":")
-    if kind == "shard" and dim.lstrip("-").isdigit():
-        return Shard(int(dim))
+    shard = re.fullmatch(r"shard:(-?\d+)", text) if isinstance(text, str) else None
+    if shard:
+        return Shard(int(shard[1]))
     if text in ("replicate", "partial"):
         return Replicate() if text == "replicate" else Partial()
     raise PlacementError(f"a placement is 'shard:DIM', 'replicate' or 'partial', not {text!r}")
@@ -199,10 +200,11 @@ def checked(
     """(dim, start, stop) of this rank's part over tp, None where it holds all. PlacementError: the shapes disagree."""
     want, part = list(expected), None
     if isinstance(placement, Shard):
-        dim = placement.dim % len(want) if want else 0
-        start, stop = chunk(want[dim], here.layout.tp, here.tp) if want else (0, 0)
-        if want:
-            want[dim], part = stop - start, (dim, start, stop)
+        if not -len(want) <= placement.dim < len(want):
+            raise PlacementError(f"{name}: {evidence} says {placement}, but the value has {len(want)} dims: {want}")
+        dim = placement.dim % len(want)
+        start, stop = chunk(want[dim], here.layout.tp, here.tp)
+        want[dim], part = stop - start, (dim, start, stop)
     if tuple(local) != tuple(want):
         raise PlacementError(
             f"{name}: {evidence} says {placement} over tp={here.layout.tp}, so rank {here.rank} should hold "
