@@ -315,7 +315,7 @@ class FlexMagics(Magics):
         args = parsed(self.flex_load, line)
         session = self.needed()
         options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
-        with Progress(self.shell, args.path.rstrip("/").rpartition("/")[2]) as progress:
+        with Progress(self.shell, args.path.rstrip("/").rpartition("/")[2], session.cluster.size) as progress:
             return session.load(args.path, progress=progress, **options)
 
     @magic_arguments()
@@ -426,6 +426,10 @@ class FlexMagics(Magics):
     def flex_show(self, line: str) -> Any:
         """Draw a capture of the last run: a view, with a static picture beside it."""
         args = parsed(self.flex_show, line)
+        from .widgets import VIEWS
+
+        if args.as_ not in (None, *VIEWS):
+            raise UsageError(f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}")
         return chosen(self._run_number(args.run), args.name).show(**given(args, "as_"))
 
     def _run_number(self, number: int | None) -> Run:
@@ -591,13 +595,14 @@ def quoted(text: str) -> str:
 class Progress:
     """How far a load is: a bar that the output keeps as one line. A call tells it (stage, how many, of how many)."""
 
-    def __init__(self, shell: Any, name: str):
-        self.name, self.stage, self.done, self.total = name, "", 0, 1
+    def __init__(self, shell: Any, name: str, total: int):
+        self.name, self.stage, self.done, self.total = name, "preparing", 0, total
         self._notebook = hasattr(shell, "kernel")
         self._handle: Any = None
         self._began = time.perf_counter()
 
     def __enter__(self) -> Progress:
+        self._draw()
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -605,11 +610,11 @@ class Progress:
         self._draw()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None and self.stage:
-            self.stage = "not loaded"
+        if kind is not None:
+            self.stage = ""  # the error says it all: a bar beside it would be a second block
             self._draw()
         if not self._notebook and sys.stderr.isatty():
-            sys.stderr.write("\n")
+            sys.stderr.write("\r" if kind else "\n")
 
     def _draw(self) -> None:
         if self._notebook and self._handle is None:
@@ -627,11 +632,13 @@ class Progress:
 
     def __repr__(self) -> str:
         full = 20 * self.done // self.total
-        return f"{'█' * full}{'░' * (20 - full)} {self._says()}"
+        return f"{'█' * full}{'░' * (20 - full)} {self._says()}" if self.stage else ""
 
     def _repr_html_(self) -> str:
+        if not self.stage:
+            return ""
         bar = f'<progress value="{self.done}" max="{self.total}" style="width:12em;margin-right:1em"></progress>'
-        return f"<div>{bar if self.stage in ('inspecting', 'loading') else ''}{html.escape(self._says())}</div>"
+        return f"<div>{bar if self.stage != 'loaded' else ''}{html.escape(self._says())}</div>"
 
 
 def plain(thing: Any, printer: Any, _cycle: bool) -> None:

@@ -270,22 +270,22 @@ def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
         return SimpleNamespace(update=lambda thing: shown.append(thing._repr_html_()))
 
     monkeypatch.setattr(magics, "display", display)
-    with magics.Progress(SimpleNamespace(kernel=None), "a<b") as progress:
-        progress("inspecting", 0, 2)
+    with magics.Progress(SimpleNamespace(kernel=None), "a<b", 2) as progress:
         progress("loading", 1, 2)
         progress("loaded", 2, 2)
     assert ['value="0"' in shown[0], 'value="1"' in shown[1], "<progress" in shown[2]] == [True, True, False]
-    assert "loading a&lt;b: 1 of 2 engines" in shown[1] and "loaded a&lt;b: 2 engines" in shown[2]
+    assert "preparing a&lt;b: 2 engines" in shown[0] and "loading a&lt;b: 1 of 2 engines" in shown[1]
+    assert "loaded a&lt;b: 2 engines" in shown[2]
 
 
 def test_a_load_that_fails_leaves_no_bar(monkeypatch):
     shown = []
-    handle = SimpleNamespace(update=lambda thing: shown.append(repr(thing)))
+    handle = SimpleNamespace(update=lambda thing: shown.append((repr(thing), thing._repr_html_())))
     monkeypatch.setattr(magics, "display", lambda thing, display_id: handle)
-    with contextlib.suppress(ValueError), magics.Progress(SimpleNamespace(kernel=None), "m") as progress:
+    with contextlib.suppress(ValueError), magics.Progress(SimpleNamespace(kernel=None), "m", 2) as progress:
         progress("loading", 1, 2)
         raise ValueError
-    assert len(shown) == 1 and "not loaded m: 2 engines" in shown[0]
+    assert "loading m: 1 of 2" in shown[0][0] and shown[1:] == [("", "")]
 
 
 # Hooks
@@ -502,6 +502,7 @@ def test_bad_input_is_one_block_and_the_session_goes_on(loaded, code, kind, says
         ("%flex_run --var nothing_there", "--var nothing_there: there is no variable of that name"),
         ("%flex_run --var x abc", "the prompt is given twice: in --var and in the line"),
         ("%%flex_run abc\nabc", "the prompt is given twice: in the line and in the lines below"),
+        ("%flex_show lm_head --as nothing", "--as nothing: there is no such view; there are map"),
         ("%flex_show", "the following arguments are required: NAME"),
         ("%flex_freeze all", "unrecognized arguments: all"),
     ],
@@ -564,14 +565,20 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
 def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
     loaded.do(f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name head")
     loaded.do("%flex_hook model.norm --at input\n%flex_run abc")
-    if before == "x = " and code.startswith("%%"):
-        pytest.skip("a cell magic is not assigned")
+    if code.startswith("%%"):
+        before = ""
     typed = code.rpartition(" ")[2]
     stem = code.removesuffix(typed) + (typed.rpartition(",")[0] + "," if "," in typed else "")
     stem += "--dtype=" if typed.startswith("--dtype=") else ""
     found = loaded.completions(before + code)
     assert [c for c in found if c.startswith(before + stem)] == [before + stem + offer for offer in offers]
     assert len(found) == len(offers)
+
+
+def test_the_views_that_completion_offers_are_those_there_are():
+    from flexkernel.widgets import VIEWS
+
+    assert list(magics.USUAL["as_"]) == list(VIEWS)
 
 
 def test_a_prompt_is_not_completed(loaded):
@@ -642,6 +649,9 @@ class Kernel:
         assert reply["status"] == "error"
         return reply["ename"], shown
 
+    def completions(self, code: str) -> list[str]:
+        return self.client.complete(code, reply=True, timeout=60)["content"]["matches"]
+
     def restart(self) -> None:
         self.manager.restart_kernel()
         self.client.wait_for_ready(timeout=60)
@@ -679,8 +689,14 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
         assert "30 modules" in k.do(f"%flex_hook {MLP}")
         assert k.do("r = %flex_run The capital of France is\nr.next_tokens(1)[0][0][0]") == "' Paris'"
         assert k.do("tuple(r['model.layers.29.mlp'].tensor().shape)") == "(1, 5, 576)"
-        assert "None" not in k.do("%flex_cluster restart")
+        assert k.completions("r = %flex_hook model.layers.*.self_attn.q") == ["model.layers.*.self_attn.q_proj"]
+        assert k.do("%flex_cluster attach --cluster-id {flex.cluster.cluster_id}") == k.do("flex")
+        assert k.do("len(flex.runs)") == "1"
+        assert "model  " in k.do("%flex_cluster restart")
         assert k.fails("%flex_run abc")[0] == "LoadError"
+        k.do("before = flex.cluster.pids")
+        assert "1 of 1 alive" in k.do("%flex_cluster start -n 1")
+        assert k.do("import psutil\n[pid for pid in before if psutil.pid_exists(pid)]") == "[]"
         k.do("%flex_cluster stop")
         assert k.fails("%flex_run abc")[0] == "ClusterError"
 
