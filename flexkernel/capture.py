@@ -191,7 +191,7 @@ class Capture:
 
     def _check(self) -> None:
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         if self._expired:
             raise CaptureExpired(f"{self.name}: {self._expired}")
 
@@ -285,7 +285,8 @@ def index_of(box: Box, ndim: int) -> tuple:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    return "rank " + ", ".join(map(str, ranks)) if len(ranks) < 5 else f"ranks {ranks[0]} to {ranks[-1]}"
+    in_a_row = list(ranks) == list(range(ranks[0], ranks[0] + len(ranks)))
+    return f"ranks {ranks[0]} to {ranks[-1]}" if in_a_row and len(ranks) > 4 else "rank " + ", ".join(map(str, ranks))
 
 
 def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
@@ -305,23 +306,28 @@ def _differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
             continue
         other, digest = first.setdefault(one.holds, (rank, one.digest))
         if digest != one.digest:
+            declared = key.module + (" input" if key.at == "input" else "")
             return PlacementError(
                 f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial "
                 f"sum, or these ranks have diverged. If it is a sum, declare it, "
-                f"placements={{{key.module!r}: 'partial'}}"
+                f"placements={{{declared!r}: 'partial'}}"
             )
     return None
 
 
 def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
     """The parts that were written must be the whole: counted, since no two ranks write the same element."""
-    if any(one.partial for one in seen.values()):
-        return None
-    written = sum(_volume(one.box, shape) for one in seen.values() if one.box is not None)
-    written += sum(_volume(one.holds, shape) for one in seen.values() if one.region is not None)
     total = _volume((), shape)
-    if written == total:
+    addends = max((one.partial for one in seen.values()), default=0)
+    parts = [one.box for one in seen.values() if one.box is not None]
+    kept = [one.holds for one in seen.values() if one.region is not None]
+    written = sum(_volume(part, shape) for part in (*(parts if addends else dict.fromkeys(parts)), *kept))
+    if written == total * (addends or 1):
         return None
+    if addends:
+        return CaptureError(
+            f"{key}: a sum of {addends} addends, of which {written:,} of {total * addends:,} elements came"
+        )
     what = "it did not fire in this run" if not seen else f"{written:,} of {total:,} elements were written"
     return CaptureError(f"{key}: {what}")
 

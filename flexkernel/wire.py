@@ -285,7 +285,7 @@ class Seen:
     holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds a part of.
     box: the part it wrote: ranks that hold the same part share the copying; None: it wrote nothing.
     digest: of what it holds; ranks that hold the same part must have the same numbers.
-    region: where the value lies if not in its planned place. partial: it is one addend of a sum over tp.
+    region: where the value lies if not in its planned place. partial: it is one of that many addends of a sum over tp.
     """
 
     evidence: str
@@ -294,7 +294,7 @@ class Seen:
     holds: Box = ()
     box: Box | None = ()
     region: Region | None = None
-    partial: bool = False
+    partial: int = 0
     error: tuple[str, str] | None = None
 
 

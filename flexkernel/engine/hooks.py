@@ -154,7 +154,7 @@ class Recording:
         if isinstance(placed.placement, Partial):
             copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0  # one group's addends are the sum
             region = None if copy else self.spill(local)
-            return Seen(evidence, placement, 0, placed.holds, None, region, partial=True)
+            return Seen(evidence, placement, 0, placed.holds, None, region, partial=here.layout.tp)
         assert self.slab is not None
         whole = narrowed(self.slab.tensor(self.region(entry)), placed.holds)
         box = self._copy(whole, local, placed, entry.formula)
@@ -207,7 +207,7 @@ class Recording:
             holds = ((dim, *chunk(total, layout.tp, tp)),)
         keeps = tp == 0 or not isinstance(placement, Replicate)
         region = self.spill(local) if keeps else None
-        partial = isinstance(placement, Partial)
+        partial = layout.tp if isinstance(placement, Partial) else 0
         return Seen(evidence, repr(placement), digest(local), holds, None, region, partial)
 
 
