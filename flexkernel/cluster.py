@@ -44,6 +44,7 @@ class Cluster:
         self.generation = 0
         self.timeout_s = 60.0
         self.seated = False
+        self.closed = False
 
     # --- what a backend does -----------------------------------------------------------------------
 
@@ -69,6 +70,8 @@ class Cluster:
         """Each rank's answer to one of Runtime's methods, in order of rank. each: arguments of their own for each rank.
 
         Raises the cause if any rank raised; the engines are idle and usable again when it does."""
+        if self.closed:
+            raise ClusterError("this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)")
         ranks = list(range(self.size)) if ranks is None else list(ranks)
         answers = self._collect(self._send(method, each or [args] * len(ranks), ranks), ranks, progress)
         reports = [a for a in answers if isinstance(a, ErrorReport)]
@@ -137,10 +140,12 @@ class InProcess(Cluster):
         return pending
 
     def alive(self) -> list[bool]:
-        return [True]
+        return [not self.closed]
 
     def close(self) -> None:
-        self._runtime.close()
+        if not self.closed:
+            self.closed = True
+            self._runtime.close()
 
 
 class IPyParallel(Cluster):
@@ -184,7 +189,7 @@ class IPyParallel(Cluster):
             self.seated = True
 
     def alive(self) -> list[bool]:
-        ids = set(self._client.ids)
+        ids = set() if self.closed else set(self._client.ids)
         return [engine_id in ids for engine_id in self.engines]
 
     def _view(self, engine_id: int) -> Any:
@@ -253,6 +258,9 @@ class IPyParallel(Cluster):
 
     def close(self) -> None:
         """End an owned cluster, with its model; leave an attached one as it is."""
+        if self.closed:
+            return
+        self.closed = True
         if self.owned:
             with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
                 for result in [self._view(i).apply_async(engine.call, "close") for i in self._client.ids]:
@@ -343,13 +351,16 @@ def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s:
     """Attach to a cluster that runs already, ours or one that `ipcluster start` began."""
     where = {key: value for key, value in (("profile", profile), ("cluster_id", cluster_id)) if value is not None}
     try:
-        cluster = ipp.Cluster.from_file(**where)
+        with quiet():
+            cluster = ipp.Cluster.from_file(**where)
+        if cluster.controller is None:
+            raise ClusterError("its controller is not running any more")
         client = cluster.connect_client_sync()
     except Exception as error:
-        found = ", ".join(known_clusters()) or "none"
         asked = ", ".join(f"{k}={v!r}" for k, v in where.items()) or "the default profile"
         raise ClusterError(
-            f"no cluster to attach to at {asked}: {first_line(error)}. Cluster files there are: {found}. "
+            f"no cluster to attach to at {asked}: {first_line(error)}. Clusters that run: "
+            f"{', '.join(running_clusters()) or 'none'}. "
             "Start one with %flex_cluster start -n 2, or `ipcluster start -n 2` in a shell"
         ) from None
     expected = cluster.n or 1
@@ -364,6 +375,8 @@ def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s:
     return IPyParallel(cluster, client, owned=False)
 
 
-def known_clusters() -> list[str]:
-    """The ids of the clusters that have a file, in any profile."""
-    return [c.cluster_id or "(default)" for c in ipp.ClusterManager().load_clusters().values()]
+def running_clusters() -> list[str]:
+    """The ids of the clusters that have a file, in any profile, and a controller that runs."""
+    with quiet():
+        found = ipp.ClusterManager().load_clusters().values()
+    return [repr(c.cluster_id) if c.cluster_id else "the default one" for c in found if c.controller is not None]

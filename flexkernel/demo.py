@@ -232,6 +232,7 @@ def _say(text: str) -> None:
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 CELL_TIMEOUT_S = 600
+FIGURE = "application/vnd.plotly.v1+json"
 # nbconvert's page asks a CDN for require.js, MathJax and mermaid; ours must look the same without a network
 OFFLINE_PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}
@@ -270,7 +271,24 @@ def _html(book: Any, title: str) -> str:
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
+    _draw_figures(book)
     exporter = HTMLExporter(
         extra_loaders=[DictLoader({"offline.html.j2": OFFLINE_PAGE})], template_file="offline.html.j2"
     )
     return exporter.from_notebook_node(book, {"metadata": {"name": title}})[0]
+
+
+def _draw_figures(book: Any) -> None:
+    """Give plotly's figures an HTML form: Jupyter draws their JSON, a page by itself has nobody to do it."""
+    outputs = [output for cell in book.cells for output in cell.get("outputs", []) if FIGURE in output.get("data", {})]
+    for number, output in enumerate(outputs):
+        figure = {key: output.data[FIGURE].get(key) for key in ("data", "layout")}
+        call = f"Plotly.newPlot('figure-{number}', {json.dumps(figure)})".replace("</", "<\\/")
+        library = f"<script>{_plotly_js()}</script>" if number == 0 else ""
+        output.data["text/html"] = f"{library}<div id='figure-{number}'></div><script>{call}</script>"
+
+
+def _plotly_js() -> str:
+    spec = importlib.util.find_spec("plotly")
+    assert spec is not None and spec.origin is not None, "it is one of flexkernel's requirements"
+    return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

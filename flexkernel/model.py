@@ -56,6 +56,7 @@ def inspect(
 def load(cluster: Any, source: Source, info: ModelInfo, progress: Callable[[str, int, int], None]) -> ModelInfo:
     """Load a model on all engines, each its part, and tell every rank what all hold."""
     layout = info.layout
+    progress("loading", 0, layout.world)
     parts = cluster.call("load", info, source, progress=lambda done: progress("loading", done, layout.world))
     info = merged(info, parts, foreign=source.builder is not None)
     if source.builder is None:

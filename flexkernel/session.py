@@ -53,6 +53,10 @@ class Session:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        return self.cluster.closed
+
     def close(self) -> None:
         """End the session: owned engines stop, attached ones stay with their model."""
         self._forget()

@@ -284,7 +284,8 @@ def open_lab(root: Path, home: Path) -> Iterator[Lab]:
         "JUPYTER_RUNTIME_DIR": "run",
         "IPYTHONDIR": "ipy",
     }
-    checkout = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    here = Path(__file__).resolve().parent
+    checkout = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     env = os.environ | checkout | {"HOME": str(home)} | {name: str(home / folder) for name, folder in folders.items()}
     log = home / "lab.log"
     with log.open("w") as out:

@@ -31,6 +31,11 @@ ARCHS = {
     "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
     "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "mixtral": ("MixtralConfig", dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    # one layer whose MLP is 16384 wide, for a large activation of a small model
+    "llama_wide": (
+        "LlamaConfig",
+        dict(**(SMALL | {"intermediate_size": 16384, "num_hidden_layers": 1}), max_position_embeddings=8192),
+    ),
     "gpt2": ("GPT2Config", GPT2),
     "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
     "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),

@@ -430,6 +430,39 @@ def assert_html_shows_the_picture(browser: Any, path: Path, folder: Path) -> Non
     context.close()
 
 
+ACTIVATION = """
+import sys, torch, models
+import flexkernel as fk
+session = fk.start(2)
+session.load(models.tiny("llama_wide", {folder!r}), tp=2)
+session.hook("model.layers.0.mlp.gate_proj")
+ids = torch.randint(3, 256, (1, 4096), generator=torch.Generator().manual_seed(0))
+run = session.run(ids)
+capture = run["model.layers.0.mlp.gate_proj"]
+assert capture.shape == (1, 4096, 16384) and capture.placement == "Shard(dim=-1)"
+"""
+
+
+@pytest.mark.slow
+def test_a_large_sharded_activation_is_drawn_and_zoomed_in_jupyterlab(browser, lab, tmp_path):
+    """268 MB that two engines wrote: what crosses the wire is pixels, and they are those of the whole tensor."""
+    lab.write("activation.ipynb", ACTIVATION.format(folder=str(tmp_path)), "view = capture.show()\nview")
+    with open_page(browser, viewport={"width": 1200, "height": 1200}) as page:
+        traffic = Traffic().on(page)
+        lab.open(page, "activation.ipynb")
+        traffic.take()
+        command(page, "notebook:run-all-cells")
+        page.wait_for_selector(".fk-plot[data-tiles]", timeout=120_000)
+        assert traffic.take() <= MAX_VIEW
+        for _ in range(3):
+            point_at(page, 2000, 9000)
+            wheel(page)
+            assert 0 < traffic.take() <= MAX_VIEW
+        page.screenshot(path=tmp_path / "activation.png")
+        told = execute(page, "print(view.window, float(capture[0, 2000, 9000]), session.close())")
+        assert "None" in told, told
+
+
 @pytest.mark.slow
 def test_a_capture_that_expires_freezes_the_map_in_jupyterlab(browser, lab):
     """The browser's question may be answered on another thread than the cell's: from there the output is replaced."""

@@ -1,4 +1,4 @@
-"""The cluster: one answer a rank, errors that come at once with their cause, engines that are usable again, and an end."""
+"""The cluster: one answer a rank, errors that come at once with their cause, engines usable again, an end."""
 
 from __future__ import annotations
 

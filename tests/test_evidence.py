@@ -1,4 +1,4 @@
-"""Each kind of evidence for a placement occurs on real engines, and decides: without it the value is another or none."""
+"""Each kind of evidence for a placement occurs on real engines, and decides: without it there is no value."""
 
 from __future__ import annotations
 

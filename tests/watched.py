@@ -13,8 +13,8 @@ import torch
 import flexkernel.engine as door
 
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_reduce", "reduce", "broadcast", "reduce_scatter",
-    "reduce_scatter_tensor", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_reduce", "reduce",
+    "broadcast", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
     "barrier", "batch_isend_irecv", "all_gather_object", "broadcast_object_list",
 )  # fmt: skip
 
@@ -127,7 +127,7 @@ def weights_at() -> list[int]:
 
 
 def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
-    """A tiny Llama under torch's own parallelize_module, tp 2; with sequence parallel norms, whose values are DTensors."""
+    """A tiny Llama under torch's own parallelize_module, tp 2; sequence parallel norms put out DTensors."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard

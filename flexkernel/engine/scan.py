@@ -58,7 +58,8 @@ def has_experts(config: Any) -> bool:
 
 def scan(model: torch.nn.Module) -> Scan:
     """(module or virtual point, "output" | "input") → for each call in a forward, a formula for each tensor leaf."""
-    sizes = [size for size in SIZES if not size[2] or not getattr(model, "_is_stateful", False)]
+    cached = hasattr(model, "config") and not getattr(model, "_is_stateful", False)
+    sizes = [size for size in SIZES if cached or not size[2]]
     runs = [observe(model, *size) for size in sizes]
     found: Scan = {}
     for where, calls in runs[0].items():

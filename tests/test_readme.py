@@ -1,0 +1,47 @@
+"""README says what is true: its table of magics is the code's, its files exist.
+
+`python tests/test_readme.py` writes the table.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "<!-- magics: written by tests/test_readme.py, from the code -->\n"
+END = "<!-- end -->"
+
+
+def written(text: str) -> str:
+    """README with the table as the code has it."""
+    from flexkernel.magics import magics_table
+
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + magics_table().strip() + "\n" + END + rest.split(END, 1)[1]
+
+
+def test_the_table_of_magics_is_the_codes():
+    text = README.read_text()
+    assert "| `%flex_hook" in text, "there is a table"
+    assert text == written(text), "run: python tests/test_readme.py"
+
+
+def test_the_files_that_readme_names_exist():
+    text = README.read_text()
+    named = re.findall(r"\]\(([^):]+)\)", text) + re.findall(r"`((?:tests|notebooks)/[\w./]+)`", text)
+    assert len(named) >= 2
+    for name in named:
+        assert (README.parent / name).exists(), name
+
+
+def test_every_make_target_that_readme_names_exists():
+    targets = set(re.findall(r"^make (\w+)|`make (\w+)`", README.read_text(), re.M))
+    makefile = (README.parent / "Makefile").read_text()
+    assert len(targets) >= 3
+    for target in {a or b for a, b in targets}:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
