@@ -22,9 +22,11 @@ def check_world(layout: Layout, world: int) -> None:
             raise LayoutError(f"{axis}={degree!r} is not a degree; it is a whole number from 1")
     if layout.world != world:
         asked = str(layout) if layout.world > 1 else "no degree"
+        there = f"{world} engines" if world > 1 else "1 engine"
+        instead = f"for instance pp={world} or tp={world}" if world > 1 else "so leave them out, or start more engines"
         raise LayoutError(
-            f"{asked} makes {layout.world} rank{'s' * (layout.world > 1)}, the cluster has {world} engines: "
-            f"the degrees must multiply to {world}, for instance pp={world} or tp={world}"
+            f"{asked} makes {layout.world} rank{'s' * (layout.world > 1)}, the cluster has {there}: "
+            f"the degrees must multiply to {world}, {instead}"
         )
 
 
