@@ -16,7 +16,7 @@ from ..names import select
 from ..wire import Layout, ModelInfo, ModuleInfo, Source
 from .compat import distributed_config, is_placeholder, loading_under, tp_styles
 from .placements import aimed, parse
-from .scan import read_config, runnable_on_meta, scan, unsharded
+from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
 __all__ = ["build", "check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
 
@@ -42,7 +42,7 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         dtype=dtype,
         attention=implementation(attention, model),
         modules=described(model),
-        scan=scan(model) if model is not None else {},
+        scan=scanned(model) if model is not None else {},
         num_parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
         rank_parameters=(),
         rank_bytes=(),
@@ -55,6 +55,17 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
     )
     check_placements(info)
     return info
+
+
+def scanned(model: torch.nn.Module) -> Scan:
+    """The model's scan. LoadError if its forward cannot run without data."""
+    try:
+        return scan(model)
+    except Exception as error:
+        raise LoadError(
+            f"{type(model).__name__} cannot be scanned, its forward does not run on the meta device "
+            f"({first_line(error)}): load it with a builder that returns it and no reference="
+        ) from error
 
 
 def check_placements(info: ModelInfo) -> None:

@@ -21,7 +21,8 @@ __all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
 
 Scan = dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
 WINDOW = 8  # every sliding window during the scan, so that it shows
-SIZES = ((2, 11, 0), (3, 17, 0), (2, 1, 19))  # (B, S, past): two sizes and one cached step tell the terms apart
+# (B, S, past): two sizes could agree by chance, 6 and 9 are 3 × B and half of S; a cached step tells S from past + S
+SIZES = ((2, 11, 0), (3, 17, 0), (5, 13, 0), (2, 1, 19))
 TERMS = {
     "B": lambda B, S, P: B,
     "S": lambda B, S, P: S,
