@@ -1,0 +1,284 @@
+"""Pins: the private APIs that compat.py wraps are as it takes them. A new torch or transformers fails here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from torch.distributed import distributed_c10d as c10d
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AttentionInterface
+from transformers.distributed import DistributedConfig, mixin
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+
+from flexkernel.engine import compat
+from flexkernel.wire import Layout
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# --- transformers: loading -------------------------------------------------------------------------
+
+
+def test_the_pinned_transformers_is_there():
+    assert transformers.__version__.startswith("5.23.")
+
+
+def test_a_distributed_config_has_the_degrees():
+    names = {field.name for field in dataclasses.fields(DistributedConfig)}
+    assert {"tp_size", "pp_size", "fsdp_size", "dp_replicate_size"} <= names
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2, tp=3), Layout(pp=2, fsdp=2), Layout(pp=2, dp=3, fsdp=2)])
+def test_every_product_of_degrees_is_configured(layout):
+    """transformers' own check refuses pp together with fsdp or dp; were it to accept them, the way around can go."""
+    config = compat.distributed_config(layout)
+    degrees = (config.pp_size, config.dp_replicate_size, config.fsdp_size, config.tp_size)
+    assert degrees == (layout.pp, layout.dp, layout.fsdp, layout.tp)
+
+
+def test_transformers_still_refuses_pp_with_fsdp():
+    with pytest.raises(ValueError, match=r"(?i)pp|pipeline"):
+        DistributedConfig(pp_size=2, fsdp_size=2)
+
+
+def test_a_placeholder_is_told_from_a_module():
+    assert compat.is_placeholder(PipelineIdentityLayer()) and not compat.is_placeholder(nn.Identity())
+
+
+PATCHED = {
+    "apply_tensor_parallelism": 3,  # model, mesh, plan
+    "apply_fully_sharded_data_parallelism": 4,  # model, meshes, plan, plan of experts
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PATCHED.items())
+def test_the_functions_stood_in_for_take_what_ours_take(name, count):
+    required = [
+        p
+        for p in inspect.signature(getattr(mixin, name)).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    assert len(required) == count, required
+
+
+def test_the_mixin_calls_them_by_position():
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(mixin))) if isinstance(n, ast.Call)]
+    for name, count in PATCHED.items():
+        found = [call for call in calls if getattr(call.func, "id", "") == name]
+        assert found and all(len(call.args) == count and not call.keywords for call in found)
+
+
+def test_they_are_stood_in_for_while_loading_under_stages_only():
+    before = {name: getattr(mixin, name) for name in PATCHED}
+    with compat.loading_under(Layout(tp=2)):
+        assert {name: getattr(mixin, name) for name in PATCHED} == before
+    with compat.loading_under(Layout(pp=2)):
+        assert all(getattr(mixin, name) is not before[name] for name in PATCHED)
+    assert {name: getattr(mixin, name) for name in PATCHED} == before
+    with pytest.raises(ZeroDivisionError), compat.loading_under(Layout(pp=2)):
+        raise ZeroDivisionError
+    assert {name: getattr(mixin, name) for name in PATCHED} == before
+
+
+def test_a_plan_is_filtered_to_what_the_stage_holds(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixin, "apply_tensor_parallelism", lambda model, mesh, plan: seen.append(plan))
+    model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": PipelineIdentityLayer()})
+    plan = {
+        "here": "colwise",
+        "here.weight": "colwise",
+        "there": "colwise",
+        "there.weight": "colwise",
+        "gone": "rowwise",
+    }
+    with compat.loading_under(Layout(pp=2)):
+        mixin.apply_tensor_parallelism(model, None, plan)
+    assert seen == [{"here": "colwise", "here.weight": "colwise"}]
+
+
+def tiny_llama(**more) -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, **more
+    )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_a_models_plan_names_its_modules_styles():
+    styles = compat.tp_styles(tiny_llama(), Layout(tp=2))
+    assert styles["model.layers.0.self_attn.q_proj"] == "colwise"
+    assert styles["model.layers.0.mlp.down_proj"] == "rowwise"
+    assert styles["lm_head"] == "colwise_gather_output"
+    assert compat.tp_styles(tiny_llama(), Layout(pp=2)) == {}
+    assert compat.tp_styles(nn.Linear(1, 1), Layout(tp=2)) == {}
+
+
+def test_resolving_a_plan_returns_the_tensor_parallel_one_first():
+    plans = tiny_llama()._resolve_parallel_plans(DistributedConfig(tp_size=2))
+    assert isinstance(plans, tuple) and plans[0]["model.layers.0.self_attn.o_proj"] == "rowwise"
+
+
+# --- transformers: attention -----------------------------------------------------------------------
+
+
+def test_attention_functions_are_those_of_transformers_whatever_stands_in():
+    from flexkernel.engine import attention
+
+    before = dict(compat.attention_functions())
+    attention.install()
+    attention.install()
+    assert compat.attention_functions() == before and "sdpa" in before
+    assert all("flexkernel" not in function.__module__ for function in before.values())
+    assert AttentionInterface()["sdpa"].__module__ == "flexkernel.engine.attention"
+
+
+def test_attention_is_looked_up_by_name_with_eager_as_the_default():
+    assert parameters(AttentionInterface.get_interface)[1:3] == ["attn_implementation", "default"]
+
+
+def test_eager_attention_is_the_modeling_files_own():
+    from transformers.models.llama import modeling_llama
+
+    module = tiny_llama().model.layers[0].self_attn
+    assert compat.eager_attention(module) is modeling_llama.eager_attention_forward
+    assert parameters(modeling_llama.eager_attention_forward)[:5] == [
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+    ]
+
+    class Mine(type(module)):
+        pass
+
+    assert compat.eager_attention(object.__new__(Mine)) is modeling_llama.eager_attention_forward
+    with pytest.raises(LookupError, match="Linear has no eager_attention_forward"):
+        compat.eager_attention(nn.Linear(1, 1))
+
+
+# --- wrappers --------------------------------------------------------------------------------------
+
+
+def inner() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.ModuleDict({"deep": nn.Sequential(nn.ReLU())}))
+
+
+NAMES = ["", "0", "1", "1.deep", "1.deep.0"]
+
+
+@pytest.fixture
+def one_rank():
+    """A gloo group of this process alone."""
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_bare_model_has_its_own_names():
+    model = inner()
+    assert compat.own_modules(model) == dict(model.named_modules()) and list(compat.own_modules(model)) == NAMES
+
+
+def test_ddp_takes_no_part_in_names(one_rank):
+    model = inner()
+    found = compat.own_modules(DistributedDataParallel(model))
+    assert found == dict(model.named_modules())
+    assert compat.own_modules(DistributedDataParallel(torch.compile(model))) == found
+
+
+def test_compile_takes_no_part_in_names():
+    model = inner()
+    model[1] = torch.compile(model[1])
+    assert list(compat.own_modules(torch.compile(model))) == NAMES
+
+
+def test_checkpoint_wrappers_take_no_part_in_names():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = inner()
+    model[0] = checkpoint_wrapper(model[0])
+    assert list(compat.own_modules(checkpoint_wrapper(model))) == NAMES
+
+
+def test_fsdp1_takes_no_part_in_names(one_rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = inner()
+    model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"), use_orig_params=True)
+    whole = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    found = compat.own_modules(whole)
+    assert list(found) == NAMES and isinstance(found["0"], nn.Linear)
+
+
+def test_a_shared_module_has_one_name_the_first():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
+    assert list(compat.own_modules(model)) == ["", "a", "b"] == [n for n, _ in model.named_modules()]
+
+
+def test_a_module_of_the_users_that_is_called_module_stays():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    assert list(compat.own_modules(model)) == ["", "module"]
+
+
+# --- torch -----------------------------------------------------------------------------------------
+
+
+def test_a_value_that_is_there_is_not_waited_for():
+    value = torch.ones(2)
+    assert compat.waited(value) is value
+
+
+def test_a_value_on_its_way_is_waited_for(one_rank):
+    from torch.distributed import _functional_collectives as functional
+
+    coming = functional.all_reduce(torch.ones(2), "sum", dist.group.WORLD)
+    assert isinstance(coming, functional.AsyncCollectiveTensor)
+    arrived = compat.waited(coming)
+    assert type(arrived) is torch.Tensor and arrived.tolist() == [1.0, 1.0]
+
+
+def test_groups_are_dropped_and_counted_anew():
+    compat.abort_groups()
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.new_group([0])
+        compat.abort_groups()
+        assert not dist.is_initialized() and c10d._world.group_count == 0
+
+
+def test_the_private_names_of_torch_are_there():
+    from torch.distributed.fsdp import FSDPModule
+
+    assert callable(c10d._abort_process_group) and hasattr(FSDPModule, "_get_fsdp_state")
+
+
+def test_what_fsdp_remembers_of_its_groups_can_be_made_anew(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",)))
+    before = model(torch.ones(1, 2))
+    (group, *_) = compat.fsdp_groups(model)
+    assert group.mesh_info.shard_process_group is not None
+    group.mesh_info.shard_process_group = None
+    compat.fix_cached_groups(model)
+    assert group.mesh_info.shard_process_group is group.mesh_info.mesh.get_group(0)
+    assert torch.equal(model(torch.ones(1, 2)), before)
+
+
+def test_the_meshes_are_made_by_transformers_in_one_call():
+    from transformers.distributed.utils import initialize_distributed_mesh
+
+    assert parameters(initialize_distributed_mesh)[0] == "distributed_config"
