@@ -28,6 +28,7 @@ from .wire import ErrorReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
+KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 
 
@@ -40,6 +41,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
+        self.gpus: dict[str, int] = {}  # host → how many it has
         self.folder = secrets.token_hex(8)
         self.generation = 0
         self.timeout_s = 60.0
@@ -54,8 +56,14 @@ class Cluster:
     def _collect(self, pending: list[Any], ranks: Sequence[int], progress: Callable[[int], None] | None) -> list[Any]:
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self, end: bool | None = None) -> None:
+        """Let go of the engines. end: whether they stop, with their model; by default those that this driver owns."""
         raise NotImplementedError
+
+    def best_device(self) -> str:
+        """ "cuda" where every host has a GPU for each of its engines, else "cpu"."""
+        enough = all(self.gpus.get(host, 0) >= self.hosts.count(host) for host in self.hosts)
+        return "cuda" if enough else "cpu"
 
     # --- calling -----------------------------------------------------------------------------------
 
@@ -130,6 +138,7 @@ class InProcess(Cluster):
         super().__init__()
         self.hosts = [os.environ.get("FLEX_HOST") or socket.gethostname()]
         self._runtime = engine.open_runtime()
+        self.gpus = {self.hosts[0]: self._runtime.hello()["gpus"]}
 
     def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
         return [engine.answer(self._runtime, method, *args[0])]
@@ -142,7 +151,7 @@ class InProcess(Cluster):
     def alive(self) -> list[bool]:
         return [not self.closed]
 
-    def close(self) -> None:
+    def close(self, end: bool | None = None) -> None:
         if not self.closed:
             self.closed = True
             self._runtime.close()
@@ -159,6 +168,7 @@ class IPyParallel(Cluster):
         self.hosts = [""] * self.size
         self._views: dict[int, Any] = {}
         self.reaper: Reaper | None = None
+        self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
         self._greet()
 
     @property
@@ -182,6 +192,7 @@ class IPyParallel(Cluster):
         order = sorted(range(self.size), key=key)
         self.engines = [self.engines[i] for i in order]
         self.hosts = [hellos[i]["host"] for i in order]
+        self.gpus = {hello["host"]: hello["gpus"] for hello in hellos}
         self.pids = [hellos[i]["pid"] for i in order]
         self.generation = max(seat.generation for seat in seats)
         if kept and self.loaded:
@@ -256,18 +267,18 @@ class IPyParallel(Cluster):
         if ids:
             self._client.send_signal(signal.SIGINT, ids, block=False)
 
-    def close(self) -> None:
-        """End an owned cluster, with its model; leave an attached one as it is."""
+    def close(self, end: bool | None = None) -> None:
         if self.closed:
             return
         self.closed = True
-        if self.owned:
+        end = self.owned and not self.kept if end is None else end
+        if end:
             with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
                 for result in [self._view(i).apply_async(engine.call, "close") for i in self._client.ids]:
                     result.get(3.0)
         with quiet():
             self._client.close()
-            if self.owned:
+            if end:
                 self._cluster.stop_cluster_sync()
         if self.reaper is not None:
             self.reaper.leave()
@@ -314,18 +325,22 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
     launcher_class = FlexEngineLauncher
 
 
-def start(n: int, engines: str | None = None, cluster_id: str = "", timeout_s: float = 120.0) -> IPyParallel:
-    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs, ...)."""
+def start(
+    n: int, engines: str | None = None, cluster_id: str = "", keep: bool = False, timeout_s: float = 120.0
+) -> IPyParallel:
+    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs, ...).
+
+    keep: they stay, with their model, when this process ends; attach by their id, `%flex_cluster stop` ends them."""
     if not isinstance(n, int) or n < 1:
         raise ClusterError(f"n={n!r} engines cannot be started; n is a whole number from 1")
     cluster = ipp.Cluster(
         n=n,
         engines=engines or "flexkernel",
-        cluster_id=cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}",
+        cluster_id=(KEPT if keep else "") + (cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"),
         controller_args=["--nodb"],
         delay=0,
         log_level=40,
-        shutdown_atexit=True,
+        shutdown_atexit=not keep,
     )
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     previous = os.umask(0o077)
@@ -343,7 +358,8 @@ def start(n: int, engines: str | None = None, cluster_id: str = "", timeout_s: f
         os.umask(previous)
     mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     found = IPyParallel(cluster, client, owned=True)
-    found.reaper = Reaper(mine, slabs.folder(found.folder))
+    if not keep:
+        found.reaper = Reaper(mine, slabs.folder(found.folder))
     return found
 
 

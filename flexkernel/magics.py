@@ -35,7 +35,7 @@ __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
 VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
-ACTION_OF = {"n": "start", "engines": "start", "profile": "attach", "cluster_id": "attach"}
+ACTION_OF = {"n": "start", "engines": "start", "keep": "start", "profile": "attach", "cluster_id": "attach"}
 
 
 def register(shell: Any) -> None:
@@ -228,15 +228,16 @@ class FlexMagics(Magics):
             self._end(before)
         return session
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: Session, end: bool | None = None) -> None:
         self._ended.add(session)
         self.shell.drop_by_id({VARIABLE: session})
-        session.close()
+        session.close(end)
 
     @magic_arguments()
     @argument("action", nargs="?", default="status", choices=ACTIONS, metavar="|".join(ACTIONS), help="what to do")
     @argument("-n", type=int, metavar="N", help="start: how many engines (default: 2)")
     @argument("--engines", metavar="NAME", help="start: an ipyparallel launcher: slurm, ssh, mpi, pbs, ...")
+    @argument("--keep", action="store_true", default=None, help="start: engines and model outlive this notebook")
     @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
     @twin("`fk.start(n=)`, `fk.attach(profile, cluster_id)`, `fk.local()`, `session.status()`, `session.close()`")
@@ -258,7 +259,7 @@ class FlexMagics(Magics):
     def _cluster_start(self, args: argparse.Namespace) -> Session:
         from .session import start
 
-        session = self._use(start(2 if args.n is None else args.n, args.engines))
+        session = self._use(start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep)))
         self._engines = args.engines
         return session
 
@@ -292,7 +293,7 @@ class FlexMagics(Magics):
 
     def _cluster_stop(self, _args: argparse.Namespace) -> None:
         session, self.session = self.needed(), None
-        self._end(session)
+        self._end(session, end=session.cluster.owned or getattr(session.cluster, "kept", False))
 
     # --- model
 

@@ -18,9 +18,9 @@ from .wire import HookSet, Layout, ModelInfo
 __all__ = ["Session", "attach", "local", "start"]
 
 
-def start(n: int = 2, engines: str | None = None, cluster_id: str = "") -> Session:
+def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
     """A session over n new engines, which end with it. engines: an ipyparallel launcher (slurm, ssh, mpi, pbs)."""
-    return Session(clusters.start(n, engines, cluster_id))
+    return Session(clusters.start(n, engines, cluster_id, keep))
 
 
 def attach(profile: str | None = None, cluster_id: str | None = None) -> Session:
@@ -57,10 +57,10 @@ class Session:
     def closed(self) -> bool:
         return self.cluster.closed
 
-    def close(self) -> None:
-        """End the session: owned engines stop, attached ones stay with their model."""
+    def close(self, end: bool | None = None) -> None:
+        """End the session. Engines it started stop; attached and kept ones stay with their model. end= overrides."""
         self._forget()
-        self.cluster.close()
+        self.cluster.close(end)
 
     def status(self) -> Status:
         """Engines, model, hooks, memory: what there is now."""
@@ -80,7 +80,7 @@ class Session:
         dp: int = 1,
         fsdp: int = 1,
         dtype: Any = "float32",
-        device: str = "cpu",
+        device: str | None = None,
         attn: str | None = None,
         reference: Callable[[], Any] | None = None,
         placements: Mapping[str, str] | None = None,
@@ -94,6 +94,7 @@ class Session:
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
         where = model.source(source, reference, clusters.packed)
+        device = device or self.cluster.best_device()
         if not self.cluster.seated or self.cluster.device != device:
             self.cluster.seat(device)
         told = progress or (lambda *_: None)

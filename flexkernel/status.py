@@ -8,6 +8,13 @@ from typing import Any
 __all__ = ["Status"]
 
 
+def lifetime(cluster: Any) -> str:
+    """What becomes of the engines when this session ends."""
+    if getattr(cluster, "kept", False):
+        return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
+    return "owned: it ends with this session" if cluster.owned else "attached: it stays when this session ends"
+
+
 class Status:
     """A table of what a session has. rows: (what, value)."""
 
@@ -16,10 +23,7 @@ class Status:
         alive = cluster.alive()
         self.rows: list[tuple[str, str]] = [
             ("engines", f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}"),
-            (
-                "cluster",
-                "owned: it ends with this session" if cluster.owned else "attached: it stays when this session ends",
-            ),
+            ("cluster", lifetime(cluster)),
         ]
         if getattr(cluster, "cluster_id", ""):
             self.rows.append(("cluster id", cluster.cluster_id))

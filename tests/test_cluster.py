@@ -199,3 +199,41 @@ def test_the_earliest_error_that_is_not_about_another_rank_is_the_cause():
     ]
     found = clusters.cause(reports)
     assert isinstance(found, fk.errors.HookError) and "other hooks" in str(found)
+
+
+KEEPER = """
+import sys, time, flexkernel as fk
+session = fk.start(2, keep=True)
+session.load(sys.argv[1], tp=2)
+session.hook("model.layers.*.mlp")
+run = session.run([[1, 2, 3]])
+print(session.cluster.cluster_id, float(run["model.layers.1.mlp"].norm()), flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
+    driver = subprocess.Popen([sys.executable, "-c", KEEPER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    cluster_id, norm = driver.stdout.readline().split()
+    driver.kill()
+    driver.wait()
+    session = fk.attach(cluster_id=cluster_id)
+    try:
+        begin = time.monotonic()
+        again = fk.attach(cluster_id=cluster_id)  # a second time, now that everything is imported
+        assert time.monotonic() - begin < 5, "five times the bound of 1 s"
+        again.close()
+        assert session.info is not None and str(session.info.layout) == "tp=2"
+        assert [hook.key for hook in session.hooks] == ["model.layers.*.mlp"]
+        assert float(session.runs[0]["model.layers.1.mlp"].norm()) == float(norm)
+        assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
+        assert "kept: it stays" in repr(session.status())
+        pids = session.on_ranks(os.getpid)
+    finally:
+        session.close(end=True)
+    end = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -14,8 +14,9 @@ import flexkernel.engine as door
 
 COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_reduce", "reduce",
-    "broadcast", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "gather", "scatter", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv",
-    "barrier", "batch_isend_irecv", "all_gather_object", "broadcast_object_list",
+    "broadcast", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "gather", "scatter",
+    "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv", "batch_isend_irecv", "barrier",
+    "all_gather_object", "broadcast_object_list",
 )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ class Runtime:
             "folder": self.folder,
             "device": self.device,
             "loaded": self.info is not None,
+            "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),  # asked for without importing torch
         }
 
     def open_store(self, interface: str) -> tuple[str, int]:
