@@ -20,7 +20,7 @@ from .capture import Capture
 from .errors import CaptureError, FlexError, MemoryBudgetError
 from .names import nearest
 from .prompts import Batch, token_strings
-from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, folder, pages
+from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, claim, pages
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store"]
@@ -219,7 +219,7 @@ class Store:
     def __init__(self, cluster: Any):
         host = os.environ.get("FLEX_HOST", "")
         self._cluster, self.here = cluster, host or socket.gethostname()
-        self.folder = folder(cluster.folder + (f"-{host}" if host else ""))
+        self.folder, self._claim = claim(cluster.folder + (f"-{host}" if host else ""))
         self.hosts: list[str] = list(cluster.hosts)
         free = psutil.disk_usage(str(self.folder)).free
         self.pool = Pool(secrets.token_hex(4), max(min(SLAB_BYTES, free // 8 // PAGE * PAGE), PAGE))
@@ -255,6 +255,7 @@ class Store:
             client.close()
         self._clients.clear()
         self._slabs.clear()
+        self._claim.close()
 
     def take_freed(self) -> tuple[int, ...]:
         """The runs freed since the last call: the engines hear of them with the next run."""

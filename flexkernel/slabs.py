@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import math
 import mmap
@@ -18,6 +19,7 @@ import stat
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,10 +28,11 @@ from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
 
-__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "folder", "pages", "sweep"]
+__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "claim", "folder", "pages", "sweep"]
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
+LOCK = ".lock"  # in each folder: whoever uses the folder holds a shared lock on it
 LOGITS_BYTES = 64 << 20  # above this a run keeps the last position's logits only
 
 
@@ -171,6 +174,31 @@ def folder(name: str) -> Path:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise CaptureError(f"{path} is not a private folder of this user; remove it or set FLEX_SLABS")
     return home / name
+
+
+def claim(name: str) -> tuple[Path, IO[bytes]]:
+    """The folder of that name, and what claims it for as long as it is open, which ends with the process however that
+    ends. Folders that nobody claims any more are removed: their slabs would hold memory for ever."""
+    while True:
+        path = folder(name)
+        with contextlib.suppress(FileNotFoundError):  # it was swept before it was claimed: once more
+            lock = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                sweep_unclaimed(path.parent)
+                return path, lock
+            lock.close()
+
+
+def sweep_unclaimed(home: Path) -> None:
+    for path in home.iterdir():
+        with contextlib.suppress(OSError):  # somebody claims it, makes it or sweeps it
+            lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sweep(path)
+            finally:
+                os.close(lock)
 
 
 def sweep(path: Path) -> None:

@@ -203,6 +203,45 @@ def test_sweeping_takes_the_folder_and_may_be_done_twice(folder):
     assert not folder.exists()
 
 
+def test_a_folder_that_nobody_claims_any_more_is_swept(folder):
+    """Who claimed it may have been killed: 64 MB and more of /dev/shm would stay for ever."""
+    code = (
+        "from flexkernel import slabs as s; import os; p, c = s.claim('dead'); s.Slab(p / 'a.slab', 4096); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert (folder.parent / "dead" / "a.slab").exists()
+    alive, claimed = slabs.claim("alive")
+    assert not (folder.parent / "dead").exists() and alive.exists()
+    also, again = slabs.claim("alive")
+    claimed.close()
+    slabs.claim("other")[1].close()
+    assert also == alive and alive.exists(), "a second process claims it still"
+    again.close()
+    slabs.claim("another")[1].close()
+    assert not alive.exists()
+
+
+def test_a_folder_without_a_claim_in_it_is_left_to_whoever_makes_it(folder):
+    slabs.claim("other")[1].close()
+    assert folder.exists()
+
+
+def test_a_claim_survives_that_its_folder_is_swept_meanwhile(folder, monkeypatch):
+    """Between making the folder and claiming it."""
+    real, swept = slabs.folder, []
+
+    def made(name):
+        path = real(name)
+        if not swept:
+            swept.append(slabs.sweep(path))
+        return path
+
+    monkeypatch.setattr(slabs, "folder", made)
+    path, lock = slabs.claim("late")
+    assert swept and path.exists() and mode(path / slabs.LOCK) == 0o600
+    lock.close()
+
+
 def test_a_reader_finds_no_slab_where_none_is(folder):
     """Making one would show zeros in the place of an activation."""
     with pytest.raises(CaptureExpired, match=r"a\.slab is gone"):

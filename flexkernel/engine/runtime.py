@@ -37,6 +37,7 @@ class Runtime:
         self.device = "cpu"
         self.folder = ""  # the name that all hosts' run folders share
         self.run_folder: Path | None = None  # this host's
+        self.claim: Any = None  # on it, or it is swept
         self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}  # what lies in the slabs
         self.slabs: dict[str, slabs.Slab] = {}
         self.server: Any = None
@@ -76,7 +77,7 @@ class Runtime:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.seat, self.device, self.folder = seat, device, folder
         name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
-        self.run_folder = slabs.folder(name)
+        self.run_folder, self.claim = slabs.claim(name)
         if seat.world > 1:
             layout = self.info.layout if self.info else None
             self.store = regroup(seat, address, port, device, timeout_s, self.breaker, self.model, layout)
@@ -94,7 +95,7 @@ class Runtime:
             leave()
         if self.run_folder is not None and self.seat.local_rank == 0:
             slabs.sweep(self.run_folder)
-        self.slabs, self.runs, self.run_folder = {}, {}, None
+        self.slabs, self.runs, self.run_folder, self.claim = {}, {}, None, None
 
     def serve(self, token: str, interface: str) -> tuple[str, str]:
         """Serve this host's slabs to a driver on another host: (address, token). On a host's first engine."""
