@@ -139,6 +139,7 @@ class Bridge:
         self.page = page
         self.comms: dict[str, BaseComm] = {}
         self.num_bytes = 0
+        self.open = True
         page.expose_function("pySend", self._from_page)
         page.set_content(f"<!doctype html><body>{body}</body>")
         page.evaluate(HOST)
@@ -152,6 +153,8 @@ class Bridge:
         self.page.evaluate("id => host.show(id)", widget.comm.comm_id)
 
     def to_page(self, comm_id: str, msg_type: str, data: Any, buffers: list[bytes]) -> None:
+        if not self.open:  # a widget that outlives its page says something later, to nobody
+            return
         self.num_bytes += len(json.dumps(data)) + sum(map(len, buffers))
         packed = [base64.b64encode(b).decode() for b in buffers]
         if msg_type == "comm_open" and data["state"].get("_model_module") == "anywidget":
@@ -183,6 +186,7 @@ def bridged(page: Any, body: str = "") -> Iterator[Bridge]:
     try:
         yield bridge
     finally:
+        bridge.open = False
         comm.create_comm = before
 
 

@@ -31,14 +31,17 @@ ARCHS = {
     "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
     "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "mixtral": ("MixtralConfig", dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
-    # one layer whose MLP is 16384 wide, for a large activation of a small model
+    "gpt2": ("GPT2Config", GPT2),
+    "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
+    "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
+}
+
+# one layer whose MLP is 16384 wide, for a large activation of a small model
+WIDE = {
     "llama_wide": (
         "LlamaConfig",
         dict(**(SMALL | {"intermediate_size": 16384, "num_hidden_layers": 1}), max_position_embeddings=8192),
     ),
-    "gpt2": ("GPT2Config", GPT2),
-    "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
-    "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
 }
 
 
@@ -46,7 +49,7 @@ def build(arch: str, vocab: int = 256) -> torch.nn.Module:
     """The model itself in float32, eval mode. Does not touch the caller's random state."""
     import transformers
 
-    config_class, differs = ARCHS[arch]
+    config_class, differs = (ARCHS | WIDE)[arch]
     config = getattr(transformers, config_class)(vocab_size=vocab, **{**SPECIAL, **differs})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
