@@ -98,7 +98,7 @@ def numbered(shape) -> torch.Tensor:
 
 terms = st.sampled_from(TERMS)
 formulas = st.lists(st.tuples(st.integers(1, 5), terms), max_size=4).filter(
-    lambda dims: sum(term in ("B", "B*S") for _, term in dims) <= 1
+    lambda dims: sum(term in ("B", "B*S") for _, term in dims) <= 1 and all(f == 1 or term != "B" for f, term in dims)
 )
 layouts = st.builds(Layout, st.just(1), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4))
 
@@ -189,6 +189,23 @@ def test_what_a_rank_with_copied_rows_holds_is_dropped(tmp_path):
     whole = numbered((2, 4, 6))
     capture = ranks.capture({0: whole[:1], 1: whole[1:], 2: torch.full((1, 4, 6), float("nan"))})
     assert torch.equal(capture.tensor(), whole)
+
+
+def test_rows_repeated_in_an_unknown_order_are_refused_when_the_batch_is_split(tmp_path):
+    """x.repeat(2, 1) puts the copies apart, x.repeat_interleave(2) side by side: the shape is the same."""
+    formula, whole = ShapeFormula("", ((2, "B"), (3, "")), "float32"), numbered((8, 3))
+    for layout, refused in ((Layout(dp=2), True), (Layout(tp=2), False)):
+        folder = tmp_path / str(layout)
+        folder.mkdir()
+        ranks = Ranks(folder, layout, formula, 4, 1, HookSpec("m"), Placer(layout, {}, {}))
+        capture = ranks.capture({0: whole[:4] if refused else whole, 1: whole[4:] if refused else whole})
+        if refused:
+            with pytest.raises(
+                PlacementError, match="2 entries for each row of the batch, in an order that is not known"
+            ):
+                capture.tensor()
+        else:
+            assert torch.equal(capture.tensor(), whole)
 
 
 def test_positions_of_a_split_sequence_are_refused(tmp_path):

@@ -93,7 +93,7 @@ class Placer:
         if placement is None:
             evidence, placement = "scan", inferred(local.shape, expected, here, name)
         sharded = checked(placement, local.shape, expected, here, name, evidence)
-        return Placed(local, evidence, placement, box(whole, formula, sharded, here))
+        return Placed(local, evidence, placement, box(whole, formula, sharded, here, name))
 
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
@@ -223,15 +223,21 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * step, size), min((index + 1) * step, size)
 
 
-def box(whole: Sequence[int], formula: ShapeFormula, part: tuple[int, int, int] | None, here: Place) -> Box:
+def box(whole: Sequence[int], formula: ShapeFormula, part: tuple[int, int, int] | None, here: Place, name: str) -> Box:
     """Which part of the whole this rank holds: its rows of the batch, its part over tp."""
     found = {part[0]: part[1:]} if part else {}
     for dim in formula.dims_of("B", "B*S"):
         unit = whole[dim] // here.B
         if here.layout.batch_groups == 1:
             continue
+        factor, term = (formula.dims or ())[dim]
+        if term == "B" and factor > 1:
+            raise PlacementError(
+                f"{name}: dim {dim} has {factor} entries for each row of the batch, in an order that is not known, and "
+                f"the batch is split {here.layout.batch_groups} ways; hook the modules around it"
+            )
         if dim in found:
-            raise PlacementError(f"dim {dim} is split over the batch and over tp; its order is not known")
+            raise PlacementError(f"{name}: dim {dim} is split over the batch and over tp; its order is not known")
         found[dim] = (here.rows[0] * unit, here.rows[1] * unit)
     return tuple((dim, *found[dim]) for dim in sorted(found))
 
