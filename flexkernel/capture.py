@@ -13,7 +13,7 @@ import torch
 from . import errors, reduce
 from .errors import CaptureError, CaptureExpired, PlacementError
 from .slabs import Slab, pages, size_of
-from .wire import Box, CaptureKey, Region, Seen
+from .wire import Box, CaptureKey, Region, Seen, boxes
 
 __all__ = ["Capture", "Home"]
 
@@ -52,6 +52,7 @@ class Capture:
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
         self._looked_into = looked_into or (lambda: lambda: None)
         self._expired = ""
+        self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
         self.error = _failure(key, self.seen, self.shape)
 
     # --- what it is --------------------------------------------------------------------------------
@@ -183,6 +184,13 @@ class Capture:
         self._check()
         return show(self, as_, **options)
 
+    def free(self) -> None:
+        """Give a parameter's memory back now. Tensors that were read stay as they are."""
+        if self.give_back is None:
+            raise CaptureError(f"{self.name} belongs to a run, with all that it captured: run.free() gives it back")
+        self.expire("it was freed (free())")
+        self.give_back()
+
     def expire(self, why: str) -> None:
         """The store takes the memory back; what was read before stays readable."""
         self._expired = why
@@ -247,8 +255,8 @@ class Capture:
         whole = torch.empty(self.shape, dtype=self.dtype)
         for rank, seen in self.seen.items():
             if seen.box is not None:
-                index = index_of(seen.box, len(self.shape))
-                whole[index] = self._part(rank, index)
+                for index in (index_of(part, len(self.shape)) for part in boxes(seen.box)):
+                    whole[index] = self._part(rank, index)
             elif seen.region is not None:
                 whole[index_of(seen.holds, len(self.shape))] = self._own_part(rank, seen.region)
         return whole
@@ -333,7 +341,9 @@ def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
 
 
 def _volume(box: Box, shape: tuple[int, ...]) -> int:
-    part = {dim: stop - start for dim, start, stop in box}
+    part: dict[int, int] = {}
+    for dim, start, stop in box:  # a dim may occur once for each run of it
+        part[dim] = part.get(dim, 0) + stop - start
     count = 1
     for dim, size in enumerate(shape):
         count *= part.get(dim, size)

@@ -327,6 +327,14 @@ class FlexMagics(Magics):
         """The modules of the loaded model: class, parameters, output shape, placement, ranks that hold it, hooks."""
         return self.needed().tree(parsed(self.flex_tree, line).glob)
 
+    @magic_arguments()
+    @argument("parameter", metavar="NAME", help="as the unsharded model has it: model.layers.0.mlp.gate_proj.weight")
+    @twin("`session.parameter(name)`")
+    @line_magic
+    def flex_param(self, line: str) -> Capture:
+        """A whole parameter or buffer as it is now, from whichever ranks hold it: a capture to slice, draw and save."""
+        return self.needed().parameter(parsed(self.flex_param, line).parameter)
+
     # --- hooks
 
     @magic_arguments()
@@ -488,12 +496,18 @@ class FlexMagics(Magics):
     def _values(self, action: argparse.Action, typed: str) -> Iterator[str]:
         if action.dest in ("glob", "stop_at"):
             return children(self._names(), typed)
+        if action.dest == "parameter":
+            return (name for name in children(self._parameters(), typed) if "*" not in name)
         texts: Iterable[Any] = action.choices or self._known(action.dest)
         return (quoted(str(text)) for text in texts if str(text).startswith(typed))
 
     def _names(self) -> list[str]:
         session = self.session or self._by_hand()
         return session.info.names if session is not None and session.info is not None else []
+
+    def _parameters(self) -> Iterable[str]:
+        session = self.session or self._by_hand()
+        return session.info.parameters if session is not None and session.info is not None else []
 
     def _known(self, dest: str) -> Iterable[Any]:
         """The values there are now for an argument of that name."""

@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -227,6 +228,7 @@ class Store:
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self._freed: list[int] = []
         self._extents: dict[int, Extent] = {}
+        self._lent: list[tuple[weakref.ref[Capture], Extent]] = []  # captures that belong to no run
         self._slabs: dict[str, Slab] = {}
         self._clients: dict[str, Any] = {}
         self._count = 0
@@ -251,6 +253,7 @@ class Store:
         """Let go of every run and connection."""
         for run in list(self.runs.values()):
             self.free(run, "its session has ended, or has loaded another model")
+        self._recall("its session has ended, or has loaded another model")
         for client in self._clients.values():
             client.close()
         self._clients.clear()
@@ -266,14 +269,15 @@ class Store:
         self._count += 1
         return self._count
 
-    def take(self, num_bytes: int) -> Extent:
-        """Room for a run's captures; older runs expire to make it. MemoryBudgetError when they do not suffice."""
+    def take(self, num_bytes: int, what: str = "this run") -> Extent:
+        """Room for captures; older ones expire to make it, parameters first. MemoryBudgetError: that is not enough."""
         self.pool.drain()  # tensors that died since the last run count no more
         if num_bytes > self.budget:
             raise MemoryBudgetError(
-                f"this run would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
+                f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
                 "use --positions, or raise session.store.budget"
             )
+        self._recall("it expired to make room; session.parameter(name) reads it again", num_bytes)
         for run in list(self.runs.values()):
             if self.pool.num_bytes + num_bytes <= self.budget:
                 break
@@ -282,15 +286,39 @@ class Store:
                 self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
         if self.pool.num_bytes + num_bytes > self.budget:
             raise MemoryBudgetError(
-                f"this run would keep {num_bytes:,} bytes; runs that are kept or looked into hold "
+                f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold "
                 f"{self.pool.num_bytes:,} of the session's budget of {self.budget:,}: free some (run.free())"
             )
         return self.pool.take(num_bytes)
 
+    def lend(self, capture: Capture, extent: Extent) -> None:
+        """Let a capture that belongs to no run have these bytes until it is freed or dies, or room is needed."""
+        back = weakref.finalize(capture, self.pool.looked_into(extent))  # it counts as a tensor made from the extent
+        back.atexit = False
+        self.pool.release(extent)
+
+        def give_back() -> None:
+            back()
+            self.pool.drain()
+
+        capture.give_back = give_back
+        self._lent = [(ref, held) for ref, held in self._lent if ref() is not None] + [(weakref.ref(capture), extent)]
+
+    def _recall(self, why: str, num_bytes: int | None = None) -> None:
+        """Take back what is lent, the oldest first; with num_bytes: only until these fit, and nothing looked into."""
+        for ref, extent in list(self._lent):
+            if num_bytes is not None and self.pool.num_bytes + num_bytes <= self.budget:
+                return
+            capture = ref()
+            if capture is not None and capture.give_back is not None and (num_bytes is None or extent.tensors <= 1):
+                capture.expire(why)
+                capture.give_back()
+                self._lent.remove((ref, extent))
+
     @contextlib.contextmanager
-    def room(self, num_bytes: int) -> Iterator[Extent]:
+    def room(self, num_bytes: int, what: str = "this run") -> Iterator[Extent]:
         """Room for a run while it is made; given back if the run fails."""
-        extent = self.take(num_bytes)
+        extent = self.take(num_bytes, what)
         try:
             yield extent
         except MemoryBudgetError:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import cluster as clusters
-from . import model, names, prompts, slabs
+from . import model, names, parameters, prompts, slabs
+from .capture import Capture
 from .errors import HookError, LoadError
 from .hooks import Hooked, Hooks, regrouped, spec_of
 from .run import Run, Store
@@ -131,6 +132,12 @@ class Session:
     def tree(self, glob: str = "**") -> Tree:
         """The modules a glob names, with shapes, placements, ranks and hooks."""
         return Tree(self._loaded(), self.hook_set, glob)
+
+    def parameter(self, name: str) -> Capture:
+        """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold it."""
+        info = self._loaded()
+        assert self.store is not None
+        return parameters.read(self.cluster, self.store, info, name)
 
     # --- hooks -------------------------------------------------------------------------------------
 

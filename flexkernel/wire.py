@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ __all__ = [
     "Box",
     "CaptureKey",
     "ErrorReport",
+    "Held",
     "HookSet",
     "HookSpec",
     "Layout",
@@ -23,6 +25,7 @@ __all__ = [
     "Seen",
     "ShapeFormula",
     "Source",
+    "boxes",
     "share",
 ]
 
@@ -39,6 +42,18 @@ def share(total: int, parts: int, index: int) -> tuple[int, int]:
     size, more = divmod(total, parts)
     start = index * size + min(index, more)
     return start, start + size + (index < more)
+
+
+def boxes(box: Box) -> list[Box]:
+    """A box in which a dim may occur several times, once for each run of it, as boxes of one run a dim.
+
+    >>> boxes(((0, 0, 2), (0, 4, 6), (1, 0, 3)))
+    [((0, 0, 2), (1, 0, 3)), ((0, 4, 6), (1, 0, 3))]
+    """
+    runs: dict[int, list[tuple[int, int, int]]] = {}
+    for run in box:
+        runs.setdefault(run[0], []).append(run)
+    return list(itertools.product(*runs.values()))
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,7 @@ class ModelInfo:
     placements: dict[str, str] = field(default_factory=dict)  # declared by the user: glob → placement
     styles: dict[str, str] = field(default_factory=dict)  # of the model's own parallel plan: name → style
     built: bool = False  # by a user's function; path is its name
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and buffers: name → whole shape
 
     @property
     def names(self) -> list[str]:
@@ -296,6 +312,18 @@ class Seen:
     region: Region | None = None
     partial: int = 0
     error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of a parameter: the whole's shape and dtype; its part, as in Seen, in which a dim occurs once
+    for each run of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    holds: Box
+    evidence: str
+    placement: str
 
 
 @dataclass(frozen=True)

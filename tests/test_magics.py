@@ -174,12 +174,12 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
     assert (head, rule) == ("| magic | twin | does |", "| --- | --- | --- |")
     names = [re.match(r"\| `%(flex_\w+)", row)[1] for row in rows]
     assert names == [
-        f"flex_{n}" for n in ("cluster", "load", "tree", "hook", "unhook", "group", "run", "show", "freeze")
+        f"flex_{n}" for n in ("cluster", "load", "tree", "param", "hook", "unhook", "group", "run", "show", "freeze")
     ]
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
         assert len(cells) == 3 and all(cell.strip() for cell in cells)
-    assert "%flex_hook [--at output\\|input]" in rows[3] and "`session.hook(" in rows[3]
+    assert "%flex_hook [--at output\\|input]" in rows[4] and "`session.hook(" in rows[4]
 
 
 @pytest.mark.parametrize("name", sorted(magics.FlexMagics.magics["line"]))
@@ -197,7 +197,15 @@ def test_help_lists_the_options(shell, name, monkeypatch):
 @pytest.mark.parametrize(
     "code",
     [
-        *("%flex_load x", "%flex_tree", "%flex_hook a", "%flex_hook", "%flex_unhook", "%flex_group list"),
+        *(
+            "%flex_load x",
+            "%flex_tree",
+            "%flex_param a",
+            "%flex_hook a",
+            "%flex_hook",
+            "%flex_unhook",
+            "%flex_group list",
+        ),
         *("%flex_run x", "%%flex_run\nx", "%flex_show a"),
         *("%flex_cluster status", "%flex_cluster stop", "%flex_cluster restart"),
     ],
@@ -306,6 +314,13 @@ def test_tree_is_the_sessions(loaded):
     tree = loaded.do("%flex_tree model.layers.1.*")
     assert repr(tree) == repr(loaded.do("flex.tree('model.layers.1.*')")) and MLP in repr(tree)
     assert len(loaded.do("%flex_tree").rows) == len(loaded.do("flex.tree()").rows) > 20
+
+
+def test_param_is_the_sessions(loaded):
+    embedding = loaded.do("%flex_param lm_head.weight")
+    assert embedding.shape == (256, 64)
+    assert torch.equal(embedding.tensor(), loaded.do("flex.parameter('model.embed_tokens.weight')").tensor())
+    assert "lm_head.weight (256, 64) float32" in repr(embedding)
 
 
 def test_unhook_takes_a_name_a_glob_or_all(loaded):
@@ -450,6 +465,12 @@ def test_freeze_gives_the_views_it_froze(loaded):
         ("%flex_hook model.layers.*.mpl", HookError, r"no module matches 'model.layers.\*.mpl'.*model.layers.0.mlp"),
         ("%flex_hook lm_head --index 3", HookError, "no tensor at index '3'"),
         ("%flex_tree nothing.here", HookError, "no module matches 'nothing.here'"),
+        (
+            "%flex_param model.norm.wieght",
+            HookError,
+            "no parameter or buffer 'model.norm.wieght'; nearest: model.norm.weight",
+        ),
+        ("%flex_param model.norm", HookError, "'model.norm' is a module; a parameter of it is model.norm.weight"),
         ("%flex_unhook nothing", HookError, "no hook is called 'nothing'"),
         ("%flex_group off nothing", HookError, "there is no group 'nothing'"),
         ("%flex_load /no/such/folder", LoadError, "there is no model folder /no/such/folder"),
@@ -552,6 +573,9 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         ("%flex_group off r", ["red"]),
         ("%flex_group add new he", ["head"]),
         ("%flex_tree model.n", ["model.norm"]),
+        ("%flex_param model.layers.3.mlp.d", ["model.layers.3.mlp.down_proj"]),
+        ("%flex_param model.norm.", ["model.norm.weight"]),
+        ("%flex_param model.layers.", [f"model.layers.{i}" for i in range(4)]),
         ("%flex_run --", ["--groups", "--complement", "--chat", "--stop-at", "--var"]),
         ("%flex_run --groups red,b", ["blue"]),
         ("%flex_run --stop-at model.layers.*.se", ["model.layers.*.self_attn"]),

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AttentionInterface
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
@@ -25,13 +27,19 @@ __all__ = [
     "distributed_config",
     "eager_attention",
     "fix_cached_groups",
+    "flat_parameters",
     "is_placeholder",
+    "is_split",
     "loading_under",
     "own_modules",
     "rebuild_meshes",
     "reset_forward",
+    "reshard",
     "set_attention",
+    "split_factor",
+    "split_index",
     "tp_styles",
+    "unwrapped",
     "waited",
 ]
 
@@ -156,6 +164,23 @@ def waited(value: torch.Tensor) -> torch.Tensor:
     return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
 
 
+def is_split(placement: Placement) -> bool:
+    """Whether it gives each rank a part, one in strides included, which is no Shard to torch."""
+    return isinstance(placement, Shard | _StridedShard)
+
+
+def split_factor(placement: Placement) -> int:
+    """Into how many groups a strided shard parts its dim before each rank takes a piece of each; 1 for others."""
+    return int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+
+
+def split_index(placement: Any, index: torch.Tensor, num_parts: int, part: int) -> torch.Tensor:
+    """What of a 1-D index lies on one of the ranks that a placement splits over, in the order in which it lies there:
+    a DTensor's data is split by the same function."""
+    there = type(placement)(0, split_factor=split_factor(placement)) if split_factor(placement) > 1 else Shard(0)
+    return there._split_tensor(index, num_parts, with_padding=False, contiguous=False)[0][part]
+
+
 def all_gather_single(whole: torch.Tensor, mine: torch.Tensor) -> dist.Work:
     """Begin to gather every rank's equal part. torch 2.13 warns of the name that older ones have only."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -195,6 +220,24 @@ def reset_forward(model: torch.nn.Module | None) -> None:
 
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Let go of the whole parameters that FSDP2 keeps of this module after a forward: sends nothing."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def flat_parameters(model: torch.nn.Module) -> bool:
+    """Whether FSDP1 keeps parts of flattened parameters somewhere in the model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    return any(
+        isinstance(m, FullyShardedDataParallel) and m.sharding_strategy != ShardingStrategy.NO_SHARD
+        for m in model.modules()
+    )
 
 
 def fsdp_groups(module: Any) -> list[Any]:

@@ -52,9 +52,16 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         placements=dict(placements),
         styles=tp_styles(model, layout) if model is not None and source.builder is None else {},
         built=source.builder is not None,
+        parameters=shapes(model) if model is not None else {},
     )
     check_placements(info)
     return info
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter and buffer with its shape, tied ones under each of their names."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tuple(tensor.shape) for name, tensor in named}
 
 
 def scanned(model: torch.nn.Module) -> Scan:

@@ -17,7 +17,20 @@ import flexkernel
 
 from .. import slabs
 from ..errors import LoadError
-from ..wire import HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, RunPlan, RunReport, Seat, Source
+from ..wire import (
+    Held,
+    HookSet,
+    HookSpec,
+    Layout,
+    ModelInfo,
+    ModuleInfo,
+    Region,
+    RunPlan,
+    RunReport,
+    Seat,
+    Seen,
+    Source,
+)
 from .faults import Breaker
 
 __all__ = ["Runtime"]
@@ -161,6 +174,18 @@ class Runtime:
         self.hooks = Hooks(own, reads)
         self.placer = Placer(info.layout, info.styles, info.placements, own)
         self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
+
+    def parameter(self, name: str) -> Held | list[str]:
+        """What this rank holds of a parameter or buffer; the nearest names there are if it holds nothing of it."""
+        from .parameters import held
+
+        return held(self, name)
+
+    def write_parameter(self, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
+        """Write this rank's part of it into its place in the whole, if this is the rank that writes."""
+        from .parameters import write
+
+        return write(self, name, region, slab_bytes, writes)
 
     def unload(self) -> None:
         if self.hooks is not None:

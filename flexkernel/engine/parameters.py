@@ -1,0 +1,231 @@
+"""Parameters and buffers: which part of one lies on this rank, and writing it into its place in the whole.
+
+A DTensor says where it lies, over any axes of any mesh. A plain tensor lies whole on every rank that has it, unless it
+was declared or its layer is known to split it. Nothing is sent: FSDP's own copies are let go, never gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from ..errors import PlacementError
+from ..names import match, nearest
+from ..wire import Box, Held, Region, Seen, boxes
+from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index, unwrapped
+from .forward import open_slab
+from .hooks import digest
+from .placements import narrowed
+
+__all__ = ["held", "write"]
+
+# The dim along which the parallel layers of fairscale and Megatron split what they own; None of it: whole on each rank
+LAYERS = {
+    "ColumnParallelLinear": {"weight": 0, "bias": 0},
+    "RowParallelLinear": {"weight": 1},
+    "VocabParallelEmbedding": {"weight": 0},
+    "ParallelEmbedding": {"weight": 1},
+}
+Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
+
+
+def held(runtime: Any, name: str) -> Held | list[str]:
+    """What this rank holds of it; the nearest names there are where it holds nothing of that name."""
+    module, tensor = find(runtime.model, name)
+    if module is None or tensor is None:
+        return nearest(name, list(names(runtime.model)))
+    if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
+        return []  # it lies on a mesh that this rank has no part in
+    return placed(runtime, name, module, tensor)[0]
+
+
+def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
+    """Copy what this rank holds into its place, if it is the one that writes; its digest in any case."""
+    module, tensor = find(runtime.model, name)
+    assert module is not None and tensor is not None, "it was there when it was planned"
+    found, local = placed(runtime, name, module, tensor)
+    if writes:
+        whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
+        for part, piece in pieces(found.holds):
+            narrowed(whole, part).copy_(narrowed(local, piece))
+    return Seen(found.evidence, found.placement, digest(local), found.holds, found.holds if writes else None)
+
+
+# --- finding it ------------------------------------------------------------------------------------
+
+
+def find(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
+    """The module that owns it on this rank, and the parameter or buffer; None where another stage has it.
+
+    What FSDP left unsharded after a forward is sharded again, which moves nothing between ranks."""
+    *path, last = name.split(".")
+    module = unwrapped(model)
+    for segment in ("", *path):
+        if segment:
+            child = module._modules.get(segment)
+            if child is None or is_placeholder(child):
+                return None, None
+            module = unwrapped(child)
+        reshard(module)
+    found = module._parameters.get(last)
+    found = module._buffers.get(last) if found is None else found
+    return (module, found.detach()) if found is not None else (None, None)
+
+
+def names(model: torch.nn.Module) -> Iterator[str]:
+    """The names of all parameters and buffers here, as the unsharded model has them."""
+
+    def walk(module: torch.nn.Module, prefix: str) -> Iterator[str]:
+        module = unwrapped(module)
+        yield from (prefix + n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{prefix}{name}.")
+
+    return walk(model, "")
+
+
+# --- where it lies ---------------------------------------------------------------------------------
+
+
+def placed(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[Held, torch.Tensor]:
+    """Which part of the whole this rank holds, and that part. PlacementError where that is not known."""
+    known = runtime.info.parameters.get(name)
+    if flat_parameters(runtime.model):
+        raise PlacementError(
+            f"{name}: FSDP1 keeps flat parameters, which are not put together here; use FSDP2: fully_shard(module)"
+        )
+    if isinstance(tensor, DTensor):
+        evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.to_local()
+        axes = axes_of(tensor)
+        over = ", ".join(f"{p!r} over {axis}" for p, axis in zip(tensor.placements, axis_names(tensor), strict=True))
+    else:
+        evidence, placement = said(runtime, name, module, tensor)
+        if evidence == "scan" and known is None:
+            evidence = "described"
+        coordinate, tp = runtime.info.layout.coordinate(runtime.rank), runtime.info.layout.tp
+        axes, local, over = [(placement, tp, coordinate["tp"])], tensor, repr(placement)
+        shape = known or full_shape(tensor, placement, tp)
+    if known is not None and shape != known:
+        raise PlacementError(f"{name}: it is {shape} here, the unsharded model's is {known}")
+    indices = split(shape, axes, name)
+    if tuple(local.shape) != tuple(len(index) for index in indices):
+        raise PlacementError(
+            f"{name}: {evidence} says {over}, so rank {runtime.rank} should hold "
+            f"{tuple(len(index) for index in indices)} of {shape}; it holds {tuple(local.shape)}"
+            + ("" if evidence == "dtensor" else f": declare it, placements={{{name!r}: 'shard:0'}}")
+        )
+    dtype = str(local.dtype).removeprefix("torch.")
+    return Held(shape, dtype, holds(shape, indices), evidence, over), local
+
+
+def axes_of(tensor: DTensor) -> list[Axis]:
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return [(p, tensor.device_mesh.size(i), coordinate[i]) for i, p in enumerate(tensor.placements)]
+
+
+def axis_names(tensor: DTensor) -> Sequence[str]:
+    mesh = tensor.device_mesh
+    return mesh.mesh_dim_names or [f"axis {i}" for i in range(mesh.ndim)]
+
+
+def said(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[str, Placement]:
+    """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else whole."""
+    for glob, at, placement in runtime.placer.declared:
+        if at == "output" and match(glob, name):
+            return "declared", placement
+    if runtime.info.layout.tp == 1:
+        return "scan", Replicate()
+    kind, last = type(module), name.rpartition(".")[2]
+    if kind.__name__ in LAYERS and kind.__module__.partition(".")[0] in ("fairscale", "megatron"):
+        gated = getattr(getattr(module, "config", None), "gated_linear_unit", False) and "linear_fc1" in name
+        if gated or getattr(tensor, "partition_stride", 1) != 1:
+            raise PlacementError(f"{name}: its layer packs several projections, whose order over tp is not known")
+        dim = LAYERS[kind.__name__].get(last)
+        return "class", Replicate() if dim is None else Shard(dim)
+    return "scan", Replicate()
+
+
+def full_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int, ...]:
+    """Of the whole, where no unsharded model tells it: equal parts."""
+    shape = list(tensor.shape)
+    if isinstance(placement, Shard) and -len(shape) <= placement.dim < len(shape):
+        shape[placement.dim] *= tp
+    return tuple(shape)
+
+
+def split(shape: Sequence[int], axes: Sequence[Axis], name: str) -> list[torch.Tensor]:
+    """For each dim the indices that lie here: the axes split an index as they split the tensor, from left to right.
+
+    FSDP over TP writes that it split last as a strided shard at the left. Where parts are uneven, that can say
+    something else than what it did: then nobody knows, and it is refused."""
+    for placement, _, _ in axes:
+        if not isinstance(placement, Replicate) and not is_split(placement):
+            raise PlacementError(f"{name} is {placement}, which is no part of a whole")
+        if is_split(placement) and not -len(shape) <= placement.dim < len(shape):
+            raise PlacementError(f"{name} is said to be {placement}, but it has {len(shape)} dims: {tuple(shape)}")
+    ordered = [(placement, *rest) for placement, *rest in axes if is_split(placement)]
+    found, in_time = applied(shape, ordered), applied(shape, as_it_happened(ordered, len(shape)))
+    if not all(map(torch.equal, found, in_time)):
+        raise PlacementError(
+            f"{name}: {tuple(p for p, _, _ in axes)} splits {tuple(shape)} unevenly and in an order that is not known"
+        )
+    return found
+
+
+def applied(shape: Sequence[int], axes: Sequence[Axis]) -> list[torch.Tensor]:
+    found = [torch.arange(size) for size in shape]
+    for placement, num_parts, part in axes:
+        found[placement.dim] = split_index(placement, found[placement.dim], num_parts, part)
+    return found
+
+
+def as_it_happened(axes: Sequence[Axis], ndim: int) -> list[Axis]:
+    """The axes in the order in which they split: one whose strides are the splits at its right came after those."""
+    first: list[Axis] = []
+    last: list[Axis] = []
+    for i, (placement, num_parts, part) in enumerate(axes):
+        dim = placement.dim % ndim
+        later = math.prod(n for p, n, _ in axes[i + 1 :] if p.dim % ndim == dim)
+        if later > 1 and split_factor(placement) == later:
+            last.append((Shard(dim), num_parts, part))
+        else:
+            first.append((placement, num_parts, part))
+    return first + last
+
+
+def holds(shape: Sequence[int], indices: Sequence[torch.Tensor]) -> Box:
+    """The indices as runs: a dim of which all lies here is left out, one in several runs occurs several times."""
+    return tuple(
+        (dim, start, stop)
+        for dim, index in enumerate(indices)
+        for start, stop in runs(index)
+        if (start, stop) != (0, shape[dim])
+    )
+
+
+def runs(index: torch.Tensor) -> list[tuple[int, int]]:
+    """Where an index is consecutive, as (start, stop).
+
+    >>> runs(torch.tensor([0, 1, 2, 7, 8]))
+    [(0, 3), (7, 9)]
+    """
+    if len(index) == 0:
+        return [(0, 0)]
+    ends = (index.diff() != 1).nonzero().flatten() + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in index.tensor_split(ends)]
+
+
+def pieces(box: Box) -> Iterator[tuple[Box, Box]]:
+    """(its place in the whole, its place in the local tensor) for each part of one run a dim."""
+    begins, size = {}, dict.fromkeys((dim for dim, _, _ in box), 0)
+    for dim, start, stop in box:
+        begins[dim, start] = size[dim]
+        size[dim] += stop - start
+    for part in boxes(box):
+        yield part, tuple((dim, begins[dim, a], begins[dim, a] + b - a) for dim, a, b in part)
