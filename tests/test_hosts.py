@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import models
 import pytest
 import torch
 
@@ -69,6 +70,25 @@ def test_what_lies_on_another_host_is_the_same(elsewhere, tiny, layout):
         tiles = reduce.tiles(whole.reshape(-1, whole.shape[-1]), height=4, width=4)
         torch.testing.assert_close(capture.tiles(height=4, width=4), tiles, atol=1e-5, rtol=1e-5)
         assert capture.count_nan() == 0
+
+
+@pytest.mark.slow
+def test_parameters_on_other_hosts_are_the_same(elsewhere, tiny):
+    """All on one, then on two; a packed one too, whose parts are several runs of rows."""
+    want = dict(models.build("mixtral").named_parameters())
+    names = [n for n in want if ".layers." not in n or ".layers.1." in n]
+    assert len(names) > 10 and any("gate_up_proj" in n for n in names)
+    for hosts in (["b", "b"], ["b", "c"]):
+        if elsewhere.cluster.hosts != hosts:
+            move(elsewhere, 1, "c")
+        elsewhere.load(tiny("mixtral"), tp=2)
+        for name in names:
+            capture, whole = elsewhere.parameter(name), want[name].detach()
+            assert torch.equal(capture.tensor(), whole), name
+            assert torch.equal(capture[..., 3:7], whole[..., 3:7])
+            torch.testing.assert_close(capture.norm(dim=-1), whole.norm(dim=-1))
+        assert elsewhere.parameter(names[-1]).tiles(height=2, width=2) is not None
+    move(elsewhere, 1, "b")
 
 
 @pytest.mark.slow

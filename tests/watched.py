@@ -258,3 +258,48 @@ class Passed(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)
+
+
+GRID = {
+    "rows": "S0 R",
+    "columns": "R S1",
+    "both": "S0 S1",
+    "twice": "S0 S0",
+    "strided": "Z0 R",
+    "over": "Z0 S0",
+    "copies": "R R",
+}
+
+
+def on_a_grid() -> torch.nn.Module:
+    """The same 7 × 10 numbers as DTensors over a mesh of 2 × 2 with names of its own, under the placements of GRID."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    kinds = {"S0": Shard(0), "S1": Shard(1), "Z0": _StridedShard(0, split_factor=2), "R": Replicate()}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "cp"))
+    model = torch.nn.Module()
+    whole = torch.arange(70.0).view(7, 10)
+    for name, text in GRID.items():
+        spread = distribute_tensor(whole, mesh, [kinds[word] for word in text.split()], src_data_rank=None)
+        model.register_parameter(name, torch.nn.Parameter(spread))
+    addend = DTensor.from_local(whole, mesh, [Partial(), Replicate()], run_check=False)
+    model.register_parameter("partial", torch.nn.Parameter(addend))
+    return model
+
+
+def in_ddp(folder: str) -> torch.nn.Module:
+    """The whole model on every rank, in DistributedDataParallel."""
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import AutoModelForCausalLM
+
+    return DistributedDataParallel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def in_fsdp1(folder: str) -> torch.nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))

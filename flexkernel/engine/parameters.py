@@ -166,9 +166,9 @@ def split(shape: Sequence[int], axes: Sequence[Axis], name: str) -> list[torch.T
     something else than what it did: then nobody knows, and it is refused."""
     for placement, _, _ in axes:
         if not isinstance(placement, Replicate) and not is_split(placement):
-            raise PlacementError(f"{name} is {placement}, which is no part of a whole")
+            raise PlacementError(f"{name} is {placement!r}, which is no part of a whole")
         if is_split(placement) and not -len(shape) <= placement.dim < len(shape):
-            raise PlacementError(f"{name} is said to be {placement}, but it has {len(shape)} dims: {tuple(shape)}")
+            raise PlacementError(f"{name} is said to be {placement!r}, but it has {len(shape)} dims: {tuple(shape)}")
     ordered = [(placement, *rest) for placement, *rest in axes if is_split(placement)]
     found, in_time = applied(shape, ordered), applied(shape, as_it_happened(ordered, len(shape)))
     if not all(map(torch.equal, found, in_time)):
