@@ -13,7 +13,7 @@ import torch
 from . import errors, reduce
 from .errors import CaptureError, CaptureExpired, PlacementError
 from .slabs import Slab, pages, size_of
-from .wire import Box, CaptureKey, Region, Seen, boxes
+from .wire import Box, CaptureKey, Region, Seen, SlabValue, boxes
 
 __all__ = ["Capture", "Home"]
 
@@ -190,6 +190,18 @@ class Capture:
             raise CaptureError(f"{self.name} belongs to a run, with all that it captured: run.free() gives it back")
         self.expire("it was freed (free())")
         self.give_back()
+
+    def as_value(self) -> SlabValue:
+        """Where it lies, for an edit that patches it in. CaptureError: on another host, or in several places."""
+        self._check()
+        if not self._is_view():
+            raise CaptureError(f"{self.name} does not lie in one slab of this host; give the edit its .tensor()")
+        region, _ = self._place()
+        return SlabValue(region, self._slab_bytes or max(pages(size_of(region.shape, region.dtype)), pages(1)))
+
+    def hold(self) -> Callable[[], None]:
+        """Keep its memory from being used again; call the result to let go."""
+        return self._looked_into()
 
     def expire(self, why: str) -> None:
         """The store takes the memory back; what was read before stays readable."""

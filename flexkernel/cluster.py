@@ -123,6 +123,8 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
     if first.type == "KeyboardInterrupt":
         return KeyboardInterrupt()
     kind = errors.named(first.type)
+    if issubclass(kind, EngineError) and kind is not EngineError:
+        return kind(first.message, first.rank, first.traceback)
     if kind is EngineError:
         message = first.message
         if first.type not in ("EngineError",):

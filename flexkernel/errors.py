@@ -12,6 +12,7 @@ FlexError
 │   └── CaptureExpired    it was there, and the store of runs has given its memory back
 ├── MemoryBudgetError     the bytes would not fit; refused before the forward
 └── EngineError           code on an engine raised; carries the rank and the engine's traceback
+    └── EditError         a user's edit raised, or returned what cannot take the activation's place
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "CaptureError",
     "CaptureExpired",
     "ClusterError",
+    "EditError",
     "EngineDied",
     "EngineError",
     "FlexError",
@@ -97,6 +99,10 @@ class EngineError(FlexError):
         if self.remote_traceback:
             block += [f"--- traceback of rank {self.rank} ---", self.remote_traceback.rstrip()]
         return block
+
+
+class EditError(EngineError):
+    pass
 
 
 def named(name: str) -> type[FlexError]:

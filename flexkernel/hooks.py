@@ -6,6 +6,7 @@ import dataclasses
 import html
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from .errors import HookError
 from .names import match, nearest
@@ -41,30 +42,62 @@ def spec_of(
     groups: Sequence[str] | str,
     positions: Sequence[int] | int | None,
     name: str,
+    edit: str | None = None,
+    value: Any = None,
+    heads: Sequence[int] | int | None = None,
+    neurons: Sequence[int] | int | None = None,
+    capture: str = "after",
 ) -> HookSpec:
-    """A hook as a user asks for it. HookError: what no model could have."""
+    """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
     if at not in AT:
         raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
     if at != "output" and glob.rpartition(".")[2].startswith("@"):
         raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
     groups = (groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups))
-    spec = HookSpec(glob, at, None if index is None else str(index), name, groups, kept_positions(positions))
+    spec = HookSpec(
+        glob,
+        at,
+        None if index is None else str(index),
+        name,
+        groups,
+        indices(positions, "positions"),
+        edit,
+        value,
+        indices(heads, "heads"),
+        indices(neurons, "neurons"),
+        capture,
+    )
     if spec.key == "logits":
         raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
     return spec
 
 
-def kept_positions(positions: Sequence[int] | int | None) -> tuple[int, ...] | None:
-    """Positions as a hook keeps them; None is all."""
-    if positions is None:
+def indices(given: Sequence[int] | int | None, what: str) -> tuple[int, ...] | None:
+    """Positions, heads or neurons as a hook has them; None is all."""
+    if given is None:
         return None
     try:
-        found = tuple(map(operator.index, positions if isinstance(positions, Iterable) else (positions,)))
+        found = tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
     except TypeError:
         found = ()
     if not found:
-        raise HookError(f"positions={positions!r} are no positions; they are whole numbers, -1 is the last")
+        raise HookError(f"{what}={given!r} are no {what}; they are whole numbers, -1 is the last")
     return found
+
+
+def called(hook_set: HookSet, glob_or_name: str | None) -> list[str]:
+    """The keys of the hooks that a user names, by name or by the glob they were given; None names all."""
+    keys = [h.key for h in hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
+    if not keys and glob_or_name is not None:
+        there = [h.key for h in hook_set.hooks]
+        raise HookError(f"no hook is called {glob_or_name!r}; there are {nearest(glob_or_name, there) or there}")
+    return keys
+
+
+def check_groups(hook_set: HookSet, groups: Sequence[str]) -> None:
+    unknown = [group for group in groups if group not in hook_set.groups]
+    if unknown:
+        raise HookError(f"no hook is in group {unknown[0]!r}; groups are {list(hook_set.groups) or 'none'}")
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -6,10 +6,13 @@ A magic is declared by its arguments, its twin and its docstring: help, completi
 from __future__ import annotations
 
 import argparse
+import ast
 import html
+import linecache
 import re
 import shlex
 import sys
+import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import HelpEnd, MagicAssign
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
@@ -59,6 +62,24 @@ def unregister(shell: Any) -> None:
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
+    """The function (x, ctx) whose body the cell is. Its lines show in tracebacks."""
+    if not name.isidentifier():
+        raise UsageError(f"{name!r} cannot be the name of an edit: it is a Python name")
+    head = f"def {name}(x, ctx):\n"
+    source = head + (textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n")
+    tree = ast.parse(source, f"<edit {name}>")
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    last = function.body[-1]
+    if isinstance(last, ast.Expr):
+        function.body[-1] = ast.copy_location(ast.Return(last.value), last)
+    linecache.cache[f"<edit {name}>"] = (len(source), None, source.splitlines(True), f"<edit {name}>")
+    made: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(tree), f"<edit {name}>", "exec"), namespace, made)
+    return made[name]
 
 
 def twin(text: str) -> Callable:
@@ -346,22 +367,56 @@ class FlexMagics(Magics):
     @argument(
         "--group", dest="groups", action="append", default=[], metavar="G", help="put it into a group; repeatable"
     )
-    @argument("--positions", type=numbers, metavar="0,-1", help="keep only these token positions")
+    @argument("--positions", type=numbers, metavar="0,-1", help="keep only these token positions; edit only these")
     @argument("--name", metavar="NAME", help="a name of your own; a hook of the same name is replaced")
-    @twin("`session.hook(glob, at=, index=, groups=, positions=, name=)`, `session.hooks`")
+    @argument("--edit", metavar="NAME[:VALUE]", help="change it: zero, scale:2, add:vector, one of %%%%flex_edit, ...")
+    @argument("--heads", type=numbers, metavar="0,3", help="edit only these heads, of @q @k @v @pattern @z")
+    @argument("--neurons", type=numbers, metavar="7,9", help="edit only these of the last dim")
+    @argument("--capture", metavar="after|before|none", help="what is kept of what is edited (default: after)")
+    @twin("`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, name=)`, `session.hooks`")
     @line_magic
     def flex_hook(self, line: str) -> Any:
-        """Capture what modules put out, or take in, in every run from here on; alone: the table of hooks.
+        """Capture, and change, what modules put out or take in, in every run from here on; alone: the table of hooks.
 
-        * stands for one dotted segment or a part of it, ** for any number of segments.
+        * stands for one dotted segment or a part of it, ** for any number of segments. An edit is one of zero, mean,
+        scale:2, add:V, set:V, project_out:V, clamp:-1,1, noise:0.1, patch:CAPTURE, or the name of one of yours; what
+        follows the colon is Python.
         """
         args = parsed(self.flex_hook, line)
-        options = given(args, "at", "index", "groups", "positions", "name")
+        options = given(args, "at", "index", "groups", "positions", "name", "heads", "neurons", "capture")
+        if args.edit is not None:
+            options |= self._edit(args.edit)
         if args.glob is not None:
             return self.needed().hook(args.glob, **options)
         if options:
             raise UsageError(f"which modules? %flex_hook GLOB {line.strip()}")
         return self.needed().hooks
+
+    def _edit(self, text: str) -> dict[str, Any]:
+        """`NAME:VALUE` as the options of a hook."""
+        name, colon, value = text.partition(":")
+        if not colon:
+            return {"edit": name}
+        try:
+            return {"edit": name, "value": eval(value, self.shell.user_ns)}
+        except Exception as error:
+            raise UsageError(f"--edit {text}: {value!r} is no Python value here: {error}") from None
+
+    @magic_arguments()
+    @argument("name", metavar="NAME", help="what the edit is called")
+    @argument("--per", choices=("whole", "row", "element"), metavar="whole|row|element", help="what it sees at once")
+    @twin('`@session.edit("name", per="whole")`')
+    @no_var_expand
+    @cell_magic
+    def flex_edit(self, line: str, cell: str) -> Any:
+        """Define an edit: the lines below are the body of NAME(x, ctx), which gives a tensor like x.
+
+        x is the whole activation, whatever the layout, and the body runs once. ctx has module, tokens, mask, positions,
+        and save, a dict that lives on between runs. A last line that is an expression is what it gives.
+        """
+        args = parsed(self.flex_edit, line)
+        function = body(args.name, cell, self.shell.user_ns)
+        return self.needed().edit(args.name, **given(args, "per"))(function)
 
     @magic_arguments()
     @argument("hook", nargs="*", metavar="GLOB_OR_NAME", help="the hook's name, or the glob it was given")

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import cluster as clusters
-from . import model, names, parameters, prompts, slabs
+from . import edits, model, parameters, prompts, slabs
 from .capture import Capture
-from .errors import HookError, LoadError
-from .hooks import Hooked, Hooks, regrouped, spec_of
+from .errors import LoadError
+from .hooks import Hooked, Hooks, called, check_groups, regrouped, spec_of
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import HookSet, Layout, ModelInfo
+from .wire import EditSpec, HookSet, Layout, ModelInfo
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -42,6 +42,9 @@ class Session:
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
         self.hook_set = HookSet()
+        self.edits: dict[str, EditSpec] = {}
+        self.seed = 0  # of what edits draw
+        self._held = edits.Held()
         self.store: Store | None = None
         if getattr(cluster, "loaded", False):
             self._recover()
@@ -115,14 +118,15 @@ class Session:
         if self.store is not None:
             self.store.close()
         self.info, self.store, self.hook_set = None, None, HookSet()
+        self._held.keep([])
 
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
         answers = self.cluster.call("describe")
         self._know(answers[0][0])
-        self.hook_set = answers[0][1]
+        self.hook_set, self.edits = answers[0][1], answers[0][3]
         assert self.store is not None
-        self.store.recover([runs for _, _, runs in answers], self.planner, self.tokenizer)
+        self.store.recover([runs for _, _, runs, _ in answers], self.planner, self.tokenizer)
 
     def _loaded(self) -> ModelInfo:
         if self.info is None:
@@ -144,48 +148,63 @@ class Session:
     @property
     def hooks(self) -> Hooks:
         """The hooks there are, as a table."""
-        return Hooks(self.hook_set, self._targets)
+        return Hooks(self.hook_set, self.planner.targets if self.info else lambda _glob: ())
+
+    def edit(self, name: str, per: str = "whole") -> Callable[[Callable], Callable]:
+        """A decorator: `@session.edit("name")` defines an edit, a function (x, ctx) that returns a tensor like x.
+
+        per: "whole" sees the whole activation and runs once, "row" each group's rows of the batch by themselves,
+        "element" the shards where they lie. ctx.module, .tokens, .mask, .positions; .save, a dict that lives on."""
+
+        def define(function: Callable) -> Callable:
+            spec = edits.defined(name, per, function, clusters.packed)
+            self.cluster.call("define", spec)
+            self.edits[name] = spec
+            return function
+
+        return define
+
+    def saved(self, name: str) -> dict[str, Any]:
+        """What the edit of that name has put into ctx.save, from the ranks where it ran."""
+        return {key: value for found in self.cluster.call("saved_by", name) for key, value in found.items()}
 
     def hook(
         self,
         glob: str,
         at: str = "output",
         index: str | int | None = None,
+        edit: str | None = None,
         groups: Sequence[str] | str = (),
+        capture: str = "after",
         positions: Sequence[int] | int | None = None,
         name: str = "",
+        value: Any = None,
+        heads: Sequence[int] | int | None = None,
+        neurons: Sequence[int] | int | None = None,
     ) -> Hooked:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
 
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
-        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module."""
+        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module.
+        edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
+        an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
+        capture: what is kept of an edited activation, "after" the edit, "before" it, or "none"."""
         info = self._loaded()
-        spec = spec_of(glob, at, index, groups, positions, name)
-        found = self._targets(glob)
+        plain = edits.value_of(value)
+        spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
+        edits.check(spec, self.edits)
+        found = self.planner.targets(glob)
         firing = [n for n in found if info.scan.get((n, at))]
         slabs.check_index(info, firing, spec)
-        self.cluster.call("hook", spec)
-        self.hook_set = self.hook_set.put(spec)
+        self._held.take(spec.key, value)
+        self._set_hooks(self.hook_set.put(spec))
         silent = [n for n in found if n not in firing] if info.scan else []
         return Hooked(spec, tuple(found), tuple(silent))
-
-    def _targets(self, glob: str) -> tuple[str, ...]:
-        info = self._loaded()
-        if "@" in glob and not any(".@" in n for n in info.names):
-            raise HookError(
-                f"{info.cls} does not compute attention through transformers' interface: it has no @ points"
-            )
-        return self.planner.targets(glob)
 
     def unhook(self, glob_or_name: str | None = None) -> list[str]:
         """Take hooks away, by name or by the glob they were given; all if none is named. Returns their names."""
         self._loaded()
-        keys = [h.key for h in self.hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
-        if not keys and glob_or_name is not None:
-            there = [h.key for h in self.hook_set.hooks]
-            raise HookError(
-                f"no hook is called {glob_or_name!r}; there are {names.nearest(glob_or_name, there) or there}"
-            )
+        keys = called(self.hook_set, glob_or_name)
         self._set_hooks(self.hook_set.without(keys))
         return keys
 
@@ -200,6 +219,7 @@ class Session:
         if hook_set != self.hook_set:
             self.cluster.call("set_hooks", hook_set)
             self.hook_set = hook_set
+        self._held.keep([hook.key for hook in self.hook_set.hooks])
 
     # --- runs --------------------------------------------------------------------------------------
 
@@ -223,15 +243,10 @@ class Session:
         info = self._loaded()
         assert self.store is not None
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
-        self._check_groups(groups)
+        check_groups(self.hook_set, groups)
         if stop_at is not None:
             model.check_stop(info, stop_at)
         batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
         where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
-        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "hooks": self.hook_set.digest}
-        return self.store.run(batch, where, self.tokenizer, wanted)
-
-    def _check_groups(self, groups: Sequence[str]) -> None:
-        unknown = [g for g in groups if g not in self.hook_set.groups]
-        if unknown:
-            raise HookError(f"no hook is in group {unknown[0]!r}; groups are {list(self.hook_set.groups) or 'none'}")
+        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
+        return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest})

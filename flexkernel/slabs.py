@@ -82,6 +82,9 @@ class Planner:
         self.targets = functools.lru_cache(maxsize=4096)(self._targets)
 
     def _targets(self, glob: str) -> tuple[str, ...]:
+        if "@" in glob and not any(".@" in name for name in self.info.names):
+            cls = self.info.cls
+            raise HookError(f"{cls} does not compute attention through transformers' interface: it has no @ points")
         return tuple(select(glob, self.info.names))
 
     def plan(self, hooks: Sequence[HookSpec], B: int, S: int) -> Plan:
@@ -97,7 +100,7 @@ class Planner:
         logits = self._logits(B, S)
         entries, offset, silent = [], 0, []
         for hook in (*hooks, *([logits] if logits else [])):
-            for name in self.targets(hook.glob):
+            for name in self.targets(hook.glob) if hook.capture != "none" else ():
                 calls = self.info.scan.get((name, hook.at))
                 if not calls:
                     silent.append(name)
@@ -143,13 +146,13 @@ def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
 def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int) -> tuple[int, ...]:
     """The shape a capture keeps: the whole, or only the positions its hook names."""
     shape = list(formula.shape(B, S, 0, window))
-    if hook.positions is not None:
-        outside = [p for p in hook.positions if not -S <= p < S]
+    if hook.kept_positions is not None:
+        outside = [p for p in hook.kept_positions if not -S <= p < S]
         if outside:
             raise HookError(f"hook {hook.key!r} keeps position {outside[0]}, but the run has {S}")
         dim = position_dim(formula)
         if dim is not None:
-            shape[dim] = len(hook.positions)
+            shape[dim] = len(hook.kept_positions)
     return tuple(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "AXES",
+    "Blob",
     "Box",
     "CaptureKey",
+    "EditSpec",
     "ErrorReport",
     "Held",
     "HookSet",
@@ -24,6 +27,7 @@ __all__ = [
     "Seat",
     "Seen",
     "ShapeFormula",
+    "SlabValue",
     "Source",
     "boxes",
     "share",
@@ -120,6 +124,14 @@ class Region:
 
 
 @dataclass(frozen=True)
+class SlabValue:
+    """A capture that still lies in a slab, as what an edit patches in."""
+
+    region: Region
+    slab_bytes: int
+
+
+@dataclass(frozen=True)
 class ShapeFormula:
     """A value's whole shape for any batch: each dim is a coefficient times one of "", B, S, P+S, B*S, ..."""
 
@@ -153,8 +165,32 @@ class ShapeFormula:
 
 
 @dataclass(frozen=True)
+class Blob:
+    """A small tensor as plain data, for an edit that takes one."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class EditSpec:
+    """A named function that changes activations: x, ctx → x, as cloudpickled code.
+
+    per: "whole" sees the whole activation, "row" each batch row by itself, "element" the shards as they lie."""
+
+    name: str
+    per: str
+    code: bytes
+
+
+@dataclass(frozen=True)
 class HookSpec:
-    """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the first."""
+    """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the first.
+
+    edit: the name of an edit that is made there, a preset's or a defined one; value: what a preset takes.
+    positions, heads, neurons: without an edit the positions to keep, with one where it is made.
+    capture: what is kept of an edited activation, as it is "after" the edit or "before", or "none" of it."""
 
     glob: str
     at: str = "output"
@@ -162,6 +198,16 @@ class HookSpec:
     name: str = ""
     groups: tuple[str, ...] = ()
     positions: tuple[int, ...] | None = None
+    edit: str | None = None
+    value: float | tuple[float, ...] | Blob | SlabValue | None = None
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[int, ...] | None = None
+    capture: str = "after"
+
+    @property
+    def kept_positions(self) -> tuple[int, ...] | None:
+        """The positions that a capture of it keeps; None: all."""
+        return None if self.edit is not None else self.positions
 
     @property
     def key(self) -> str:
@@ -209,7 +255,7 @@ class HookSet:
             return [hook for hook in self.hooks if bool(set(hook.groups) & set(groups)) != complement]
         return [hook for hook in self.hooks if not set(hook.groups) & self.off]
 
-    @property
+    @functools.cached_property
     def digest(self) -> int:
         """63 bits that say which hooks these are, alike in every process."""
         text = repr((self.hooks, sorted(self.off)))
@@ -291,6 +337,7 @@ class RunPlan:
     stop_at: str | None = None
     logits_last: bool = False  # keep only the last position's logits: all of them would not be small
     timeout_s: float = 60.0
+    seed: int = 0  # of what edits draw
     freed: tuple[int, ...] = ()  # runs that the driver's store has let go
 
 

@@ -21,7 +21,7 @@ POINTS = ("q", "k", "v", "pattern", "z")
 TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with its value
 
 
-def tap(module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], None]) -> None:
+def tap(module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]) -> None:
     """Call function at every forward of the module; what it is given returns the point's value, which is computed
     only if it is called. One function a point."""
     module.__dict__.setdefault(TAPS, {})[point] = function
@@ -49,19 +49,29 @@ def watched(name: str) -> Callable:
         taps = module.__dict__.get(TAPS)
         if not taps:
             return run(module, q, k, v, mask, **kwargs)
+
+        def at(point: str, value: Any) -> Any:
+            """The value that a tap put in the place of the point's, or None."""
+            return taps[point](value) if point in taps else None
+
+        q, k, v = (
+            x if (new := at(point, lambda x=x: x)) is None else new for point, x in (("q", q), ("k", k), ("v", v))
+        )
         z, pattern = run(module, q, k, v, mask, **kwargs)
-        values: dict[str, Callable[[], torch.Tensor]] = {
-            "q": lambda: q,
-            "k": lambda: k,
-            "v": lambda: v,
-            "z": lambda: z,
-            "pattern": functools.cache(lambda: pattern_of(module, pattern, q, k, v, mask, kwargs)),
-        }
-        for point, function in list(taps.items()):
-            function(values[point])
-        return z, pattern
+        whole = functools.cache(lambda: pattern_of(module, pattern, q, k, v, mask, kwargs))
+        edited = at("pattern", whole)
+        if edited is not None:
+            pattern, z = edited, mixed(edited, v, z)
+        new = at("z", lambda: z)
+        return z if new is None else new, pattern
 
     return attention
+
+
+def mixed(pattern: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """z as it is with another pattern: each query head mixes the values of its key/value head. (B, S, H, D)"""
+    every = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
+    return (pattern @ every).transpose(1, 2).contiguous().view(z.shape)
 
 
 def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:

@@ -181,10 +181,10 @@ def split_index(placement: Any, index: torch.Tensor, num_parts: int, part: int) 
     return there._split_tensor(index, num_parts, with_padding=False, contiguous=False)[0][part]
 
 
-def all_gather_single(whole: torch.Tensor, mine: torch.Tensor) -> dist.Work:
+def all_gather_single(whole: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
     """Begin to gather every rank's equal part. torch 2.13 warns of the name that older ones have only."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return function(whole, mine, async_op=True)
+    return function(whole, mine, group=group, async_op=True)
 
 
 def abort_groups() -> None:

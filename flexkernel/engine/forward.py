@@ -15,8 +15,9 @@ import torch
 
 from ..errors import EngineError, FlexError, HookError
 from ..slabs import PAGE, Plan, Slab, pages
-from ..wire import ErrorReport, RunPlan, RunReport, share
-from .gather import header
+from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
+from .edits import Editor, needs_exchange
+from .gather import Exchange, OtherRankFailed, header
 from .hooks import Recording, StopForward, spiller
 from .placements import Place
 
@@ -76,8 +77,42 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
         runtime.placer,
         here,
         spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
+        editor(runtime, plan, active, here),
     )
     return recording, batch_of(plan, rows, runtime.device)
+
+
+def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place) -> Editor | None:
+    """Who makes this run's edits; None if there are none. HookError where they cannot be made."""
+    editing = [hook for hook in active if hook.edit is not None]
+    if not editing:
+        return None
+    exchange = None
+    if runtime.seat.world > 1 and needs_exchange(editing, runtime.edits):
+        if runtime.seat.local_world < runtime.seat.world:
+            raise HookError(f"{editing[0].key}: edits of whole activations need all engines on one host for now")
+
+        def slab_of(group: str, turn: int, num_bytes: int) -> Slab:
+            size = 1 << max(num_bytes - 1, 1).bit_length()  # few sizes, so that few files are made
+            return open_slab(runtime, f"exchange-{group_name(runtime, group)}-{turn}-{size}.slab", size)
+
+        exchange = Exchange(runtime.groups, slab_of, plan.timeout_s)
+    return Editor(
+        runtime.info,
+        plan,
+        here,
+        runtime.placer,
+        runtime.edits,
+        runtime.saved,
+        exchange,
+        lambda name, num_bytes: open_slab(runtime, name, num_bytes),
+    )
+
+
+def group_name(runtime: Any, group: str) -> str:
+    """What tells one group's slab from another's of the same kind."""
+    where = runtime.info.layout.coordinate(runtime.rank)
+    return f"{group}-{where['pp']}" + (f"-{where['batch']}" if group == "tp" else "")
 
 
 def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
@@ -167,7 +202,9 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     text = "".join(traceback.format_exception(error))
     name = type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
     message = str(error) if name != "EngineError" else f"{type(error).__name__} on rank {runtime.rank}: {error}"
-    secondary = secondary or (isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN))
+    message += f" (rank {runtime.rank})" if name == "EditError" else ""
+    broke = isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN)
+    secondary = secondary or broke or isinstance(error, OtherRankFailed)
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
 
 

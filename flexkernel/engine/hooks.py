@@ -2,6 +2,7 @@
 
 A torch hook stays registered from `attach` to `detach`; while no run records it returns at once. A read never
 communicates, never replaces the value (it returns None) and never raises into the forward: a failure is written down.
+An edit replaces the value, and fails the run if it fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..errors import HookError, PlacementError
 from ..slabs import Plan, Slab, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
-from .leaves import inputs, leaf, leaves
+from .leaves import arguments, inputs, leaf, leaves
 from .placements import Place, Placed, Placer, chunk, narrowed, shared_part
 
 __all__ = ["Hooks", "Recording", "StopForward"]
@@ -26,6 +27,10 @@ __all__ = ["Hooks", "Recording", "StopForward"]
 
 class StopForward(Exception):
     """Ends a forward at the module that the run said to stop at. Not an error."""
+
+
+def same(value: Any) -> Any:
+    return value
 
 
 class Hooks:
@@ -59,14 +64,15 @@ class Hooks:
         module = self.modules[name]
         if hook.at == "input":
 
-            def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-                self.fire(hook, name, lambda: inputs(args, kwargs))
+            def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+                new = self.fire(hook, name, lambda: inputs(args, kwargs))
+                return None if new is None else arguments(new, len(args))
 
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
         if hook.at == "output":
 
-            def after(_module: torch.nn.Module, _args: tuple, _kwargs: dict, out: Any) -> None:
-                self.fire(hook, name, lambda: out)
+            def after(_module: torch.nn.Module, _args: tuple, _kwargs: dict, out: Any) -> Any:
+                return self.fire(hook, name, lambda: out)
 
             return module.register_forward_hook(after, with_kwargs=True).remove
         raise HookError(f"hooks at {hook.at!r} are not there yet; at is 'output' or 'input'")
@@ -76,9 +82,12 @@ class Hooks:
         hooks = module.__dict__.setdefault("_flex_hooks", {}).setdefault(point, {})
         hooks[hook.key] = hook
 
-        def fired(value: Callable[[], torch.Tensor]) -> None:
+        def fired(value: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+            new = None
             for each in hooks.values():
-                self.fire(each, name, value)
+                edited = self.fire(each, name, value if new is None else functools.partial(same, new))
+                new = new if edited is None else edited
+            return new
 
         attention.tap(module, point, fired)
 
@@ -89,9 +98,19 @@ class Hooks:
 
         return remove
 
-    def fire(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> None:
-        if self.recording is not None:
+    def fire(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> Any:
+        """What takes the value's place; None leaves it as it is, bit for bit."""
+        if self.recording is None or hook.key not in self.recording.active:
+            return None
+        if hook.edit is None:
             self.recording.record(hook, name, value)
+            return None
+        if hook.capture == "before":
+            self.recording.record(hook, name, value)
+        new = self.recording.edit(hook, name, value())
+        if hook.capture == "after":
+            self.recording.record(hook, name, lambda: new)
+        return new
 
 
 class Recording:
@@ -106,19 +125,19 @@ class Recording:
         placer: Placer,
         here: Place,
         spill: Callable[[torch.Tensor], Region],
+        editor: Any = None,
     ):
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
-        self.placer, self.here, self.spill = placer, here, spill
+        self.placer, self.here, self.spill, self.editor = placer, here, spill, editor
         self.where = index_of(plan)
         self.calls: dict[tuple[str, str], int] = {}
+        self.edits: dict[tuple[str, str], int] = {}
         self.planned: dict[int, Seen] = {}
         self.others: dict[CaptureKey, Seen] = {}
         self.seconds = 0.0
 
     def record(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> None:
         """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture."""
-        if hook.key not in self.active:
-            return
         start = time.perf_counter()
         call = self.calls.get((hook.key, name), 0)
         self.calls[hook.key, name] = call + 1
@@ -136,6 +155,12 @@ class Recording:
             else:
                 self.planned[i] = failed(error)
         self.seconds += time.perf_counter() - start
+
+    def edit(self, hook: HookSpec, name: str, value: Any) -> Any:
+        """The value as the hook's edit makes it. Unlike a read it does raise: a forward without its edit is wrong."""
+        call = self.edits.get((hook.key, name), 0)
+        self.edits[hook.key, name] = call + 1
+        return self.editor.edit(hook, name, call, value)
 
     def _write(self, i: int, value: torch.Tensor | None) -> Seen:
         entry, here = self.plan.entries[i], self.here
@@ -190,7 +215,7 @@ class Recording:
     def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> Seen:
         """Its part of the whole as the evidence says it, without a formula: the batch must lie on one group."""
         layout, tp, at = self.here.layout, self.here.tp, hook.at
-        if hook.positions is not None:
+        if hook.kept_positions is not None:
             raise PlacementError(f"{name or '(root)'} {at}: its positions are not known; hook it without positions")
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
@@ -231,7 +256,7 @@ def index_of(plan: Plan) -> dict[tuple[str, str, int], int]:
 
 def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place, holds: Box) -> torch.Tensor:
     """What a hook keeps of a value: all, or the positions it names."""
-    if hook.positions is None:
+    if hook.kept_positions is None:
         return local
     dim = position_dim(formula)
     if formula.dims_of("B*S") or dim in [split for split, _, _ in holds]:
@@ -241,7 +266,7 @@ def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place
         )
     if dim is None:
         return local
-    return local.index_select(dim, torch.tensor([p % here.S for p in hook.positions], device=local.device))
+    return local.index_select(dim, torch.tensor([p % here.S for p in hook.kept_positions], device=local.device))
 
 
 def joined(holds: Box, piece: tuple[int, int, int]) -> Box:

@@ -7,18 +7,41 @@ arguments by name.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["inputs", "leaf", "leaves"]
+__all__ = ["arguments", "inputs", "leaf", "leaves", "replaced"]
 
 
 def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments as one value."""
     return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+
+
+def arguments(value: Mapping[str, Any], num_args: int) -> tuple[tuple, dict[str, Any]]:
+    """`inputs` undone: (args, kwargs)."""
+    items = list(value.items())
+    return tuple(inner for _, inner in items[:num_args]), dict(items[num_args:])
+
+
+def replaced(value: Any, path: str, tensor: torch.Tensor) -> Any:
+    """The value with another tensor at that path; everything else of it is the same object."""
+    if isinstance(value, torch.Tensor):
+        return tensor
+    key = next(key for key, inner in children(value) if any(found == path for found, _ in leaves(inner, key)))
+    inner = replaced(dict(children(value))[key], path[len(key) :].removeprefix("."), tensor)
+    if isinstance(value, Mapping):
+        other = copy.copy(value)
+        other[next(k for k in value if str(k) == key)] = inner  # type: ignore[index]
+        return other
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{key: inner})
+    items = [inner if str(i) == key else item for i, item in enumerate(value)]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:

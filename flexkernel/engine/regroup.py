@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ..wire import Layout, Seat
 from .compat import fix_cached_groups, rebuild_meshes, reset_forward
 from .faults import Breaker
+from .gather import make_groups
 from .mesh import join, leave
 
 __all__ = ["regroup"]
@@ -22,7 +23,7 @@ def regroup(
     breaker: Breaker,
     model: torch.nn.Module | None,
     layout: Layout | None,
-) -> dist.TCPStore:
+) -> tuple[dist.TCPStore, dict[str, dist.ProcessGroup | None]]:
     """Leave the groups, join those of the seat's generation, and put them under the loaded model. All ranks must call.
 
     The meshes are made again in the order of the load, so that groups get the names that meshes, DTensors and forward
@@ -35,5 +36,6 @@ def regroup(
         if getattr(model, "_mesh_manager", None) is not None:
             rebuild_meshes(layout)
         fix_cached_groups(model)
+    groups = make_groups(layout, seat.rank) if layout is not None else {}
     breaker.after_groups({port})
-    return store
+    return store, groups

@@ -18,6 +18,7 @@ import flexkernel
 from .. import slabs
 from ..errors import LoadError
 from ..wire import (
+    EditSpec,
     Held,
     HookSet,
     HookSpec,
@@ -53,6 +54,9 @@ class Runtime:
         self.claim: Any = None  # on it, or it is swept
         self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}  # what lies in the slabs
         self.slabs: dict[str, slabs.Slab] = {}
+        self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
+        self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
+        self.groups: dict[str, Any] = {}
         self.server: Any = None
 
     @property
@@ -93,7 +97,7 @@ class Runtime:
         self.run_folder, self.claim = slabs.claim(name)
         if seat.world > 1:
             layout = self.info.layout if self.info else None
-            self.store = regroup(seat, address, port, device, timeout_s, self.breaker, self.model, layout)
+            self.store, self.groups = regroup(seat, address, port, device, timeout_s, self.breaker, self.model, layout)
             self.breaker.watch_interrupts()
 
     def close(self) -> None:
@@ -157,6 +161,7 @@ class Runtime:
     def adopt(self, info: ModelInfo) -> None:
         """The model as all ranks together know it: from here on there can be hooks."""
         from .compat import own_modules
+        from .gather import make_groups
         from .hooks import Hooks
         from .placements import Placer
 
@@ -174,6 +179,9 @@ class Runtime:
         self.hooks = Hooks(own, reads)
         self.placer = Placer(info.layout, info.styles, info.placements, own)
         self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
+        if self.seat.world > 1:
+            self.groups = make_groups(info.layout, self.rank)
+            self.breaker.after_groups({self.store.port})
 
     def parameter(self, name: str) -> Held | list[str]:
         """What this rank holds of a parameter or buffer; the nearest names there are if it holds nothing of it."""
@@ -196,27 +204,30 @@ class Runtime:
             slab.path.unlink(missing_ok=True)
         self.slabs, self.runs = {}, {}
 
-    def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]]:
-        """What an attaching driver needs to go on where the last one stopped."""
-        return self.info, self.hook_set, self.runs
+    def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, Any], dict[str, EditSpec]]:
+        """What an attaching driver needs to go on where the last one stopped: the model, hooks, runs, edits."""
+        return self.info, self.hook_set, self.runs, {name: spec for name, (spec, _) in self.edits.items()}
 
     # --- hooks -------------------------------------------------------------------------------------
 
-    def hook(self, spec: HookSpec) -> list[str]:
-        """Register a hook on the modules this rank reads; returns their names."""
-        mine = self.hooks.attach(spec, self.planner.targets(spec.glob))
-        self.hook_set = self.hook_set.put(spec)
-        return mine
+    def define(self, spec: EditSpec) -> None:
+        """Give an edit its name, or a new meaning."""
+        self.edits[spec.name] = spec, pickle.loads(spec.code)
+
+    def saved_by(self, name: str) -> dict[str, Any]:
+        """What an edit has saved on this rank."""
+        return self.saved.get(name, {})
 
     def set_hooks(self, hook_set: HookSet) -> None:
-        """Make the hooks exactly these."""
-        kept = set(hook_set.hooks)
-        for old in self.hook_set.hooks:
-            if old not in kept:
-                self.hooks.detach(old.key)
-        for new in hook_set.hooks:
-            if new not in self.hook_set.hooks:
-                self.hooks.attach(new, self.planner.targets(new.glob))
+        """Make the hooks exactly these, in this order: edits on one module are made in it."""
+        old, new = self.hook_set.hooks, hook_set.hooks
+        same = next(
+            (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
+        )
+        for hook in old[same:]:
+            self.hooks.detach(hook.key)
+        for hook in new[same:]:
+            self.hooks.attach(hook, self.planner.targets(hook.glob))
         self.hook_set = hook_set
 
     # --- runs --------------------------------------------------------------------------------------

@@ -1,0 +1,297 @@
+"""Edits: functions that change an activation inside the forward. Each sees the whole one and runs once, on one rank.
+
+The presets that treat every element by itself run where the shards lie, without a word between ranks.
+"""
+
+from __future__ import annotations
+
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from ..errors import EditError, HookError, PlacementError
+from ..slabs import Slab
+from ..wire import Blob, Box, EditSpec, HookSpec, ModelInfo, RunPlan, ShapeFormula, SlabValue
+from .gather import Exchange
+from .leaves import leaf, leaves, replaced
+from .placements import Place, Placed, Placer, narrowed
+
+__all__ = ["PRESETS", "Context", "Editor"]
+
+
+@dataclass
+class Context:
+    """What an edit is told beside the activation.
+
+    module: its name. save: a dict that lives on between runs, on the rank where the edit runs. step: of the generation.
+    tokens: ids (B, S). mask: (B, S) bool, False on pads. positions: (B, S), of each token in its row.
+    """
+
+    module: str
+    save: dict[str, Any]
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    step: int = 0
+    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+
+
+# --- presets -----------------------------------------------------------------------------------------
+#
+# x is what a rank holds, or the whole; value is what the hook was given, already cut to the same part.
+
+
+def mean(x: torch.Tensor, _value: Any, at: _Part) -> torch.Tensor:
+    """The mean over rows and positions, pads left out, in every place."""
+    dims = at.formula.dims_of("B", "S", "P+S")
+    if at.formula.dims_of("B*S"):
+        weight = at.context.mask.reshape(-1, *[1] * (x.dim() - 1)).to(x)
+        return ((x * weight).sum(0, keepdim=True) / weight.sum()).expand_as(x)
+    weight = at.context.mask.to(x)
+    shape = [weight.shape[0] if d in dims[:1] else weight.shape[1] if d in dims[1:2] else 1 for d in range(x.dim())]
+    weight = weight.view(shape)
+    return ((x * weight).sum(dims[:2], keepdim=True) / weight.sum()).expand_as(x)
+
+
+def project_out(x: torch.Tensor, value: torch.Tensor, _at: _Part) -> torch.Tensor:
+    """Without its part along a direction of the last dim."""
+    unit = value / value.norm()
+    return x - (x @ unit)[..., None] * unit
+
+
+def noise(x: torch.Tensor, value: Any, at: _Part) -> torch.Tensor:
+    """Plus normal noise of this standard deviation, drawn for the whole, so that it does not depend on the layout."""
+    generator = torch.Generator().manual_seed(at.seed)
+    drawn = narrowed(torch.randn(at.whole, generator=generator), at.box)
+    return x + (drawn * value).to(x)
+
+
+PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]] = {
+    "zero": ("element", lambda x, _value, _at: torch.zeros_like(x)),
+    "scale": ("element", lambda x, value, _at: x * value),
+    "add": ("element", lambda x, value, _at: x + value),
+    "set": ("element", lambda x, value, _at: torch.zeros_like(x) + value),
+    "clamp": ("element", lambda x, value, _at: x.clamp(*value)),
+    "noise": ("element", noise),
+    "patch": ("element", lambda x, value, _at: value.to(x)),
+    "mean": ("whole", mean),
+    "project_out": ("row", project_out),
+}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Which part of the whole an edit sees: its box, the whole's shape and formula."""
+
+    whole: tuple[int, ...]
+    box: Box
+    formula: ShapeFormula
+    context: Context
+    seed: int
+
+
+# --- making them ---------------------------------------------------------------------------------------
+
+
+class Editor:
+    """Makes the edits of one run on this rank. The ranks that hold parts of an activation reach each edit together."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        plan: RunPlan,
+        here: Place,
+        placer: Placer,
+        edits: Mapping[str, tuple[EditSpec, Callable]],
+        saved: dict[str, Any],
+        exchange: Exchange | None,
+        open_slab: Callable[[str, int], Slab],
+    ):
+        self.info, self.here, self.placer, self.edits = info, here, placer, edits
+        self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
+        self.tokens, self.mask = torch.tensor(plan.ids), torch.tensor(plan.mask).bool()
+        self.positions = torch.tensor(plan.positions)
+
+    def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
+        """The value with its tensor edited. EditError: the edit raised, or returned what cannot take its place."""
+        path, tensor, formula = self._find(hook, name, call, value)
+        placed = self.placer.place(name, hook.at, tensor, formula, self.here)
+        if isinstance(placed.placement, Partial):
+            raise PlacementError(f"{name}: each rank holds an addend of a sum here; edit the module that sums it")
+        per, function = self._function(hook)
+        if per == "element":
+            part = self._part(hook, name, placed.holds, formula, own_rows=True)
+            local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
+        else:
+            local = self._once(hook, name, call, placed, formula, per, function)
+        local = self._chosen(hook, name, placed, formula, local)
+        return replaced(value, path, again_distributed(tensor, local))
+
+    def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:
+        calls = self.info.scan.get((name, hook.at), ())
+        known = calls[call] if call < len(calls) else ()
+        path = hook.index if hook.index is not None else next((f.path for f in known), next(leaves(value), ("",))[0])
+        tensor, formula = leaf(value, path), next((f for f in known if f.path == path), None)
+        if tensor is None:
+            raise HookError(f"{name}: there is no tensor at {path!r} to edit")
+        if formula is None or formula.dims is None:
+            raise PlacementError(f"{name}: its shape or order depends on the data, so that no edit can be placed there")
+        return path, tensor, formula
+
+    def _function(self, hook: HookSpec) -> tuple[str, Callable]:
+        """(per, function of (x, value, part))."""
+        assert hook.edit is not None
+        if hook.edit in PRESETS:
+            return PRESETS[hook.edit]
+        if hook.edit not in self.edits:
+            raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
+        spec, function = self.edits[hook.edit]
+        return spec.per, lambda x, _value, part: function(x, part.context)
+
+    def _part(self, hook: HookSpec, name: str, box: Box, formula: ShapeFormula, own_rows: bool) -> _Part:
+        """What an edit is told. own_rows: it sees this group's rows of the batch only."""
+        rows = slice(*self.here.rows) if own_rows else slice(None)
+        saved = self.saved.setdefault(hook.edit or "", {})
+        context = Context(name, saved, self.tokens[rows], self.mask[rows], self.positions[rows])
+        whole = formula.shape(self.here.B, self.here.S, 0, self.here.window)
+        return _Part(whole, box, formula, context, (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode()))
+
+    def _cut(self, hook: HookSpec, part: _Part, x: torch.Tensor) -> Any:
+        """The hook's value as the preset takes it: a number, or the tensor's part that belongs to this part."""
+        given = hook.value
+        if isinstance(given, Blob):
+            tensor = torch.frombuffer(bytearray(given.data), dtype=getattr(torch, given.dtype)).view(given.shape)
+        elif isinstance(given, SlabValue):
+            tensor = self.open_slab(given.region.slab, given.slab_bytes).tensor(given.region)
+        else:
+            return given
+        if hook.edit == "project_out":
+            return tensor.to(x)
+        if hook.edit == "patch" and tuple(tensor.shape) != part.whole:
+            raise EditError(
+                f"patch at {part.context.module}: the source has shape {tuple(tensor.shape)}, not {part.whole}"
+            )
+        return narrowed(tensor.expand(part.whole), part.box).to(x)
+
+    def _once(
+        self, hook: HookSpec, name: str, call: int, placed: Placed, formula: ShapeFormula, per: str, function: Callable
+    ) -> torch.Tensor:
+        """The edit run on one rank of those that hold a part, on the whole of it; this rank's part of the result."""
+        layout = self.here.layout
+        batched = formula.dims_of("B", "B*S")
+        group = "tp" if per == "row" and batched else "stage"
+        part = self._part(hook, name, (), formula, own_rows=group == "tp")
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return guarded(hook, name, x, lambda y: function(y, self._cut(hook, part, y), part))
+
+        if group == "tp" and self.here.idle:
+            return placed.local  # rows that nobody wants
+        size = layout.tp if group == "tp" else layout.tp * layout.batch_groups
+        if size == 1:
+            return run(placed.local.clone())  # the edit may write into it
+        assert self.exchange is not None
+        mine = placed.holds
+        if group == "tp" and layout.batch_groups > 1:  # the rows of this group are all that it sees
+            mine = tuple(piece for piece in placed.holds if piece[0] not in batched)
+            shape = formula.shape(self.here.local_rows, self.here.S, 0, self.here.window)
+        else:
+            shape = part.whole
+        writes = self._writes(placed, group) and not (self.here.idle and batched and group == "stage")
+        fallback = self.here.idle and batched and group == "stage"  # a copied row: give it the first one
+        reads = tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine) if fallback else mine
+        return self.exchange.once(f"{hook.key} {name}", call, group, placed.local, shape, mine, reads, writes, run)
+
+    def _writes(self, placed: Placed, group: str) -> bool:
+        """Of ranks that hold the same part the first writes it."""
+        where = self.here.layout.coordinate(self.here.rank)
+        copies_tp = isinstance(placed.placement, Replicate) and where["tp"] > 0
+        return not copies_tp
+
+    def _chosen(
+        self, hook: HookSpec, name: str, placed: Placed, formula: ShapeFormula, new: torch.Tensor
+    ) -> torch.Tensor:
+        """The edited values where the hook's positions, heads and neurons are, the old ones elsewhere."""
+        old = placed.local
+        if hook.positions is None and hook.heads is None and hook.neurons is None:
+            return new
+        chosen = torch.ones((), dtype=torch.bool, device=old.device)
+        for what, dim in self._dims(hook, name, formula, old.dim()):
+            total = formula.shape(self.here.B, self.here.S, 0, self.here.window)[dim]
+            outside = [i for i in what if not -total <= i < total]
+            if outside:
+                raise HookError(f"{hook.key}: index {outside[0]} is outside the {total} of {name}")
+            mask = torch.zeros(total, dtype=torch.bool, device=old.device)
+            mask[list(what)] = True
+            mask = narrowed(mask, tuple((0, a, b) for d, a, b in placed.holds if d == dim))
+            chosen = chosen & mask.view([-1 if d == dim else 1 for d in range(old.dim())])
+        return torch.where(chosen, new, old)
+
+    def _dims(self, hook: HookSpec, name: str, formula: ShapeFormula, ndim: int) -> list[tuple[tuple[int, ...], int]]:
+        """(chosen indices, the dim they count along)."""
+        found: list[tuple[tuple[int, ...], int]] = []
+        if hook.positions is not None:
+            along = formula.dims_of("S") or formula.dims_of("P+S")
+            if not along:
+                raise HookError(f"{hook.key}: {name} is {formula}, it has no dim of positions alone")
+            found.append((hook.positions, along[0]))
+        if hook.heads is not None:
+            point = name.rpartition(".@")[2] if ".@" in name else ""
+            if not point:
+                raise HookError(f"{hook.key}: heads are there at @q, @k, @v, @pattern and @z, not at {name}")
+            found.append((hook.heads, 2 if point == "z" else 1))
+        if hook.neurons is not None:
+            found.append((hook.neurons, ndim - 1))
+        return found
+
+
+def guarded(hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    """What the function makes of x, which must be able to take its place. EditError names the edit and its line."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    try:
+        new = function(x)
+    except EditError:
+        raise
+    except BaseException as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the edit's to end
+        raise EditError(
+            f"edit {hook.edit!r} at {name} raised {type(error).__name__}: {error}{users_line(error)}"
+        ) from error
+    if not isinstance(new, torch.Tensor):
+        raise EditError(f"edit {hook.edit!r} at {name} returned {type(new).__name__}; it has to return a tensor like x")
+    if new.shape != shape or new.dtype != dtype or new.device != device:
+        raise EditError(
+            f"edit {hook.edit!r} at {name} returned {tuple(new.shape)} {new.dtype} on {new.device}; "
+            f"x is {tuple(shape)} {dtype} on {device}"
+        )
+    return new
+
+
+def users_line(error: BaseException) -> str:
+    """The last line of the user's own code that an error went through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename]
+    own = [f for f in frames if "site-packages" not in f.filename] or frames
+    return f" (line {own[-1].lineno}: {own[-1].line or own[-1].name})" if own else ""
+
+
+def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A DTensor again, where the module put one out."""
+    if not isinstance(old, DTensor):
+        return local
+    return DTensor.from_local(
+        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+    )
+
+
+def needs_exchange(hooks: list[HookSpec], edits: Mapping[str, tuple[EditSpec, Callable]]) -> bool:
+    """Whether any of these hooks has an edit that sees the whole. HookError: an edit that is not known here."""
+    unknown = [h.edit for h in hooks if h.edit not in PRESETS and h.edit not in edits]
+    if unknown:
+        raise HookError(f"no edit is called {unknown[0]!r} on this rank; define it again")
+    return any(
+        (PRESETS[h.edit][0] if h.edit in PRESETS else edits[h.edit][0].per) != "element" for h in hooks if h.edit
+    )
