@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["read"]
 
 
-def read(cluster: Any, store: Store, info: ModelInfo, name: str) -> Capture:
+def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Capture:
     """The parameter of that name, whole, as it is now; in memory until capture.free(), or until nobody has it any more.
 
     HookError: no such name. PlacementError: where its parts lie is not known. MemoryBudgetError: before any is read."""
+    assert store is not None, "a loaded model has one"
     if info.parameters and not info.built and name not in info.parameters:
         raise unknown(name, info, nearest(name, list(info.parameters)))
     answers = cluster.call("parameter", name)

@@ -139,9 +139,7 @@ class Session:
 
     def parameter(self, name: str) -> Capture:
         """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold it."""
-        info = self._loaded()
-        assert self.store is not None
-        return parameters.read(self.cluster, self.store, info, name)
+        return parameters.read(self.cluster, self.store, self._loaded(), name)
 
     # --- hooks -------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexkernel.errors import HookError
-from flexkernel.hooks import Hooked, Hooks, kept_positions, regrouped, some, spec_of
+from flexkernel.hooks import Hooked, Hooks, indices, regrouped, some, spec_of
 from flexkernel.wire import HookSet, HookSpec
 
 MLP, ATTN, HEAD = (
@@ -34,13 +34,13 @@ def test_a_hook_is_kept_as_asked():
     ("positions", "want"), [(None, None), (-1, (-1,)), (0, (0,)), ([2, 0], (2, 0)), (range(2), (0, 1))]
 )
 def test_positions_are_one_or_several_whole_numbers(positions, want):
-    assert kept_positions(positions) == want
+    assert indices(positions, "positions") == want
 
 
 @pytest.mark.parametrize("positions", [[], (), "0", 1.5, [0.5], ["a"], [None], {}])
 def test_other_positions_are_refused(positions):
     with pytest.raises(HookError, match="are no positions; they are whole numbers, -1 is the last"):
-        kept_positions(positions)
+        indices(positions, "positions")
 
 
 @pytest.mark.parametrize("at", ["outputs", "", "grad", None])
