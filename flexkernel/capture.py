@@ -315,10 +315,10 @@ def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
         if one.error is not None:
             kind, message = one.error
             return errors.named(kind)(f"{message} (rank {rank})" if "rank" not in message else message)
-    return _differing(key, seen) or _missing(key, seen, shape)
+    return differing(key, seen) or _missing(key, seen, shape)
 
 
-def _differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
+def differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
     """Ranks that hold the same part must hold the same numbers."""
     first: dict[Box, tuple[int, int]] = {}
     for rank, one in sorted(seen.items()):

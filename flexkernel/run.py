@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from .capture import Capture
+from .capture import Capture, differing
 from .errors import CaptureError, FlexError, MemoryBudgetError
 from .names import nearest
 from .prompts import Batch, token_strings
@@ -349,6 +349,7 @@ class Store:
             )
             self._freed.append(number)  # if it fails: what it left on the engines goes with the next run
             reports = self._cluster.call("run", plan)
+            check_edited(reports)
             self._freed.remove(number)
         run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
         run.seconds["total"] = time.perf_counter() - begin
@@ -421,6 +422,18 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
         shape, dtype = described(by_rank)
         found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
     return found
+
+
+def check_edited(reports: Sequence[RunReport]) -> None:
+    """PlacementError if ranks edited what they held as copies of one value, and these differed."""
+    by_rank: dict[CaptureKey, dict[int, Seen]] = {}
+    for report in reports:
+        for key, seen in report.edited.items():
+            by_rank.setdefault(key, {})[report.rank] = seen
+    for key, ranks in by_rank.items():
+        problem = differing(key, ranks)
+        if problem is not None:
+            raise problem
 
 
 def described(by_rank: Mapping[int, Seen]) -> tuple[tuple[int, ...], torch.dtype]:

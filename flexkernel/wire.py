@@ -383,6 +383,7 @@ class RunReport:
     others: dict[CaptureKey, Seen]
     seconds: dict[str, float]
     stopped: bool = False
+    edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import models
 import pytest
 import reference
 import torch
+import watched
 
 import flexkernel as fk
 
@@ -207,6 +209,38 @@ def test_a_capture_is_patched_into_another_run(session, tiny, layout):
     for _ in range(5):
         session.run(here)
     torch.testing.assert_close(session.run(here).logits.tensor(), want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": 2}, {"dp": 2}], ids=lambda d: "x".join(d))
+@pytest.mark.engines(2)
+def test_a_rank_without_rows_takes_part_in_every_edit(session, tiny, layout):
+    """One row over two ranks: the other runs a copy, which must not count."""
+    session.load(tiny("llama"), **layout)
+    define(session)
+    row = [[5, 6, 7, 8, 9, 10, 11]]
+    with fk.local() as here:
+        here.load(tiny("llama"))
+        define(here)
+        for case in CASES:
+            for one in (here, session):
+                one.hook(case.module, name="edited", **case.how)
+            want, got = here.run(row).logits.tensor(), session.run(row).logits.tensor()
+            torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0, msg=case.name)
+
+
+@pytest.mark.parametrize("edit", [{"edit": "add", "value": 1.0}, {"edit": "project_out", "value": VECTOR}], ids=str)
+@pytest.mark.engines(2)
+def test_an_edit_of_a_partial_sum_is_refused(session, tiny, edit):
+    """Each rank would edit its addend: added up, that is another edit than the one asked for."""
+    folder = str(tiny("llama_untied"))
+    unsharded = functools.partial(watched.whole_reduced, folder)
+    session.load(functools.partial(watched.partial_sums, folder), tp=2, reference=unsharded)
+    before = session.run(ROWS).logits.tensor()
+    session.hook("model.layers.1.mlp.inner", **edit)
+    with pytest.raises(fk.errors.PlacementError, match="partial sum"):
+        session.run(ROWS)
+    session.unhook()
+    assert torch.equal(session.run(ROWS).logits.tensor()[MASK], before[MASK])
 
 
 @pytest.mark.engines(2)

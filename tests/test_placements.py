@@ -15,7 +15,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 from flexkernel.capture import Capture
 from flexkernel.engine import placements
-from flexkernel.engine.hooks import Recording, digest, failed
+from flexkernel.engine.digest import digest
+from flexkernel.engine.hooks import Recording, failed
 from flexkernel.engine.placements import Place, Placer, chunk, class_placement, parse, shared_part
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.slabs import PAGE, Entry, Plan, Slab, pages, size_of

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..errors import EditError, HookError, PlacementError
 from ..slabs import Slab
-from ..wire import Blob, Box, EditSpec, HookSpec, ModelInfo, RunPlan, ShapeFormula, SlabValue
+from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
+from .digest import digest
 from .gather import Exchange
 from .leaves import leaf, leaves, replaced
 from .placements import Place, Placed, Placer, narrowed
@@ -116,6 +117,7 @@ class Editor:
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
         self.tokens, self.mask = torch.tensor(plan.ids), torch.tensor(plan.mask).bool()
         self.positions = torch.tensor(plan.positions)
+        self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
         """The value with its tensor edited. EditError: the edit raised, or returned what cannot take its place."""
@@ -124,6 +126,10 @@ class Editor:
         if isinstance(placed.placement, Partial):
             raise PlacementError(f"{name}: each rank holds an addend of a sum here; edit the module that sums it")
         per, function = self._function(hook)
+        if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
+            return value  # copied rows that nobody wants
+        key = CaptureKey(hook.key, name, hook.at, path, call)
+        self.edited[key] = Seen(placed.evidence, repr(placed.placement), digest(placed.local), placed.holds)
         if per == "element":
             part = self._part(hook, name, placed.holds, formula, own_rows=True)
             local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
@@ -190,8 +196,6 @@ class Editor:
         def run(x: torch.Tensor) -> torch.Tensor:
             return guarded(hook, name, x, lambda y: function(y, self._cut(hook, part, y), part))
 
-        if group == "tp" and self.here.idle:
-            return placed.local  # rows that nobody wants
         size = layout.tp if group == "tp" else layout.tp * layout.batch_groups
         if size == 1:
             return run(placed.local.clone())  # the edit may write into it

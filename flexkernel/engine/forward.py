@@ -52,6 +52,7 @@ def run(runtime: Any, plan: RunPlan) -> RunReport:
             "copy": recording.seconds,
         },
         stopped=stopped,
+        edited=recording.editor.edited if recording.editor is not None else {},
     )
 
 

@@ -19,6 +19,7 @@ from ..errors import HookError, PlacementError
 from ..slabs import Plan, Slab, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
+from .digest import digest
 from .leaves import arguments, inputs, leaf, leaves
 from .placements import Place, Placed, Placer, chunk, narrowed, shared_part
 
@@ -276,29 +277,6 @@ def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
     offset = found.get(dim, (0, 0))[0]
     found[dim] = (offset + start, offset + stop)
     return tuple((d, *found[d]) for d in sorted(found))
-
-
-def digest(value: torch.Tensor) -> int:
-    """Wrapping sum of the value's bytes as int64 words, each row times its number: equal values have equal digests,
-    and so have not the same rows in another order. 2 ms per 64 MiB."""
-    if value.numel() == 0:
-        return 0
-    raw = value.contiguous().view(-1).view(torch.uint8)
-    even = raw.numel() // 8 * 8
-    if raw.storage_offset() % 8:
-        raw = raw.clone()
-    words, tail = raw[:even].view(torch.int64), int(raw[even:].sum(dtype=torch.int64)) if even < raw.numel() else 0
-    width = max(value.shape[-1] * value.element_size() // 8, 32) if value.dim() else 1
-    num_rows = words.numel() // width
-    if num_rows < 2:
-        return int(words.sum()) + tail
-    rows = words[: num_rows * width].view(num_rows, width).sum(1)
-    return int(rows.mul_(odd_numbers(num_rows, rows.device)).sum() + words[num_rows * width :].sum()) + tail
-
-
-@functools.lru_cache(maxsize=32)
-def odd_numbers(count: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(1, 2 * count, 2, device=device)
 
 
 def spiller(slab_of: Callable[[int], tuple[Slab, str]]) -> Callable[[torch.Tensor], Region]:

@@ -17,8 +17,8 @@ from ..errors import PlacementError
 from ..names import match, nearest
 from ..wire import Box, Held, Region, Seen, boxes
 from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index, unwrapped
+from .digest import digest
 from .forward import open_slab
-from .hooks import digest
 from .placements import narrowed
 
 __all__ = ["held", "write"]
