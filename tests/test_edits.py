@@ -380,3 +380,78 @@ def test_an_error_in_an_edit_names_the_users_line(shell, session):
     shell.run_line_magic("flex_hook", "model.layers.1.mlp --edit broken")
     with pytest.raises(fk.errors.EditError, match=r"NameError.*undefined_thing"):
         session.run(ROWS)
+
+
+# --- the real model ----------------------------------------------------------------------------------
+
+PROMPTS = ("The capital of France is", "The capital of Italy is")
+REAL_LAYOUTS = [
+    pytest.param({"pp": 2}, id="pp2", marks=pytest.mark.engines(2)),
+    pytest.param({"fsdp": 2}, id="fsdp2", marks=pytest.mark.engines(2)),
+    pytest.param({"tp": 3}, id="tp3", marks=pytest.mark.engines(3)),
+]
+
+
+def next_token(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, -1].float().softmax(-1)
+
+
+def unsharded_edits(folder, prompts: tuple[str, str], steering: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The next-token distributions of the unsharded model under four edits, by plain torch hooks."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), reference.load(folder)
+    ids, other = (torch.tensor([tokenizer(text)["input_ids"]]) for text in prompts)
+    layers = model.model.layers
+
+    def forward(ids, module=None, hook=None, pre=False):
+        register = (module.register_forward_pre_hook if pre else module.register_forward_hook) if module else None
+        handle = register(hook) if register else None
+        with torch.no_grad():
+            out = next_token(model(ids, use_cache=False).logits)
+        if handle is not None:
+            handle.remove()
+        return out
+
+    kept = []
+    forward(other, layers[20], lambda _m, _a, out: kept.append(out.clone()) or None)
+    return {
+        "none": forward(ids),
+        "mean": forward(ids, layers[10].mlp, lambda _m, _a, out: out.mean(1, keepdim=True).expand_as(out)),
+        "add": forward(ids, layers[12], lambda _m, _a, out: out + steering),
+        "head": forward(
+            ids,
+            layers[5].self_attn.o_proj,
+            lambda _m, args: (args[0].index_fill(-1, torch.arange(128, 192), 0.0),),
+            pre=True,
+        ),
+        "patch": forward(ids, layers[20], lambda _m, _a, _out: kept[0]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", REAL_LAYOUTS)
+def test_edits_of_the_real_model_give_the_unsharded_next_token(session, smollm2, layout, record_property):
+    steering = torch.randn(576, generator=torch.Generator().manual_seed(0)) * 2
+    truth = unsharded_edits(smollm2, PROMPTS, steering)
+    session.load(smollm2, **layout)
+    session.hook("model.layers.20", name="residual")
+    other = session.run(PROMPTS[1])
+    session.unhook()
+    got = {"none": next_token(session.run(PROMPTS[0]).logits.tensor())}
+    for what, module, how in [
+        ("mean", "model.layers.10.mlp", {"edit": "mean"}),
+        ("add", "model.layers.12", {"edit": "add", "value": steering}),
+        ("head", "model.layers.5.self_attn.@z", {"edit": "zero", "heads": [2]}),
+        ("patch", "model.layers.20", {"edit": "patch", "value": other["model.layers.20"]}),
+    ]:
+        session.hook(module, name="edited", **how)
+        got[what] = next_token(session.run(PROMPTS[0]).logits.tensor())
+        session.unhook("edited")
+    for what, want in truth.items():
+        moved = (want - truth["none"]).abs().max().item()
+        error = (got[what] - want).abs().max().item()
+        record_property(what, f"moves {moved:.1e}, error {error:.1e}")
+        print(f"{what}: moves {moved:.1e}, error {error:.1e}")
+        assert error < 1e-4, what
+        assert what == "none" or moved > 1e-3, f"{what} has to do something"
