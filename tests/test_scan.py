@@ -223,12 +223,14 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.twice, self.flat = nn.Embedding(32, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.experts = nn.ModuleDict({"up": nn.Linear(4, 4)})
         self.picked, self.never, self.halved = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
         x = self.twice(self.twice(self.embed(input_ids)))
         flat = self.flat(x.flatten(0, 1))
         self.picked(torch.cat([flat, flat]))
+        self.experts["up"](flat)
         self.halved(x[:, : (x.shape[1] + 1) // 2])
         return {"seq": x.transpose(0, 1), "none": None, "flat": flat}
 
@@ -249,6 +251,11 @@ def test_a_dicts_tensors_have_formulas_in_any_order_of_dims():
 
 def test_rows_that_outnumber_the_tokens_have_no_formula():
     assert formulas("picked") == [[": depends on the data"]]
+
+
+def test_rows_inside_experts_have_no_formula_although_their_number_fits_one():
+    """With one expert a token they are as many as the tokens, sorted by expert."""
+    assert formulas("flat") == [[": B*S×4"]] and formulas("experts.up") == [[": depends on the data"]]
 
 
 def test_a_shape_that_is_no_multiple_has_no_formula():
