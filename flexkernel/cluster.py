@@ -361,7 +361,7 @@ def start(
     mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     found = IPyParallel(cluster, client, owned=True)
     if not keep:
-        found.reaper = Reaper(mine, slabs.folder(found.folder))
+        found.reaper = Reaper(mine, slabs.place(found.folder))
     return found
 
 

@@ -21,12 +21,13 @@ from .capture import Capture, differing
 from .errors import CaptureError, FlexError, MemoryBudgetError
 from .names import nearest
 from .prompts import Batch, token_strings
-from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, claim, pages
+from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, claim, pages, place
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store"]
 
 TOKEN_STYLE = "background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre"
+MOST_RUNS = 100  # kept at a time: each costs the driver and every engine some memory beside its bytes in slabs
 SHOWN = 24  # captures listed in a repr
 
 
@@ -219,11 +220,15 @@ class Store:
 
     def __init__(self, cluster: Any):
         host = os.environ.get("FLEX_HOST", "")
-        self._cluster, self.here = cluster, host or socket.gethostname()
-        self.folder, self._claim = claim(cluster.folder + (f"-{host}" if host else ""))
+        name = cluster.folder + (f"-{host}" if host else "")
+        # An engine made the folder under a random name: where it is there already, this is the engine's own memory.
+        same = place(name).is_dir()
+        self._cluster, self.here = cluster, (host or socket.gethostname()) if same else "elsewhere"
+        self.folder, self._claim = claim(name)
         self.hosts: list[str] = list(cluster.hosts)
         free = psutil.disk_usage(str(self.folder)).free
         self.pool = Pool(secrets.token_hex(4), max(min(SLAB_BYTES, free // 8 // PAGE * PAGE), PAGE))
+        self.most_runs = MOST_RUNS
         self.budget = min(psutil.virtual_memory().available // 4, free)
         self.runs: collections.OrderedDict[int, Run] = collections.OrderedDict()
         self._freed: list[int] = []
@@ -279,7 +284,7 @@ class Store:
             )
         self._recall("it expired to make room; session.parameter(name) reads it again", num_bytes)
         for run in list(self.runs.values()):
-            if self.pool.num_bytes + num_bytes <= self.budget:
+            if self.pool.num_bytes + num_bytes <= self.budget and len(self.runs) < self.most_runs:
                 break
             extent = self._extents.get(run.number)
             if not run.kept and not run.freed and extent is not None and extent.tensors <= 0:
@@ -385,10 +390,10 @@ class Store:
         if run.freed:
             return
         run.freed = "freed"
-        for capture in run.captures.values():
-            capture.expire(why)
         for region in [s.region for c in run.captures.values() for s in c.seen.values() if s.region is not None]:
             self._slabs.pop(region.slab, None)
+        for capture in run.captures.values():
+            capture.expire(why)
         self.runs.pop(run.number, None)
         self._freed.append(run.number)
         extent = self._extents.pop(run.number, None)

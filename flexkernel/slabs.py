@@ -28,7 +28,7 @@ from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
 
-__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "claim", "folder", "pages", "sweep"]
+__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "claim", "folder", "pages", "place", "sweep"]
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
@@ -164,19 +164,24 @@ def position_dim(formula: ShapeFormula) -> int | None:
 # --- the files -------------------------------------------------------------------------------------
 
 
-def folder(name: str) -> Path:
-    """This user's private folder of that name for slabs, 0700, in memory where the system has /dev/shm."""
+def place(name: str) -> Path:
+    """Where this user's slab folder of that name is, or would be: in memory where the system has /dev/shm."""
     root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
     if not root.is_dir():
         raise CaptureError(f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there")
-    home = root / f"flexkernel-{os.getuid()}"
-    for path in (home, home / name):
+    return root / f"flexkernel-{os.getuid()}" / name
+
+
+def folder(name: str) -> Path:
+    """This user's private folder of that name for slabs, 0700, made if it is not there."""
+    found_at = place(name)
+    for path in (found_at.parent, found_at):
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise CaptureError(f"{path} is not a private folder of this user; remove it or set FLEX_SLABS")
-    return home / name
+    return found_at
 
 
 def claim(name: str) -> tuple[Path, IO[bytes]]:

@@ -41,7 +41,8 @@ class Status:
             ("hooks", f"{len(session.hook_set.hooks)}"),
             (
                 "runs",
-                f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB budget",
+                f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB budget, "
+                f"at most {store.most_runs} runs",
             ),
             (
                 "slabs",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .errors import HookError
 from .names import match, nearest
-from .wire import HookSet, ModelInfo
+from .wire import HookSet, ModelInfo, ModuleInfo
 
 __all__ = ["Tree", "TreeRow"]
 
@@ -31,7 +31,7 @@ class Tree:
 
     def __init__(self, info: ModelInfo, hook_set: HookSet, glob: str = "**"):
         self.info, self.glob = info, glob
-        self.rows = [row(info, hook_set, m.name) for m in info.modules if m.name == "" or match(glob, m.name)]
+        self.rows = [row(info, hook_set, m) for m in info.modules if m.name == "" or match(glob, m.name)]
         if glob not in ("**", "") and not any(r.name for r in self.rows):
             near = nearest(glob, info.names)
             raise HookError(f"no module matches {glob!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
@@ -52,8 +52,8 @@ class Tree:
         return tree_html(self.rows, title=f"{self.info.cls}, {self.info.layout}")
 
 
-def row(info: ModelInfo, hook_set: HookSet, name: str) -> TreeRow:
-    module = next(m for m in info.modules if m.name == name)
+def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> TreeRow:
+    name = module.name
     calls = info.scan.get((name, "output"), ())
     first = next((leaf for leaves in calls for leaf in leaves), None)
     held = [r for r in range(info.layout.world) if info.layout.coordinate(r)["pp"] in module.stages]

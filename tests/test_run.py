@@ -408,3 +408,15 @@ def test_a_failed_capture_is_in_the_table_and_raises_when_looked_at(session):
 def test_pages_are_what_the_budget_counts(small):
     run = small.run(IDS)
     assert small.store.pool.num_bytes == len(run.captures) * PAGE
+
+
+def test_the_oldest_runs_go_when_there_are_too_many(session, tiny):
+    session.load(tiny("llama"))
+    session.hook("model.layers.1.mlp")
+    session.store.most_runs = 5
+    kept = session.run([[1, 2, 3]]).keep()
+    for _ in range(8):
+        session.run([[1, 2, 3]])
+    assert len(session.runs) == 5 and session.runs[0] is kept
+    assert kept["model.layers.1.mlp"].tensor().shape == (1, 3, 64)
+    kept.free()

@@ -91,7 +91,8 @@ class Runtime:
         """Take a seat among the ranks, and join their groups. All ranks."""
         from .regroup import regroup
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        if seat.world > 1:  # alone it is the user's own process, which has threads of its own choice
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.seat, self.device, self.folder = seat, device, folder
         name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
         self.run_folder, self.claim = slabs.claim(name)
