@@ -112,6 +112,12 @@ class Capture:
             return slab.private(region, self._looked_into())
         return self._assemble()
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """For numpy and what draws with it; bfloat16, which numpy has not, as float32."""
+        whole = self.tensor()
+        array = (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy()
+        return array if dtype is None else array.astype(dtype)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A slice, in memory of its own."""
         self._check()

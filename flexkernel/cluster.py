@@ -28,6 +28,7 @@ from .wire import ErrorReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
+DRIVER = secrets.token_hex(8)  # this process, as engines know it
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 
@@ -44,6 +45,7 @@ class Cluster:
         self.gpus: dict[str, int] = {}  # host → how many it has
         self.folder = secrets.token_hex(8)
         self.generation = 0
+        self.fresh = False  # nothing has been loaded under these groups
         self.timeout_s = 60.0
         self.seated = False
         self.closed = False
@@ -88,6 +90,20 @@ class Cluster:
                 self.seat(self.device)
             raise cause(reports)
         return answers
+
+    def ready(self, device: str) -> None:
+        """Have the ranks seated for this device."""
+        if not self.seated or self.device != device:
+            self.seat(device)
+            self.fresh = True
+
+    def renew(self) -> None:
+        """New process groups for a new model: those of the one before would stay for ever, and a regroup would find
+        the meshes' groups under other names than theirs."""
+        if not self.fresh:
+            self.call("unload")
+            self.seat(self.device)
+            self.fresh = True  # unlike after a regroup, which puts the loaded model's meshes on the new groups
 
     def seat(self, device: str) -> None:
         """Give every engine its rank and (again) its process groups, in a new generation."""
@@ -218,7 +234,7 @@ class IPyParallel(Cluster):
                 "restart the cluster (%flex_cluster restart) and load again"
             )
         return [
-            self._view(self.engines[rank]).apply_async(engine.call, method, *rest)
+            self._view(self.engines[rank]).apply_async(engine.call, DRIVER, method, *rest)
             for rank, rest in zip(ranks, args, strict=True)
         ]
 
@@ -232,6 +248,7 @@ class IPyParallel(Cluster):
                     answers.append(self._get(result, ranks[done], 1.0))
                     break
                 except (FutureTimeout, TimeoutError):
+                    self._check_controller()
                     if time.monotonic() > deadline:
                         answers.append(silent(ranks[done]))
                         break
@@ -250,10 +267,18 @@ class IPyParallel(Cluster):
 
     def _forget(self, done: list[Any]) -> None:
         """The client keeps what it knows of every call, and of what engines print after it, for ever."""
-        self._client.purge_local_results(done)
+        self._client.purge_local_results([result for result in done if result.done()])
         self._client.history.clear()
         for msg_id in set(self._client.metadata) - self._client.outstanding:
             self._client.metadata.pop(msg_id, None)
+
+    def _check_controller(self) -> None:
+        """ClusterError when there is nobody left who could bring an answer."""
+        process = getattr(self._cluster.controller, "process", None)
+        pid = getattr(process, "pid", None)
+        if pid is not None and not psutil.pid_exists(pid):
+            self.closed = True
+            raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
 
     def _get(self, result: Any, rank: int, timeout_s: float) -> Any:
         try:
@@ -276,7 +301,7 @@ class IPyParallel(Cluster):
         end = self.owned and not self.kept if end is None else end
         if end:
             with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
-                for result in [self._view(i).apply_async(engine.call, "close") for i in self._client.ids]:
+                for result in [self._view(i).apply_async(engine.call, DRIVER, "close") for i in self._client.ids]:
                     result.get(3.0)
         with quiet():
             self._client.close()
@@ -368,6 +393,8 @@ def start(
 def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s: float = 60.0) -> IPyParallel:
     """Attach to a cluster that runs already, ours or one that `ipcluster start` began."""
     where = {key: value for key, value in (("profile", profile), ("cluster_id", cluster_id)) if value is not None}
+    if not where:
+        where = only_one()
     try:
         with quiet():
             cluster = ipp.Cluster.from_file(**where)
@@ -391,6 +418,15 @@ def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s:
             f"({len(client.ids)} did): is it still running? {first_line(error)}"
         ) from None
     return IPyParallel(cluster, client, owned=False)
+
+
+def only_one() -> dict[str, str]:
+    """Where the cluster is that is meant when none is named: the only one that runs, if the default one does not."""
+    with quiet():
+        running = [c for c in ipp.ClusterManager().load_clusters().values() if c.controller is not None]
+    if len(running) == 1 and running[0].cluster_id:
+        return {"profile_dir": running[0].profile_dir, "cluster_id": running[0].cluster_id}
+    return {}
 
 
 def running_clusters() -> list[str]:

@@ -59,6 +59,7 @@ def load(cluster: Any, source: Source, info: ModelInfo, progress: Callable[[str,
     """Load a model on all engines, each its part, and tell every rank what all hold."""
     layout = info.layout
     progress("loading", 0, layout.world)
+    cluster.fresh = False
     parts = cluster.call("load", info, source, progress=lambda done: progress("loading", done, layout.world))
     info = merged(info, parts, foreign=source.builder is not None)
     if source.builder is None:

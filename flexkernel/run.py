@@ -163,6 +163,8 @@ class Run:
     def _headline(self) -> str:
         B, S = len(self.tokens), len(self.tokens[0])
         state = f", {self.freed}" if self.freed else ""
+        if self.plan.stop_at is not None and not self.stopped:
+            state += ", run to its end: with fsdp and dp the ranks cannot stop early"
         return (
             f"Run {self.number}: {B} × {S} tokens, {len(self)} captures, {self.num_bytes / 1e6:.1f} MB, "
             f"{self.seconds.get('total', 0) * 1e3:.0f} ms{state}"

@@ -98,13 +98,12 @@ class Session:
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
         where = model.source(source, reference, clusters.packed)
-        device = device or self.cluster.best_device()
-        if not self.cluster.seated or self.cluster.device != device:
-            self.cluster.seat(device)
+        self.cluster.ready(device or self.cluster.best_device())
         told = progress or (lambda *_: None)
         dtype = str(dtype).removeprefix("torch.")
         info = model.inspect(self.cluster, where, layout, dtype, attn, dict(placements or {}), told)
         self._forget()  # only now: what is refused leaves the loaded model as it is
+        self.cluster.renew()
         info = model.load(self.cluster, where, info, told)
         self._know(info)
         return info

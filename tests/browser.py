@@ -27,6 +27,8 @@ import nbformat
 import pytest
 from comm.base_comm import BaseComm
 
+from flexkernel.widgets import tensormap
+
 HOW_TO_GET = "browser tests need Debian's chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core"
 ARGS = [
     "--no-sandbox",
@@ -187,6 +189,7 @@ def bridged(page: Any, body: str = "") -> Iterator[Bridge]:
         yield bridge
     finally:
         bridge.open = False
+        tensormap._live.clear()  # the page's maps are nobody's any more
         comm.create_comm = before
 
 

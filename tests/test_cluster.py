@@ -237,3 +237,66 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.engines(2)
+def test_groups_are_made_anew_for_each_model_and_are_found_again_after_a_break(session, tiny):
+    """Model after model, then a break: the meshes find their groups, and none of the old ones are left."""
+
+    def num_groups():
+        import torch.distributed as dist
+
+        return len(dist.distributed_c10d._world.pg_names)
+
+    counts = []
+    for layout in (*LAYOUTS, {"dp": 2}, *LAYOUTS, {"dp": 2}):
+        session.load(tiny("llama"), **layout)
+        logits = session.run(IDS).logits.tensor()
+        counts.append(session.on_ranks(num_groups)[0])
+        session.on_ranks(watched.raise_at, "model.layers.3.mlp", 1)
+        session.load(tiny("llama"), **layout)
+        session.on_ranks(watched.raise_at, "model.layers.3.mlp", 1)
+        with pytest.raises(fk.errors.EngineError, match="ZeroDivisionError"):
+            session.run(IDS)
+        assert torch.equal(session.run(IDS).logits.tensor(), logits)
+    assert counts[:4] == counts[4:]
+
+
+OTHER = """
+import sys, flexkernel as fk
+session = fk.attach(cluster_id=sys.argv[1])
+session.load(sys.argv[2], fsdp=2)
+print(session.run([[1, 2, 3]]).next_tokens(1))
+session.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tiny):
+    with fk.start(2) as session:
+        session.load(tiny("llama"), pp=2)
+        before = session.run([[1, 2, 3]]).next_tokens(1)
+        cluster_id = session.cluster.cluster_id
+        other = subprocess.run(
+            [sys.executable, "-c", OTHER, cluster_id, str(tiny("llama"))], capture_output=True, text=True, timeout=120
+        )
+        assert other.returncode == 0, other.stderr
+        with pytest.raises(fk.errors.ClusterError, match="another notebook has attached"):
+            session.run([[1, 2, 3]])
+        again = fk.attach(cluster_id=cluster_id)
+        assert str(again.info.layout) == "fsdp=2"
+        assert again.run([[1, 2, 3]]).next_tokens(1)[0][0][0] == before[0][0][0]
+        again.close()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
+    session = fk.start(2)
+    session.load(tiny("llama"), pp=2)
+    other = "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1]).close(end=True)"
+    subprocess.run([sys.executable, "-c", other, session.cluster.cluster_id], check=True, timeout=120)
+    begin = time.monotonic()
+    with pytest.raises((fk.errors.ClusterError, fk.errors.EngineDied)):
+        session.run([[1, 2, 3]])
+    assert time.monotonic() - begin < 20
+    session.close()

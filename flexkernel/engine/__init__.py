@@ -20,12 +20,19 @@ def open_runtime() -> Any:
     return Runtime()
 
 
-def call(method: str, *args: Any, **kwargs: Any) -> Any:
-    """Run a method of this engine's Runtime; what ipyparallel applies on an engine."""
+def call(driver: str, method: str, *args: Any) -> Any:
+    """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
+
+    driver: who asks. Whoever said hello last has the engine: two that take turns would read each other's slabs."""
     global _runtime
     if _runtime is None:
         _runtime = open_runtime()
-    return answer(_runtime, method, *args, **kwargs)
+    if method == "hello":
+        _runtime.driver = driver
+    if _runtime.driver != driver:
+        message = "another notebook has attached to these engines since; to take them back, attach again"
+        return ErrorReport(_runtime.rank, "ClusterError", f"{message} (%flex_cluster attach)", "", time.time())
+    return answer(_runtime, method, *args)
 
 
 def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     if runtime.model is None:
         raise EngineError("no model is loaded on this rank", runtime.rank)
     if plan.hooks != runtime.hook_set.digest:
-        raise HookError(f"rank {runtime.rank} has other hooks than the session; unhook and hook again")
+        raise HookError(f"rank {runtime.rank} has other hooks than the session; attach again, or load again")
     info, layout = runtime.info, runtime.info.layout
     active = runtime.hook_set.active(plan.groups, plan.complement)
     B, S = len(plan.ids), len(plan.ids[0])

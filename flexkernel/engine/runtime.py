@@ -5,6 +5,7 @@ Methods marked "all ranks" contain a collective: the driver calls them on every 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -41,6 +42,7 @@ class Runtime:
     """This rank: its seat, its part of the model, its hooks, the runs whose captures it wrote."""
 
     def __init__(self) -> None:
+        self.driver = ""  # who has this engine
         self.seat = Seat()
         self.breaker = Breaker()
         self.store: Any = None
@@ -203,7 +205,8 @@ class Runtime:
         self.hook_set = HookSet()
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)
-        self.slabs, self.runs = {}, {}
+        self.slabs, self.runs, self.groups = {}, {}, {}
+        gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
 
     def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, Any], dict[str, EditSpec]]:
         """What an attaching driver needs to go on where the last one stopped: the model, hooks, runs, edits."""
