@@ -138,11 +138,14 @@ class Run:
 
     def _repr_html_(self) -> str:
         esc = html.escape
-        tokens = " ".join(f'<span style="{TOKEN_STYLE}">{esc(t)}</span>' for t in self.tokens[0][:200])
+        next_ = self._table()
         rows = "".join(
-            "<tr>" + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in row) + "</tr>"
-            for row in self._table()[:8]
+            f'<tr><td style="text-align:left">{shown_tokens(tokens)}</td>'
+            + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in (next_[i] if i < len(next_) else ()))
+            + "</tr>"
+            for i, tokens in enumerate(self.tokens[:8])
         )
+        rows += f"<tr><td>… and {len(self.tokens) - 8} more rows</td></tr>" if len(self.tokens) > 8 else ""
         captured = folded(self)
         table = "".join(
             f'<tr><td style="text-align:left"><code>{esc(name)}</code></td>'
@@ -154,8 +157,8 @@ class Run:
         more = f"<p>… and {left} more captures</p>" if left else ""
         head = "<tr><th>captures</th><th>n</th><th>shape</th><th>placement over tp</th><th>evidence</th></tr>"
         return (
-            f"<div><b>{esc(self._headline())}</b><p>{tokens}</p>"
-            + (f"<table><tr><th colspan=5>next token</th></tr>{rows}</table>" if rows else "")
+            f"<div><b>{esc(self._headline())}</b>"
+            + f"<table><tr><th>prompt</th><th colspan=5>next token</th></tr>{rows}</table>"
             + (f"<table>{head}{table}</table>{more}" if table else "")
             + "</div>"
         )
@@ -185,6 +188,11 @@ def _wanted(key: str | tuple | CaptureKey) -> tuple:
     if not wanted or not isinstance(wanted[0], str) or len(wanted) > 4:
         raise CaptureError(f"a capture is run[module], or run[module, at, index, call]; not {key!r}")
     return (*wanted[:2], *map(str, wanted[2:3]), *wanted[3:])
+
+
+def shown_tokens(tokens: list[str]) -> str:
+    """A row's tokens as text in boxes; pads, which are empty, are left out."""
+    return " ".join(f'<span style="{TOKEN_STYLE}">{html.escape(t)}</span>' for t in tokens[:200] if t)
 
 
 def _fits(key: CaptureKey, wanted: tuple) -> bool:
