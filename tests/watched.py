@@ -214,13 +214,13 @@ class Reduced(torch.nn.Module):
 def fairscale_mlps(folder: str) -> torch.nn.Module:
     """A tiny Llama whose MLPs are fairscale's parallel layers, over all ranks."""
     import torch.distributed as dist
-    from fairscale.nn.model_parallel.initialize import initialize_model_parallel, model_parallel_is_initialized
+    from fairscale.nn.model_parallel.initialize import destroy_model_parallel, initialize_model_parallel
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from transformers import AutoModelForCausalLM
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    if not model_parallel_is_initialized():
-        initialize_model_parallel(world)
+    destroy_model_parallel()  # its groups are of the generation before: each load begins a new one
+    initialize_model_parallel(world)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for layer in model.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
