@@ -450,6 +450,7 @@ def test_show_before_a_run_says_so(fresh, folder):
 def test_freeze_gives_the_views_it_froze(loaded):
     from flexkernel import widgets
 
+    widgets.freeze_all()  # what other tests of this process left live
     loaded.do("%flex_hook lm_head\n%flex_run abc")
     view = widgets.tensor_map(loaded.do("flex.runs[-1]['lm_head']"))
     assert loaded.do("%flex_freeze") == [view] and view.frozen
