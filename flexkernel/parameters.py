@@ -29,7 +29,7 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
     assert store is not None, "a loaded model has one"
     if info.parameters and not info.built and name not in info.parameters:
         raise unknown(name, info, nearest(name, list(info.parameters)))
-    answers = cluster.call("parameter", name)
+    answers = cluster.call("parameters.held", name)
     held = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Held)}
     if not held:
         raise unknown(name, info, [near for answer in answers for near in answer])
@@ -39,7 +39,7 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
     with store.room(size_of(shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, shape, dtype)
         each = [(name, region, extent.slab_bytes, rank in writers) for rank in held]
-        seen = dict(zip(held, cluster.call("write_parameter", ranks=list(held), each=each), strict=True))
+        seen = dict(zip(held, cluster.call("parameters.write", ranks=list(held), each=each), strict=True))
         check_copies(name, held, seen)
         whole = Capture(
             CaptureKey("parameter", name),

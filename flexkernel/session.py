@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import cluster as clusters
-from . import edits, model, parameters, prompts, slabs
+from . import model, parameters, prompts, slabs
 from .capture import Capture
-from .errors import LoadError
-from .hooks import Hooked, Hooks, called, check_groups, regrouped, spec_of
+from .hooking import Hooking
+from .hooks import check_groups
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import EditSpec, HookSet, Layout, ModelInfo
+from .wire import HookSet, Layout, ModelInfo
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -34,17 +34,15 @@ def local() -> Session:
     return Session(clusters.InProcess())
 
 
-class Session:
+class Session(Hooking):
     """Engines, the model on them, its hooks and its runs."""
 
     def __init__(self, cluster: clusters.Cluster):
         self.cluster = cluster
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
-        self.hook_set = HookSet()
-        self.edits: dict[str, EditSpec] = {}
+        super().__init__()
         self.seed = 0  # of what edits draw
-        self._held = edits.Held()
         self.store: Store | None = None
         if getattr(cluster, "loaded", False):
             self._recover()
@@ -127,11 +125,6 @@ class Session:
         assert self.store is not None
         self.store.recover([runs for _, _, runs, _ in answers], self.planner, self.tokenizer)
 
-    def _loaded(self) -> ModelInfo:
-        if self.info is None:
-            raise LoadError("no model is loaded: session.load(path, tp=, pp=, dp=, fsdp=), or %flex_load PATH")
-        return self.info
-
     def tree(self, glob: str = "**") -> Tree:
         """The modules a glob names, with shapes, placements, ranks and hooks."""
         return Tree(self._loaded(), self.hook_set, glob)
@@ -139,84 +132,6 @@ class Session:
     def parameter(self, name: str) -> Capture:
         """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold it."""
         return parameters.read(self.cluster, self.store, self._loaded(), name)
-
-    # --- hooks -------------------------------------------------------------------------------------
-
-    @property
-    def hooks(self) -> Hooks:
-        """The hooks there are, as a table."""
-        return Hooks(self.hook_set, self.planner.targets if self.info else lambda _glob: ())
-
-    def edit(self, name: str, per: str = "whole") -> Callable[[Callable], Callable]:
-        """A decorator: `@session.edit("name")` defines an edit, a function (x, ctx) that returns a tensor like x.
-
-        per: "whole" sees the whole activation and runs once, "row" each group's rows of the batch by themselves,
-        "element" the shards where they lie. ctx.module, .tokens, .mask, .positions; .save, a dict that lives on."""
-
-        def define(function: Callable) -> Callable:
-            spec = edits.defined(name, per, function, clusters.packed)
-            self.cluster.call("define", spec)
-            self.edits[name] = spec
-            return function
-
-        return define
-
-    def saved(self, name: str) -> dict[str, Any]:
-        """What the edit of that name has put into ctx.save, from the ranks where it ran."""
-        return {key: value for found in self.cluster.call("saved_by", name) for key, value in found.items()}
-
-    def hook(
-        self,
-        glob: str,
-        at: str = "output",
-        index: str | int | None = None,
-        edit: str | None = None,
-        groups: Sequence[str] | str = (),
-        capture: str = "after",
-        positions: Sequence[int] | int | None = None,
-        name: str = "",
-        value: Any = None,
-        heads: Sequence[int] | int | None = None,
-        neurons: Sequence[int] | int | None = None,
-    ) -> Hooked:
-        """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
-
-        index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
-        A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module.
-        edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
-        an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
-        capture: what is kept of an edited activation, "after" the edit, "before" it, or "none"."""
-        info = self._loaded()
-        plain = edits.value_of(value)
-        spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
-        edits.check(spec, self.edits)
-        found = self.planner.targets(glob)
-        firing = [n for n in found if info.scan.get((n, at))]
-        slabs.check_index(info, firing, spec)
-        self._held.take(spec.key, value)
-        self._set_hooks(self.hook_set.put(spec))
-        silent = [n for n in found if n not in firing] if info.scan else []
-        return Hooked(spec, tuple(found), tuple(silent))
-
-    def unhook(self, glob_or_name: str | None = None) -> list[str]:
-        """Take hooks away, by name or by the glob they were given; all if none is named. Returns their names."""
-        self._loaded()
-        keys = called(self.hook_set, glob_or_name)
-        self._set_hooks(self.hook_set.without(keys))
-        return keys
-
-    def group(self, action: str, group: str = "", glob: str | None = None) -> dict[str, list[str]]:
-        """ "on" or "off" switches a group; "add" or "remove" puts the hooks of a glob into it or takes them out;
-        "list" only tells. Returns group → its hooks."""
-        self._loaded()
-        self._set_hooks(regrouped(self.hook_set, action, group, glob))
-        return self.hook_set.groups
-
-    def _set_hooks(self, hook_set: HookSet) -> None:
-        if hook_set != self.hook_set:
-            self.cluster.call("set_hooks", hook_set)
-            self.hook_set = hook_set
-        self._held.keep([hook.key for hook in self.hook_set.hooks])
 
     # --- runs --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "wire", "names"},
     {"slabs", "reduce", "reaper"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"},
-    {"session", "sweep", "dataset", "verify"},
+    {"hooking", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]
 PACKAGES = {"", "engine", "widgets"}

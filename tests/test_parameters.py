@@ -133,7 +133,7 @@ def test_nothing_is_sent(session, tiny, layout):
 
     def sent(name: str) -> tuple[list[str], bool]:
         with watched.counting() as counted:
-            held = watched.runtime().parameter(name)
+            held = on_rank.held(watched.runtime(), name)
         return list(counted), isinstance(held, Held)
 
     for name in (GATE, "model.embed_tokens.weight", "lm_head.weight", NORM):
@@ -276,7 +276,7 @@ def test_memory_that_does_not_suffice_is_refused_before_anything_is_read(session
     monkeypatch.setattr(session.cluster, "call", watched_call(session.cluster.call, asked := []))
     with pytest.raises(MemoryBudgetError, match=rf"{GATE} would keep 45,056 bytes and the session's budget is 1,000"):
         session.parameter(GATE)
-    assert asked == ["parameter"]
+    assert asked == ["parameters.held"]
 
 
 def watched_call(call, asked: list[str]):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from ..wire import ErrorReport
 
 __all__ = ["answer", "call", "open_runtime"]
 
+DOORS = ("parameters",)  # what the driver may call beside the Runtime's own methods: "parameters.held"
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
 
 
@@ -38,9 +42,19 @@ def call(driver: str, method: str, *args: Any) -> Any:
 def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """The method's result, or an ErrorReport: nothing is ever raised through the control plane."""
     try:
-        return getattr(runtime, method)(*args, **kwargs)
+        return found(runtime, method)(*args, **kwargs)
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
         return report(runtime, error)
+
+
+def found(runtime: Any, method: str) -> Callable[..., Any]:
+    """The Runtime's method of that name; of "module.function" that function of an engine file, given the Runtime."""
+    module, dot, name = method.rpartition(".")
+    if not dot:
+        return getattr(runtime, name)
+    if module not in DOORS:
+        raise AttributeError(f"{method!r} is no method of an engine")
+    return functools.partial(getattr(importlib.import_module(f"{__name__}.{module}"), name), runtime)
 
 
 def report(runtime: Any, error: BaseException) -> ErrorReport:

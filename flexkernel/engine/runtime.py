@@ -20,17 +20,14 @@ from .. import slabs
 from ..errors import LoadError
 from ..wire import (
     EditSpec,
-    Held,
     HookSet,
     HookSpec,
     Layout,
     ModelInfo,
     ModuleInfo,
-    Region,
     RunPlan,
     RunReport,
     Seat,
-    Seen,
     Source,
 )
 from .faults import Breaker
@@ -185,18 +182,6 @@ class Runtime:
         if self.seat.world > 1:
             self.groups = make_groups(info.layout, self.rank)
             self.breaker.after_groups({self.store.port})
-
-    def parameter(self, name: str) -> Held | list[str]:
-        """What this rank holds of a parameter or buffer; the nearest names there are if it holds nothing of it."""
-        from .parameters import held
-
-        return held(self, name)
-
-    def write_parameter(self, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
-        """Write this rank's part of it into its place in the whole, if this is the rank that writes."""
-        from .parameters import write
-
-        return write(self, name, region, slab_bytes, writes)
 
     def unload(self) -> None:
         if self.hooks is not None:
