@@ -332,7 +332,7 @@ def differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
             continue
         other, digest = first.setdefault(one.holds, (rank, one.digest))
         if digest != one.digest:
-            declared = key.module + (" input" if key.at == "input" else "")
+            declared = key.module + (" input" if key.at.startswith("input") else "")
             return PlacementError(
                 f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial "
                 f"sum, or these ranks have diverged. If it is a sum, declare it, "

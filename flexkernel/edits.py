@@ -15,7 +15,7 @@ from .wire import Blob, EditSpec, HookSpec, SlabValue
 __all__ = ["PER", "PRESETS", "Held", "check", "defined", "value_of"]
 
 PER = ("whole", "row", "element")
-CAPTURES = ("after", "before", "none")
+CAPTURES = ("after", "before", "both", "none")
 # preset → what it takes: nothing, a number, a tensor (or a number), two numbers, or a capture
 PRESETS = {
     "zero": "nothing",

@@ -74,7 +74,7 @@ class Hooking:
         A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module.
         edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
         an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
-        capture: what is kept of an edited activation, "after" the edit, "before" it, or "none"."""
+        capture: what is kept of an edited activation, "after" the edit, "before" it, "both", or "none"."""
         info = self._loaded()
         plain = edits.value_of(value)
         spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)

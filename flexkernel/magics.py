@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
 VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
+MOST_VIEWS = 16  # that one line draws
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
 ACTION_OF = {"n": "start", "engines": "start", "keep": "start", "profile": "attach", "cluster_id": "attach"}
 
@@ -372,7 +373,7 @@ class FlexMagics(Magics):
     @argument("--edit", metavar="NAME[:VALUE]", help="change it: zero, scale:2, add:vector, one of %%%%flex_edit, ...")
     @argument("--heads", type=numbers, metavar="0,3", help="edit only these heads, of @q @k @v @pattern @z")
     @argument("--neurons", type=numbers, metavar="7,9", help="edit only these of the last dim")
-    @argument("--capture", metavar="after|before|none", help="what is kept of what is edited (default: after)")
+    @argument("--capture", metavar="after|before|both|none", help="what is kept of what is edited (default: after)")
     @twin("`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, name=)`, `session.hooks`")
     @line_magic
     def flex_hook(self, line: str) -> Any:
@@ -482,19 +483,28 @@ class FlexMagics(Magics):
         return self.shell.user_ns[variable]
 
     @magic_arguments()
-    @argument("name", nargs="+", metavar="NAME", help="as the run lists it: a module, or `MODULE input`; or logits")
+    @argument(
+        "name", nargs="+", metavar="NAME", help="as the run lists it: a module, or `MODULE input`; or logits; globs"
+    )
     @argument("--as", dest="as_", metavar="VIEW", help="map (default): the whole tensor as pixels to zoom into")
     @argument("--run", type=int, metavar="N", help="of run number N (default: the last one)")
     @twin("`run[name].show(as_)`")
     @line_magic
     def flex_show(self, line: str) -> Any:
-        """Draw a capture of the last run: a view, with a static picture beside it."""
+        """Draw a capture of the last run, or several: a view of each, with a static picture beside it."""
         args = parsed(self.flex_show, line)
         from .widgets import VIEWS
 
         if args.as_ not in (None, *VIEWS):
             raise UsageError(f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}")
-        return chosen(self._run_number(args.run), args.name).show(**given(args, "as_"))
+        found = chosen(self._run_number(args.run), args.name)
+        if not isinstance(found, list):
+            return found.show(**given(args, "as_"))
+        if len(found) > MOST_VIEWS:
+            raise UsageError(
+                f"{' '.join(args.name)} means {len(found)} captures; at most {MOST_VIEWS} are drawn at once"
+            )
+        return Views(capture.show(**given(args, "as_")) for capture in found)
 
     def _run_number(self, number: int | None) -> Run:
         there = {run.number: run for run in self.needed().runs}
@@ -588,12 +598,38 @@ def same_engines(a: Session, b: Session) -> bool:
     return getattr(a.cluster, "pids", None) == getattr(b.cluster, "pids", ())
 
 
-def chosen(run: Run, name: Sequence[str]) -> Capture:
-    """The capture of that name, as the run's own table writes it; else what run[...] makes of the words."""
-    if list(name) == ["logits"]:
+def chosen(run: Run, words: Sequence[str]) -> Any:
+    """The capture that the words name, as the run's own table writes it; a list of them for several names or a glob.
+
+    A name may have spaces (`MODULE input [0]`), so each takes as many words as it can."""
+    found, rest = [], list(words)
+    while rest:
+        parts = ((n, named(run, rest[:n])) for n in range(len(rest), 0, -1))
+        length, one = next(((n, one) for n, one in parts if one is not None), (1, None))
+        found.append(run[rest[0]] if one is None else one)  # which says that it is not there
+        rest = rest[length:]
+    if len(found) == 1:
+        return found[0]
+    return [capture for one in found for capture in (one if isinstance(one, list) else [one])]
+
+
+def named(run: Run, words: Sequence[str]) -> Any:
+    """What these words together name in the run, or None."""
+    if list(words) == ["logits"]:
         return run.logits
-    found = [capture for capture in run if capture.name == " ".join(name)]
-    return found[-1] if found else run[tuple(name)]
+    found = [capture for capture in run if capture.name == " ".join(words)]
+    if found:
+        return found[-1]
+    key = words[0] if len(words) == 1 else tuple(words)
+    return run[key] if len(words) <= 4 and key in run else None
+
+
+class Views(list):
+    """Several views: a notebook shows them one after another."""
+
+    def _ipython_display_(self) -> None:
+        for view in self:
+            display(view)
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

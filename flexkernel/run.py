@@ -19,7 +19,7 @@ import torch
 
 from .capture import Capture, differing
 from .errors import CaptureError, FlexError, MemoryBudgetError
-from .names import nearest
+from .names import match, nearest
 from .prompts import Batch, token_strings
 from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, claim, pages, place
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
@@ -29,13 +29,17 @@ __all__ = ["Run", "Store"]
 TOKEN_STYLE = "background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre"
 MOST_RUNS = 100  # kept at a time: each costs the driver and every engine some memory beside its bytes in slabs
 SHOWN = 24  # captures listed in a repr
+WARNED = 4  # and warnings
 
 
 class Run:
     """One forward: its tokens, its next-token table, its captures.
 
-    run[module], run[module, at], run[module, at, index], run[module, at, index, call]: a Capture.
+    run[module], run[module, at], run[module, at, index], run[module, at, index, call]: a Capture. With a glob for
+    the module: the list of those it matches. run[a hook's name]: what it captured, a list where its glob has a star.
+    Of an edited activation it is what came after the edit; run[module, "output before"] is what was there before.
     run.captures: all of them. run.logits: the model's output, whole or (where that would be large) its last position.
+    run.warnings: what to know before believing it.
     """
 
     def __init__(self, number: int, plan: RunPlan, tokens: list[list[str]], tokenizer: Any):
@@ -43,6 +47,8 @@ class Run:
         self.captures: dict[CaptureKey, Capture] = {}
         self.seconds: dict[str, float] = {}
         self.silent: tuple[str, ...] = ()
+        self.globs: dict[str, str] = {}  # hook → the glob it was given
+        self.warnings: tuple[str, ...] = ()
         self.stopped = False
         self.kept = False
         self.freed = ""
@@ -50,27 +56,43 @@ class Run:
 
     # --- looking -----------------------------------------------------------------------------------
 
-    def __getitem__(self, key: str | tuple) -> Capture:
+    def __getitem__(self, key: str | tuple) -> Any:
         wanted = _wanted(key)
-        found = [c for k, c in self.captures.items() if k.hook != "logits" and _fits(k, wanted)]
-        if len({(c.key.module, c.key.at, c.key.index, c.key.call) for c in found}) == 1:
-            return found[-1]
+        found, several = self._find(wanted)
         if not found:
             raise CaptureError(self._nothing_at(wanted))
-        options = [repr((k.module, k.at, k.index, k.call)) for k in (c.key for c in found)]
+        if several:
+            return found
+        if len(found) == 1:
+            return found[0]
+        options = [repr(_of(c.key)) for c in found]
         raise CaptureError(f"{wanted[0]!r} has {len(found)} captures: say which, one of {', '.join(options[:6])}")
 
     def _nothing_at(self, wanted: tuple) -> str:
         names = list(dict.fromkeys(k.module for k in self.captures if k.hook != "logits"))
         if wanted[0] in self.silent:
             return f"{wanted[0]!r} never fires in a forward of this model, so there is nothing to capture"
-        beside = [(k.module, k.at, k.index, k.call) for k in self.captures if k.module == wanted[0] != ""]
+        beside = [_of(k) for k in self.captures if k.module == wanted[0] != ""]
         near = [str(key) for key in beside] or nearest(wanted[0], names) or names[:3]
         return f"run {self.number} captured nothing at {wanted!r}" + (f"; it has {', '.join(near)}" if near else "")
 
+    def _find(self, wanted: tuple) -> tuple[list[Capture], bool]:
+        """The captures of that module, of the modules of that glob or of the hook of that name; and whether what was
+        asked for means several, however many there are. What was there before an edit is found if nothing else is."""
+        name, *rest = wanted
+        keys = [key for key in self.captures if key.hook != "logits"]
+        chosen = [key for key in keys if (match(name, key.module) if "*" in name else key.module == name)]
+        several = "*" in name
+        if not chosen:
+            chosen = [key for key in keys if key.hook == name]
+            several = several or "*" in self.globs.get(name, "")
+        found = [key for key in chosen if _fits(key, rest)]
+        after = {key.module for key in found}
+        found += [key for key in chosen if key.module not in after and _fits(key, rest, before=True)]
+        return list({_of(key): self.captures[key] for key in found}.values()), several
+
     def __contains__(self, key: str | tuple) -> bool:
-        wanted = _wanted(key)
-        return any(k.hook != "logits" and _fits(k, wanted) for k in self.captures)
+        return bool(self._find(_wanted(key))[0])
 
     def __iter__(self) -> Iterator[Capture]:
         return (c for k, c in self.captures.items() if k.hook != "logits")
@@ -126,7 +148,7 @@ class Run:
     # --- repr --------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        lines = [self._headline()]
+        lines = [self._headline(), *(f"  warning: {text}" for text in self.warnings[:WARNED])]
         lines += [f"  next: {', '.join(f'{w!r} {p:.3f}' for w, p in row)}" for row in self._table()[:4]]
         rows = folded(self)
         lines += [
@@ -158,6 +180,7 @@ class Run:
         head = "<tr><th>captures</th><th>n</th><th>shape</th><th>placement over tp</th><th>evidence</th></tr>"
         return (
             f"<div><b>{esc(self._headline())}</b>"
+            + "".join(f'<p style="color:#c22">{esc(text)}</p>' for text in self.warnings[:WARNED])
             + f"<table><tr><th>prompt</th><th colspan=5>next token</th></tr>{rows}</table>"
             + (f"<table>{head}{table}</table>{more}" if table else "")
             + "</div>"
@@ -183,7 +206,7 @@ class Run:
 def _wanted(key: str | tuple | CaptureKey) -> tuple:
     """(module, at, index, call), or the beginning of it; an index may be a number."""
     if isinstance(key, CaptureKey):
-        return (key.module, key.at, key.index, key.call)
+        return _of(key)
     wanted = key if isinstance(key, tuple) else (key,)
     if not wanted or not isinstance(wanted[0], str) or len(wanted) > 4:
         raise CaptureError(f"a capture is run[module], or run[module, at, index, call]; not {key!r}")
@@ -195,8 +218,15 @@ def shown_tokens(tokens: list[str]) -> str:
     return " ".join(f'<span style="{TOKEN_STYLE}">{html.escape(t)}</span>' for t in tokens[:200] if t)
 
 
-def _fits(key: CaptureKey, wanted: tuple) -> bool:
-    return (key.module, key.at, key.index, key.call)[: len(wanted)] == wanted
+def _of(key: CaptureKey) -> tuple[str, str, str, int]:
+    """What tells a value from the others of its run, whichever hook captured it."""
+    return key.module, key.at, key.index, key.call
+
+
+def _fits(key: CaptureKey, rest: Sequence[Any], before: bool = False) -> bool:
+    """Whether it is at this (at, index, call), or the beginning of it. before: it may be from before an edit."""
+    at = key.at.removesuffix(" before") if before else key.at
+    return (at, key.index, key.call)[: len(rest)] == tuple(rest) and (bool(rest) or not at.endswith(" before"))
 
 
 def folded(captures: Iterable[Capture]) -> list[tuple[str, int, str, str, str]]:
@@ -388,6 +418,8 @@ class Store:
         run = Run(plan.run, plan, tokens, tokenizer)
         self._count = max(self._count, plan.run)
         run.silent, run.stopped = where.silent, any(report.stopped for report in reports)
+        run.globs = {entry.hook.key: entry.hook.glob for entry in where.entries}
+        run.warnings = made_nan(reports)
         run.seconds = {k: max(r.seconds.get(k, 0.0) for r in reports) for k in ("prepare", "forward", "copy")}
         run.captures = captures(run, where, extent, reports, self)
         run._store = self
@@ -449,6 +481,12 @@ def check_edited(reports: Sequence[RunReport]) -> None:
         problem = differing(key, ranks)
         if problem is not None:
             raise problem
+
+
+def made_nan(reports: Sequence[RunReport]) -> tuple[str, ...]:
+    """A sentence for each edit that made NaN of an activation that had none."""
+    keys = dict.fromkeys(key for report in reports for key, seen in report.edited.items() if seen.nan)
+    return tuple(f"the edit of hook {key.hook!r} put out NaN at {key}, where none came in" for key in keys)
 
 
 def described(by_rank: Mapping[int, Seen]) -> tuple[tuple[int, ...], torch.dtype]:

@@ -100,7 +100,7 @@ class Planner:
         logits = self._logits(B, S)
         entries, offset, silent = [], 0, []
         for hook in (*hooks, *([logits] if logits else [])):
-            for name in self.targets(hook.glob) if hook.capture != "none" else ():
+            for name in self.targets(hook.glob) if hook.kept_at else ():
                 calls = self.info.scan.get((name, hook.at))
                 if not calls:
                     silent.append(name)
@@ -109,9 +109,10 @@ class Planner:
                     if formula is None or formula.dims is None:
                         continue
                     shape = kept_shape(formula, hook, B, S, self.info.window)
-                    key = CaptureKey(hook.key, name, hook.at, formula.path, call)
-                    entries.append(Entry(key, hook, formula, shape, offset))
-                    offset += pages(size_of(shape, formula.dtype))
+                    for at in hook.kept_at:
+                        key = CaptureKey(hook.key, name, at, formula.path, call)
+                        entries.append(Entry(key, hook, formula, shape, offset))
+                        offset += pages(size_of(shape, formula.dtype))
         return Plan(tuple(entries), offset, tuple(silent), bool(logits and logits.positions))
 
     def _logits(self, B: int, S: int) -> HookSpec | None:

@@ -190,7 +190,7 @@ class HookSpec:
 
     edit: the name of an edit that is made there, a preset's or a defined one; value: what a preset takes.
     positions, heads, neurons: without an edit the positions to keep, with one where it is made.
-    capture: what is kept of an edited activation, as it is "after" the edit or "before", or "none" of it."""
+    capture: what is kept of an edited activation, as it is "after" the edit or "before", "both", or "none" of it."""
 
     glob: str
     at: str = "output"
@@ -208,6 +208,12 @@ class HookSpec:
     def kept_positions(self) -> tuple[int, ...] | None:
         """The positions that a capture of it keeps; None: all."""
         return None if self.edit is not None else self.positions
+
+    @property
+    def kept_at(self) -> tuple[str, ...]:
+        """The `at` of each capture that it makes of a value: what was there before the edit has one of its own."""
+        before = f"{self.at} before"
+        return {"before": (before,), "both": (before, self.at), "none": ()}.get(self.capture, (self.at,))
 
     @property
     def key(self) -> str:
@@ -304,7 +310,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class CaptureKey:
-    """Which value of a run: a hook's value at one module, one leaf, one call."""
+    """Which value of a run: a hook's value at one module, one leaf, one call. at: "output before" is the output as it
+    was before the hook's edit."""
 
     hook: str
     module: str
@@ -348,6 +355,7 @@ class Seen:
     holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds a part of.
     box: the part it wrote: ranks that hold the same part share the copying; None: it wrote nothing.
     digest: of what it holds; ranks that hold the same part must have the same numbers.
+    nan: an edit made NaN of it, which had none.
     region: where the value lies if not in its planned place. partial: it is one of that many addends of a sum over tp.
     """
 
@@ -359,6 +367,7 @@ class Seen:
     region: Region | None = None
     partial: int = 0
     error: tuple[str, str] | None = None
+    nan: bool = False
 
 
 @dataclass(frozen=True)

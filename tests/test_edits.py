@@ -157,6 +157,40 @@ def test_a_capture_of_an_edited_activation_is_after_or_before_it(session, tiny, 
 
 
 @pytest.mark.parametrize("layout", layouts)
+def test_both_sides_of_an_edit_are_captured_apart(session, tiny, layout):
+    """Of an output and of an input, and of two edits on one module each."""
+    session.load(tiny("llama"), **layout)
+    define(session)
+    name = "model.layers.1.mlp.gate_proj"
+    session.hook(name)
+    plain = session.run(ROWS)[name].tensor()
+    session.unhook()
+    session.hook(name, edit="mix", capture="both")
+    session.hook(name, at="input", edit="scale", value=1.0, capture="both")
+    run = session.run(ROWS)
+    assert [c.name for c in run] == [f"{name} output before", name, f"{name} input before [0]", f"{name} input [0]"]
+    torch.testing.assert_close(run[name, "output before"].tensor(), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run[name, "output"].tensor(), mix(plain), atol=1e-5, rtol=1e-5)
+    assert torch.equal(run[name, "input before"].tensor(), run[name, "input"].tensor())
+
+
+@pytest.mark.parametrize("per", ["element", "whole"])
+@pytest.mark.engines(2)
+def test_nan_out_of_an_edit_is_allowed_and_flagged(session, tiny, per):
+    session.load(tiny("llama"), tp=2)
+    session.edit("bad", per=per)(lambda x, ctx: x / 0 * 0)
+    name = "model.layers.1.mlp.gate_proj"
+    session.hook(name, edit="bad", name="ratio")
+    session.hook("model.layers.2.mlp", edit="scale", value=2.0)  # NaN goes in: it did not make it
+    run = session.run(ROWS)
+    assert run.warnings == (f"the edit of hook 'ratio' put out NaN at {name}, where none came in",)
+    assert run.warnings[0] in repr(run) and "put out NaN at" in run._repr_html_()
+    assert run.logits.tensor()[MASK].isnan().all()
+    session.unhook("ratio")
+    assert session.run(ROWS).warnings == ()
+
+
+@pytest.mark.parametrize("layout", layouts)
 def test_heads_are_zeroed_inside_attention(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     base = session.run(ROWS).logits.tensor()

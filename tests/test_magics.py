@@ -430,6 +430,30 @@ def test_show_draws_a_capture_of_the_last_run_by_the_name_the_run_lists(drawn):
     assert drawn.do("%flex_show logits") == ("(root) [logits]", "map")
 
 
+def test_show_draws_several_by_their_names_or_a_glob(drawn):
+    a, b = "model.layers.0.mlp", "model.layers.1.mlp"
+    assert drawn.do(f"%flex_show {a} {b}") == [(a, "map"), (b, "map")]
+    assert drawn.do(f"%flex_show {a} input {b} logits") == [
+        (f"{a} input [0]", "map"),
+        (b, "map"),
+        ("(root) [logits]", "map"),
+    ]
+    layers = [(f"model.layers.{i}.mlp", "map") for i in range(4)]
+    assert drawn.do("%flex_show 'model.layers.*.mlp' output --as map") == layers
+    assert "captured nothing at ('nothing',)" in str(drawn.fails(f"%flex_show {a} nothing"))
+
+
+def test_show_of_too_many_draws_none(drawn, monkeypatch):
+    monkeypatch.setattr(magics, "MOST_VIEWS", 3)
+    assert "means 4 captures; at most 3" in str(drawn.fails(f"%flex_show {MLP} output"))
+
+
+def test_several_views_are_shown_one_after_another(loaded):
+    loaded.do(f"%flex_hook {MLP}\n%flex_run abc")
+    loaded.do("%flex_show model.layers.0.mlp model.layers.1.mlp")
+    assert loaded.shown.count("model.layers.0.mlp") == loaded.shown.count("model.layers.1.mlp") == 1
+
+
 def test_show_takes_an_earlier_run(drawn, monkeypatch):
     monkeypatch.setattr(fk.Capture, "show", lambda self: self.shape[1])
     last = drawn.do("flex.runs[-1].number")

@@ -94,6 +94,43 @@ def test_nothing_there_names_what_is_near():
     assert "('t', 'output', '0', 0)" in str(caught.value)
 
 
+def test_a_glob_is_the_list_of_those_it_matches():
+    first, second = CaptureKey("h", "model.0.mlp"), CaptureKey("h", "model.1.mlp")
+    other = CaptureKey("i", "model.1.mlp", "input", "0")
+    run = run_of(LOGITS, first, second, other)
+    assert [c.key for c in run["model.*.mlp", "output"]] == [first, second]
+    assert [c.key for c in run["model.*.mlp"]] == [first, second, other]
+    assert [c.key for c in run["model.0.*"]] == [first], "a list of one too"
+    assert "model.*.mlp" in run and "model.*.attn" not in run
+    with pytest.raises(CaptureError, match="captured nothing at"):
+        run["model.*.attn"]
+
+
+def test_a_hooks_name_is_what_it_captured():
+    one, two = CaptureKey("mine", "a"), CaptureKey("all", "a.0")
+    run = run_of(LOGITS, one, two)
+    run.globs = {"mine": "a", "all": "a.*"}
+    assert run["mine"].key == one
+    assert [c.key for c in run["all"]] == [two], "a list where the hook's glob has a star, however many it matched"
+    run.captures |= {CaptureKey("mine", "a", call=1): Found(CaptureKey("mine", "a", call=1))}
+    with pytest.raises(CaptureError, match="'mine' has 2 captures: say which, one of"):
+        run["mine"]
+
+
+def test_a_modules_name_goes_before_a_hooks():
+    run = run_of(CaptureKey("b", "a"), CaptureKey("x", "b"))
+    assert run["b"].key.module == "b"
+
+
+def test_what_was_there_before_an_edit_is_found_by_saying_so_or_alone():
+    before, after = CaptureKey("h", "m", "output before"), CaptureKey("h", "m")
+    run = run_of(before, after)
+    assert run["m"].key == run["m", "output"].key == after and run["m", "output before"].key == before
+    assert str(before) == "m output before"
+    assert run_of(before)["m"].key == run_of(before)["m", "output"].key == before
+    assert [c.key for c in run["*"]] == [after]
+
+
 def test_a_module_that_never_fires_is_said_to():
     with pytest.raises(CaptureError, match=r"'model\.layers' never fires in a forward"):
         run_of(OUT, silent=("model.layers",))["model.layers"]

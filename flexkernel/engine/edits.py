@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,13 +129,16 @@ class Editor:
         if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
             return value  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
-        self.edited[key] = Seen(placed.evidence, repr(placed.placement), digest(placed.local), placed.holds)
+        before = Seen(placed.evidence, repr(placed.placement), digest(placed.local), placed.holds)
+        self.edited[key] = before
         if per == "element":
             part = self._part(hook, name, placed.holds, formula, own_rows=True)
             local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
         local = self._chosen(hook, name, placed, formula, local)
+        if bool(local.isnan().any()) and not bool(placed.local.isnan().any()):
+            self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
         return replaced(value, path, again_distributed(tensor, local))
 
     def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:

@@ -106,10 +106,11 @@ class Hooks:
         if hook.edit is None:
             self.recording.record(hook, name, value)
             return None
-        if hook.capture == "before":
-            self.recording.record(hook, name, value)
+        before = f"{hook.at} before"
+        if before in hook.kept_at:
+            self.recording.record(hook, name, value, before)
         new = self.recording.edit(hook, name, value())
-        if hook.capture == "after":
+        if hook.at in hook.kept_at:
             self.recording.record(hook, name, lambda: new)
         return new
 
@@ -131,28 +132,31 @@ class Recording:
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
         self.placer, self.here, self.spill, self.editor = placer, here, spill, editor
         self.where = index_of(plan)
-        self.calls: dict[tuple[str, str], int] = {}
+        self.calls: dict[tuple[str, str, str], int] = {}
         self.edits: dict[tuple[str, str], int] = {}
         self.planned: dict[int, Seen] = {}
         self.others: dict[CaptureKey, Seen] = {}
         self.seconds = 0.0
 
-    def record(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> None:
-        """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture."""
+    def record(self, hook: HookSpec, name: str, value: Callable[[], Any], at: str = "") -> None:
+        """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture.
+
+        at: the capture's, where it is not the hook's: what was there before an edit is kept apart from what it made."""
         start = time.perf_counter()
-        call = self.calls.get((hook.key, name), 0)
-        self.calls[hook.key, name] = call + 1
-        i = self.where.get((hook.key, name, call))
+        at = at or hook.at
+        call = self.calls.get((hook.key, name, at), 0)
+        self.calls[hook.key, name, at] = call + 1
+        i = self.where.get((hook.key, name, at, call))
         try:
             if i is None:
-                self._record_other(hook, name, call, value())
+                self._record_other(hook, name, call, value(), at)
             else:
                 entry = self.plan.entries[i]
                 found = leaf(value(), entry.key.index)
                 self.planned[i] = self._write(i, found)
         except Exception as error:  # a read never raises into the forward; the capture carries its failure
             if i is None:
-                self.others[CaptureKey(hook.key, name, hook.at, hook.index or "", call)] = failed(error)
+                self.others[CaptureKey(hook.key, name, at, hook.index or "", call)] = failed(error)
             else:
                 self.planned[i] = failed(error)
         self.seconds += time.perf_counter() - start
@@ -169,7 +173,7 @@ class Recording:
             raise PlacementError(
                 f"{entry.key}: the value has no tensor at {entry.key.index!r}, as the scan said it would"
             )
-        placed = self.placer.place(entry.key.module, entry.key.at, value.detach(), entry.formula, here)
+        placed = self.placer.place(entry.key.module, entry.hook.at, value.detach(), entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
@@ -201,13 +205,13 @@ class Recording:
         narrowed(whole, (piece,)).copy_(narrowed(local, (piece,)))
         return joined(placed.holds, piece)
 
-    def _record_other(self, hook: HookSpec, name: str, call: int, value: Any) -> None:
+    def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
         """A value with no planned place: kept in a region of this rank's own, described in the reply."""
         path, tensor = first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
         if hook.name == "logits" and path not in ("", "logits"):
             return  # the model puts out something else first
         if tensor is not None:
-            key = CaptureKey(hook.key, name, hook.at, path, call)
+            key = CaptureKey(hook.key, name, at, path, call)
             try:
                 self.others[key] = self._described(hook, name, path, tensor.detach())
             except PlacementError as error:
@@ -246,11 +250,11 @@ def failed(error: Exception) -> Seen:
     return Seen("none", "unknown", box=None, error=(type(error).__name__, str(error)))
 
 
-def index_of(plan: Plan) -> dict[tuple[str, str, int], int]:
-    """(hook, module, call) → index in the plan; made once a plan."""
+def index_of(plan: Plan) -> dict[tuple[str, str, str, int], int]:
+    """(hook, module, at, call) → index in the plan; made once a plan."""
     found = plan.__dict__.get("_index")
     if found is None:
-        found = {(e.key.hook, e.key.module, e.key.call): i for i, e in enumerate(plan.entries)}
+        found = {(e.key.hook, e.key.module, e.key.at, e.key.call): i for i, e in enumerate(plan.entries)}
         object.__setattr__(plan, "_index", found)
     return found
 
