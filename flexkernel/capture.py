@@ -32,7 +32,9 @@ class Capture:
     """One activation, behaving as if the model were on one device.
 
     key: which module, where, which leaf and call. shape, dtype: of the whole. evidence: how its placement is known.
-    seen: rank → what that rank saw. region: its planned place, None where it has none.
+    seen: rank → what that rank saw. region: its planned place, None where it has none. tokens: each row's, as text.
+    mask: (B, positions) bool, which of a run's positions are real: False on pads, and in a generation after the token
+    before a row's last one; None where the value has no positions. cut: what of the planned whole there is.
     """
 
     def __init__(
@@ -46,14 +48,16 @@ class Capture:
         slab_bytes: int = 0,
         looked_into: Callable[[], Callable[[], None]] | None = None,
         tokens: list[list[str]] | None = None,
+        mask: torch.Tensor | None = None,
+        cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.key, self.shape, self.dtype, self.seen = key, tuple(shape), dtype, dict(seen)
-        self.tokens = tokens
+        self.tokens, self.mask, self._cut = tokens, mask, cut
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
         self._looked_into = looked_into or (lambda: lambda: None)
         self._expired = ""
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
-        self.error = _failure(key, self.seen, self.shape)
+        self.error = _failure(key, self.seen, self.shape if cut is None or region is None else region.shape)
 
     # --- what it is --------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class Capture:
         self._check()
         if self._is_view():
             region, slab = self._place()
-            return slab.private(region, self._looked_into())
+            return self._there(slab.private(region, self._looked_into()))
         return self._assemble()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -200,8 +204,8 @@ class Capture:
     def as_value(self) -> SlabValue:
         """Where it lies, for an edit that patches it in. CaptureError: on another host, or in several places."""
         self._check()
-        if not self._is_view():
-            raise CaptureError(f"{self.name} does not lie in one slab of this host; give the edit its .tensor()")
+        if not self._is_view() or self._cut is not None:
+            raise CaptureError(f"{self.name} does not lie in one piece of a slab of this host; give its .tensor()")
         region, _ = self._place()
         return SlabValue(region, self._slab_bytes or max(pages(size_of(region.shape, region.dtype)), pages(1)))
 
@@ -234,7 +238,7 @@ class Capture:
 
     def _one_host(self) -> str | None:
         hosts = self._hosts()
-        return hosts.pop() if len(hosts) == 1 and not self._is_partial() else None
+        return hosts.pop() if len(hosts) == 1 and not self._is_partial() and self._cut is None else None
 
     def _is_partial(self) -> bool:
         return any(seen.partial for seen in self.seen.values())
@@ -256,8 +260,15 @@ class Capture:
 
     def _shared(self) -> torch.Tensor:
         """The shared map: to be read here, never handed out."""
+        return self._there(self._planned())
+
+    def _planned(self) -> torch.Tensor:
+        """All that was planned, of which a generation that ended early has not run the last positions."""
         region, slab = self._place()
         return slab.tensor(region)
+
+    def _there(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self._cut is None else self._cut(whole)
 
     def _whole(self) -> torch.Tensor:
         return self._shared() if self._is_view() else self._assemble()
@@ -270,14 +281,15 @@ class Capture:
         """The whole in memory of its own, from each host's part, or as the sum of its addends."""
         if self._is_partial():
             return self._sum()
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        planned = self.shape if self._cut is None or self._region is None else self._region.shape
+        whole = torch.empty(planned, dtype=self.dtype)
         for rank, seen in self.seen.items():
             if seen.box is not None:
                 for index in (index_of(part, len(self.shape)) for part in boxes(seen.box)):
                     whole[index] = self._part(rank, index)
             elif seen.region is not None:
                 whole[index_of(seen.holds, len(self.shape))] = self._own_part(rank, seen.region)
-        return whole
+        return self._there(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
         """What a rank keeps in a region of its own."""
@@ -290,7 +302,7 @@ class Capture:
         assert self._region is not None
         host = self._home.hosts[rank]
         if host == self._home.here:
-            return self._shared()[index]
+            return self._planned()[index]
         return self._home.client(host).slice(self._region, index)
 
     def _sum(self) -> torch.Tensor:

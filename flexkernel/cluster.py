@@ -30,6 +30,7 @@ __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "atta
 
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
+POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 
 
@@ -49,6 +50,7 @@ class Cluster:
         self.timeout_s = 60.0
         self.seated = False
         self.closed = False
+        self.poll: Callable[[], None] | None = None  # called again and again while ranks work
 
     # --- what a backend does -----------------------------------------------------------------------
 
@@ -90,6 +92,15 @@ class Cluster:
                 self.seat(self.device)
             raise cause(reports)
         return answers
+
+    @contextlib.contextmanager
+    def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
+        """Within it every call calls this while the ranks work; where it raises they are interrupted."""
+        self.poll = poll
+        try:
+            yield
+        finally:
+            self.poll = None
 
     def ready(self, device: str) -> None:
         """Have the ranks seated for this device."""
@@ -165,6 +176,15 @@ class InProcess(Cluster):
         if progress:
             progress(1)
         return pending
+
+    @contextlib.contextmanager
+    def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
+        """The engine works in this thread: it calls it itself, at each new token."""
+        self._runtime.tick = poll
+        try:
+            yield
+        finally:
+            self._runtime.tick = None
 
     def alive(self) -> list[bool]:
         return [not self.closed]
@@ -245,7 +265,7 @@ class IPyParallel(Cluster):
         for done, result in enumerate(pending):
             while True:
                 try:
-                    answers.append(self._get(result, ranks[done], 1.0))
+                    answers.append(self._awaited(result, ranks[done], 1.0))
                     break
                 except (FutureTimeout, TimeoutError):
                     self._check_controller()
@@ -279,6 +299,19 @@ class IPyParallel(Cluster):
         if pid is not None and not psutil.pid_exists(pid):
             self.closed = True
             raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
+
+    def _awaited(self, result: Any, rank: int, timeout_s: float) -> Any:
+        """Its answer, as _get; meanwhile whoever watches is called."""
+        end = time.monotonic() + timeout_s
+        while self.poll is not None and time.monotonic() < end:
+            with contextlib.suppress(FutureTimeout, TimeoutError):
+                return self._get(result, rank, POLL_S)
+            try:
+                self.poll()
+            except BaseException:  # it keeps what it raised; here it is one more way to be interrupted
+                self.poll = None
+                raise KeyboardInterrupt from None
+        return self._get(result, rank, 0.0 if self.poll is not None else timeout_s)
 
     def _get(self, result: Any, rank: int, timeout_s: float) -> Any:
         try:

@@ -7,6 +7,7 @@ FlexError
 │   └── LayoutError       degrees, heads, world size or shards that do not fit together
 ├── HookError             a hook, a group or a module name that means nothing
 ├── PromptError           a prompt or token ids the model cannot take
+├── GenerationError       an option of generation that is not there, or cannot be had here
 ├── PlacementError        where a shard lies in the whole tensor is not known
 ├── CaptureError          an activation that is not there
 │   └── CaptureExpired    it was there, and the store of runs has given its memory back
@@ -25,6 +26,7 @@ __all__ = [
     "EngineDied",
     "EngineError",
     "FlexError",
+    "GenerationError",
     "HookError",
     "LayoutError",
     "LoadError",
@@ -64,6 +66,10 @@ class HookError(FlexError):
 
 
 class PromptError(FlexError):
+    pass
+
+
+class GenerationError(FlexError):
     pass
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import html
 import os
 import re
@@ -11,7 +12,7 @@ import secrets
 import socket
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -19,9 +20,26 @@ import torch
 
 from .capture import Capture, differing
 from .errors import CaptureError, FlexError, MemoryBudgetError
+from .generation import Stream, generated
 from .names import match, nearest
-from .prompts import Batch, token_strings
-from .slabs import PAGE, SLAB_BYTES, Extent, Plan, Planner, Pool, Slab, claim, pages, place
+from .prompts import Batch, texts, token_strings
+from .slabs import (
+    PAGE,
+    SLAB_BYTES,
+    Entry,
+    Extent,
+    Plan,
+    Planner,
+    Pool,
+    Slab,
+    claim,
+    cut,
+    kept_columns,
+    kept_shape,
+    pages,
+    place,
+    position_dim,
+)
 from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store"]
@@ -39,11 +57,22 @@ class Run:
     the module: the list of those it matches. run[a hook's name]: what it captured, a list where its glob has a star.
     Of an edited activation it is what came after the edit; run[module, "output before"] is what was there before.
     run.captures: all of them. run.logits: the model's output, whole or (where that would be large) its last position.
+    A generation goes on after its prompt: run.generated is the new text, run.text and run.tokens have both. Captures
+    cover the prompt and all new tokens but the last, which is never fed; run.mask says which of that is real.
     run.warnings: what to know before believing it.
     """
 
-    def __init__(self, number: int, plan: RunPlan, tokens: list[list[str]], tokenizer: Any):
+    def __init__(
+        self,
+        number: int,
+        plan: RunPlan,
+        tokens: list[list[str]],
+        tokenizer: Any,
+        new: Sequence[Sequence[int]] = (),
+        forwards: int = 1,
+    ):
         self.number, self.plan, self.tokens, self._tokenizer = number, plan, tokens, tokenizer
+        self.new_ids, self.forwards = [list(row) for row in new], forwards
         self.captures: dict[CaptureKey, Capture] = {}
         self.seconds: dict[str, float] = {}
         self.silent: tuple[str, ...] = ()
@@ -102,7 +131,8 @@ class Run:
 
     @property
     def logits(self) -> Capture:
-        """(B, S, V), or (B, 1, V) where all positions would take more than 64 MiB."""
+        """(B, S, V), or (B, 1, V) where all positions would take more than 64 MiB. Of a generation one position a
+        forward, (B, forwards, V): those from which the new tokens were taken, the prompt's last one first."""
         for key, capture in self.captures.items():
             if key.hook == "logits":
                 return capture
@@ -116,9 +146,46 @@ class Run:
 
     @property
     def text(self) -> list[str] | str:
-        """The prompt as text: a string, or a list of them for a batch."""
-        rows = ["".join(row) for row in self.tokens]
+        """The prompt as text, and what was generated after it: a string, or a list of them for a batch."""
+        prompts = ["".join(row[: len(self.plan.ids[0])]) for row in self.tokens]
+        rows = [a + b for a, b in zip(prompts, self._generated(), strict=True)] if self.new_ids else prompts
         return rows[0] if len(rows) == 1 else rows
+
+    @property
+    def generated(self) -> list[str] | str:
+        """The new text of a generation: a string, or a list of them for a batch. CaptureError: a plain run has none."""
+        if self.plan.generation is None:
+            raise CaptureError(f"run {self.number} is one forward, it generated nothing: session.generate(prompt)")
+        rows = self._generated()
+        return rows[0] if len(rows) == 1 else rows
+
+    def _generated(self) -> list[str]:
+        if self._tokenizer is None:
+            return ["".join(f" {i}" for i in row) for row in self.new_ids]
+        return texts(self.new_ids, self._tokenizer)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The batch's token ids, pads on the left; in a generation with the new ones, pads after a row's end."""
+        if self.plan.generation is None:
+            return [list(row) for row in self.plan.ids]
+        pad, width = self.plan.generation.pad_id, max(map(len, self.new_ids))
+        rows = zip(self.plan.ids, self.new_ids, strict=True)
+        return [[*prompt, *new, *[pad] * (width - len(new))] for prompt, new in rows]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, S) bool: which positions of the captures are real. In a generation (B, S + forwards - 1), for each row up
+        to the token before its last one: that was never fed, or only for the sake of other rows."""
+        prompt = torch.tensor(self.plan.mask).bool()
+        fed = torch.arange(1, self.forwards) if self.new_ids else torch.arange(0)
+        lengths = torch.tensor([[len(row)] for row in self.new_ids] or [[0]] * len(prompt))
+        return torch.cat([prompt, fed < lengths], 1)
+
+    @property
+    def seed(self) -> int:
+        """Of what the run drew: session.generate(..., seed=run.seed) draws the same."""
+        return self.plan.seed if self.plan.generation is None else self.plan.generation.seed
 
     def next_tokens(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """For each row the k likeliest next tokens and their probabilities."""
@@ -149,6 +216,7 @@ class Run:
 
     def __repr__(self) -> str:
         lines = [self._headline(), *(f"  warning: {text}" for text in self.warnings[:WARNED])]
+        lines += [f"  {shorter(row)!r}" for row in self._rows_of_text()[:4]] if self.new_ids else []
         lines += [f"  next: {', '.join(f'{w!r} {p:.3f}' for w, p in row)}" for row in self._table()[:4]]
         rows = folded(self)
         lines += [
@@ -162,10 +230,10 @@ class Run:
         esc = html.escape
         next_ = self._table()
         rows = "".join(
-            f'<tr><td style="text-align:left">{shown_tokens(tokens)}</td>'
+            f'<tr><td style="text-align:left">{shown_tokens(tokens)}{self._shown_new(i)}</td>'
             + "".join(f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>" for w, p in (next_[i] if i < len(next_) else ()))
             + "</tr>"
-            for i, tokens in enumerate(self.tokens[:8])
+            for i, tokens in enumerate([row[: len(self.plan.ids[0])] for row in self.tokens[:8]])
         )
         rows += f"<tr><td>… and {len(self.tokens) - 8} more rows</td></tr>" if len(self.tokens) > 8 else ""
         captured = folded(self)
@@ -177,30 +245,45 @@ class Run:
         )
         left = sum(row[1] for row in captured[SHOWN:])
         more = f"<p>… and {left} more captures</p>" if left else ""
+        next_head = "" if self.new_ids else "<th colspan=5>next token</th>"
         head = "<tr><th>captures</th><th>n</th><th>shape</th><th>placement over tp</th><th>evidence</th></tr>"
         return (
             f"<div><b>{esc(self._headline())}</b>"
             + "".join(f'<p style="color:#c22">{esc(text)}</p>' for text in self.warnings[:WARNED])
-            + f"<table><tr><th>prompt</th><th colspan=5>next token</th></tr>{rows}</table>"
+            + f"<table><tr><th>prompt</th>{next_head}</tr>{rows}</table>"
             + (f"<table>{head}{table}</table>{more}" if table else "")
             + "</div>"
         )
 
+    def _shown_new(self, row: int) -> str:
+        """What the row was continued with, told from the prompt."""
+        return f" <b>{html.escape(shorter(self._generated()[row], 2000))}</b>" if self.new_ids else ""
+
     def _headline(self) -> str:
-        B, S = len(self.tokens), len(self.tokens[0])
+        B, S = len(self.plan.ids), len(self.plan.ids[0])
         state = f", {self.freed}" if self.freed else ""
+        new = f" + {self.forwards} new" if self.new_ids else ""
         if self.plan.stop_at is not None and not self.stopped:
             state += ", run to its end: with fsdp and dp the ranks cannot stop early"
         return (
-            f"Run {self.number}: {B} × {S} tokens, {len(self)} captures, {self.num_bytes / 1e6:.1f} MB, "
+            f"Run {self.number}: {B} × {S} tokens{new}, {len(self)} captures, {self.num_bytes / 1e6:.1f} MB, "
             f"{self.seconds.get('total', 0) * 1e3:.0f} ms{state}"
         )
 
+    def _rows_of_text(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else self.text
+
     def _table(self) -> list[list[tuple[str, float]]]:
+        if self.new_ids:  # its last logits are those of the last new token
+            return []
         try:
             return self.next_tokens()
         except FlexError:  # stopped early, freed, or not to be placed: the rest of the repr is still good
             return []
+
+
+def shorter(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _wanted(key: str | tuple | CaptureKey) -> tuple:
@@ -373,8 +456,16 @@ class Store:
             self.pool.release(extent)
             raise
 
-    def run(self, batch: Batch, where: Plan, tokenizer: Any, wanted: dict[str, Any]) -> Run:
-        """Have the engines run a batch, once there is room for what it keeps. wanted: the RunPlan's other fields."""
+    def run(
+        self,
+        batch: Batch,
+        where: Plan,
+        tokenizer: Any,
+        wanted: dict[str, Any],
+        on_token: Callable[[int, str], Any] | None = None,
+    ) -> Run:
+        """Have the engines run a batch, once there is room for what it keeps. wanted: the RunPlan's other fields.
+        on_token(row, text): called with the text of a generation as it comes."""
         begin = time.perf_counter()
         number = self.next_number()
         with self.room(where.num_bytes) as extent:
@@ -393,19 +484,51 @@ class Store:
                 **wanted,
             )
             self._freed.append(number)  # if it fails: what it left on the engines goes with the next run
-            reports = self._cluster.call("run", plan)
+            if plan.generation is None:
+                reports = self._cluster.call("run", plan)
+            else:
+                reports = self._streamed(plan, where, tokenizer, on_token)
             check_edited(reports)
             self._freed.remove(number)
         run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
         run.seconds["total"] = time.perf_counter() - begin
         return run
 
+    def _streamed(
+        self, plan: RunPlan, where: Plan, tokenizer: Any, on_token: Callable[[int, str], Any] | None
+    ) -> list[RunReport]:
+        """The run's reports; meanwhile its new text is told as it comes. What it raises says how far it was."""
+
+        def read(region: Region) -> list[list[list[int]]]:
+            return [
+                self.slab(region.slab, plan.slab_bytes).tensor(region).tolist()
+                if host == self.here
+                else self.client(host).read(region).tolist()
+                for host in dict.fromkeys(self.hosts)
+            ]
+
+        stream = Stream(plan, where.text_region(plan.slab, plan.base), tokenizer, read, on_token)
+        try:
+            with self._cluster.watched(stream if on_token is not None else None):
+                reports = self._cluster.call("run", plan)
+            stream.end(generated(reports, len(plan.ids)))
+            return reports
+        except BaseException as error:
+            raised = stream.failure or error
+            made = [text for text in stream.so_far() if text]
+            if made:
+                raised.add_note(f"generated before that: {made}")
+            if raised is error:
+                raise
+            raise raised from None
+
     def recover(self, by_rank: Sequence[dict], planner: Planner, tokenizer: Any) -> None:
         """The runs of an earlier driver that every rank still knows: their captures lie where that one put them."""
         for number, (plan, hooks, _) in sorted(by_rank[0].items()):
             reports = [runs[number][2] for runs in by_rank if number in runs]
             if len(reports) == len(by_rank):
-                where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
+                new = plan.generation.max_new_tokens if plan.generation is not None else 0
+                where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]), new)
                 tokens = [token_strings(row, tokenizer) for row in plan.ids]
                 extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
                 self.pool.adopt(extent)
@@ -415,7 +538,12 @@ class Store:
         self, plan: RunPlan, where: Plan, extent: Extent, reports: Sequence[RunReport], tokens: Any, tokenizer: Any
     ) -> Run:
         """The run that these reports describe."""
-        run = Run(plan.run, plan, tokens, tokenizer)
+        forwards = max(report.forwards for report in reports)
+        new = generated(reports, len(plan.ids)) if plan.generation is not None else []
+        longest = max(map(len, new), default=0)
+        more = [[*token_strings(row, tokenizer), *[""] * (longest - len(row))] for row in new]
+        tokens = [[*row, *words] for row, words in zip(tokens, more, strict=True)] if new else tokens
+        run = Run(plan.run, plan, tokens, tokenizer, new, forwards)
         self._count = max(self._count, plan.run)
         run.silent, run.stopped = where.silent, any(report.stopped for report in reports)
         run.globs = {entry.hook.key: entry.hook.glob for entry in where.entries}
@@ -456,19 +584,57 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
     def looked_into():
         return home.pool.looked_into(extent)
 
+    text = Positions(run)
     found: dict[CaptureKey, Capture] = {}
     for i, entry in enumerate(where.entries):
         if i not in planned and run.stopped:
             continue
         region: Region = where.region(entry, extent.slab, extent.base)
         dtype = getattr(torch, entry.formula.dtype)
+        shape, part = text.there(entry)
+        tokens, mask = text.of(entry)
+        by_rank = planned.get(i, {})
         found[entry.key] = Capture(
-            entry.key, entry.shape, dtype, planned.get(i, {}), region, home, extent.slab_bytes, looked_into, run.tokens
+            entry.key, shape, dtype, by_rank, region, home, extent.slab_bytes, looked_into, tokens, mask, part
         )
     for key, by_rank in others.items():
         shape, dtype = described(by_rank)
         found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
     return found
+
+
+class Positions:
+    """Which positions of a run's text its captures have."""
+
+    def __init__(self, run: Run):
+        self.run, self.mask = run, run.mask
+        self.B, self.S = len(run.plan.ids), len(run.plan.ids[0])
+        self._kept: dict[tuple[int, ...] | None, list[int]] = {}
+
+    def there(self, entry: Entry) -> tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor] | None]:
+        """The shape of what there is, and how it is cut out of what was planned: a generation may end early."""
+        run = self.run
+        if run.plan.generation is None or entry.newest or run.forwards == run.plan.generation.max_new_tokens:
+            return entry.shape, None
+        shape = kept_shape(entry.formula, entry.hook, self.B, self.S, 0, run.forwards, check=False)
+        if shape == entry.shape:
+            return shape, None
+        folded = entry.formula.dims_of("B*S")
+        return shape, functools.partial(cut, shape=shape, folded=folded, B=self.B)
+
+    def of(self, entry: Entry) -> tuple[list[list[str]], torch.Tensor | None]:
+        """(each row's tokens, which of the positions are real)."""
+        if position_dim(entry.formula) is None and not entry.formula.dims_of("B*S"):
+            return self.run.tokens, None
+        columns = [self.mask.shape[1] - 1] if entry.newest else self._columns(entry.hook.kept_positions)
+        if len(columns) == self.mask.shape[1]:
+            return self.run.tokens, self.mask
+        return [[row[c] for c in columns] for row in self.run.tokens], self.mask[:, columns]
+
+    def _columns(self, positions: tuple[int, ...] | None) -> list[int]:
+        if positions not in self._kept:
+            self._kept[positions] = [c for f in kept_columns(positions, self.S, self.run.forwards) for c in f]
+        return self._kept[positions]
 
 
 def check_edited(reports: Sequence[RunReport]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import cluster as clusters
-from . import model, parameters, prompts, slabs
+from . import generation, model, parameters, prompts, slabs
 from .capture import Capture
 from .hooking import Hooking
 from .hooks import check_groups
@@ -162,3 +162,31 @@ class Session(Hooking):
         where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
         wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
         return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest})
+
+    def generate(
+        self,
+        prompts_or_ids: Any,
+        max_new_tokens: int = 32,
+        groups: Sequence[str] | str = (),
+        complement: bool = False,
+        chat: bool = False,
+        on_token: Callable[[int, str], Any] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Run:
+        """Go on after prompts, token ids or chat messages, greedily unless do_sample=True; hooks fire at every step.
+
+        Captures cover the prompt and all new tokens but the last, which is never fed. on_token(row, text) is told
+        the text as it comes. options: of transformers' generate, temperature=, top_k=, top_p=, repetition_penalty=,
+        eos_token_id=, ... seed: of what is drawn, else a new one each time (run.seed). GenerationError, PromptError,
+        MemoryBudgetError: refused before the first forward."""
+        info = self._loaded()
+        assert self.store is not None
+        groups = (groups,) if isinstance(groups, str) else tuple(groups)
+        check_groups(self.hook_set, groups)
+        batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+        asked = generation.asked(max_new_tokens, options, batch, info.max_positions, seed)
+        B, S = len(batch.ids), len(batch.ids[0])
+        where = self.planner.plan(self.hook_set.active(groups, complement), B, S, max_new_tokens)
+        wanted = {"groups": groups, "complement": complement, "seed": self.seed, "generation": asked}
+        return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest}, on_token)

@@ -28,7 +28,23 @@ from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
 
-__all__ = ["Entry", "Plan", "Planner", "Pool", "Slab", "check_index", "claim", "folder", "pages", "place", "sweep"]
+__all__ = [
+    "Entry",
+    "Plan",
+    "Planner",
+    "Pool",
+    "Slab",
+    "check_index",
+    "check_positions",
+    "claim",
+    "cut",
+    "folder",
+    "kept_columns",
+    "kept_shape",
+    "pages",
+    "place",
+    "sweep",
+]
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
@@ -51,23 +67,33 @@ def size_of(shape: Sequence[int], dtype: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base."""
+    """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base.
+
+    newest: of a generation's forwards only the last is kept, each writes over the one before."""
 
     key: CaptureKey
     hook: HookSpec
     formula: ShapeFormula
     shape: tuple[int, ...]
     offset: int
+    newest: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire."""
+    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire.
+
+    text: the first byte of a generation's new tokens, int64 of that shape."""
 
     entries: tuple[Entry, ...]
     num_bytes: int
     silent: tuple[str, ...]
     logits_last: bool
+    text: int = 0
+    text_shape: tuple[int, int] = (0, 0)
+
+    def text_region(self, slab: str, base: int) -> Region:
+        return Region(slab, base + self.text, self.text_shape, "int64")
 
     def region(self, entry: Entry, slab: str, base: int) -> Region:
         return Region(slab, base + entry.offset, entry.shape, entry.formula.dtype)
@@ -87,17 +113,18 @@ class Planner:
             raise HookError(f"{cls} does not compute attention through transformers' interface: it has no @ points")
         return tuple(select(glob, self.info.names))
 
-    def plan(self, hooks: Sequence[HookSpec], B: int, S: int) -> Plan:
-        """Where each capture of these hooks lies for B rows of S positions. HookError: an index that is not there."""
-        key = (tuple(hooks), B, S)
+    def plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0) -> Plan:
+        """Where each capture of these hooks lies for B rows of S positions, and of those that at most `new` generated
+        tokens add. HookError: an index that is not there."""
+        key = (tuple(hooks), B, S, new)
         if key not in self._plans:
             if len(self._plans) > 64:
                 self._plans.clear()
-            self._plans[key] = self._plan(hooks, B, S)
+            self._plans[key] = self._plan(hooks, B, S, new)
         return self._plans[key]
 
-    def _plan(self, hooks: Sequence[HookSpec], B: int, S: int) -> Plan:
-        logits = self._logits(B, S)
+    def _plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int) -> Plan:
+        logits, large = self._logits(B, S, new)
         entries, offset, silent = [], 0, []
         for hook in (*hooks, *([logits] if logits else [])):
             for name in self.targets(hook.glob) if hook.kept_at else ():
@@ -108,21 +135,24 @@ class Planner:
                     formula = leaf_of(leaves, hook, name)
                     if formula is None or formula.dims is None:
                         continue
-                    shape = kept_shape(formula, hook, B, S, self.info.window)
+                    newest = hook is logits and large
+                    shape = kept_shape(formula, hook, B, S, self.info.window, 1 if newest else max(new, 1))
                     for at in hook.kept_at:
                         key = CaptureKey(hook.key, name, at, formula.path, call)
-                        entries.append(Entry(key, hook, formula, shape, offset))
+                        entries.append(Entry(key, hook, formula, shape, offset, newest))
                         offset += pages(size_of(shape, formula.dtype))
-        return Plan(tuple(entries), offset, tuple(silent), bool(logits and logits.positions))
+        num_bytes = offset + pages(B * new * 8)
+        return Plan(tuple(entries), num_bytes, tuple(silent), large, offset if new else 0, (B * bool(new), new))
 
-    def _logits(self, B: int, S: int) -> HookSpec | None:
-        """The hook that every run has: the model's logits, or their last position where all would not be small."""
+    def _logits(self, B: int, S: int, new: int) -> tuple[HookSpec | None, bool]:
+        """The hook that every run has, on the model's logits, and whether all of them would be large, so that it keeps
+        the last position only. A generation has one position a forward, from which the next token is taken."""
         calls = self.info.scan.get(("", "output"), ())
         formula = next((leaf for leaf in calls[0] if leaf.path in ("logits", "")), None) if calls else None
         if formula is None or formula.dims is None:
-            return None
-        large = size_of(formula.shape(B, S), formula.dtype) > LOGITS_BYTES
-        return HookSpec("", index=formula.path, name="logits", positions=(-1,) if large else None)
+            return None, False
+        large = size_of(formula.shape(B, new or S), formula.dtype) > LOGITS_BYTES
+        return HookSpec("", index=formula.path, name="logits", positions=(-1,) if new or large else None), large
 
 
 def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeFormula | None:
@@ -144,17 +174,57 @@ def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
             leaf_of(leaves, hook, name)
 
 
-def kept_shape(formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int) -> tuple[int, ...]:
-    """The shape a capture keeps: the whole, or only the positions its hook names."""
-    shape = list(formula.shape(B, S, 0, window))
+def kept_shape(
+    formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int, forwards: int = 1, check: bool = True
+) -> tuple[int, ...]:
+    """The shape a capture keeps: the whole, or only the positions its hook names. A generation's forwards after the
+    first, over the prompt's S positions, add one each. check: HookError for positions that it will not have."""
+    T = S + forwards - 1
+    shape = list(formula.shape(B, T, 0, window))
     if hook.kept_positions is not None:
-        outside = [p for p in hook.kept_positions if not -S <= p < S]
-        if outside:
-            raise HookError(f"hook {hook.key!r} keeps position {outside[0]}, but the run has {S}")
+        if check:
+            check_positions(hook, S, forwards)
         dim = position_dim(formula)
         if dim is not None:
-            shape[dim] = len(hook.kept_positions)
+            shape[dim] = sum(map(len, kept_columns(hook.kept_positions, S, forwards)))
     return tuple(shape)
+
+
+def kept_columns(positions: tuple[int, ...] | None, S: int, forwards: int = 1) -> list[tuple[int, ...]]:
+    """For each forward those of the positions that it runs; None: all of them. They are the whole text's; negative ones
+    count from the end of the text as it is then: -1 is each forward's newest token.
+
+    >>> kept_columns((0, -1), 5, 3)
+    [(0, 4), (5,), (6,)]
+    """
+    ran = [range(S), *(range(c, c + 1) for c in range(S, S + forwards - 1))]
+    if positions is None:
+        return [tuple(columns) for columns in ran]
+    absolute = [[p if p >= 0 else columns.stop + p for p in positions] for columns in ran]
+    return [tuple(p for p in wanted if p in columns) for wanted, columns in zip(absolute, ran, strict=True)]
+
+
+def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
+    """HookError if the hook names a position that no forward of the run will have."""
+    last = S + forwards - 1
+    outside = [p for p in hook.positions or () if not -S <= p < last]
+    if outside:
+        keeps = "keeps" if hook.edit is None else "edits"
+        there = f"{last}, of which {S} are the prompt's" if forwards > 1 else last
+        raise HookError(f"hook {hook.key!r} {keeps} position {outside[0]}, but the run has {there}")
+
+
+def cut(whole: torch.Tensor, shape: Sequence[int], folded: Sequence[int], B: int) -> torch.Tensor:
+    """What of a planned whole there is, where a generation ended early: the first positions. folded: dims in which
+    rows and positions lie together."""
+    for dim, size in enumerate(shape):
+        if size == whole.shape[dim]:
+            continue
+        if dim in folded:
+            whole = whole.unflatten(dim, (B, -1)).narrow(dim + 1, 0, size // B).flatten(dim, dim + 1)
+        else:
+            whole = whole.narrow(dim, 0, size)
+    return whole
 
 
 def position_dim(formula: ShapeFormula) -> int | None:

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
     "AXES",
@@ -15,6 +16,7 @@ __all__ = [
     "CaptureKey",
     "EditSpec",
     "ErrorReport",
+    "Generation",
     "Held",
     "HookSet",
     "HookSpec",
@@ -327,6 +329,20 @@ class CaptureKey:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How a run goes on after its prompt: one token a forward, at most max_new_tokens of them.
+
+    options: those of transformers' generate, plain data. seed: of what it draws. pad_id: what follows a row's end.
+    stamp: marks the tokens that this run writes into its slab, where whoever looks finds them as they come."""
+
+    max_new_tokens: int
+    options: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    pad_id: int = 0
+    stamp: int = 1
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """One run, before it: the whole batch, and where its captures will lie. Every rank gets the same."""
 
@@ -346,6 +362,7 @@ class RunPlan:
     timeout_s: float = 60.0
     seed: int = 0  # of what edits draw
     freed: tuple[int, ...] = ()  # runs that the driver's store has let go
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)
@@ -393,6 +410,8 @@ class RunReport:
     seconds: dict[str, float]
     stopped: bool = False
     edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
+    forwards: int = 1
+    generated: dict[int, list[int]] = field(default_factory=dict)  # row of the batch → its new tokens, up to its end
 
 
 @dataclass(frozen=True)

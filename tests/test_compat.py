@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,34 @@ from flexkernel.wire import Layout
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+# --- transformers: generation ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [range(2), range(2, 4)])
+def test_a_stages_cache_answers_from_a_layer_of_the_same_kind_that_it_has(layers):
+    """Gemma-2's layers take turns, sliding and not; transformers asks the model's first of each kind."""
+    config = transformers.Gemma2Config(num_hidden_layers=4, sliding_window=8, num_attention_heads=2, head_dim=4)
+    model = nn.Module()
+    model.config = config
+    stage = SimpleNamespace(pp_rank=0, layer_range_for_rank=lambda _rank, _num_layers: (layers.start, layers.stop))
+    model._pp_stage = stage
+    cache, plain = compat.StageCache(model), transformers.DynamicCache(config=config)
+    assert cache.is_sliding == [True, False, True, False]
+    keys = torch.zeros(1, 2, 20, 4)
+    for layer in layers:
+        cache.update(keys, keys, layer)
+    for layer in range(4):
+        plain.update(keys, keys, layer)
+    for asked in (0, 1):
+        assert cache.get_seq_length(asked) == 20
+        assert cache.get_mask_sizes(1, asked) == plain.get_mask_sizes(1, asked) == ((8, 13) if asked == 0 else (21, 0))
+
+
+def test_transformers_takes_the_loops_arguments():
+    assert {"streamer", "synced_gpus"} <= set(parameters(transformers.GenerationMixin.generate))
+    assert parameters(transformers.DynamicCache.get_mask_sizes) == ["self", "query_length", "layer_idx"]
 
 
 # --- transformers: loading -------------------------------------------------------------------------

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 LAYERS = [
     {"errors", "wire", "names"},
     {"slabs", "reduce", "reaper"},
-    {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"},
+    {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
+    | {"generation"},
     {"hooking", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]

@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from transformers.distributed.utils import initialize_distributed_mesh
@@ -21,6 +21,7 @@ from transformers.distributed.utils import initialize_distributed_mesh
 from ..wire import Layout
 
 __all__ = [
+    "StageCache",
     "abort_groups",
     "all_gather_single",
     "attention_functions",
@@ -117,6 +118,33 @@ def eager_attention(module: torch.nn.Module) -> Callable:
         if found is not None:
             return found
     raise LookupError(f"{type(module).__name__} has no eager_attention_forward")
+
+
+# --- transformers: generation ----------------------------------------------------------------------
+
+
+class StageCache(DynamicCache):
+    """The key/value cache of one pipeline stage. transformers asks a layer of each kind for the lengths that masks and
+    positions need, the first of the model; on another stage that one stays empty, and the answer would be 0: wrong
+    tokens, without an error. Here a layer that this stage has answers for it."""
+
+    def __init__(self, model: Any):
+        config = model.config.get_text_config(decoder=True)
+        super().__init__(config=config)
+        stage = model._pp_stage
+        self._owned = range(*stage.layer_range_for_rank(stage.pp_rank, config.num_hidden_layers))
+
+    def _answers(self, layer: int) -> int:
+        if layer in self._owned:
+            return layer
+        alike = [i for i in self._owned if self.is_sliding[i] == self.is_sliding[layer]]
+        return (alike or self._owned)[0]  # with none alike no mask of that kind is used here
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(self._answers(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, self._answers(layer_idx))
 
 
 # --- wrappers --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-__all__ = ["digest"]
+__all__ = ["digest", "joined_digest"]
 
 
 def digest(value: torch.Tensor) -> int:
@@ -25,6 +25,11 @@ def digest(value: torch.Tensor) -> int:
         return int(words.sum()) + tail
     rows = words[: num_rows * width].view(num_rows, width).sum(1)
     return int(rows.mul_(odd_numbers(num_rows, rows.device)).sum() + words[num_rows * width :].sum()) + tail
+
+
+def joined_digest(before: int, after: int) -> int:
+    """Of two values one after the other, in 64 bits."""
+    return (before * 0x100000001B3 + after + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 @functools.lru_cache(maxsize=32)

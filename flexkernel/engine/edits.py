@@ -15,12 +15,13 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..errors import EditError, HookError, PlacementError
-from ..slabs import Slab
+from ..slabs import Slab, check_positions, position_dim
 from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
-from .digest import digest
+from .digest import digest, joined_digest
 from .gather import Exchange
 from .leaves import leaf, leaves, replaced
 from .placements import Place, Placed, Placer, narrowed
+from .text import Text
 
 __all__ = ["PRESETS", "Context", "Editor"]
 
@@ -30,7 +31,9 @@ class Context:
     """What an edit is told beside the activation.
 
     module: its name. save: a dict that lives on between runs, on the rank where the edit runs. step: of the generation.
-    tokens: ids (B, S). mask: (B, S) bool, False on pads. positions: (B, S), of each token in its row.
+    tokens: ids (B, S) of the positions that x has: in a generation the prompt's, then at each step the newest token's;
+    at @k and @v all so far. mask: (B, S) bool, False on pads and after a row's end. positions: (B, S), of each token in
+    its row.
     """
 
     module: str
@@ -49,7 +52,7 @@ class Context:
 
 def mean(x: torch.Tensor, _value: Any, at: _Part) -> torch.Tensor:
     """The mean over rows and positions, pads left out, in every place."""
-    dims = at.formula.dims_of("B", "S", "P+S")
+    dims = at.formula.dims_of("B", "S", "P+S", "W+S")
     if at.formula.dims_of("B*S"):
         weight = at.context.mask.reshape(-1, *[1] * (x.dim() - 1)).to(x)
         return ((x * weight).sum(0, keepdim=True) / weight.sum()).expand_as(x)
@@ -67,9 +70,8 @@ def project_out(x: torch.Tensor, value: torch.Tensor, _at: _Part) -> torch.Tenso
 
 def noise(x: torch.Tensor, value: Any, at: _Part) -> torch.Tensor:
     """Plus normal noise of this standard deviation, drawn for the whole, so that it does not depend on the layout."""
-    generator = torch.Generator().manual_seed(at.seed)
-    drawn = narrowed(torch.randn(at.whole, generator=generator), at.box)
-    return x + (drawn * value).to(x)
+    drawn = at.drawn() if at.generating else torch.randn(at.whole, generator=torch.Generator().manual_seed(at.seed))
+    return x + (narrowed(drawn, at.box) * value).to(x)
 
 
 PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]] = {
@@ -79,7 +81,7 @@ PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]]
     "set": ("element", lambda x, value, _at: torch.zeros_like(x) + value),
     "clamp": ("element", lambda x, value, _at: x.clamp(*value)),
     "noise": ("element", noise),
-    "patch": ("element", lambda x, value, _at: value.to(x)),
+    "patch": ("element", lambda x, value, _at: x if value is None else value.to(x)),
     "mean": ("whole", mean),
     "project_out": ("row", project_out),
 }
@@ -87,13 +89,31 @@ PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]]
 
 @dataclass(frozen=True)
 class _Part:
-    """Which part of the whole an edit sees: its box, the whole's shape and formula."""
+    """Which part of the whole an edit sees: its box, the whole's shape and formula, the positions of the text that it
+    has."""
 
     whole: tuple[int, ...]
     box: Box
     formula: ShapeFormula
     context: Context
     seed: int
+    columns: range
+    generating: bool
+
+    def drawn(self) -> torch.Tensor:
+        """Normal noise of the whole's shape, for each position of the text from a seed of its own: a generation then
+        gives a position the same noise at every step that sees it."""
+        shape, dim = list(self.whole), position_dim(self.formula)
+        folded = self.formula.dims_of("B*S")
+        if folded:
+            dim = folded[0] + 1
+            shape[folded[0] : dim] = [shape[folded[0]] // len(self.columns), len(self.columns)]
+        if dim is None:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        each = [*shape[:dim], *shape[dim + 1 :]]
+        seeds = ((self.seed + c * 0x9E3779B97F4A7C15) & (2**63 - 1) for c in self.columns)
+        columns = [torch.randn(each, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(columns, dim).reshape(self.whole)
 
 
 # --- making them ---------------------------------------------------------------------------------------
@@ -107,6 +127,7 @@ class Editor:
         info: ModelInfo,
         plan: RunPlan,
         here: Place,
+        text: Text,
         placer: Placer,
         edits: Mapping[str, tuple[EditSpec, Callable]],
         saved: dict[str, Any],
@@ -115,8 +136,7 @@ class Editor:
     ):
         self.info, self.here, self.placer, self.edits = info, here, placer, edits
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
-        self.tokens, self.mask = torch.tensor(plan.ids), torch.tensor(plan.mask).bool()
-        self.positions = torch.tensor(plan.positions)
+        self.text, self.generation = text, plan.generation
         self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
@@ -129,7 +149,10 @@ class Editor:
         if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
             return value  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
-        before = Seen(placed.evidence, repr(placed.placement), digest(placed.local), placed.holds)
+        earlier = self.edited.get(key)  # in a generation, of the steps before
+        said = joined_digest(earlier.digest if earlier is not None else 0, digest(placed.local))
+        nan = earlier is not None and earlier.nan
+        before = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
         self.edited[key] = before
         if per == "element":
             part = self._part(hook, name, placed.holds, formula, own_rows=True)
@@ -166,9 +189,12 @@ class Editor:
         """What an edit is told. own_rows: it sees this group's rows of the batch only."""
         rows = slice(*self.here.rows) if own_rows else slice(None)
         saved = self.saved.setdefault(hook.edit or "", {})
-        context = Context(name, saved, self.tokens[rows], self.mask[rows], self.positions[rows])
-        whole = formula.shape(self.here.B, self.here.S, 0, self.here.window)
-        return _Part(whole, box, formula, context, (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode()))
+        whole, dim = self.here.whole(formula), position_dim(formula)
+        columns = self.here.columns(self.here.S if dim is None else whole[dim])
+        told = (self.text.ids(columns)[rows], self.text.mask(columns)[rows], self.text.positions(columns)[rows])
+        context = Context(name, saved, *told, step=self.here.step)
+        seed = (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode())
+        return _Part(whole, box, formula, context, seed, columns, self.generation is not None)
 
     def _cut(self, hook: HookSpec, part: _Part, x: torch.Tensor) -> Any:
         """The hook's value as the preset takes it: a number, or the tensor's part that belongs to this part."""
@@ -181,11 +207,24 @@ class Editor:
             return given
         if hook.edit == "project_out":
             return tensor.to(x)
+        if hook.edit == "patch" and part.generating:
+            tensor = self._patched(tensor, part)
+            if tensor is None:
+                return None
         if hook.edit == "patch" and tuple(tensor.shape) != part.whole:
             raise EditError(
                 f"patch at {part.context.module}: the source has shape {tuple(tensor.shape)}, not {part.whole}"
             )
         return narrowed(tensor.expand(part.whole), part.box).to(x)
+
+    def _patched(self, source: torch.Tensor, part: _Part) -> torch.Tensor | None:
+        """What a source that covers the text up to some position has for this forward; None after its end."""
+        dim = position_dim(part.formula)
+        if dim is None or source.dim() != len(part.whole):
+            return source
+        if part.columns.start >= source.shape[dim]:
+            return None
+        return source[(slice(None),) * dim + (slice(part.columns.start, part.columns.stop),)]
 
     def _once(
         self, hook: HookSpec, name: str, call: int, placed: Placed, formula: ShapeFormula, per: str, function: Callable
@@ -197,7 +236,10 @@ class Editor:
         part = self._part(hook, name, (), formula, own_rows=group == "tp")
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            return guarded(hook, name, x, lambda y: function(y, self._cut(hook, part, y), part))
+            now = self._part(
+                hook, name, (), formula, own_rows=group == "tp"
+            )  # once more: now all rows' tokens are there
+            return guarded(hook, name, x, lambda y: function(y, self._cut(hook, now, y), now))
 
         size = layout.tp if group == "tp" else layout.tp * layout.batch_groups
         if size == 1:
@@ -206,12 +248,13 @@ class Editor:
         mine = placed.holds
         if group == "tp" and layout.batch_groups > 1:  # the rows of this group are all that it sees
             mine = tuple(piece for piece in placed.holds if piece[0] not in batched)
-            shape = formula.shape(self.here.local_rows, self.here.S, 0, self.here.window)
+            shape = self.here.own(formula)
         else:
             shape = part.whole
         writes = self._writes(placed, group) and not (self.here.idle and batched and group == "stage")
         fallback = self.here.idle and batched and group == "stage"  # a copied row: give it the first one
         reads = tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine) if fallback else mine
+        call |= self.here.step << 16
         return self.exchange.once(f"{hook.key} {name}", call, group, placed.local, shape, mine, reads, writes, run)
 
     def _writes(self, placed: Placed, group: str) -> bool:
@@ -229,7 +272,9 @@ class Editor:
             return new
         chosen = torch.ones((), dtype=torch.bool, device=old.device)
         for what, dim in self._dims(hook, name, formula, old.dim()):
-            total = formula.shape(self.here.B, self.here.S, 0, self.here.window)[dim]
+            total = self.here.whole(formula)[dim]
+            if what is hook.positions and self.generation is not None:
+                what = self._of_this_forward(hook, total)
             outside = [i for i in what if not -total <= i < total]
             if outside:
                 raise HookError(f"{hook.key}: index {outside[0]} is outside the {total} of {name}")
@@ -239,11 +284,20 @@ class Editor:
             chosen = chosen & mask.view([-1 if d == dim else 1 for d in range(old.dim())])
         return torch.where(chosen, new, old)
 
+    def _of_this_forward(self, hook: HookSpec, total: int) -> tuple[int, ...]:
+        """The hook's positions, which are the whole text's, as indices of what this forward has. Negative ones count
+        from the end of the text as it is now: -1 is each forward's newest token."""
+        assert hook.positions is not None and self.generation is not None
+        check_positions(hook, self.text.S, self.generation.max_new_tokens)
+        columns = self.here.columns(total)
+        absolute = (p if p >= 0 else columns.stop + p for p in hook.positions)
+        return tuple(p - columns.start for p in absolute if p in columns)
+
     def _dims(self, hook: HookSpec, name: str, formula: ShapeFormula, ndim: int) -> list[tuple[tuple[int, ...], int]]:
         """(chosen indices, the dim they count along)."""
         found: list[tuple[tuple[int, ...], int]] = []
         if hook.positions is not None:
-            along = formula.dims_of("S") or formula.dims_of("P+S")
+            along = formula.dims_of("S") or formula.dims_of("P+S", "W+S")
             if not along:
                 raise HookError(f"{hook.key}: {name} is {formula}, it has no dim of positions alone")
             found.append((hook.positions, along[0]))

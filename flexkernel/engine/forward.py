@@ -6,6 +6,7 @@ Nothing is sent in the forward that the model would not send by itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ import torch
 from ..errors import EngineError, FlexError, HookError
 from ..slabs import PAGE, Plan, Slab, pages
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
+from . import generate
 from .edits import Editor, needs_exchange
 from .gather import Exchange, OtherRankFailed, header
+from .generate import Steps
 from .hooks import Recording, StopForward, spiller
 from .placements import Place
+from .text import Text
 
 __all__ = ["run"]
 
@@ -53,6 +57,8 @@ def run(runtime: Any, plan: RunPlan) -> RunReport:
         },
         stopped=stopped,
         edited=recording.editor.edited if recording.editor is not None else {},
+        forwards=recording.forwards if isinstance(recording, Steps) else 1,
+        generated=recording.text.new if isinstance(recording, Steps) else {},
     )
 
 
@@ -65,12 +71,19 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     info, layout = runtime.info, runtime.info.layout
     active = runtime.hook_set.active(plan.groups, plan.complement)
     B, S = len(plan.ids), len(plan.ids[0])
-    where: Plan = runtime.planner.plan(active, B, S)
+    new = plan.generation.max_new_tokens if plan.generation is not None else 0
+    where: Plan = runtime.planner.plan(active, B, S, new)
     assert where.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
     slab = open_slab(runtime, plan.slab, plan.slab_bytes)
     rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
     here = Place(layout, runtime.rank, B, S, rows, info.window)
-    recording = Recording(
+    text = Text(plan)
+    if plan.generation is not None:
+        generate.check(runtime, plan)
+        text = Text(plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan))
+        text.begin(range(*rows))
+    kind = functools.partial(Steps, text=text) if plan.generation is not None else Recording
+    recording = kind(
         where,
         frozenset(hook.key for hook in active),
         slab,
@@ -78,12 +91,12 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
         runtime.placer,
         here,
         spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
-        editor(runtime, plan, active, here),
+        editor(runtime, plan, active, here, text),
     )
     return recording, batch_of(plan, rows, runtime.device)
 
 
-def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place) -> Editor | None:
+def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text) -> Editor | None:
     """Who makes this run's edits; None if there are none. HookError where they cannot be made."""
     editing = [hook for hook in active if hook.edit is not None]
     if not editing:
@@ -102,6 +115,7 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place) -> 
         runtime.info,
         plan,
         here,
+        text,
         runtime.placer,
         runtime.edits,
         runtime.saved,
@@ -151,7 +165,9 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     runtime.hooks.recording = recording
     try:
         with torch.no_grad(), stopping(runtime, plan) as enters:
-            if enters:
+            if isinstance(recording, Steps):
+                generate.generate(runtime, plan, recording, batch)
+            elif enters:
                 runtime.model(**batch, use_cache=False)
         return False
     except StopForward:

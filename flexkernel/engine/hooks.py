@@ -16,14 +16,14 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..errors import HookError, PlacementError
-from ..slabs import Plan, Slab, position_dim, size_of
+from ..slabs import Entry, Plan, Slab, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .digest import digest
 from .leaves import arguments, inputs, leaf, leaves
 from .placements import Place, Placed, Placer, chunk, narrowed, shared_part
 
-__all__ = ["Hooks", "Recording", "StopForward"]
+__all__ = ["Hooks", "Recording", "StopForward", "failed", "joined"]
 
 
 class StopForward(Exception):
@@ -167,8 +167,8 @@ class Recording:
         self.edits[hook.key, name] = call + 1
         return self.editor.edit(hook, name, call, value)
 
-    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
-        entry, here = self.plan.entries[i], self.here
+    def _placed(self, entry: Entry, value: torch.Tensor | None, here: Place) -> Placed:
+        """Where the value lies. PlacementError: it is not what the scan said it would be."""
         if value is None:
             raise PlacementError(
                 f"{entry.key}: the value has no tensor at {entry.key.index!r}, as the scan said it would"
@@ -176,6 +176,11 @@ class Recording:
         placed = self.placer.place(entry.key.module, entry.hook.at, value.detach(), entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
+        return placed
+
+    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
+        entry, here = self.plan.entries[i], self.here
+        placed = self._placed(entry, value, here)
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
         evidence, placement = placed.evidence, repr(placed.placement) if here.layout.tp > 1 else "whole"
         batched = entry.formula.dims_of("B", "B*S")
@@ -192,10 +197,7 @@ class Recording:
 
     def _copy(self, whole: torch.Tensor, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Box | None:
         """Copy this rank's part; ranks that hold copies share the work, a piece each."""
-        layout, where = self.here.layout, self.here.layout.coordinate(self.here.rank)
-        copies, index = (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
-        if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
-            copies, index = copies * layout.batch_groups, index + copies * where["batch"]
+        copies, index = self._copies(placed, formula)
         piece = (0, 0, 0) if copies == 1 else shared_part(whole.shape, copies, index)
         if piece is None:
             return None
@@ -204,6 +206,14 @@ class Recording:
             return placed.holds
         narrowed(whole, (piece,)).copy_(narrowed(local, (piece,)))
         return joined(placed.holds, piece)
+
+    def _copies(self, placed: Placed, formula: ShapeFormula) -> tuple[int, int]:
+        """(how many ranks hold this part, which of them this one is)."""
+        layout, where = self.here.layout, self.here.layout.coordinate(self.here.rank)
+        copies, index = (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
+        if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
+            copies, index = copies * layout.batch_groups, index + copies * where["batch"]
+        return copies, index
 
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
         """A value with no planned place: kept in a region of this rank's own, described in the reply."""

@@ -37,7 +37,8 @@ STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}  # where a ran
 class Place:
     """What a rank needs to know of itself to place a value: where it sits, and its rows of the batch.
 
-    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row."""
+    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row. S: how many positions this
+    forward runs; past: how many a generation's earlier ones have run; step: its number."""
 
     layout: Layout
     rank: int
@@ -45,6 +46,20 @@ class Place:
     S: int
     rows: tuple[int, int]
     window: int = 0
+    past: int = 0
+    step: int = 0
+
+    def whole(self, formula: ShapeFormula) -> tuple[int, ...]:
+        """The shape of a value of this forward, over all ranks."""
+        return formula.shape(self.B, self.S, self.past, self.window)
+
+    def own(self, formula: ShapeFormula) -> tuple[int, ...]:
+        """The same for this rank's rows of the batch."""
+        return formula.shape(self.local_rows, self.S, self.past, self.window)
+
+    def columns(self, size: int) -> range:
+        """Which positions of the text those are that a dim of that size spans: the newest."""
+        return range(self.past + self.S - size, self.past + self.S)
 
     @property
     def tp(self) -> int:
@@ -88,8 +103,7 @@ class Placer:
         """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
         evidence, placement, local = self.evidence(name, at, value, formula.path)
         name += " input" if at == "input" else ""  # as a declaration would name it
-        whole = formula.shape(here.B, here.S, 0, here.window)
-        expected = formula.shape(here.local_rows, here.S, 0, here.window)
+        whole, expected = here.whole(formula), here.own(formula)
         if placement is None:
             evidence, placement = "scan", inferred(local.shape, expected, here, name)
         sharded = checked(placement, local.shape, expected, here, name, evidence)

@@ -9,6 +9,7 @@ import gc
 import os
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Runtime:
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.groups: dict[str, Any] = {}
         self.server: Any = None
+        self.tick: Callable[[], None] | None = None  # called at each new token, by a driver in this process
 
     @property
     def rank(self) -> int:

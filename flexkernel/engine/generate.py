@@ -1,0 +1,285 @@
+"""A generation: transformers' own loop on every rank. What a forward computes goes to its own positions of the whole.
+
+A step is one forward: the first runs the prompt, each later one the newest token. A counter on the root says which step
+and which positions it is, never the cache. All ranks make as many forwards, since each of them may hold collectives.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial
+
+from ..errors import CaptureError, GenerationError, PlacementError
+from ..slabs import Entry, kept_columns, position_dim
+from ..wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
+from .compat import StageCache
+from .digest import digest, joined_digest
+from .hooks import Recording, failed, joined
+from .placements import Place, Placed, narrowed, shared_part
+from .text import Text
+
+__all__ = ["Steps", "check", "ends", "generate"]
+
+
+def check(runtime: Any, plan: RunPlan) -> None:
+    """GenerationError: this model cannot go on by itself, or not with these options."""
+    model, asked = runtime.model, plan.generation
+    assert asked is not None
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise GenerationError(f"{type(model).__name__} has no generate(): it is no language model of transformers")
+    config = copy.deepcopy(model.generation_config)
+    try:
+        unknown = config.update(max_new_tokens=asked.max_new_tokens, **dict(asked.options))
+        config.validate()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GenerationError(f"transformers refuses these options: {error}") from error
+    if unknown:
+        raise GenerationError(f"transformers' generate has no option {', '.join(unknown)}")
+
+
+def ends(runtime: Any, plan: RunPlan) -> list[int]:
+    """The tokens that end a row."""
+    assert plan.generation is not None
+    there = getattr(runtime.model.generation_config, "eos_token_id", None)
+    found = dict(plan.generation.options).get("eos_token_id", there)
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, torch.Tensor]) -> None:
+    """Go on after the batch; its tokens are in recording.text. All ranks must call; all make as many forwards."""
+    asked, model = plan.generation, runtime.model
+    assert asked is not None
+    layout = runtime.info.layout
+    options = dict(asked.options)
+    if layout.pp > 1:
+        options["past_key_values"] = StageCache(model)
+    if behind_the_base(runtime, recording) and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 0  # all: a hook sees what only the newest position would have
+    with counted(runtime.hooks.modules[""], recording), drawn_from(asked.seed, recording.here, runtime.device):
+        model.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=asked.max_new_tokens,
+            pad_token_id=asked.pad_id,
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            return_dict_in_generate=False,
+            synced_gpus=layout.batch_groups > 1,  # none leaves before all have stopped
+            streamer=Told(recording.text, runtime.tick),
+            **options,
+        )
+    recording.finish()
+
+
+def behind_the_base(runtime: Any, recording: Recording) -> bool:
+    """Whether a hook of the run is on a module that sees what is left for the logits: the root, or the head."""
+    base = runtime.model.base_model_prefix
+    hooks = [h for h in runtime.hook_set.hooks if h.key in recording.active]
+    names = {name for hook in hooks for name in runtime.planner.targets(hook.glob)}
+    return any(name != base and not name.startswith(f"{base}.") for name in names)
+
+
+@contextmanager
+def counted(root: torch.nn.Module, recording: Steps) -> Iterator[None]:
+    """Before each forward the recording learns how many positions it runs. Before any other hook."""
+
+    def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        recording.begin(ids.shape[1])
+
+    handle = root.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def drawn_from(seed: int, here: Place, device: str) -> Iterator[None]:
+    """Ranks that share rows draw alike, others do not; where the batch is not split, as one process with this seed."""
+    group = 0 if here.idle else here.layout.coordinate(here.rank)["batch"]
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed((seed + group * 0x9E3779B97F4A7C15) % (1 << 63))
+        yield
+
+
+class Told:
+    """What transformers calls a streamer: it is given the prompt, then each step's tokens."""
+
+    def __init__(self, text: Text, tick: Callable[[], None] | None):
+        self.text, self.tick, self.prompt_came = text, tick, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_came and self.text.new:
+            self.text.add(value.tolist())
+        if self.prompt_came and self.tick is not None:
+            self.tick()
+        self.prompt_came = True
+
+    def end(self) -> None:
+        """Nothing is held back here."""
+
+
+class Steps(Recording):
+    """A recording in which each forward writes its own positions of the whole text."""
+
+    text: Text
+
+    def __init__(self, *args: Any, text: Text, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.text, self.prompt = text, self.here
+        self.forwards = 0
+        self.wrote: dict[int, int] = {}
+        self._columns: dict[tuple[int, ...] | None, list[tuple[int, ...]]] = {}
+
+    def begin(self, num_positions: int) -> None:
+        """The next forward, over that many positions. What fires in it is call 0 again."""
+        past = self.here.past + self.here.S if self.forwards else 0
+        self.here = dataclasses.replace(self.prompt, S=num_positions, past=past, step=self.forwards)
+        self.forwards += 1
+        self.calls.clear()
+        self.edits.clear()
+        if self.editor is not None:
+            self.editor.here = self.here
+
+    def finish(self) -> None:
+        """What did not come in every forward is not whole."""
+        for i, seen in self.planned.items():
+            if seen.error is None and self.wrote.get(i, 0) != self.forwards:
+                key = self.plan.entries[i].key
+                self.planned[i] = failed(
+                    CaptureError(f"{key}: it came in {self.wrote.get(i, 0)} of {self.forwards} forwards")
+                )
+
+    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
+        before = self.planned.get(i)
+        if before is not None and before.error is not None:
+            return before  # one forward of it is missing: it stays so
+        entry = self.plan.entries[i]
+        here = self._of_logits(value) if entry.hook.name == "logits" and value is not None else self.here
+        placed = self._placed(entry, value, here)
+        if isinstance(placed.placement, Partial):
+            raise PlacementError(f"{entry.key}: its addends are not summed over the steps of a generation")
+        self.wrote[i] = self.wrote.get(i, 0) + 1
+        kept, holds, box = self._put(entry, placed, here)
+        said = joined_digest(before.digest if before is not None else 0, digest(kept))
+        placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
+        return Seen(placed.evidence, placement, said, holds, box)
+
+    def _of_logits(self, value: torch.Tensor) -> Place:
+        """transformers computes those of the newest position only, if nobody asks for more."""
+        n = value.shape[1] if value.dim() == 3 else self.here.S
+        return dataclasses.replace(self.here, S=n, past=self.here.past + self.here.S - n)
+
+    def _put(self, entry: Entry, placed: Placed, here: Place) -> tuple[torch.Tensor, Box, Box | None]:
+        """Copy what this forward has of the capture to its positions: (what is kept of it, the part of the whole that
+        this rank holds, the part that it writes)."""
+        assert self.slab is not None
+        whole, view = self.slab.tensor(self.region(entry)), Unfolded(entry, placed, here)
+        local, target, holds = view.local, view.of_whole(whole), view.holds
+        if view.dim is not None:
+            local, target = self._positions(entry, view, target, here)
+        if here.idle and entry.formula.dims_of("B", "B*S"):
+            return local, view.box(holds, whole), None
+        copies, index = self._copies(placed, entry.formula)
+        target = narrowed(target, holds)
+        piece = self._piece(view, target.shape, copies, index)
+        if piece is None:
+            return local, view.box(holds, whole), None
+        view.copy(narrowed(target, piece), narrowed(local, piece), here)
+        return local, view.box(holds, whole), view.box(joined(holds, piece[0]) if piece else holds, whole)
+
+    def _piece(self, view: Unfolded, shape: Sequence[int], copies: int, index: int) -> Box | None:
+        """What this rank copies of a part that several hold, the same in every forward; None: nothing."""
+        if copies == 1:
+            return ()
+        flat = [1 if d in (view.dim, view.keys) else size for d, size in enumerate(shape)]
+        piece = shared_part(flat, copies, index)
+        return () if piece and (not flat or piece[0] in (view.dim, view.keys)) else (piece,) if piece else None
+
+    def _positions(
+        self, entry: Entry, view: Unfolded, target: torch.Tensor, here: Place
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of this forward's positions is kept, and where they lie along the position dim."""
+        assert view.dim is not None
+        each = self._kept(entry.hook.kept_positions)
+        wanted, start = each[here.step], 0 if entry.newest else sum(map(len, each[: here.step]))
+        first = here.columns(view.local.shape[view.dim]).start
+        index = [c - first for c in wanted]
+        local = view.local
+        if index != list(range(local.shape[view.dim])):
+            local = local.index_select(view.dim, torch.tensor(index, dtype=torch.long, device=local.device))
+        return local, target.narrow(view.dim, start, len(wanted))
+
+    def _kept(self, positions: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+        """For each forward the positions that are kept, made once."""
+        if positions not in self._columns:
+            assert self.text.generation is not None
+            self._columns[positions] = kept_columns(positions, self.prompt.S, self.text.generation.max_new_tokens)
+        return self._columns[positions]
+
+    def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
+        if hook.name != "logits":
+            raise PlacementError(
+                f"{name or '(root)'} {at}: no formula gives its shape, so that a generation's steps cannot be "
+                "put together; hook the modules around it"
+            )
+
+
+class Unfolded:
+    """A value of one forward, its rows and its positions in dims of their own even where the module has them in one.
+
+    dim: along which its positions lie, None if it has none. keys: the second such dim of @pattern."""
+
+    def __init__(self, entry: Entry, placed: Placed, here: Place):
+        formula = entry.formula
+        self.local, self.holds, self.B = placed.local, placed.holds, here.B
+        self.keys: int | None = None
+        self.folded = next(iter(formula.dims_of("B*S")), None)
+        self.dim = position_dim(formula)
+        along = formula.dims_of("S", "P", "P+S", "W+S")
+        if self.folded is not None:
+            self.dim = self.folded + 1
+            self._unfold(self.folded, here)
+        elif len(along) > 1:
+            if not entry.key.module.endswith(".@pattern"):
+                raise PlacementError(f"{entry.key} is {formula}: its steps cannot be put together in a generation")
+            self.keys = along[1]
+        if self.odd(formula, along) or self.dim in [d for d, _, _ in self.holds]:
+            raise PlacementError(f"{entry.key} is {formula}: its positions cannot be told apart in a generation")
+
+    def odd(self, formula: ShapeFormula, along: list[int]) -> bool:
+        dims = formula.dims or ()
+        return any(dims[d][0] != 1 or dims[d][1] == "P" for d in along) or (self.folded is not None and bool(along))
+
+    def _unfold(self, dim: int, here: Place) -> None:
+        self.local = self.local.unflatten(dim, (here.local_rows, here.S))
+        rows = ((dim, *here.rows),) if here.layout.batch_groups > 1 else ()
+        self.holds = tuple(sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.holds if d != dim))))
+
+    def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self.folded is None else whole.unflatten(self.folded, (self.B, -1))
+
+    def box(self, box: Box, whole: torch.Tensor) -> Box:
+        """A box of the unfolded whole as one of the whole."""
+        if self.folded is None:
+            return box
+        each = whole.shape[self.folded] // self.B
+        return tuple((d, a * each, b * each) if d == self.folded else (d - (d > self.folded), a, b) for d, a, b in box)
+
+    def copy(self, target: torch.Tensor, local: torch.Tensor, here: Place) -> None:
+        """Into the target; of a pattern each query has the keys so far, and zeros after them."""
+        if self.keys is not None:
+            columns = here.columns(local.shape[self.keys])
+            target.narrow(self.keys, 0, columns.start).zero_()
+            target.narrow(self.keys, columns.stop, target.shape[self.keys] - columns.stop).zero_()
+            target = target.narrow(self.keys, columns.start, len(columns))
+        target.copy_(local)
