@@ -30,11 +30,13 @@ def check_world(layout: Layout, world: int) -> None:
         )
 
 
-def source(what: Any, reference: Callable | None, packed: Callable[[Callable], bytes]) -> Source:
-    """What a user gave to load, as engines understand it."""
+def source(what: Any, packed: Callable[[Any], bytes], **of_builder: Any) -> Source:
+    """What a user gave to load, as engines understand it. of_builder: reference, forward, names, None if not given."""
+    given = {key: packed(value) for key, value in of_builder.items() if value is not None}
     if callable(what):
-        name = getattr(what, "__name__", type(what).__name__)
-        return Source(name, packed(what), packed(reference) if reference is not None else None)
+        return Source(getattr(what, "__name__", type(what).__name__), packed(what), **given)
+    if given:
+        raise LoadError(f"{', '.join(f'{key}=' for key in given)}: that belongs to a builder, and {what!r} is none")
     if not isinstance(what, str | os.PathLike):
         raise LoadError(f"a model is a folder, a hub id or a function that builds it; found {type(what).__name__}")
     path = os.fspath(what)
@@ -92,8 +94,8 @@ def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], 
             stages.setdefault(module.name, set()).add(stage)
     lost = [m.name for m in info.modules if m.name not in stages]
     strange = {name: m for name, m in held.items() if name not in {known.name for known in info.modules}}
-    if foreign and not lost:
-        info = dataclasses.replace(info, modules=(*info.modules, *strange.values()))
+    if foreign:
+        info = as_built(info, lost, strange)
     elif lost or strange:
         raise LoadError(
             f"the loaded model has other modules than the unsharded one: "
@@ -110,6 +112,24 @@ def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], 
     )
 
 
+def as_built(info: ModelInfo, lost: Sequence[str], strange: dict[str, ModuleInfo]) -> ModelInfo:
+    """The unsharded model's modules as a builder's ranks have them: with those of its own, without containers that it
+    leaves out. LoadError where a module is lost that has parameters: those must be somewhere, under another name."""
+    owners = {name.rpartition(".")[0] for name in info.parameters}
+    missing = [name for name in lost if name in owners]
+    if missing:
+        near = nearest(missing[0], list(strange)) or sorted(strange)[:3]
+        raise LoadError(
+            f"no rank of the builder's model has {missing[0]}"
+            + (f" and {len(missing) - 1} more of the reference's modules" if missing[1:] else "")
+            + (f"; what it has and the reference has not: {', '.join(near)}" if near else "")
+            + ". If they are called otherwise there, say so: names={'their prefix': 'the prefix in the reference'}"
+        )
+    there = tuple(m for m in info.modules if m.name not in lost)
+    scan = {key: calls for key, calls in info.scan.items() if key[0].partition(".@")[0] not in lost}
+    return dataclasses.replace(info, modules=(*there, *strange.values()), scan=scan)
+
+
 def spanning(modules: Sequence[ModuleInfo], stages: dict[str, set[int]]) -> set[str]:
     """The modules beneath which something lies on other stages than they do themselves."""
     found = set()
@@ -117,7 +137,7 @@ def spanning(modules: Sequence[ModuleInfo], stages: dict[str, set[int]]) -> set[
         name = module.name
         while name:
             name = name.rpartition(".")[0]
-            if stages[name] != stages[module.name]:
+            if stages.get(name, stages[module.name]) != stages[module.name]:
                 found.add(name)
     return found
 

@@ -264,7 +264,7 @@ class Run:
         state = f", {self.freed}" if self.freed else ""
         new = f" + {self.forwards} new" if self.new_ids else ""
         if self.plan.stop_at is not None and not self.stopped:
-            state += ", run to its end: with fsdp and dp the ranks cannot stop early"
+            state += ", run to its end: under this layout the ranks cannot stop early"
         return (
             f"Run {self.number}: {B} × {S} tokens{new}, {len(self)} captures, {self.num_bytes / 1e6:.1f} MB, "
             f"{self.seconds.get('total', 0) * 1e3:.0f} ms{state}"

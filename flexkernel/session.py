@@ -85,17 +85,22 @@ class Session(Hooking):
         device: str | None = None,
         attn: str | None = None,
         reference: Callable[[], Any] | None = None,
+        names: Mapping[str, str] | Callable[[str], str | None] | None = None,
         placements: Mapping[str, str] | None = None,
+        forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> ModelInfo:
         """Load a model folder or hub id, split over the engines: each reads only its part. Replaces what was loaded.
 
         Or a builder: it returns a rank's nn.Module, however it was distributed, and the degrees say how; reference()
-        builds the unsharded one, for the scan. placements: glob → "shard:DIM", "replicate" or "partial", over tp.
+        builds the unsharded one, for the scan. names: a rank's module names → the unsharded model's, a mapping of
+        prefixes or a function. placements: glob → "shard:DIM", "replicate" or "partial", over tp, and "batch:DIM", the
+        dim of a batch's rows. Its forward gets the ids and, if it takes them, attention_mask, position_ids, use_cache;
+        if it needs more, forward(model, batch) calls it, for the reference too, with a dict of the first three.
         LoadError, LayoutError: refused before anything is read; the degrees multiply to the number of engines."""
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
-        where = model.source(source, reference, clusters.packed)
+        where = model.source(source, clusters.packed, reference=reference, forward=forward, names=names)
         self.cluster.ready(device or self.cluster.best_device())
         told = progress or (lambda *_: None)
         dtype = str(dtype).removeprefix("torch.")

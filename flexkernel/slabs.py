@@ -148,11 +148,24 @@ class Planner:
         """The hook that every run has, on the model's logits, and whether all of them would be large, so that it keeps
         the last position only. A generation has one position a forward, from which the next token is taken."""
         calls = self.info.scan.get(("", "output"), ())
-        formula = next((leaf for leaf in calls[0] if leaf.path in ("logits", "")), None) if calls else None
+        path = logits_path([leaf.path for leaf in calls[0]]) if calls else None
+        formula = next((leaf for leaf in calls[0] if leaf.path == path), None) if calls else None
         if formula is None or formula.dims is None:
             return None, False
         large = size_of(formula.shape(B, new or S), formula.dtype) > LOGITS_BYTES
         return HookSpec("", index=formula.path, name="logits", positions=(-1,) if new or large else None), large
+
+
+def logits_path(paths: Sequence[str]) -> str | None:
+    """Which of the tensors that a model puts out are its logits: those it calls so, else the first if it gives that no
+    other name; None: it has none.
+
+    >>> logits_path(["loss", "logits"]), logits_path(["0", "1"]), logits_path(["last_hidden_state"])
+    ('logits', '0', None)
+    """
+    if "logits" in paths:
+        return "logits"
+    return paths[0] if paths and all(key.isdigit() for key in filter(None, paths[0].split("."))) else None
 
 
 def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeFormula | None:

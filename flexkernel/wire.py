@@ -108,11 +108,15 @@ class Seat:
 class Source:
     """Where a model comes from: a folder or hub id, or a user's functions (cloudpickled) that build it.
 
-    builder: returns a rank's module, however it was distributed; reference: returns the unsharded one, for the scan."""
+    builder: returns a rank's module, however it was distributed; reference: returns the unsharded one, for the scan.
+    forward: (model, batch) → output, where the signature does not say how it is called. names: the rank's module names
+    → the unsharded model's, a mapping of prefixes or a function."""
 
     path: str
     builder: bytes | None = None
     reference: bytes | None = None
+    forward: bytes | None = None
+    names: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from flexkernel.errors import HookError, LayoutError, LoadError
@@ -43,10 +45,10 @@ def test_a_degree_is_a_whole_number_from_one(degree):
 
 
 def test_a_source_is_a_folder_or_a_builder(tmp_path):
-    assert source(tmp_path, None, None).path == str(tmp_path)
-    assert not source("~/x", None, None).path.startswith("~")
-    assert source("owner/name", None, None).path == "owner/name"
-    built = source(info, check_world, lambda function: function.__name__.encode())
+    assert source(tmp_path, None).path == str(tmp_path)
+    assert not source("~/x", None).path.startswith("~")
+    assert source("owner/name", None).path == "owner/name"
+    built = source(info, lambda function: function.__name__.encode(), reference=check_world)
     assert (built.path, built.builder, built.reference) == ("info", b"info", b"check_world")
 
 
@@ -55,7 +57,7 @@ def test_anything_else_is_no_source(what):
     with pytest.raises(
         LoadError, match=f"a folder, a hub id or a function that builds it; found {type(what).__name__}"
     ):
-        source(what, None, None)
+        source(what, None)
 
 
 # --- stages ----------------------------------------------------------------------------------------
@@ -100,8 +102,14 @@ def test_a_module_that_no_rank_holds_or_nobody_expects_is_refused():
 def test_a_builder_may_have_modules_beside_those_of_the_unsharded_model():
     found = merged(info(Layout()), [part(*NAMES, "wrapper")], foreign=True)
     assert [m.name for m in found.modules] == [*NAMES, "wrapper"]
-    with pytest.raises(LoadError, match=r"1 missing \['head'\]"):
-        merged(info(Layout()), [part(*NAMES[:-1], "wrapper")], foreign=True)
+
+
+def test_a_builder_may_leave_out_containers_but_nothing_that_has_parameters():
+    unsharded = dataclasses.replace(info(Layout(), scan={("model", "output"): OUT}), parameters={"head.weight": (2, 2)})
+    found = merged(unsharded, [part(*(n for n in NAMES if n != "model"))], foreign=True)
+    assert "model" not in found.names and "head" in found.names and found.scan == {}
+    with pytest.raises(LoadError, match=r"no rank .* model has head; what it has .* not: heads\. If .*names="):
+        merged(unsharded, [part(*NAMES[:-1], "heads", "wrapper")], foreign=True)
 
 
 # --- really sharded --------------------------------------------------------------------------------

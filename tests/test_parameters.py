@@ -7,7 +7,6 @@ import functools
 import gc
 import inspect
 import os
-from types import SimpleNamespace
 
 import models
 import pytest
@@ -411,20 +410,6 @@ def test_what_is_no_part_of_a_whole_is_refused():
         indices((4,), (Partial(), 2, 0))
     with pytest.raises(PlacementError, match="1 dims"):
         indices((4,), (Shard(1), 2, 0))
-
-
-def test_megatrons_packed_layers_are_refused():
-    """Of [gate | up] each rank has a piece of both, which no attribute of its weight says."""
-    kind = type("ColumnParallelLinear", (torch.nn.Module,), {"__module__": "megatron.core.tensor_parallel.layers"})
-    module, weight = kind(), torch.zeros(4, 2)
-    module.config = SimpleNamespace(gated_linear_unit=True)
-    runtime = SimpleNamespace(placer=SimpleNamespace(declared=[]), info=SimpleNamespace(layout=fk.wire.Layout(tp=2)))
-    assert on_rank.said(runtime, "a.linear_qkv.weight", module, weight) == ("class", Shard(0))
-    with pytest.raises(PlacementError, match="packs several projections, whose order over tp is not known"):
-        on_rank.said(runtime, "a.mlp.linear_fc1.weight", module, weight)
-    weight.partition_stride = 2
-    with pytest.raises(PlacementError, match="packs several projections"):
-        on_rank.said(runtime, "a.linear_qkv.weight", module, weight)
 
 
 def test_torch_splits_data_as_compat_splits_an_index():

@@ -17,7 +17,7 @@ from flexkernel.capture import Capture
 from flexkernel.engine import placements
 from flexkernel.engine.digest import digest
 from flexkernel.engine.hooks import Recording, failed
-from flexkernel.engine.placements import Place, Placer, chunk, class_placement, parse, shared_part
+from flexkernel.engine.placements import Declared, Place, Placer, chunk, parse, shared_part
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.slabs import PAGE, Entry, Plan, Slab, pages, size_of
 from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula, share
@@ -284,13 +284,27 @@ def test_a_value_of_another_dtype_than_scanned_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("shard:-1", Shard(-1)), ("shard:0", Shard(0)), ("replicate", Replicate()), ("partial", Partial())],
+    [
+        ("shard:-1", Declared(Shard(-1))),
+        ("shard:0", Declared(Shard(0))),
+        ("replicate", Declared(Replicate())),
+        ("partial", Declared(Partial())),
+        ("batch:1", Declared(None, 1)),
+        ("batch:1 shard:0", Declared(Shard(0), 1)),
+        ("replicate batch:none", Declared(Replicate(), "none")),
+    ],
 )
 def test_a_declaration_is_read(text, want):
     assert parse(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "shard", "shard:", "shard:x", "shard:--1", "Shard(0)", "partial:0", "replicate "])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "shard", "shard:", "shard:x", "shard:--1", "Shard(0)", "partial:0", "batch", "batch:x"),
+        *("batch:0 batch:1", "replicate shard:0", "partial nothing", None),
+    ],
+)
 def test_a_declaration_that_says_nothing_is_refused(text):
     with pytest.raises(PlacementError, match="a placement is 'shard:DIM', 'replicate' or 'partial'"):
         parse(text)
@@ -377,35 +391,6 @@ SCANNED = {
         "local_params",
     ),
 }
-
-
-def linear(name: str, module: str, **flags) -> torch.nn.Module:
-    made = type(name, (torch.nn.Module,), {"__module__": module})()
-    made.__dict__.update(flags)
-    return made
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "inner", "outer"),
-    [
-        ("ColumnParallelLinear", {"gather_output": False}, Replicate(), Shard(-1)),
-        ("ColumnParallelLinear", {"gather_output": True}, Replicate(), Replicate()),
-        ("ColumnParallelLinear", {"gather_output": False, "sequence_parallel": True}, Shard(0), Shard(-1)),
-        ("RowParallelLinear", {"input_is_parallel": True}, Shard(-1), Replicate()),
-        ("RowParallelLinear", {"input_is_parallel": False}, Replicate(), Replicate()),
-        ("RowParallelLinear", {"input_is_parallel": True, "sequence_parallel": True}, Shard(-1), Shard(0)),
-        ("VocabParallelEmbedding", {}, Replicate(), Replicate()),
-        ("Linear", {}, None, None),
-    ],
-)
-def test_a_known_parallel_layer_says_what_goes_in_and_out(name, flags, inner, outer):
-    module = linear(name, "megatron.core.layers", **flags)
-    assert (class_placement(module, "input"), class_placement(module, "output")) == (inner, outer)
-
-
-def test_a_layer_of_that_name_from_elsewhere_says_nothing():
-    assert class_placement(linear("ColumnParallelLinear", "mine.layers"), "output") is None
-    assert class_placement(None, "output") is None
 
 
 # --- arithmetic ------------------------------------------------------------------------------------

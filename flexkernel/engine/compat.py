@@ -24,11 +24,13 @@ __all__ = [
     "StageCache",
     "abort_groups",
     "all_gather_single",
+    "as_written",
     "attention_functions",
     "distributed_config",
     "eager_attention",
     "fix_cached_groups",
     "flat_parameters",
+    "is_compiled",
     "is_placeholder",
     "is_split",
     "loading_under",
@@ -152,20 +154,21 @@ class StageCache(DynamicCache):
 WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
-def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.nn.Module]:
     """The user's modules under the names they have in the unsharded model: what DDP, FSDP, compile and checkpointing
-    put around a module takes part in neither."""
+    put around a module takes part in neither. twice: one that is there twice under each of its names."""
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
 
     def walk(module: torch.nn.Module, name: str) -> None:
         module = unwrapped(module)
-        if id(module) in seen:
+        if id(module) in seen and not twice:
             return
         seen.add(id(module))
         found[name] = module
-        for child_name, child in module.named_children():
-            walk(child, f"{name}.{child_name}" if name else child_name)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{name}.{child_name}" if name else child_name)
 
     walk(model, "")
     return found
@@ -182,6 +185,24 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
         if inner is None:
             return module
         module = inner
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether the model or a module of it is given to torch.compile."""
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def as_written(compiled: bool) -> Iterator[None]:
+    """While it is entered, torch.compile's modules run without being compiled; only looked after if there are any."""
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # --- torch -----------------------------------------------------------------------------------------
@@ -250,12 +271,13 @@ def reset_forward(model: torch.nn.Module | None) -> None:
         model.reset_iter_state()
 
 
-def reshard(module: torch.nn.Module) -> None:
-    """Let go of the whole parameters that FSDP2 keeps of this module after a forward: sends nothing."""
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the whole parameters that FSDP2 keeps of some modules after a forward: sends nothing."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def flat_parameters(model: torch.nn.Module) -> bool:

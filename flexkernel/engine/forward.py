@@ -69,6 +69,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     if plan.hooks != runtime.hook_set.digest:
         raise HookError(f"rank {runtime.rank} has other hooks than the session; attach again, or load again")
     info, layout = runtime.info, runtime.info.layout
+    runtime.caller.check_pads(not all(map(all, plan.mask)))
     active = runtime.hook_set.active(plan.groups, plan.complement)
     B, S = len(plan.ids), len(plan.ids[0])
     new = plan.generation.max_new_tokens if plan.generation is not None else 0
@@ -168,7 +169,7 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
             if isinstance(recording, Steps):
                 generate.generate(runtime, plan, recording, batch)
             elif enters:
-                runtime.model(**batch, use_cache=False)
+                runtime.caller(batch, use_cache=False)
         return False
     except StopForward:
         return True
@@ -187,9 +188,10 @@ def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
     """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward at all.
 
     Ranks of a tp group reach the module together. Stages before it end where they would wait for the logits, stages
-    after it do not begin. With the batch split (fsdp, dp) the forward runs to its end: its collectives need all."""
+    after it do not begin. With the batch split (fsdp, dp), and in a builder's pipeline, the forward runs to its end:
+    its collectives need all."""
     layout = runtime.info.layout
-    if plan.stop_at is None or layout.batch_groups > 1:
+    if plan.stop_at is None or layout.batch_groups > 1 or (runtime.info.built and layout.pp > 1):
         yield True
         return
     module = next(m for m in runtime.info.modules if m.name == plan.stop_at)

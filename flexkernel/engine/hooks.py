@@ -16,12 +16,12 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..errors import HookError, PlacementError
-from ..slabs import Entry, Plan, Slab, position_dim, size_of
+from ..slabs import Entry, Plan, Slab, logits_path, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .digest import digest
 from .leaves import arguments, inputs, leaf, leaves
-from .placements import Place, Placed, Placer, chunk, narrowed, shared_part
+from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
 
 __all__ = ["Hooks", "Recording", "StopForward", "failed", "joined"]
 
@@ -152,8 +152,8 @@ class Recording:
                 self._record_other(hook, name, call, value(), at)
             else:
                 entry = self.plan.entries[i]
-                found = leaf(value(), entry.key.index)
-                self.planned[i] = self._write(i, found)
+                made = value()
+                self.planned[i] = self._write(i, asked_for(made, hook, entry.key.index))
         except Exception as error:  # a read never raises into the forward; the capture carries its failure
             if i is None:
                 self.others[CaptureKey(hook.key, name, at, hook.index or "", call)] = failed(error)
@@ -218,8 +218,11 @@ class Recording:
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
         """A value with no planned place: kept in a region of this rank's own, described in the reply."""
         path, tensor = first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
-        if hook.name == "logits" and path not in ("", "logits"):
-            return  # the model puts out something else first
+        if hook.name == "logits":
+            found = logits_in(value)
+            if found is None:
+                return  # the model puts out something else
+            path, tensor = found, leaf(value, found)
         if tensor is not None:
             key = CaptureKey(hook.key, name, at, path, call)
             try:
@@ -235,10 +238,13 @@ class Recording:
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
             evidence, placement = "described", Replicate()
-        if placement is None or layout.batch_groups > 1:
+        key = f"{name} input" if at == "input" else name
+        batch = self.placer.batch_dim(name, at, path) if layout.batch_groups > 1 else NO_BATCH
+        if placement is None or batch is None:
             raise PlacementError(
-                f"{name or '(root)'} {at}: its shape or its order of rows depends on the data, so that "
-                f"{tuple(value.shape)} on each rank cannot be put together under {layout}; hook the modules around it"
+                f"{name or '(root)'} {at}: its shape or its order of rows depends on the data, or no reference says "
+                f"it, so that {tuple(value.shape)} on each rank cannot be put together under {layout}; hook the "
+                f"modules around it, load with reference=, or declare it, placements={{{key!r}: 'batch:0 replicate'}}"
             )
         holds: Box = ()
         if isinstance(placement, Shard):
@@ -246,9 +252,30 @@ class Recording:
             total = value.shape[dim] if isinstance(value, DTensor) else local.shape[dim] * layout.tp
             holds = ((dim, *chunk(total, layout.tp, tp)),)
         keeps = tp == 0 or not isinstance(placement, Replicate)
+        if isinstance(batch, int):
+            holds = rows_held(holds, batch, local.shape, self.here, key)
+            if self.here.idle:  # copied rows that nobody wants
+                return Seen(evidence, repr(placement), 0, holds, None)
+        elif layout.coordinate(self.here.rank)["batch"] > 0:
+            keeps = False  # every group of ranks has the same
         region = self.spill(local) if keeps else None
         partial = layout.tp if isinstance(placement, Partial) else 0
         return Seen(evidence, repr(placement), digest(local), holds, None, region, partial)
+
+
+def asked_for(value: Any, hook: HookSpec, path: str) -> torch.Tensor | None:
+    """The tensor that a plan means, by its path in the unsharded model's value. Where a hook names no index, that is
+    the first one: a builder's module may put a tensor out where the unsharded one has a tuple."""
+    if hook.name == "logits":
+        named = logits_in(value)
+        return None if named is None else leaf(value, named)
+    found = leaf(value, path)
+    return first_leaf(value)[1] if found is None and hook.index is None else found
+
+
+def logits_in(value: Any) -> str | None:
+    """Where in a model's output its logits are, if it has any."""
+    return logits_path([path for path, _ in leaves(value)])
 
 
 def first_leaf(value: Any) -> tuple[str, torch.Tensor | None]:

@@ -42,7 +42,7 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         dtype=dtype,
         attention=implementation(attention, model),
         modules=described(model),
-        scan=scanned(model) if model is not None else {},
+        scan=scanned(model, source.forward) if model is not None else {},
         num_parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
         rank_parameters=(),
         rank_bytes=(),
@@ -64,10 +64,12 @@ def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
-def scanned(model: torch.nn.Module) -> Scan:
-    """The model's scan. LoadError if its forward cannot run without data."""
+def scanned(model: torch.nn.Module, forward: bytes | None) -> Scan:
+    """The model's scan. LoadError if its forward cannot run without data, or not in a way that is known."""
     try:
-        return scan(model)
+        return scan(model, forward)
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"{type(model).__name__} cannot be scanned, its forward does not run on the meta device "

@@ -7,7 +7,7 @@ was declared or its layer is known to split it. Nothing is sent: FSDP's own copi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,28 +16,22 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from ..errors import PlacementError
 from ..names import match, nearest
 from ..wire import Box, Held, Region, Seen, boxes
-from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index, unwrapped
+from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index
 from .digest import digest
 from .forward import open_slab
+from .libraries import weight_placement
 from .placements import narrowed
 
 __all__ = ["held", "write"]
 
-# The dim along which the parallel layers of fairscale and Megatron split what they own; None of it: whole on each rank
-LAYERS = {
-    "ColumnParallelLinear": {"weight": 0, "bias": 0},
-    "RowParallelLinear": {"weight": 1},
-    "VocabParallelEmbedding": {"weight": 0},
-    "ParallelEmbedding": {"weight": 1},
-}
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
 
 def held(runtime: Any, name: str) -> Held | list[str]:
     """What this rank holds of it; the nearest names there are where it holds nothing of that name."""
-    module, tensor = find(runtime.model, name)
+    module, tensor = find(runtime, name)
     if module is None or tensor is None:
-        return nearest(name, list(names(runtime.model)))
+        return nearest(name, list(names(runtime.named)))
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # it lies on a mesh that this rank has no part in
     return placed(runtime, name, module, tensor)[0]
@@ -45,7 +39,7 @@ def held(runtime: Any, name: str) -> Held | list[str]:
 
 def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
     """Copy what this rank holds into its place, if it is the one that writes; its digest in any case."""
-    module, tensor = find(runtime.model, name)
+    module, tensor = find(runtime, name)
     assert module is not None and tensor is not None, "it was there when it was planned"
     found, local = placed(runtime, name, module, tensor)
     if writes:
@@ -58,35 +52,32 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
 # --- finding it ------------------------------------------------------------------------------------
 
 
-def find(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
+def find(runtime: Any, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
     """The module that owns it on this rank, and the parameter or buffer; None where another stage has it.
 
     What FSDP left unsharded after a forward is sharded again, which moves nothing between ranks."""
-    *path, last = name.split(".")
-    module = unwrapped(model)
-    for segment in ("", *path):
-        if segment:
-            child = module._modules.get(segment)
-            if child is None or is_placeholder(child):
-                return None, None
-            module = unwrapped(child)
-        reshard(module)
+    module, last = owner_of(runtime, name), name.rpartition(".")[2]
+    if module is None:
+        return None, None
     found = module._parameters.get(last)
     found = module._buffers.get(last) if found is None else found
-    return (module, found.detach()) if found is not None else (None, None)
+    return (module, found) if found is not None else (None, None)
 
 
-def names(model: torch.nn.Module) -> Iterator[str]:
+def owner_of(runtime: Any, name: str) -> torch.nn.Module | None:
+    """The module of which it is the name of a parameter or buffer, its parameters sharded as they are between forwards;
+    None where another stage has it."""
+    reshard(runtime.model)
+    module = runtime.named.get(name.rpartition(".")[0])
+    return None if module is None or is_placeholder(module) else module
+
+
+def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
     """The names of all parameters and buffers here, as the unsharded model has them."""
-
-    def walk(module: torch.nn.Module, prefix: str) -> Iterator[str]:
-        module = unwrapped(module)
-        yield from (prefix + n for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None)
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from walk(child, f"{prefix}{name}.")
-
-    return walk(model, "")
+    for name, module in modules.items():
+        for last, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{name}.{last}" if name else last
 
 
 # --- where it lies ---------------------------------------------------------------------------------
@@ -100,7 +91,7 @@ def placed(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tenso
             f"{name}: FSDP1 keeps flat parameters, which are not put together here; use FSDP2: fully_shard(module)"
         )
     if isinstance(tensor, DTensor):
-        evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.to_local()
+        evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.detach().to_local()
         axes = axes_of(tensor)
         over = ", ".join(f"{p!r} over {axis}" for p, axis in zip(tensor.placements, axis_names(tensor), strict=True))
     else:
@@ -108,7 +99,7 @@ def placed(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tenso
         if evidence == "scan" and known is None:
             evidence = "described"
         coordinate, tp = runtime.info.layout.coordinate(runtime.rank), runtime.info.layout.tp
-        axes, local, over = [(placement, tp, coordinate["tp"])], tensor, repr(placement)
+        axes, local, over = [(placement, tp, coordinate["tp"])], tensor.detach(), repr(placement)
         shape = known or full_shape(tensor, placement, tp)
     if known is not None and shape != known:
         raise PlacementError(f"{name}: it is {shape} here, the unsharded model's is {known}")
@@ -136,25 +127,19 @@ def axis_names(tensor: DTensor) -> Sequence[str]:
 
 def said(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[str, Placement]:
     """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else whole."""
-    for glob, at, placement in runtime.placer.declared:
-        if at == "output" and match(glob, name):
-            return "declared", placement
+    for glob, at, placed in runtime.placer.declared:
+        if at == "output" and placed.placement is not None and match(glob, name):
+            return "declared", placed.placement
     if runtime.info.layout.tp == 1:
         return "scan", Replicate()
-    kind, last = type(module), name.rpartition(".")[2]
-    if kind.__name__ in LAYERS and kind.__module__.partition(".")[0] in ("fairscale", "megatron"):
-        gated = getattr(getattr(module, "config", None), "gated_linear_unit", False) and "linear_fc1" in name
-        if gated or getattr(tensor, "partition_stride", 1) != 1:
-            raise PlacementError(f"{name}: its layer packs several projections, whose order over tp is not known")
-        dim = LAYERS[kind.__name__].get(last)
-        return "class", Replicate() if dim is None else Shard(dim)
-    return "scan", Replicate()
+    by_class = weight_placement(name, module, tensor)
+    return ("scan", Replicate()) if by_class is None else ("class", by_class)
 
 
 def full_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int, ...]:
     """Of the whole, where no unsharded model tells it: equal parts."""
     shape = list(tensor.shape)
-    if isinstance(placement, Shard) and -len(shape) <= placement.dim < len(shape):
+    if is_split(placement) and -len(shape) <= placement.dim < len(shape):
         shape[placement.dim] *= tp
     return tuple(shape)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -18,8 +18,9 @@ from ..errors import PlacementError
 from ..names import match
 from ..wire import Box, Layout, ShapeFormula, share
 from .compat import waited
+from .libraries import known
 
-__all__ = ["Place", "Placed", "Placer", "chunk"]
+__all__ = ["NO_BATCH", "Place", "Placed", "Placer", "chunk", "rows_held"]
 
 # transformers' tensor-parallel styles: what the module's first input and its output are over tp. None: not known.
 STYLES: dict[str, dict[str, Placement | None]] = {
@@ -103,11 +104,13 @@ class Placer:
         """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
         evidence, placement, local = self.evidence(name, at, value, formula.path)
         name += " input" if at == "input" else ""  # as a declaration would name it
-        whole, expected = here.whole(formula), here.own(formula)
+        whole = here.whole(formula)
+        batch = self.batch_dim(name.removesuffix(" input"), at, formula.path)
+        expected = for_rows(whole, here.own(formula), formula, batch)
         if placement is None:
             evidence, placement = "scan", inferred(local.shape, expected, here, name)
         sharded = checked(placement, local.shape, expected, here, name, evidence)
-        return Placed(local, evidence, placement, box(whole, formula, sharded, here, name))
+        return Placed(local, evidence, placement, box(whole, formula, sharded, here, name, batch))
 
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
@@ -116,9 +119,9 @@ class Placer:
         if isinstance(value, DTensor):
             return "dtensor", plain(tp_placement(value), name), waited(value.to_local())
         local = waited(value)
-        for glob, of, placement in self.declared:
-            if of == at and match(glob, name):
-                return "declared", placement, local
+        for glob, of, placed in self.declared:
+            if of == at and placed.placement is not None and match(glob, name):
+                return "declared", placed.placement, local
         style = self.styles.get(name)
         if STRIDED.get(style or "") == at and self.layout.tp > 1:
             raise PlacementError(
@@ -129,29 +132,18 @@ class Placer:
         first = path in ("", "0", "input", "hidden_states")
         if planned is not None and self.layout.tp > 1 and first:
             return "plan", planned, local
-        by_class = class_placement(self.modules.get(name), at) if self.layout.tp > 1 and first else None
-        if by_class is not None:
-            return "class", by_class, local
+        by_class = known(name, self.modules.get(name), at, path) if self.layout.tp > 1 else None
+        if by_class is not None and by_class.placement is not None:
+            return "class", plain(by_class.placement, f"{name} {at}"), local
         return "scan", None, local
 
-
-def class_placement(module: torch.nn.Module | None, at: str) -> Placement | None:
-    """What the parallel layers of fairscale and Megatron take and put out, by their own flags."""
-    kind = type(module)
-    if module is None or kind.__module__.partition(".")[0] not in ("fairscale", "megatron"):
-        return None
-    sequence = bool(getattr(module, "sequence_parallel", False))  # Megatron: (S, B, D), split along S
-    if kind.__name__ == "ColumnParallelLinear":
-        if at == "input":
-            return Shard(0) if sequence else Replicate()
-        return Replicate() if getattr(module, "gather_output", False) else Shard(-1)
-    if kind.__name__ == "RowParallelLinear":
-        if at == "input":
-            return Shard(-1) if getattr(module, "input_is_parallel", False) else Replicate()
-        return Shard(0) if sequence else Replicate()
-    if kind.__name__ in ("VocabParallelEmbedding", "ParallelEmbedding"):
-        return Replicate()
-    return None
+    def batch_dim(self, name: str, at: str, path: str) -> int | str | None:
+        """The dim of the batch's rows, as declared or by class; NO_BATCH: there is none; None: nothing says it."""
+        for glob, of, placed in self.declared:
+            if of == at and placed.batch is not None and match(glob, name):
+                return placed.batch
+        by_class = known(name, self.modules.get(name), at, path)
+        return None if by_class is None else by_class.batch
 
 
 def aimed(key: str) -> tuple[str, str]:
@@ -168,21 +160,48 @@ def plain(placement: Placement, name: str) -> Placement:
     """The placement, if it is one of those that are put together here."""
     if type(placement) in (Shard, Replicate) or (type(placement) is Partial and placement.reduce_op == "sum"):
         return placement
-    raise PlacementError(f"{name} is a DTensor that is {placement} over tp, which is not put together here")
+    raise PlacementError(
+        f"{name} is {placement} over tp: that is no sum, or its parts lie interleaved in the whole, and is not put "
+        "together here; hook the modules around it"
+    )
 
 
-def parse(text: str) -> Placement:
+NO_BATCH = "none"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """placement: over tp. batch: the dim of the batch's rows, or NO_BATCH. What is None was not declared."""
+
+    placement: Placement | None = None
+    batch: int | str | None = None
+
+
+def parse(text: str) -> Declared:
     """A declared placement.
 
-    >>> parse("shard:-1"), parse("replicate"), parse("partial")
-    (Shard(dim=-1), Replicate(), Partial(sum))
+    >>> parse("shard:-1"), parse("batch:1 replicate"), parse("batch:none").batch
+    (Declared(placement=Shard(dim=-1), batch=None), Declared(placement=Replicate(), batch=1), 'none')
     """
-    shard = re.fullmatch(r"shard:(-?\d+)", text) if isinstance(text, str) else None
-    if shard:
-        return Shard(int(shard[1]))
-    if text in ("replicate", "partial"):
-        return Replicate() if text == "replicate" else Partial()
-    raise PlacementError(f"a placement is 'shard:DIM', 'replicate' or 'partial', not {text!r}")
+    found = Declared()
+    for word in text.split() if isinstance(text, str) else ():
+        shard, batch = re.fullmatch(r"shard:(-?\d+)", word), re.fullmatch(r"batch:(-?\d+|none)", word)
+        if batch and found.batch is None:
+            found = replace(found, batch=NO_BATCH if batch[1] == NO_BATCH else int(batch[1]))
+        elif (shard or word in PLACEMENTS) and found.placement is None:
+            found = replace(found, placement=Shard(int(shard[1])) if shard else PLACEMENTS[word])
+        else:
+            break
+    else:
+        if found != Declared():
+            return found
+    raise PlacementError(
+        f"a placement is 'shard:DIM', 'replicate' or 'partial' over tp, and 'batch:DIM' or 'batch:none' for the rows "
+        f"of a batch, like 'batch:1 shard:0'; not {text!r}"
+    )
+
+
+PLACEMENTS: dict[str, Placement] = {"replicate": Replicate(), "partial": Partial()}
 
 
 def tp_placement(value: DTensor) -> Placement:
@@ -237,23 +256,64 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(index * step, size), min((index + 1) * step, size)
 
 
-def box(whole: Sequence[int], formula: ShapeFormula, part: tuple[int, int, int] | None, here: Place, name: str) -> Box:
-    """Which part of the whole this rank holds: its rows of the batch, its part over tp."""
-    found = {part[0]: part[1:]} if part else {}
-    for dim in formula.dims_of("B", "B*S"):
-        unit = whole[dim] // here.B
-        if here.layout.batch_groups == 1:
-            continue
-        factor, term = (formula.dims or ())[dim]
-        if term == "B" and factor > 1:
-            raise PlacementError(
-                f"{name}: dim {dim} has {factor} entries for each row of the batch, in an order that is not known, and "
-                f"the batch is split {here.layout.batch_groups} ways; hook the modules around it"
-            )
-        if dim in found:
-            raise PlacementError(f"{name}: dim {dim} is split over the batch and over tp; its order is not known")
-        found[dim] = (here.rows[0] * unit, here.rows[1] * unit)
-    return tuple((dim, *found[dim]) for dim in sorted(found))
+def for_rows(
+    whole: tuple[int, ...], rows: tuple[int, ...], formula: ShapeFormula, said: int | str | None
+) -> tuple[int, ...]:
+    """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch. said: as in box()."""
+    if not isinstance(said, int) or len(formula.dims_of("B", "B*S")) < 2:
+        return rows
+    return tuple(a if dim == said % len(rows) else b for dim, (a, b) in enumerate(zip(rows, whole, strict=True)))
+
+
+def box(
+    whole: Sequence[int],
+    formula: ShapeFormula,
+    part: tuple[int, int, int] | None,
+    here: Place,
+    name: str,
+    said: int | str | None = None,
+) -> Box:
+    """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the dim of the rows by
+    declaration or class; else the formula says it."""
+    held = (part,) if part else ()
+    dims = formula.dims_of("B", "B*S")
+    if here.layout.batch_groups == 1 or not dims:
+        return held
+    if isinstance(said, int):
+        said %= len(whole)
+        if said not in dims:
+            raise PlacementError(f"{name}: its rows are said to be along dim {said}, but it is {formula}")
+        return with_rows(held, said, whole[said], here, name)
+    if len(dims) > 1:
+        raise PlacementError(
+            f"{name} is {formula}: dims {' and '.join(map(str, dims))} could both be the batch, which is split "
+            f"{here.layout.batch_groups} ways; say which it is, placements={{{name!r}: 'batch:{dims[0]}'}}"
+        )
+    factor, term = (formula.dims or ())[dims[0]]
+    if term == "B" and factor > 1:
+        raise PlacementError(
+            f"{name}: dim {dims[0]} has {factor} entries for each row of the batch, in an order that is not known, and "
+            f"the batch is split {here.layout.batch_groups} ways; hook the modules around it"
+        )
+    return with_rows(held, dims[0], whole[dims[0]], here, name)
+
+
+def with_rows(held: Box, dim: int, size: int, here: Place, name: str) -> Box:
+    """What is held, of these rows only."""
+    if dim in [other for other, _, _ in held]:
+        raise PlacementError(f"{name}: dim {dim} is split over the batch and over tp; its order is not known")
+    unit = size // here.B
+    return tuple(sorted((*held, (dim, here.rows[0] * unit, here.rows[1] * unit))))
+
+
+def rows_held(held: Box, dim: int, local: Sequence[int], here: Place, name: str) -> Box:
+    """The same for a value without a formula, whose rows are said to lie along dim."""
+    if not -len(local) <= dim < len(local) or local[dim] % here.local_rows:
+        raise PlacementError(
+            f"{name}: its {here.local_rows} rows are said to lie along dim {dim}, but rank {here.rank} holds "
+            f"{tuple(local)}"
+        )
+    return with_rows(held, dim % len(local), local[dim] // here.local_rows * here.B, here, name)
 
 
 def narrowed(whole: torch.Tensor, parts: Box) -> torch.Tensor:

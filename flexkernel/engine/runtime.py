@@ -45,6 +45,8 @@ class Runtime:
         self.breaker = Breaker()
         self.store: Any = None
         self.model: torch.nn.Module | None = None
+        self.caller: Any = None  # how it is called with a batch
+        self.named: dict[str, torch.nn.Module] = {}  # by the unsharded model's names, shared ones under each
         self.info: ModelInfo | None = None
         self.hooks: Any = None
         self.hook_set = HookSet()
@@ -142,27 +144,30 @@ class Runtime:
     def load(self, info: ModelInfo, source: Source) -> tuple[list[ModuleInfo], int, int]:
         """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
         from . import attention
-        from .compat import is_placeholder, own_modules
+        from .calling import Caller
+        from .compat import is_placeholder
         from .load import build, load, local_bytes, local_parameters
+        from .naming import modules_of
 
         self.unload()
         if source.builder is not None:
             self.model = build(source.builder)
         else:
             self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
+        self.caller = Caller(self.model, source.forward)
+        self.named = modules_of(self.model, source.names, twice=True)
         attention.install()
         if self.seat.world > 1:
             self.breaker.after_groups({self.store.port})
         held = [
             ModuleInfo(name, type(module).__name__, local_parameters(module))
-            for name, module in own_modules(self.model).items()
+            for name, module in modules_of(self.model, source.names).items()
             if not is_placeholder(module)
         ]
         return held, local_parameters(self.model), local_bytes(self.model)
 
     def adopt(self, info: ModelInfo) -> None:
         """The model as all ranks together know it: from here on there can be hooks."""
-        from .compat import own_modules
         from .gather import make_groups
         from .hooks import Hooks
         from .placements import Placer
@@ -177,9 +182,8 @@ class Runtime:
             module = modules[name.rpartition(".@")[0] if ".@" in name else name]
             return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
 
-        own = own_modules(self.model)
-        self.hooks = Hooks(own, reads)
-        self.placer = Placer(info.layout, info.styles, info.placements, own)
+        self.hooks = Hooks(self.named, reads)
+        self.placer = Placer(info.layout, info.styles, info.placements, self.named)
         self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
         if self.seat.world > 1:
             self.groups = make_groups(info.layout, self.rank)
@@ -188,7 +192,8 @@ class Runtime:
     def unload(self) -> None:
         if self.hooks is not None:
             self.hooks.clear()
-        self.model = self.info = self.hooks = None
+        self.model = self.info = self.hooks = self.caller = None
+        self.named = {}
         self.hook_set = HookSet()
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)

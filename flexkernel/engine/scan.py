@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ..wire import ShapeFormula
 from . import attention
+from .calling import Caller
 from .leaves import inputs, leaves
 
 __all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
@@ -57,11 +58,14 @@ def has_experts(config: Any) -> bool:
     return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
-def scan(model: torch.nn.Module) -> Scan:
-    """(module or virtual point, "output" | "input") → for each call in a forward, a formula for each tensor leaf."""
-    cached = hasattr(model, "config") and not getattr(model, "_is_stateful", False)
+def scan(model: torch.nn.Module, forward: bytes | None = None) -> Scan:
+    """(module or virtual point, "output" | "input") → for each call in a forward, a formula for each tensor leaf.
+
+    forward: the user's own way to call it, as code."""
+    call = Caller(model, forward)
+    cached = call.caches and not getattr(model, "_is_stateful", False)
     sizes = [size for size in SIZES if cached or not size[2]]
-    runs = [observe(model, *size) for size in sizes]
+    runs = [observe(call, *size) for size in sizes]
     found: Scan = {}
     for where, calls in runs[0].items():
         found[where] = tuple(
@@ -77,23 +81,18 @@ def scan(model: torch.nn.Module) -> Scan:
 Observed = dict[tuple[str, str], list[dict[str, tuple[tuple[int, ...], str]]]]
 
 
-def observe(model: torch.nn.Module, B: int, S: int, past: int) -> Observed:
+def observe(call: Caller, B: int, S: int, past: int) -> Observed:
     """One forward on the meta device: what went into and came out of every module, each call."""
     seen: Observed = {}
     ids = lambda n: torch.ones(B, n, dtype=torch.long, device="meta")  # noqa: E731
     position = lambda a, n: torch.arange(a, a + n, device="meta").expand(B, n)  # noqa: E731
-    cache = DynamicCache(config=model.config) if past else None
+    batch = lambda a, n: {"input_ids": ids(n), "attention_mask": ids(a + n), "position_ids": position(a, n)}  # noqa: E731
+    cache = {"past_key_values": DynamicCache(config=call.model.config)} if past else {}
     with torch.no_grad():
         if past:
-            model(ids(past), attention_mask=ids(past), position_ids=position(0, past), past_key_values=cache)
-        with watching(model, seen):
-            model(
-                input_ids=ids(S),
-                attention_mask=ids(past + S),
-                position_ids=position(past, S),
-                use_cache=bool(past),
-                **({"past_key_values": cache} if past else {}),
-            )
+            call(batch(0, past), use_cache=True, **cache)
+        with watching(call.model, seen):
+            call(batch(past, S), use_cache=bool(past), **cache)
     return seen
 
 

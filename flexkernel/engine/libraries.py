@@ -1,0 +1,135 @@
+"""What the modules of fairscale, Megatron-core and transformers say by class and flags: how their values lie over tp,
+which dim has the rows of a batch, and how they split their weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ..errors import PlacementError
+
+__all__ = ["Known", "known", "weight_placement"]
+
+FIRST = ("", "0", "input", "input_", "input_ids", "query", "hidden_states")  # paths of the value that is meant
+
+
+@dataclass(frozen=True)
+class Known:
+    """placement: over tp, None if that is not said. batch: the dim of its rows, None if that is not said."""
+
+    placement: Placement | None
+    batch: int | None
+
+
+# S positions, B rows, D width: Megatron's values are (S, B, D), and its models' and embeddings' ends (B, S)
+SBD = 1
+BSD = 0
+WHOLE = Replicate()
+
+
+def known(name: str, module: torch.nn.Module | None, at: str, path: str = "") -> Known | None:
+    """What the module's class says of what goes in ("input") or comes out; None where it says nothing."""
+    library, kind = library_of(module), type(module).__name__
+    if path == "logits" and library == "transformers":
+        return Known(None, BSD)
+    if module is None or not library or path not in FIRST or "experts" in name.split(".")[:-1]:
+        return None
+    if library == "transformers":
+        return None
+    if library == "megatron" and kind in MODULES:
+        return MODULES[kind](module, at)
+    found = parallel_layer(name, module, kind, at)
+    if found is not None and library == "fairscale":  # whose layers look at the last dim only
+        return Known(found.placement, None)
+    return found
+
+
+def library_of(module: torch.nn.Module | None) -> str:
+    top = type(module).__module__.partition(".")[0]
+    return top if top in ("fairscale", "megatron", "transformers") else ""
+
+
+def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> Known | None:
+    sequence = bool(getattr(module, "sequence_parallel", False))  # then S is split over tp between the layers
+    if kind == "ColumnParallelLinear":
+        if at == "input":
+            return Known(Shard(0) if sequence else WHOLE, SBD)
+        gathered = getattr(module, "gather_output", False)
+        return Known(WHOLE if gathered else split_along(-1, name, module, getattr(module, "weight", None)), SBD)
+    if kind == "RowParallelLinear":
+        if at == "input":
+            return Known(Shard(-1) if getattr(module, "input_is_parallel", False) else WHOLE, SBD)
+        return Known(Shard(0) if sequence else WHOLE, SBD)
+    if kind in ("VocabParallelEmbedding", "ParallelEmbedding"):
+        scattered = at == "output" and getattr(module, "reduce_scatter_embeddings", False)
+        return Known(Shard(0), SBD) if scattered else Known(WHOLE, BSD)
+    return None
+
+
+def split_along(dim: int, name: str, module: torch.nn.Module, weight: torch.Tensor | None) -> Placement:
+    """Over tp, of a layer's output or weight: one that packs several projections splits each of them by itself.
+
+    PlacementError: it packs some and its weight does not say how."""
+    packs = getattr(weight, "partition_stride", 1)
+    if isinstance(packs, int) and packs > 1:
+        return _StridedShard(dim, split_factor=packs)
+    if getattr(getattr(module, "config", None), "gated_linear_unit", False) and "linear_fc1" in name:
+        raise PlacementError(f"{name}: its layer packs several projections, whose order over tp is not known")
+    return Shard(dim)
+
+
+def between(module: torch.nn.Module, _at: str) -> Known:
+    """What goes from layer to layer."""
+    config = getattr(module, "config", None)
+    return Known(Shard(0) if getattr(config, "sequence_parallel", False) else WHOLE, SBD)
+
+
+def attention_core(_module: torch.nn.Module, at: str) -> Known:
+    return Known(Shard(2) if at == "input" else Shard(-1), SBD)  # query (S, B, heads, D); (S, B, heads × D)
+
+
+def embedding(module: torch.nn.Module, at: str) -> Known:
+    if at == "input":
+        return Known(WHOLE, BSD)
+    scattered = getattr(module, "reduce_scatter_embeddings", False) or module.scatter_to_sequence_parallel
+    return between(module, at) if scattered else Known(WHOLE, SBD)
+
+
+def language_model(module: torch.nn.Module, at: str) -> Known:
+    if at == "input":
+        return Known(WHOLE, BSD)
+    if not getattr(module, "post_process", True):
+        return between(module, at)
+    return Known(Shard(-1) if getattr(module, "parallel_output", False) else WHOLE, BSD)
+
+
+MODULES = {
+    "GPTModel": language_model,
+    "LanguageModelEmbedding": embedding,
+    "TransformerBlock": between,
+    "TransformerLayer": between,
+    "SelfAttention": between,
+    "MLP": between,
+    "DotProductAttention": attention_core,
+}
+
+# The dim along which parallel layers split what they own; what is not named lies whole on each rank
+WEIGHTS = {
+    "ColumnParallelLinear": {"weight": 0, "bias": 0},
+    "RowParallelLinear": {"weight": 1},
+    "VocabParallelEmbedding": {"weight": 0},
+    "ParallelEmbedding": {"weight": 1},
+}
+
+
+def weight_placement(name: str, module: torch.nn.Module, tensor: torch.Tensor) -> Placement | None:
+    """How such a layer splits a parameter over tp; None: it is none of these layers."""
+    kind, last = type(module).__name__, name.rpartition(".")[2]
+    if library_of(module) not in ("fairscale", "megatron") or kind not in WEIGHTS:
+        return None
+    dim = WEIGHTS[kind].get(last)
+    return WHOLE if dim is None else split_along(dim, name, module, tensor)
