@@ -162,7 +162,19 @@ def test_what_belongs_to_a_builder_is_refused_for_a_folder(session, tiny):
         session.load(str(tiny("llama")), forward=lambda model, batch: None, names={"a": "b"})
 
 
+def test_a_model_without_a_forward_has_parameters_all_the_same(session):
+    session.load(Bare)
+    assert torch.equal(session.parameter("weight").tensor(), torch.ones(3))
+    with pytest.raises(fk.errors.EngineError, match='missing the required "forward" function'):
+        session.run([[5, 6]])
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
 def test_what_is_no_function_is_said():
     with pytest.raises(LoadError, match="forward= is a function of the model and a batch; found int"):
         Caller(nn.Linear(1, 1), packed(3))
-    assert fk.__version__

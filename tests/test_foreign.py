@@ -12,7 +12,6 @@ import pytest
 import torch
 import watched
 
-import flexkernel as fk
 from flexkernel.errors import LoadError, PlacementError, PromptError
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
@@ -223,4 +222,3 @@ def test_a_pipeline_split_by_hand_has_the_whole_models_names(session):
 def test_parts_under_other_names_are_refused_with_what_to_write(session):
     with pytest.raises(LoadError, match=r"no rank .* has blocks.0.norm.*part.blocks.0.norm.*names="):
         session.load(foreign.by_hand, pp=2, reference=OWN)
-    assert fk.__version__
