@@ -13,8 +13,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipyparallel as ipp
@@ -24,14 +24,18 @@ from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLaun
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
 from .reaper import Reaper
-from .wire import ErrorReport, Seat
+from .vitals import Vitals, tail
+from .wire import ErrorReport, Heritage, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
+FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
+WATCH_S = 0.25  # how often a waiting call looks around
+START_S = 120.0  # how long a new engine may take to be there
 
 
 class Cluster:
@@ -49,6 +53,9 @@ class Cluster:
         self.fresh = False  # nothing has been loaded under these groups
         self.timeout_s = 60.0
         self.seated = False
+        self.broken = False  # the groups were broken and could not be made anew: a rank is missing
+        self.replacing = False
+        self.revive: Callable[[], Any] | None = None  # brings dead ranks back before the next call
         self.closed = False
         self.poll: Callable[[], None] | None = None  # called again and again while ranks work
 
@@ -84,12 +91,16 @@ class Cluster:
         Raises the cause if any rank raised; the engines are idle and usable again when it does."""
         if self.closed:
             raise ClusterError("this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)")
+        if ranks is None and not self.replacing:
+            if self.revive is not None and not all(self.answering()):
+                self.revive()
+            if self.broken:
+                self._mend(())
         ranks = list(range(self.size)) if ranks is None else list(ranks)
         answers = self._collect(self._send(method, each or [args] * len(ranks), ranks), ranks, progress)
         reports = [a for a in answers if isinstance(a, ErrorReport)]
         if reports:
-            if any(report.broken for report in reports):
-                self.seat(self.device)
+            self._mend(reports)
             raise cause(reports)
         return answers
 
@@ -101,6 +112,24 @@ class Cluster:
             yield
         finally:
             self.poll = None
+
+    def _mend(self, answers: Iterable[Any]) -> None:
+        """Make the groups anew if one of these answers says that they were broken, once all ranks can be reached."""
+        self.broken |= any(isinstance(answer, ErrorReport) and answer.broken for answer in answers)
+        if self.broken and all(self.answering()):
+            self.seat(self.device)
+
+    def alive(self) -> list[bool]:
+        """Rank → whether its engine is there."""
+        return [not self.closed] * self.size
+
+    def answering(self) -> list[bool]:
+        """Rank → whether its engine is there and answers; one that hangs does not."""
+        return self.alive()
+
+    def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+        """Start new engines for these ranks; those that are left keep their part of the model where it is."""
+        raise ClusterError("the engine is this process: it cannot be replaced, restart the notebook's kernel")
 
     def ready(self, device: str) -> None:
         """Have the ranks seated for this device."""
@@ -116,21 +145,24 @@ class Cluster:
             self.seat(self.device)
             self.fresh = True  # unlike after a regroup, which puts the loaded model's meshes on the new groups
 
-    def seat(self, device: str) -> None:
-        """Give every engine its rank and (again) its process groups, in a new generation."""
-        self.device = device
+    def seat(self, device: str, builder: bytes | None = None) -> None:
+        """Give every engine its rank and (again) its process groups, in a new generation. builder: some have to build
+        their part of the model, and it may take all ranks to do that."""
+        self.device, self.broken = device, False
         self.generation += 1
-        local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
-        seats = [
-            Seat(rank, self.size, local[rank], self.hosts.count(self.hosts[rank]), self.generation)
-            for rank in range(self.size)
-        ]
         where: tuple = ()
         if self.size > 1:
-            where = self.call("open_store", "127.0.0.1", ranks=[0])[0]
-        rest = (*where, self.timeout_s) if where else ()
-        self.call("sit", each=[(seat, self.folder, device, *rest) for seat in seats])
+            where = (*self.call("open_store", "127.0.0.1", ranks=[0])[0], self.timeout_s)
+        self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
         self.seated = True
+
+    def seats(self) -> list[Seat]:
+        """Each rank's, in this generation."""
+        local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
+        return [
+            Seat(rank, self.size, local[rank], self.hosts.count(host), self.generation)
+            for rank, host in enumerate(self.hosts)
+        ]
 
 
 def packed(function: Callable) -> bytes:
@@ -144,12 +176,28 @@ def packed(function: Callable) -> bytes:
         raise ClusterError(f"{name} cannot be sent to engines, it holds something that stays here: {error}") from None
 
 
+def chosen(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
+    """The ranks that are meant: those named, else those whose engines have died. ClusterError: there are none."""
+    if rank is None:
+        found = [r for r, answers in enumerate(cluster.answering()) if not answers]
+        if not found:
+            raise ClusterError("all engines answer; name the rank of the one to replace: restart(rank=1)")
+        return found
+    ranks = sorted({rank} if isinstance(rank, int) else set(rank))
+    wrong = [r for r in ranks if not isinstance(r, int) or not 0 <= r < cluster.size]
+    if wrong or not ranks:
+        raise ClusterError(f"rank {wrong[0] if wrong else rank!r} is none of 0 to {cluster.size - 1}")
+    return ranks
+
+
 def cause(reports: Sequence[ErrorReport]) -> BaseException:
-    """The error that began it: the earliest that is not merely about another rank's."""
-    first = min(reports, key=lambda r: (r.secondary, r.time))
+    """The error that began it: a death, else the earliest that is not merely about another rank's."""
+    first = min(reports, key=lambda r: (r.type != "EngineDied", r.secondary, r.time))
     if first.type == "KeyboardInterrupt":
         return KeyboardInterrupt()
     kind = errors.named(first.type)
+    if kind is EngineDied:
+        return EngineDied(first.message, first.rank)
     if issubclass(kind, EngineError) and kind is not EngineError:
         return kind(first.message, first.rank, first.traceback)
     if kind is EngineError:
@@ -186,9 +234,6 @@ class InProcess(Cluster):
         finally:
             self._runtime.tick = None
 
-    def alive(self) -> list[bool]:
-        return [not self.closed]
-
     def close(self, end: bool | None = None) -> None:
         if not self.closed:
             self.closed = True
@@ -204,7 +249,12 @@ class IPyParallel(Cluster):
         self.engines: list[int] = sorted(client.ids)  # rank → ipyparallel's engine id
         self.size = len(self.engines)
         self.hosts = [""] * self.size
+        self.pids = [0] * self.size
+        self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
+        self.module_names: list[str] = []  # of the loaded model, in the order by which engines count modules
         self._views: dict[int, Any] = {}
+        self._deaf: dict[int, Any] = {}  # rank → the call that it was given up on
+        self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
         self._greet()
@@ -215,12 +265,7 @@ class IPyParallel(Cluster):
 
     def _greet(self) -> None:
         """Ask every engine who it is; agree on ranks: those they have, else by host."""
-        from . import __version__
-
-        hellos = self.call("hello")
-        versions = {hello["version"] for hello in hellos}
-        if versions != {__version__}:
-            raise ClusterError(f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}")
+        hellos = self._hello(range(self.size))
         seats = [hello["seat"] for hello in hellos]
         self.loaded = all(hello["loaded"] for hello in hellos)
         kept = sorted(seat.rank for seat in seats) == list(range(self.size)) and all(
@@ -229,17 +274,128 @@ class IPyParallel(Cluster):
         key = (lambda i: seats[i].rank) if kept else (lambda i: (hellos[i]["host"], self.engines[i]))
         order = sorted(range(self.size), key=key)
         self.engines = [self.engines[i] for i in order]
-        self.hosts = [hellos[i]["host"] for i in order]
-        self.gpus = {hello["host"]: hello["gpus"] for hello in hellos}
-        self.pids = [hellos[i]["pid"] for i in order]
+        for rank, i in enumerate(order):
+            self._meet(rank, hellos[i])
         self.generation = max(seat.generation for seat in seats)
         if kept and self.loaded:
             self.folder, self.device = hellos[order[0]]["folder"], hellos[order[0]]["device"]
             self.seated = True
 
+    def _hello(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
+        """Who these engines are. ClusterError if they run another version of this package."""
+        from . import __version__
+
+        hellos = self.call("hello", ranks=ranks)
+        versions = {hello["version"] for hello in hellos}
+        if versions != {__version__}:
+            raise ClusterError(f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}")
+        return hellos
+
+    def _meet(self, rank: int, hello: dict[str, Any]) -> None:
+        """Know the engine that has this rank from here on."""
+        self.hosts[rank], self.pids[rank] = hello["host"], hello["pid"]
+        self.gpus[hello["host"]] = hello["gpus"]
+        self.vitals.pop(rank, None)
+        if hello["machine"] == socket.gethostname() and psutil.pid_exists(hello["pid"]):
+            started = [one for group in self._cluster.engines.values() for one in launchers(group)]
+            self.vitals[rank] = Vitals(hello["pid"], next((o for o in started if o.pid == hello["pid"]), None))
+
     def alive(self) -> list[bool]:
         ids = set() if self.closed else set(self._client.ids)
         return [engine_id in ids for engine_id in self.engines]
+
+    def answering(self) -> list[bool]:
+        for rank in [rank for rank, call in self._deaf.items() if call.done()]:  # it has come back after all
+            self._forget([self._deaf.pop(rank)])
+        out = self._unfit.union(self._deaf)
+        return [alive and rank not in out for rank, alive in enumerate(self.alive())]
+
+    # --- replacing -----------------------------------------------------------------------------------
+
+    def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+        """Start new engines for these ranks, each with its rank's part of the model. heritage: by rank; empty while no
+        model is loaded. The others keep their part where it is; all get new groups."""
+        left = [r for r, answers in enumerate(self.answering()) if r not in ranks and not answers]
+        if left:
+            raise ClusterError(f"rank {left[0]} does not answer either: restart(rank={sorted([*ranks, *left])})")
+        spare = sorted(set(self._client.ids) - set(self.engines))
+        num_new = len(ranks) - len(spare)
+        self._may_start(num_new)
+        self.replacing = True
+        self._unfit.update(ranks)
+        try:
+            for rank in ranks:
+                self._end(rank)
+            new = [*spare, *self._start_engines(num_new)][: len(ranks)]
+            for rank, engine_id in zip(ranks, new, strict=True):
+                self.engines[rank] = engine_id
+                self._deaf.pop(rank, None)
+            for rank, hello in zip(ranks, self._hello(ranks), strict=True):
+                self._meet(rank, hello)
+            self._endow(ranks, heritage)
+            self._unfit.difference_update(ranks)
+        finally:
+            self.replacing = False
+
+    def _endow(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+        """Have new engines load their part and take their seats, with all others."""
+        if not self.seated:
+            return
+        builder = None
+        if heritage:
+            seats = self.seats()
+            self.call("regroup.inherit", ranks=ranks, each=[(seats[r], self.device, heritage[r]) for r in ranks])
+            builder = heritage[ranks[0]].source.builder
+        self.seat(self.device, builder)
+        if heritage:
+            self.call("regroup.settle", ranks=ranks, each=[(heritage[r],) for r in ranks])
+
+    def _may_start(self, n: int) -> None:
+        """ClusterError if engines are to be started that only somebody else can start."""
+        kind = self._cluster.engine_launcher_class
+        controller = getattr(self._cluster.controller, "process", None)
+        if n <= 0 or self.owned or (issubclass(kind, LocalEngineSetLauncher) and controller is not None):
+            return
+        raise ClusterError(
+            f"this cluster was attached, and its engines were started through {kind.__name__} by somebody else: no "
+            f"engine can be started from here. Start {n} there, `ipcluster engines -n {n} --cluster-id "
+            f"{self.cluster_id!r}`, and restart the rank again: the new engine is taken"
+        )
+
+    def _end(self, rank: int) -> None:
+        """End the engine that has this rank, if it is not gone: also one that hangs."""
+        if not self.alive()[rank]:
+            return
+        if rank in self.vitals:
+            self.vitals[rank].kill()
+        else:
+            self._client.send_signal(signal.SIGKILL, [self.engines[rank]], block=False)
+        end = time.monotonic() + START_S
+        while self.alive()[rank]:
+            if time.monotonic() > end:
+                raise ClusterError(f"rank {rank}'s engine did not end within {START_S:g} s of a SIGKILL")
+            time.sleep(0.02)
+
+    def _start_engines(self, n: int) -> list[int]:
+        """n more engines of the kind there are; their ids."""
+        if n <= 0:
+            return []
+        known = set(self._client.ids)
+        before = {p.pid for p in psutil.Process().children(recursive=True)}
+        with private_files():
+            name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""})
+        end = time.monotonic() + START_S
+        while len(new := sorted(set(self._client.ids) - known)) < n:
+            ended = [one for one in launchers(self._cluster.engines[name]) if not psutil.pid_exists(one.pid)]
+            if ended or time.monotonic() > end:
+                lines = [line for one in ended for line in tail(Path(one.output_file), 20)]
+                raise ClusterError("\n".join([f"{n - len(new)} of {n} new engines did not start", *lines]))
+            time.sleep(0.05)
+        if self.reaper is not None:
+            self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
+        return new
+
+    # --- calling -------------------------------------------------------------------------------------
 
     def _view(self, engine_id: int) -> Any:
         if engine_id not in self._views:
@@ -247,11 +403,28 @@ class IPyParallel(Cluster):
         return self._views[engine_id]
 
     def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
-        gone = [rank for rank, alive in enumerate(self.alive()) if not alive]
+        alive = self.alive()
+        gone = [rank for rank in ranks if not alive[rank]]
         if gone:
             raise EngineDied(
-                f"rank {gone[0]}'s engine is gone, and its part of the model with it; "
-                "restart the cluster (%flex_cluster restart) and load again"
+                f"rank {gone[0]}'s engine is gone, and its part of the model with it; bring it back, with that part "
+                f"only: %flex_cluster restart --rank {gone[0]}, or session.restart()",
+                gone[0],
+            )
+        unfit = [rank for rank in ranks if rank in self._unfit and not self.replacing]
+        if unfit:
+            raise EngineDied(
+                f"rank {unfit[0]} was being replaced and its new engine did not get its part of the model: "
+                f"%flex_cluster restart --rank {unfit[0]} tries again",
+                unfit[0],
+            )
+        self.answering()  # those that have come back meanwhile are not deaf any more
+        deaf = [rank for rank in ranks if rank in self._deaf]
+        if deaf:
+            raise EngineDied(
+                f"rank {deaf[0]}'s engine (pid {self.pids[deaf[0]]} on {self.hosts[deaf[0]]}) does not answer: it "
+                f"hangs or was stopped. %flex_cluster restart --rank {deaf[0]} ends it and puts another in its place",
+                deaf[0],
             )
         return [
             self._view(self.engines[rank]).apply_async(engine.call, DRIVER, method, *rest)
@@ -259,31 +432,50 @@ class IPyParallel(Cluster):
         ]
 
     def _collect(self, pending: list[Any], ranks: Sequence[int], progress: Callable[[int], None] | None) -> list[Any]:
-        answers: list[Any] = []
-        interrupted = False
-        deadline = float("inf")
-        for done, result in enumerate(pending):
-            while True:
-                try:
-                    answers.append(self._awaited(result, ranks[done], 1.0))
-                    break
-                except (FutureTimeout, TimeoutError):
+        calls, answers = dict(zip(ranks, pending, strict=True)), {}
+        patience = Patience()
+        for vitals in self.vitals.values():
+            vitals.sample()
+        while calls:
+            try:
+                next(iter(calls.values())).wait(WATCH_S if self.poll is None else POLL_S)
+                for rank in [rank for rank, call in calls.items() if call.done()]:
+                    answers[rank] = self._answer(calls.pop(rank), rank)
+                    patience.heard(answers[rank])
+                    if progress and not patience.interrupted:
+                        progress(len(answers))
+                if calls:
+                    self._poll()
+                    for vitals in self.vitals.values():
+                        vitals.sample()
                     self._check_controller()
-                    if time.monotonic() > deadline:
-                        answers.append(silent(ranks[done]))
-                        break
-                except KeyboardInterrupt:
-                    if not interrupted:  # a second one changes nothing: the ranks are on their way
-                        interrupted, deadline = True, time.monotonic() + INTERRUPT_S
-                        self.interrupt([r for r, p in zip(ranks, pending, strict=True) if not p.done()])
-            if progress and not interrupted:
-                progress(done + 1)
+                    self._press(calls, answers, patience)
+            except KeyboardInterrupt:
+                patience.interrupted = True
         self._forget(pending)
-        if interrupted:
-            if any(isinstance(a, ErrorReport) and a.broken for a in answers):
-                self.seat(self.device)
+        if patience.interrupted:
+            self._mend(answers.values())
             raise KeyboardInterrupt
-        return answers
+        return [answers[rank] for rank in ranks]
+
+    def _poll(self) -> None:
+        """Call whoever watches this call."""
+        try:
+            if self.poll is not None:
+                self.poll()
+        except BaseException:  # it keeps what it raised; here it is one more way to be interrupted
+            self.poll = None
+            raise KeyboardInterrupt from None
+
+    def _press(self, calls: dict[int, Any], answers: dict[int, Any], patience: Patience) -> None:
+        """See that ranks come back which nobody needs to wait for any more."""
+        step = patience.step()
+        if step == "interrupt":
+            self.interrupt(list(calls))
+        elif step == "give up":
+            for rank in list(calls):
+                self._deaf[rank] = calls.pop(rank)
+                answers[rank] = silent(rank)
 
     def _forget(self, done: list[Any]) -> None:
         """The client keeps what it knows of every call, and of what engines print after it, for ever."""
@@ -300,26 +492,29 @@ class IPyParallel(Cluster):
             self.closed = True
             raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
 
-    def _awaited(self, result: Any, rank: int, timeout_s: float) -> Any:
-        """Its answer, as _get; meanwhile whoever watches is called."""
-        end = time.monotonic() + timeout_s
-        while self.poll is not None and time.monotonic() < end:
-            with contextlib.suppress(FutureTimeout, TimeoutError):
-                return self._get(result, rank, POLL_S)
-            try:
-                self.poll()
-            except BaseException:  # it keeps what it raised; here it is one more way to be interrupted
-                self.poll = None
-                raise KeyboardInterrupt from None
-        return self._get(result, rank, 0.0 if self.poll is not None else timeout_s)
-
-    def _get(self, result: Any, rank: int, timeout_s: float) -> Any:
+    def _answer(self, result: Any, rank: int) -> Any:
         try:
-            return result.get(timeout_s)
-        except ipp.error.EngineError as error:
-            raise EngineDied(f"rank {rank}'s engine died while it worked: {first_line(error)}") from None
+            return result.get(0)
+        except ipp.error.EngineError:
+            return self._died(rank)
         except ipp.error.RemoteError as error:
+            if error.ename == "EngineError":  # the same, when the hub is the first to say it
+                return self._died(rank)
             return ErrorReport(rank, "EngineError", str(error), "\n".join(error.render_traceback()), time.time())
+
+    def _died(self, rank: int) -> ErrorReport:
+        return ErrorReport(rank, "EngineDied", self.obituary(rank), "", time.time(), broken=True)
+
+    def obituary(self, rank: int) -> str:
+        """What is known of a rank whose engine died: how, where, what it wrote last."""
+        vitals = self.vitals.get(rank)
+        how = vitals.end() if vitals is not None else ""
+        said = f"rank {rank}'s engine died (pid {self.pids[rank]} on {self.hosts[rank]}"
+        said += f", {how})" if how else ")"
+        said += ". It comes back, with its part of the model only, "
+        said += "with the next call" if self.revive else f"by %flex_cluster restart --rank {rank}"
+        lines = vitals.log() if vitals is not None else []
+        return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
 
     def interrupt(self, ranks: Sequence[int]) -> None:
         """Send SIGINT to these engines, through their nannies."""
@@ -344,8 +539,48 @@ class IPyParallel(Cluster):
             self.reaper.leave()
 
 
+class Patience:
+    """How long a call waits for ranks that are on their way back: its user has interrupted, or another rank's groups
+    are broken. Such ranks come by themselves within a second or so; one that does not is interrupted, then given up."""
+
+    def __init__(self) -> None:
+        self.interrupted = self.told = False
+        self._since: float | None = None
+
+    def heard(self, answer: Any) -> None:
+        if isinstance(answer, ErrorReport) and answer.broken and self._since is None:
+            self._since = time.monotonic()
+
+    def step(self) -> str:
+        """What to do now: "interrupt", "give up" or ""; the first once."""
+        now = time.monotonic()
+        if self.interrupted and not self.told:
+            self.told, self._since = True, now
+            return "interrupt"
+        waited = now - self._since if self._since is not None else 0.0
+        if waited > FREED_S and not self.told:
+            self.told = True
+            return "interrupt"
+        return "give up" if waited > INTERRUPT_S else ""
+
+
 def silent(rank: int) -> ErrorReport:
     return ErrorReport(rank, "EngineError", f"rank {rank} did not answer the interrupt", "", time.time(), broken=True)
+
+
+def launchers(group: Any) -> list[Any]:
+    """The local engines of one of a cluster's engine sets; none where a batch system has them."""
+    return list(getattr(group, "launchers", {}).values())
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """What is made meanwhile, by started processes too, is readable by this user only."""
+    previous = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(previous)
 
 
 def first_line(error: BaseException) -> str:
@@ -403,19 +638,17 @@ def start(
         shutdown_atexit=not keep,
     )
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    previous = os.umask(0o077)
     try:
-        cluster.start_cluster_sync()
-        client = cluster.connect_client_sync()
-        client.wait_for_engines(n, timeout=timeout_s, block=True, interactive=False)
+        with private_files():
+            cluster.start_cluster_sync()
+            client = cluster.connect_client_sync()
+            client.wait_for_engines(n, timeout=timeout_s, block=True, interactive=False)
     except BaseException as error:
         with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
             cluster.stop_cluster_sync()
         if isinstance(error, Exception):
             raise ClusterError(f"{n} engines did not start: {first_line(error)}") from error
         raise
-    finally:
-        os.umask(previous)
     mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     found = IPyParallel(cluster, client, owned=True)
     if not keep:

@@ -50,7 +50,11 @@ class ClusterError(FlexError):
 
 
 class EngineDied(ClusterError):
-    pass
+    """rank: whose engine it was."""
+
+    def __init__(self, message: str, rank: int | None = None):
+        super().__init__(message)
+        self.rank = rank
 
 
 class LoadError(FlexError):

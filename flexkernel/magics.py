@@ -39,7 +39,14 @@ __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
 MOST_VIEWS = 16  # that one line draws
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
-ACTION_OF = {"n": "start", "engines": "start", "keep": "start", "profile": "attach", "cluster_id": "attach"}
+ACTION_OF = {
+    "n": "start",
+    "engines": "start",
+    "keep": "start",
+    "profile": "attach",
+    "cluster_id": "attach",
+    "rank": "restart",
+}
 
 
 def register(shell: Any) -> None:
@@ -262,14 +269,19 @@ class FlexMagics(Magics):
     @argument("--keep", action="store_true", default=None, help="start: engines and model outlive this notebook")
     @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
-    @twin("`fk.start(n=)`, `fk.attach(profile, cluster_id)`, `fk.local()`, `session.status()`, `session.close()`")
+    @argument("--rank", type=int, metavar="R", help="restart: only this rank's engine, with its part of the model")
+    @twin(
+        "`fk.start(n=)`, `fk.attach(profile, cluster_id)`, `fk.local()`, `session.status()`, `session.restart(rank)`, "
+        "`session.close()`"
+    )
     @line_magic
     def flex_cluster(self, line: str) -> Any:
         """Start engines, attach to those that `ipcluster start` began, or use this process; their status; stop them.
 
         start, attach and local give the session, also found as `flex`. It takes the place of the one before, which
         ends: engines that were started for it stop, attached ones stay with their model. restart stops the engines and
-        starts as many new ones, with no model on them. Alone it says the status.
+        starts as many new ones, with no model on them; with --rank it replaces one, and the model stays loaded. Alone
+        it says the status.
         """
         args = parsed(self.flex_cluster, line)
         for name, action in ACTION_OF.items():
@@ -302,15 +314,18 @@ class FlexMagics(Magics):
     def _cluster_status(self, _args: argparse.Namespace) -> Any:
         return self.needed().status()
 
-    def _cluster_restart(self, _args: argparse.Namespace) -> Session:
+    def _cluster_restart(self, args: argparse.Namespace) -> Session:
         from .session import local, start
 
         cluster = self.needed().cluster
+        if args.rank is not None:
+            self.needed().restart(args.rank)
+            return self.needed()
         if not cluster.owned:
             raise ClusterError("these engines were attached, not started here: restart them where they were started")
         if not hasattr(cluster, "cluster_id"):  # the engine is this process
             return self._use(local())
-        self._cluster_stop(_args)  # before the new ones: they need the memory
+        self._cluster_stop(args)  # before the new ones: they need the memory
         return self._use(start(cluster.size, self._engines))
 
     def _cluster_stop(self, _args: argparse.Namespace) -> None:

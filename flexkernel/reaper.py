@@ -1,12 +1,12 @@
 """The reaper: ends a cluster whose driver has gone without ending it, however it went.
 
-A process of its own beside the driver. It waits on a pipe: a last word means that all is well, its end without one
-that the driver was killed; then the cluster's processes go, and the memory their slabs hold.
+A process of its own beside the driver. It waits on a pipe, which names the cluster's processes: a last word means that
+all is well, its end without one that the driver was killed; then those processes go, and the memory of their slabs.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -18,29 +18,39 @@ import psutil
 __all__ = ["Reaper", "end"]
 
 GRACE_S = 3.0
+LEAVE = "leave"
 
 
 class Reaper:
     """Watches these processes on the driver's behalf, until `leave()` or the driver's end."""
 
     def __init__(self, processes: Iterable[psutil.Process], folder: Path):
-        known = [(p.pid, p.create_time()) for p in processes]
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "flexkernel.reaper", json.dumps(known), str(folder)],
+            [sys.executable, "-m", "flexkernel.reaper", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C in the driver's terminal is not for it
         )
+        self.watch(processes)
+
+    def watch(self, processes: Iterable[psutil.Process]) -> None:
+        """Watch these too: the cluster has got new ones."""
+        for process in processes:
+            self._say(f"{process.pid} {process.create_time()!r}")
+
+    def _say(self, word: str) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has gone already
+            self._child.stdin.write(f"{word}\n".encode())
+            self._child.stdin.flush()
 
     def leave(self) -> None:
         """The cluster has been ended, or is meant to stay."""
         if self._child.stdin is not None and not self._child.stdin.closed:
-            try:
-                self._child.stdin.write(b"leave")
+            self._say(LEAVE)
+            with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
-            except BrokenPipeError:  # it has gone already
-                pass
             self._child.wait(GRACE_S)
 
 
@@ -67,9 +77,11 @@ def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[in
 
 
 def main() -> None:
-    known, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-    if sys.stdin.buffer.read() != b"leave":
-        end([(pid, created) for pid, created in known])
+    folder = Path(sys.argv[1])
+    words = sys.stdin.read().split("\n")
+    if LEAVE not in words:
+        known = [word.split() for word in words if word.count(" ") == 1]
+        end([(int(pid), float(created)) for pid, created in known])
         for path in folder.parent.glob(folder.name + "*"):
             shutil.rmtree(path, ignore_errors=True)
 

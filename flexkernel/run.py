@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import html
 import os
@@ -554,6 +555,32 @@ class Store:
         self.runs[run.number] = run
         self._extents[run.number] = extent
         return run
+
+    def records(self, rank: int, of_another: Mapping[int, Any], planner: Planner) -> dict[int, Any]:
+        """What an engine keeps of each stored run, (plan, hooks, report), for a rank whose engine lost it; of_another:
+        what another rank's engine keeps."""
+        found: dict[int, Any] = {}
+        for number, (plan, hooks, _) in of_another.items():
+            run = self.runs.get(number)
+            if run is None:
+                continue
+            length = plan.generation.max_new_tokens if plan.generation is not None else 0
+            where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]), length)
+            at = {entry.key: i for i, entry in enumerate(where.entries)}
+            seen = {key: capture.seen[rank] for key, capture in run.captures.items() if rank in capture.seen}
+            planned = {at[key]: value for key, value in seen.items() if key in at}
+            others = {key: value for key, value in seen.items() if key not in at}
+            report = RunReport(rank, number, planned, others, run.seconds, run.stopped)
+            new = dict(enumerate(run.new_ids))
+            found[number] = plan, hooks, dataclasses.replace(report, forwards=run.forwards, generated=new)
+        return found
+
+    def reconnect(self) -> None:
+        """Engines have changed: find out anew who is where, and who serves another host's slabs."""
+        self.hosts = list(self._cluster.hosts)
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
 
     def free(self, run: Run, why: str) -> None:
         """Take a run's memory back."""

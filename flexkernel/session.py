@@ -14,7 +14,7 @@ from .hooks import check_groups
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import HookSet, Layout, ModelInfo
+from .wire import Heritage, HookSet, Layout, ModelInfo, Source
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -68,6 +68,36 @@ class Session(Hooking):
         """Engines, model, hooks, memory: what there is now."""
         return Status(self)
 
+    def restart(self, rank: int | Sequence[int] | None = None) -> list[int]:
+        """Replace engines by new ones, by default those that have died; returns their ranks. Each loads its rank's part
+        of the model only; the others keep theirs where it is. Hooks, edits and stored runs are as before; what an edit
+        saved in ctx.save on a rank that died is lost.
+
+        A rank whose engine runs, or hangs, is ended first. ClusterError: nothing to replace, or none can be started."""
+        ranks = clusters.chosen(self.cluster, rank)
+        self.cluster.replace(ranks, self._heritage(ranks))
+        if self.store is not None:
+            self.store.reconnect()
+        return ranks
+
+    @property
+    def auto_restart(self) -> bool:
+        """Whether a dead engine is replaced by itself, before the next call to the engines. Off unless you set it."""
+        return self.cluster.revive is not None
+
+    @auto_restart.setter
+    def auto_restart(self, value: bool) -> None:
+        self.cluster.revive = self.restart if value else None
+
+    def _heritage(self, ranks: Sequence[int]) -> dict[int, Heritage]:
+        """What the new engines of these ranks are given; nothing while no model is loaded."""
+        if self.info is None or self.store is None:
+            return {}
+        left = [r for r, alive in enumerate(self.cluster.alive()) if alive and r not in ranks][:1]
+        records = self.cluster.call("regroup.describe", ranks=left)[0].runs if left else {}
+        runs = {rank: self.store.records(rank, records, self.planner) for rank in ranks}
+        return {r: Heritage(self.info, self.source, self.hook_set, self.edits, runs[r]) for r in ranks}
+
     def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
         """Run a function on every engine; its results in order of rank."""
         return self.cluster.call("call", clusters.packed(function), *args)
@@ -108,10 +138,11 @@ class Session(Hooking):
         self._forget()  # only now: what is refused leaves the loaded model as it is
         self.cluster.renew()
         info = model.load(self.cluster, where, info, told)
-        self._know(info)
+        self._know(info, where)
         return info
 
-    def _know(self, info: ModelInfo) -> None:
+    def _know(self, info: ModelInfo, source: Source) -> None:
+        self.source = source
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
         self.info, self.planner = info, slabs.Planner(info)
         self.store = Store(self.cluster)
@@ -124,11 +155,11 @@ class Session(Hooking):
 
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
-        answers = self.cluster.call("describe")
-        self._know(answers[0][0])
-        self.hook_set, self.edits = answers[0][1], answers[0][3]
+        answers = self.cluster.call("regroup.describe")
+        self._know(answers[0].info, answers[0].source)
+        self.hook_set, self.edits = answers[0].hook_set, answers[0].edits
         assert self.store is not None
-        self.store.recover([runs for _, _, runs, _ in answers], self.planner, self.tokenizer)
+        self.store.recover([answer.runs for answer in answers], self.planner, self.tokenizer)
 
     def tree(self, glob: str = "**") -> Tree:
         """The modules a glob names, with shapes, placements, ranks and hooks."""

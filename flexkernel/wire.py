@@ -18,6 +18,7 @@ __all__ = [
     "ErrorReport",
     "Generation",
     "Held",
+    "Heritage",
     "HookSet",
     "HookSpec",
     "Layout",
@@ -416,6 +417,18 @@ class RunReport:
     edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
     forwards: int = 1
     generated: dict[int, list[int]] = field(default_factory=dict)  # row of the batch → its new tokens, up to its end
+
+
+@dataclass(frozen=True)
+class Heritage:
+    """What an engine is given that takes a dead one's rank: the model and where it comes from, hooks, edits, and what
+    the dead one had reported of each stored run."""
+
+    info: ModelInfo
+    source: Source
+    hook_set: HookSet
+    edits: dict[str, EditSpec]
+    runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]
 
 
 @dataclass(frozen=True)

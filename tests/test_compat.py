@@ -287,6 +287,31 @@ def test_groups_are_dropped_and_counted_anew():
         assert not dist.is_initialized() and c10d._world.group_count == 0
 
 
+def test_alone_a_rank_has_its_place_and_waits_for_nobody():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with compat.alone(2, 4):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+        assert dist.get_rank() == 2 and list(mesh.get_coordinate()) == [1, 0]
+        dist.all_reduce(torch.ones(2), group=mesh.get_group("tp"))
+    assert not dist.is_initialized()
+
+
+def test_groups_can_be_made_again_under_their_names(one_rank):
+    dist.new_group([0])
+    holder = nn.Module()
+    holder.group = dist.new_group([0])
+    made = compat.made_groups()
+    assert made == [(1, [0]), (2, [0])]
+    compat.abort_groups()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    compat.remake_groups(made)
+    old = holder.group
+    compat.refresh_groups(holder)
+    assert holder.group is not old and holder.group.group_name == old.group_name == "2"
+    dist.all_reduce(torch.ones(2), group=holder.group)
+
+
 def test_the_private_names_of_torch_are_there():
     from torch.distributed.fsdp import FSDPModule
 

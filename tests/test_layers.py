@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
     {"errors", "wire", "names"},
-    {"slabs", "reduce", "reaper"},
+    {"slabs", "reduce", "reaper", "vitals"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation"},
     {"hooking", "session", "sweep", "dataset", "verify"},

@@ -110,8 +110,15 @@ def sleep_at(name: str, rank: int, seconds: float = 100.0) -> None:
     once(name, rank, lambda: time.sleep(seconds))
 
 
-def die_at(name: str, rank: int) -> None:
-    once(name, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def die_at(name: str, rank: int, of: int = signal.SIGKILL) -> None:
+    once(name, rank, lambda: os.kill(os.getpid(), of))
+
+
+def local_parameters() -> list[torch.Tensor]:
+    """The tensors that this rank's parameters lie in; tied ones once."""
+    from flexkernel.engine.load import own
+
+    return list({tensor.data_ptr(): tensor for tensor in own(runtime().model)}.values())
 
 
 def weights_at() -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from ..wire import ErrorReport
 
 __all__ = ["answer", "call", "open_runtime"]
 
-DOORS = ("parameters",)  # what the driver may call beside the Runtime's own methods: "parameters.held"
+DOORS = ("parameters", "regroup")  # what the driver may call beside the Runtime's own methods: "parameters.held"
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
 
 
@@ -30,6 +32,7 @@ def call(driver: str, method: str, *args: Any) -> Any:
     driver: who asks. Whoever said hello last has the engine: two that take turns would read each other's slabs."""
     global _runtime
     if _runtime is None:
+        report_crashes()
         _runtime = open_runtime()
     if method == "hello":
         _runtime.driver = driver
@@ -37,6 +40,12 @@ def call(driver: str, method: str, *args: Any) -> Any:
         message = "another notebook has attached to these engines since; to take them back, attach again"
         return ErrorReport(_runtime.rank, "ClusterError", f"{message} (%flex_cluster attach)", "", time.time())
     return answer(_runtime, method, *args)
+
+
+def report_crashes() -> None:
+    """Have a crash of this engine write where it was into its log; its stderr is a pipe that would die with it."""
+    log = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's, of the descriptor it began with
+    faulthandler.enable(2 if log is None else log, all_threads=False)
 
 
 def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "StageCache",
     "abort_groups",
     "all_gather_single",
+    "alone",
     "as_written",
     "attention_functions",
     "distributed_config",
@@ -34,8 +35,11 @@ __all__ = [
     "is_placeholder",
     "is_split",
     "loading_under",
+    "made_groups",
     "own_modules",
     "rebuild_meshes",
+    "refresh_groups",
+    "remake_groups",
     "reset_forward",
     "reshard",
     "set_attention",
@@ -243,6 +247,51 @@ def abort_groups() -> None:
     c10d._world.group_count = 0  # differs between ranks after an init that failed on some; the next would hang
 
 
+@contextlib.contextmanager
+def alone(rank: int, world: int) -> Iterator[None]:
+    """Groups in which this rank has all its places and no peers: whoever builds meshes or shards in them sends nothing
+    and waits for nobody. What a collective would bring is not there: only for code that needs none."""
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
+
+    abort_groups()
+    dist.init_process_group("fake", rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        abort_groups()
+
+
+def made_groups() -> list[tuple[int, list[int]]]:
+    """Every group that any rank has beside the default one, (its number, its ranks) in the order in which they were
+    made. All ranks must call."""
+    names = c10d._world.pg_names.items()
+    mine = {int(name): dist.get_process_group_ranks(pg) for pg, name in names if name.isdecimal() and name != "0"}
+    everyone: list[dict[int, list[int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return sorted({number: ranks for of_rank in everyone for number, ranks in of_rank.items()}.items())
+
+
+def remake_groups(made: list[tuple[int, list[int]]]) -> None:
+    """Groups of the same ranks under the names that they had. All ranks must call."""
+    for number, ranks in made:
+        c10d._world.group_count = number
+        dist.new_group(ranks)
+
+
+GROUP_LISTS = ("fairscale.nn.model_parallel.initialize", "megatron.core.parallel_state")  # keep theirs in globals
+
+
+def refresh_groups(model: torch.nn.Module) -> None:
+    """Give what remembers a process group the new one of its name: modules, and parallel libraries' own globals."""
+    holders: list[Any] = [*model.modules(), *(sys.modules[name] for name in GROUP_LISTS if name in sys.modules)]
+    holders += [m._handle for m in model.modules() if getattr(m, "_handle", None) is not None]  # FSDP1's
+    there = set(c10d._world.pg_names.values())  # a library's globals may be of a model that is gone
+    for holder in holders:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, dist.ProcessGroup) and value.group_name in there:
+                setattr(holder, name, c10d._resolve_process_group(value.group_name))
+
+
 def rebuild_meshes(layout: Layout) -> Any:
     """transformers' meshes again under new groups, in the order of the load: groups are found by name, so that every
     old mesh, DTensor and closure works again."""
@@ -267,7 +316,7 @@ def reset_forward(model: torch.nn.Module | None) -> None:
     """Forget a forward that broke off: FSDP holds some layers' parameters whole, not the same ones on every rank."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None:  # None: it has run no forward
         model.reset_iter_state()
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from .. import slabs
 from ..errors import LayoutError, LoadError
 from ..names import select
-from ..wire import Layout, ModelInfo, ModuleInfo, Source
+from ..wire import HookSpec, Layout, ModelInfo, ModuleInfo, Source
 from .compat import distributed_config, is_placeholder, loading_under, tp_styles
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
-__all__ = ["build", "check", "dtype_of", "inspect", "load", "local_bytes", "local_parameters"]
+__all__ = ["build", "check", "dtype_of", "inspect", "know", "load", "local_bytes", "local_parameters", "take"]
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -188,6 +189,36 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
         raise LoadError(f"{path} cannot be loaded as {layout}: {error}") from error
     model.requires_grad_(False)
     return model
+
+
+def take(runtime: Any, source: Source) -> None:
+    """Have this rank's model, which is there, called and named as its source says."""
+    from .calling import Caller
+    from .naming import modules_of
+
+    runtime.source = source
+    runtime.caller = Caller(runtime.model, source.forward)
+    runtime.named = modules_of(runtime.model, source.names, twice=True)
+
+
+def know(runtime: Any, info: ModelInfo) -> None:
+    """Have hooks and plans of the model as it is on this rank."""
+    from .hooks import Hooks
+    from .placements import Placer
+
+    if runtime.model is None:
+        raise LoadError(f"rank {runtime.rank} has no model")
+    runtime.info, runtime.planner = info, slabs.Planner(info)
+    modules = {m.name: m for m in info.modules}
+    stage = info.layout.coordinate(runtime.rank)["pp"]
+
+    def reads(name: str, at: str) -> bool:
+        module = modules[name.rpartition(".@")[0] if ".@" in name else name]
+        return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
+
+    runtime.hooks = Hooks(runtime.named, reads)
+    runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
+    runtime.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
 
 
 def exists(path: str) -> None:

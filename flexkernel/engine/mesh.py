@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..wire import Seat
 from .compat import abort_groups
 
-__all__ = ["join", "leave", "open_store"]
+__all__ = ["join", "leave", "limit_threads", "open_store"]
 
 
 def open_store(interface: str = "127.0.0.1") -> tuple[str, int, dist.TCPStore]:
@@ -54,3 +54,9 @@ def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> 
 def leave() -> None:
     """Drop all groups of this process, whatever state they are in."""
     abort_groups()
+
+
+def limit_threads(seat: Seat) -> None:
+    """As many threads for torch as an engine may have; alone it is the user's own process, with threads of its own."""
+    if seat.world > 1:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,41 +1,97 @@
-"""New process groups under old weights: what a broken collective costs is a second, never the model."""
+"""New process groups under old weights: what a broken collective costs is a second, never the model.
+
+A rank whose engine died is taken by a new one, which loads its part by itself and then joins the others' regroup.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
+from typing import Any
 
-from ..wire import Layout, Seat
-from .compat import fix_cached_groups, rebuild_meshes, reset_forward
-from .faults import Breaker
+from ..errors import LoadError
+from ..wire import Heritage, Seat
+from .compat import (
+    alone,
+    fix_cached_groups,
+    made_groups,
+    rebuild_meshes,
+    refresh_groups,
+    remake_groups,
+    reset_forward,
+)
 from .gather import make_groups
-from .mesh import join, leave
+from .mesh import join, leave, limit_threads
 
-__all__ = ["regroup"]
+__all__ = ["describe", "inherit", "regroup", "settle"]
 
 
-def regroup(
-    seat: Seat,
-    address: str,
-    port: int,
-    device: str,
-    timeout_s: float,
-    breaker: Breaker,
-    model: torch.nn.Module | None,
-    layout: Layout | None,
-) -> tuple[dist.TCPStore, dict[str, dist.ProcessGroup | None]]:
+def regroup(runtime: Any, seat: Seat, address: str, port: int, timeout_s: float, builder: bytes | None) -> None:
     """Leave the groups, join those of the seat's generation, and put them under the loaded model. All ranks must call.
 
     The meshes are made again in the order of the load, so that groups get the names that meshes, DTensors and forward
-    closures remember; weights stay where they are and the next forward is bit-equal."""
+    closures remember; weights stay where they are and the next forward is bit-equal. builder: a rank is new and its
+    part is built by the user's code, which may send to the other ranks: every rank runs it, those that have their part
+    already drop what comes of it."""
     leave()
-    reset_forward(model)
-    breaker.before_groups()
-    store = join(seat, address, port, device, timeout_s)
-    if model is not None and layout is not None and layout.world > 1:
-        if getattr(model, "_mesh_manager", None) is not None:
+    reset_forward(runtime.model)
+    runtime.breaker.before_groups()
+    runtime.store = join(seat, address, port, runtime.device, timeout_s)
+    layout = runtime.info.layout if runtime.info is not None else None
+    if builder is not None:
+        build_again(runtime, builder)
+    elif runtime.model is not None and layout is not None and layout.world > 1:
+        if getattr(runtime.model, "_mesh_manager", None) is not None:
             rebuild_meshes(layout)
-        fix_cached_groups(model)
-    groups = make_groups(layout, seat.rank) if layout is not None else {}
-    breaker.after_groups({port})
-    return store, groups
+        else:
+            remake_groups(runtime.made)
+    if runtime.model is not None:
+        fix_cached_groups(runtime.model)
+        refresh_groups(runtime.model)
+    runtime.groups = make_groups(layout, seat.rank) if layout is not None else {}
+    runtime.breaker.after_groups({port})
+
+
+def build_again(runtime: Any, builder: bytes) -> None:
+    from .load import build, know, take
+
+    fresh = build(builder)
+    runtime.made = made_groups()
+    if runtime.model is None:
+        runtime.model = fresh
+        take(runtime, runtime.source)
+        know(runtime, runtime.info)
+
+
+def describe(runtime: Any) -> Heritage:
+    """What an attaching driver needs to go on where the last one stopped, and a new engine to take a rank."""
+    edits = {name: spec for name, (spec, _) in runtime.edits.items()}
+    return Heritage(runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs)
+
+
+def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
+    """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on all ranks, and a
+    builder's model with them."""
+    from . import attention
+    from .load import know, load, take
+
+    info = heritage.info
+    runtime.seat, runtime.device, runtime.info, runtime.source = seat, device, info, heritage.source
+    limit_threads(seat)
+    attention.install()
+    if heritage.source.builder is None:
+        with alone(seat.rank, seat.world):
+            runtime.model = load(info.path, info.layout, info.dtype, device, info.attention)
+        take(runtime, heritage.source)
+        know(runtime, info)
+
+
+def settle(runtime: Any, heritage: Heritage) -> int:
+    """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were loaded for it."""
+    from .load import local_bytes
+
+    if runtime.model is None:
+        raise LoadError(f"rank {runtime.rank} came back without a model")
+    for spec in heritage.edits.values():
+        runtime.define(spec)
+    runtime.set_hooks(heritage.hook_set)
+    runtime.runs.update(heritage.runs)
+    return local_bytes(runtime.model)

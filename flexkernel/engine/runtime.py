@@ -18,7 +18,6 @@ import torch
 import flexkernel
 
 from .. import slabs
-from ..errors import LoadError
 from ..wire import (
     EditSpec,
     HookSet,
@@ -48,6 +47,8 @@ class Runtime:
         self.caller: Any = None  # how it is called with a batch
         self.named: dict[str, torch.nn.Module] = {}  # by the unsharded model's names, shared ones under each
         self.info: ModelInfo | None = None
+        self.source: Source | None = None
+        self.planner: Any = None
         self.hooks: Any = None
         self.hook_set = HookSet()
         self.device = "cpu"
@@ -59,6 +60,7 @@ class Runtime:
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.groups: dict[str, Any] = {}
+        self.made: list[Any] = []  # the groups that a builder made
         self.server: Any = None
         self.tick: Callable[[], None] | None = None  # called at each new token, by a driver in this process
 
@@ -74,6 +76,7 @@ class Runtime:
             "version": flexkernel.__version__,
             "pid": os.getpid(),
             "host": os.environ.get("FLEX_HOST") or socket.gethostname(),
+            "machine": socket.gethostname(),
             "seat": self.seat,
             "folder": self.folder,
             "device": self.device,
@@ -89,19 +92,25 @@ class Runtime:
         return address, port
 
     def sit(
-        self, seat: Seat, folder: str, device: str, address: str = "", port: int = 0, timeout_s: float = 60
+        self,
+        seat: Seat,
+        folder: str,
+        device: str,
+        builder: bytes | None = None,
+        address: str = "",
+        port: int = 0,
+        timeout_s: float = 60,
     ) -> None:
-        """Take a seat among the ranks, and join their groups. All ranks."""
+        """Take a seat among the ranks, and join their groups. builder: see regroup. All ranks."""
+        from .mesh import limit_threads
         from .regroup import regroup
 
-        if seat.world > 1:  # alone it is the user's own process, which has threads of its own choice
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.seat, self.device, self.folder = seat, device, folder
+        limit_threads(seat)
         name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
         self.run_folder, self.claim = slabs.claim(name)
         if seat.world > 1:
-            layout = self.info.layout if self.info else None
-            self.store, self.groups = regroup(seat, address, port, device, timeout_s, self.breaker, self.model, layout)
+            regroup(self, seat, address, port, timeout_s, builder)
             self.breaker.watch_interrupts()
 
     def close(self) -> None:
@@ -144,9 +153,8 @@ class Runtime:
     def load(self, info: ModelInfo, source: Source) -> tuple[list[ModuleInfo], int, int]:
         """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
         from . import attention
-        from .calling import Caller
-        from .compat import is_placeholder
-        from .load import build, load, local_bytes, local_parameters
+        from .compat import is_placeholder, made_groups
+        from .load import build, load, local_bytes, local_parameters, take
         from .naming import modules_of
 
         self.unload()
@@ -154,10 +162,10 @@ class Runtime:
             self.model = build(source.builder)
         else:
             self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
-        self.caller = Caller(self.model, source.forward)
-        self.named = modules_of(self.model, source.names, twice=True)
+        take(self, source)
         attention.install()
         if self.seat.world > 1:
+            self.made = made_groups()
             self.breaker.after_groups({self.store.port})
         held = [
             ModuleInfo(name, type(module).__name__, local_parameters(module))
@@ -167,24 +175,11 @@ class Runtime:
         return held, local_parameters(self.model), local_bytes(self.model)
 
     def adopt(self, info: ModelInfo) -> None:
-        """The model as all ranks together know it: from here on there can be hooks."""
+        """The model as all ranks together know it: from here on there can be hooks. All ranks."""
         from .gather import make_groups
-        from .hooks import Hooks
-        from .placements import Placer
+        from .load import know
 
-        if self.model is None:
-            raise LoadError(f"rank {self.rank} has no model")
-        self.info, self.planner = info, slabs.Planner(info)
-        modules = {m.name: m for m in info.modules}
-        stage = info.layout.coordinate(self.rank)["pp"]
-
-        def reads(name: str, at: str) -> bool:
-            module = modules[name.rpartition(".@")[0] if ".@" in name else name]
-            return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
-
-        self.hooks = Hooks(self.named, reads)
-        self.placer = Placer(info.layout, info.styles, info.placements, self.named)
-        self.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
+        know(self, info)
         if self.seat.world > 1:
             self.groups = make_groups(info.layout, self.rank)
             self.breaker.after_groups({self.store.port})
@@ -199,10 +194,6 @@ class Runtime:
             slab.path.unlink(missing_ok=True)
         self.slabs, self.runs, self.groups = {}, {}, {}
         gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
-
-    def describe(self) -> tuple[ModelInfo | None, HookSet, dict[int, Any], dict[str, EditSpec]]:
-        """What an attaching driver needs to go on where the last one stopped: the model, hooks, runs, edits."""
-        return self.info, self.hook_set, self.runs, {name: spec for name, (spec, _) in self.edits.items()}
 
     # --- hooks -------------------------------------------------------------------------------------
 
