@@ -366,7 +366,10 @@ def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
         return CaptureError(
             f"{key}: a sum of {addends} addends, of which {written:,} of {total * addends:,} elements came"
         )
-    what = "it did not fire in this run" if not seen else f"{written:,} of {total:,} elements were written"
+    silent = (
+        "no gradient reached it, the loss does not depend on it" if "grad" in key.at else "it did not fire in this run"
+    )
+    what = silent if not seen else f"{written:,} of {total:,} elements were written"
     return CaptureError(f"{key}: {what}")
 
 

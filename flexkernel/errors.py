@@ -13,7 +13,8 @@ FlexError
 │   └── CaptureExpired    it was there, and the store of runs has given its memory back
 ├── MemoryBudgetError     the bytes would not fit; refused before the forward
 └── EngineError           code on an engine raised; carries the rank and the engine's traceback
-    └── EditError         a user's edit raised, or returned what cannot take the activation's place
+    ├── EditError         a user's edit raised, or returned what cannot take the activation's place
+    └── LossError         a user's loss raised, or is not one number that can be differentiated
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "HookError",
     "LayoutError",
     "LoadError",
+    "LossError",
     "MemoryBudgetError",
     "PlacementError",
     "PromptError",
@@ -112,6 +114,10 @@ class EngineError(FlexError):
 
 
 class EditError(EngineError):
+    pass
+
+
+class LossError(EngineError):
     pass
 
 

@@ -34,7 +34,7 @@ class Hooking:
     @property
     def hooks(self) -> Hooks:
         """The hooks there are, as a table."""
-        return Hooks(self.hook_set, self.planner.targets if self.info else lambda _glob: ())
+        return Hooks(self.hook_set, self.planner.names if self.info else lambda _hook: ())
 
     def edit(self, name: str, per: str = "whole") -> Callable[[Callable], Callable]:
         """A decorator: `@session.edit("name")` defines an edit, a function (x, ctx) that returns a tensor like x.
@@ -70,6 +70,10 @@ class Hooking:
     ) -> Hooked:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
 
+        at="grad_output", "grad_input": the gradient of that value, in runs with a loss: of what the module itself put
+        out, before its edits. at="param_grad": of the parameters that the glob names. Reads change no other number,
+        but for "grad_input": it adds up a value's uses in another order, as torch's own full backward hooks do.
+
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
         A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module.
         edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
@@ -79,8 +83,8 @@ class Hooking:
         plain = edits.value_of(value)
         spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
         edits.check(spec, self.edits)
-        found = self.planner.targets(glob)
-        firing = [n for n in found if info.scan.get((n, at))]
+        found = self.planner.names(spec)
+        firing = [n for n in found if spec.of == "param" or info.scan.get((n, spec.of))]
         slabs.check_index(info, firing, spec)
         self._held.take(spec.key, value)
         self._set_hooks(self.hook_set.put(spec))

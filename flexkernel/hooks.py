@@ -12,9 +12,9 @@ from .errors import HookError
 from .names import match, nearest
 from .wire import HookSet, HookSpec
 
-__all__ = ["Hooked", "Hooks", "regrouped", "spec_of"]
+__all__ = ["AT", "Hooked", "Hooks", "regrouped", "spec_of"]
 
-AT = ("output", "input")
+AT = ("output", "input", "grad_output", "grad_input", "param_grad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ def spec_of(
 ) -> HookSpec:
     """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
     if at not in AT:
-        raise HookError(f"at={at!r} is not there; a hook is at {' or '.join(AT)}")
-    if at != "output" and glob.rpartition(".")[2].startswith("@"):
+        raise HookError(f"at={at!r} is not there; a hook is at {', '.join(AT[:-1])} or {AT[-1]}")
+    if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
         raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
     groups = (groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups))
     spec = HookSpec(
@@ -69,6 +69,8 @@ def spec_of(
     )
     if spec.key == "logits":
         raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
+    if at == "param_grad" and edit is not None:
+        raise HookError("the gradient of a parameter is read after the backward, no edit is made of it")
     return spec
 
 
@@ -109,7 +111,7 @@ def some(names: Sequence[str], limit: int = 3) -> str:
 class Hooks:
     """The table of hooks. Iterates over HookSpecs."""
 
-    def __init__(self, hook_set: HookSet, targets: Callable[[str], Sequence[str]]):
+    def __init__(self, hook_set: HookSet, targets: Callable[[HookSpec], Sequence[str]]):
         self.specs, self.off = hook_set.hooks, hook_set.off
         self._targets = targets
 
@@ -123,8 +125,8 @@ class Hooks:
         return [
             (
                 spec.key,
-                some(self._targets(spec.glob)),
-                str(len(self._targets(spec.glob))),
+                some(self._targets(spec)),
+                str(len(self._targets(spec))),
                 spec.at + (f"[{spec.index}]" if spec.index is not None else ""),
                 ", ".join(g + (" (off)" if g in self.off else "") for g in spec.groups),
             )

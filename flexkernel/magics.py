@@ -27,6 +27,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
 from .errors import CaptureError, ClusterError
+from .hooks import AT
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -88,6 +89,27 @@ def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
     made: dict[str, Any] = {}
     exec(compile(ast.fix_missing_locations(tree), f"<edit {name}>", "exec"), namespace, made)
     return made[name]
+
+
+LOSS = """def loss(logits, batch):
+    import torch
+    from torch.nn import functional as F
+    tokens, mask, labels, captures, modules = batch.tokens, batch.mask, batch.labels, batch.captures, batch.modules
+    return ({})
+"""
+
+
+def loss_of(text: str, namespace: dict[str, Any]) -> Callable | str:
+    """The loss that an expression is, over logits, labels, captures, tokens, mask and modules; or one of ours."""
+    if text == "next_token":
+        return text
+    try:
+        made: dict[str, Any] = {}
+        exec(compile(LOSS.format(text), "<loss>", "exec"), namespace, made)
+    except SyntaxError as error:
+        raise UsageError(f"--backward {text!r} is no Python expression: {error.msg}") from None
+    linecache.cache["<loss>"] = (len(LOSS), None, LOSS.format(text).splitlines(True), "<loss>")
+    return made["loss"]
 
 
 def twin(text: str) -> Callable:
@@ -159,7 +181,7 @@ def split_prompt(line: str, options: dict[str, argparse.Action]) -> tuple[list[s
             )
         found.append(word)
         if options[name].nargs != 0 and not given_here and rest:
-            value, rest = next_word(rest)
+            value, rest = next_value(rest)
             found.append(value)
     return found, unquoted(rest)
 
@@ -167,6 +189,16 @@ def split_prompt(line: str, options: dict[str, argparse.Action]) -> tuple[list[s
 def next_word(text: str) -> tuple[str, str]:
     word, *rest = text.split(None, 1)
     return word, rest[0] if rest else ""
+
+
+def next_value(text: str) -> tuple[str, str]:
+    """An option's value, which has spaces if it is quoted.
+
+    >>> next_value("'a - b' The rest"), next_value("logits.mean() The rest")
+    (('a - b', 'The rest'), ('logits.mean()', 'The rest'))
+    """
+    quoted = re.match(r"""(["'])(.*?)\1(?:\s+|$)""", text)
+    return (quoted[2], text[quoted.end() :]) if quoted else next_word(text)
 
 
 def unquoted(text: str) -> str:
@@ -378,7 +410,7 @@ class FlexMagics(Magics):
     @argument(
         "glob", nargs="?", metavar="GLOB", help="which modules: model.layers.*.mlp, **.q_proj, *.self_attn.@pattern"
     )
-    @argument("--at", choices=("output", "input"), metavar="output|input", help="what to capture (default: output)")
+    @argument("--at", choices=AT, metavar="output|input|grad_output|grad_input|param_grad", help="what to capture")
     @argument("--index", metavar="PATH", help="which tensor of a tuple, dict or dataclass: 0, logits, 0.1")
     @argument(
         "--group", dest="groups", action="append", default=[], metavar="G", help="put it into a group; repeatable"
@@ -465,11 +497,17 @@ class FlexMagics(Magics):
         "--chat", action="store_true", default=None, help="the prompt is a user's message in the model's template"
     )
     @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
+    @argument(
+        "--backward",
+        metavar="EXPR",
+        help="go back from this loss, Python over logits, labels, captures, tokens, mask: gradients reach the hooks "
+        "that are --at one; next_token is the mean cross-entropy",
+    )
     @argument("--var", metavar="NAME", help="the prompt is in this Python variable: text, ids, messages, or several")
     @argument(
         "prompt", nargs="*", metavar="PROMPT", help="the rest of the line as it stands: $, { and -- are text in it"
     )
-    @twin("`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=)`")
+    @twin("`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`")
     @no_var_expand
     @line_cell_magic
     def flex_run(self, line: str, cell: str | None = None) -> Run:
@@ -482,7 +520,10 @@ class FlexMagics(Magics):
         args = parsed(self.flex_run, options)
         session = self.needed()
         prompts = self._prompts(args.var, prompt, cell)
-        return session.run(prompts, **given(args, "groups", "complement", "chat", "stop_at"))
+        asked = given(args, "groups", "complement", "chat", "stop_at")
+        if args.backward is not None:
+            asked["loss"] = loss_of(args.backward, self.shell.user_ns)
+        return session.run(prompts, **asked)
 
     def _prompts(self, variable: str | None, prompt: str, cell: str | None) -> Any:
         sources = {"--var": variable is not None, "the line": bool(prompt), "the lines below": cell is not None}

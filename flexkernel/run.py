@@ -80,6 +80,7 @@ class Run:
         self.globs: dict[str, str] = {}  # hook → the glob it was given
         self.warnings: tuple[str, ...] = ()
         self.stopped = False
+        self.loss: float | None = None  # where the run had one
         self.kept = False
         self.freed = ""
         self._store: Any = None
@@ -263,6 +264,7 @@ class Run:
     def _headline(self) -> str:
         B, S = len(self.plan.ids), len(self.plan.ids[0])
         state = f", {self.freed}" if self.freed else ""
+        state = f", loss {self.loss:.6g}" + state if self.loss is not None else state
         new = f" + {self.forwards} new" if self.new_ids else ""
         if self.plan.stop_at is not None and not self.stopped:
             state += ", run to its end: under this layout the ranks cannot stop early"
@@ -529,7 +531,7 @@ class Store:
             reports = [runs[number][2] for runs in by_rank if number in runs]
             if len(reports) == len(by_rank):
                 new = plan.generation.max_new_tokens if plan.generation is not None else 0
-                where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]), new)
+                where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]), new, plan.loss is not None)
                 tokens = [token_strings(row, tokenizer) for row in plan.ids]
                 extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
                 self.pool.adopt(extent)
@@ -550,6 +552,7 @@ class Store:
         run.globs = {entry.hook.key: entry.hook.glob for entry in where.entries}
         run.warnings = made_nan(reports)
         run.seconds = {k: max(r.seconds.get(k, 0.0) for r in reports) for k in ("prepare", "forward", "copy")}
+        run.loss = next((r.loss for r in reports if r.loss is not None), None)
         run.captures = captures(run, where, extent, reports, self)
         run._store = self
         self.runs[run.number] = run

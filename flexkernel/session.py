@@ -9,6 +9,7 @@ from typing import Any
 from . import cluster as clusters
 from . import generation, model, parameters, prompts, slabs
 from .capture import Capture
+from .errors import HookError
 from .hooking import Hooking
 from .hooks import check_groups
 from .run import Run, Store
@@ -183,20 +184,28 @@ class Session(Hooking):
         complement: bool = False,
         chat: bool = False,
         stop_at: str | None = None,
+        loss: Callable[..., Any] | str | None = None,
     ) -> Run:
         """One forward over prompts, token ids or chat messages, with what the hooks capture.
 
         groups: only the hooks of these groups; complement: all but those. stop_at: end after this module, the rest is
-        not computed. PromptError, MemoryBudgetError: refused before the forward."""
+        not computed. loss: a function (logits, batch) that returns one number, run once, on whole logits (B, S, V) and
+        captures; gradients go back from it to the hooks that are at one. batch.tokens, .mask, .labels, .captures,
+        .modules. "next_token" is the mean cross-entropy. PromptError, MemoryBudgetError: refused before the forward."""
         info = self._loaded()
         assert self.store is not None
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         check_groups(self.hook_set, groups)
         if stop_at is not None:
             model.check_stop(info, stop_at)
+        if loss is not None and stop_at is not None:
+            raise HookError("a loss needs the whole forward: leave stop_at out")
         batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
-        where = self.planner.plan(self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]))
-        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
+        where = self.planner.plan(
+            self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]), loss is not None
+        )
+        code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
+        wanted = {"loss": code, "groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
         return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest})
 
     def generate(

@@ -106,6 +106,16 @@ class Planner:
         self.info = info
         self._plans: dict[tuple, Plan] = {}
         self.targets = functools.lru_cache(maxsize=4096)(self._targets)
+        self.parameters = functools.lru_cache(maxsize=256)(self._parameters)
+
+    def names(self, hook: HookSpec) -> tuple[str, ...]:
+        """What the hook's glob names: modules and virtual points, or parameters. HookError: nothing."""
+        return self.parameters(hook.glob) if hook.of == "param" else self.targets(hook.glob)
+
+    def _parameters(self, glob: str) -> tuple[str, ...]:
+        if not self.info.parameters:
+            raise HookError(f"{self.info.cls} was built without a reference, its parameters' names are not known")
+        return tuple(select(glob, [name for name in self.info.parameters if name not in self.info.buffers]))
 
     def _targets(self, glob: str) -> tuple[str, ...]:
         if "@" in glob and not any(".@" in name for name in self.info.names):
@@ -113,22 +123,25 @@ class Planner:
             raise HookError(f"{cls} does not compute attention through transformers' interface: it has no @ points")
         return tuple(select(glob, self.info.names))
 
-    def plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0) -> Plan:
+    def plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False) -> Plan:
         """Where each capture of these hooks lies for B rows of S positions, and of those that at most `new` generated
-        tokens add. HookError: an index that is not there."""
-        key = (tuple(hooks), B, S, new)
+        tokens add. HookError: an index that is not there.
+
+        backward: the run has a loss, so that there are gradients, and it keeps the logits of all positions."""
+        key = (tuple(hooks), B, S, new, backward)
         if key not in self._plans:
             if len(self._plans) > 64:
                 self._plans.clear()
-            self._plans[key] = self._plan(hooks, B, S, new)
+            self._plans[key] = self._plan(hooks, B, S, new, backward)
         return self._plans[key]
 
-    def _plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int) -> Plan:
-        logits, large = self._logits(B, S, new)
+    def _plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int, backward: bool) -> Plan:
+        logits, large = self._logits(B, S, new, backward)
         entries, offset, silent = [], 0, []
         for hook in (*hooks, *([logits] if logits else [])):
-            for name in self.targets(hook.glob) if hook.kept_at else ():
-                calls = self.info.scan.get((name, hook.at))
+            wanted = hook.kept_at and (backward or not hook.gradient)
+            for name in self.names(hook) if wanted else ():
+                calls = self._calls(hook, name)
                 if not calls:
                     silent.append(name)
                 for call, leaves in enumerate(calls or ()):
@@ -144,7 +157,13 @@ class Planner:
         num_bytes = offset + pages(B * new * 8)
         return Plan(tuple(entries), num_bytes, tuple(silent), large, offset if new else 0, (B * bool(new), new))
 
-    def _logits(self, B: int, S: int, new: int) -> tuple[HookSpec | None, bool]:
+    def _calls(self, hook: HookSpec, name: str) -> Sequence[Sequence[ShapeFormula]] | None:
+        """For each time the value shows in a run, its leaves."""
+        if hook.of != "param":
+            return self.info.scan.get((name, hook.of))
+        return ((ShapeFormula("", tuple((size, "") for size in self.info.parameters[name]), self.info.dtype),),)
+
+    def _logits(self, B: int, S: int, new: int, backward: bool) -> tuple[HookSpec | None, bool]:
         """The hook that every run has, on the model's logits, and whether all of them would be large, so that it keeps
         the last position only. A generation has one position a forward, from which the next token is taken."""
         calls = self.info.scan.get(("", "output"), ())
@@ -152,7 +171,7 @@ class Planner:
         formula = next((leaf for leaf in calls[0] if leaf.path == path), None) if calls else None
         if formula is None or formula.dims is None:
             return None, False
-        large = size_of(formula.shape(B, new or S), formula.dtype) > LOGITS_BYTES
+        large = not backward and size_of(formula.shape(B, new or S), formula.dtype) > LOGITS_BYTES
         return HookSpec("", index=formula.path, name="logits", positions=(-1,) if new or large else None), large
 
 
@@ -182,8 +201,8 @@ def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeF
 
 def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
     """HookError if the hook's index is not in the value of one of these modules."""
-    for name in names:
-        for leaves in info.scan[name, hook.at]:
+    for name in names if hook.of != "param" else ():
+        for leaves in info.scan[name, hook.of]:
             leaf_of(leaves, hook, name)
 
 

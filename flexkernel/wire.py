@@ -212,6 +212,16 @@ class HookSpec:
     capture: str = "after"
 
     @property
+    def gradient(self) -> bool:
+        """Whether it is of a gradient, which only a run with a loss has."""
+        return "grad" in self.at
+
+    @property
+    def of(self) -> str:
+        """The value whose gradient it is of, or which it is of itself: "output", "input" or "param"."""
+        return self.at.replace("grad_", "").replace("_grad", "")
+
+    @property
     def kept_positions(self) -> tuple[int, ...] | None:
         """The positions that a capture of it keeps; None: all."""
         return None if self.edit is not None else self.positions
@@ -308,6 +318,8 @@ class ModelInfo:
     styles: dict[str, str] = field(default_factory=dict)  # of the model's own parallel plan: name → style
     built: bool = False  # by a user's function; path is its name
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and buffers: name → whole shape
+    buffers: frozenset[str] = frozenset()  # which of these are no parameters
+    tied: tuple[tuple[str, ...], ...] = ()  # names that are of one parameter
 
     @property
     def names(self) -> list[str]:
@@ -368,6 +380,7 @@ class RunPlan:
     seed: int = 0  # of what edits draw
     freed: tuple[int, ...] = ()  # runs that the driver's store has let go
     generation: Generation | None = None
+    loss: bytes | str | None = None  # a user's function (cloudpickled), or the name of one of ours: go back from it
 
 
 @dataclass(frozen=True)
@@ -417,6 +430,7 @@ class RunReport:
     edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
     forwards: int = 1
     generated: dict[int, list[int]] = field(default_factory=dict)  # row of the batch → its new tokens, up to its end
+    loss: float | None = None  # of the rank that computed it
 
 
 @dataclass(frozen=True)

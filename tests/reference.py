@@ -5,10 +5,12 @@ The tests compare captures with this, so it shares no code with what it judges.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Reference", "leaves", "load", "reference"]
+__all__ = ["Gradients", "Reference", "gradients", "leaves", "load", "reference"]
 
 Key = tuple[str, int, str]  # module name, call index, path of the tensor inside the value
 
@@ -37,6 +39,101 @@ class Reference:
         Leaves the capturing hooks of transformers' output_attentions on the model; they change no value.
         """
         return {**_patterns(self), **_keys_and_values(self), **_queries(self), **_mixed(self)}
+
+
+@dataclasses.dataclass
+class Gradients:
+    """loss: its value. outputs, inputs: (module, leaf path) -> the gradient of that tensor, for modules that fire once.
+    parameters: by every name. attention: (attention module, q|k|v|pattern|z) -> gradient."""
+
+    loss: float
+    outputs: dict[tuple[str, str], torch.Tensor]
+    inputs: dict[tuple[str, str], torch.Tensor]
+    parameters: dict[str, torch.Tensor | None]
+    attention: dict[tuple[str, str], torch.Tensor]
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss) -> Gradients:
+    """One backward of the unsharded model from loss(logits); edits are the caller's own hooks, already there.
+
+    Outputs by torch's full backward hooks, inputs by copies that stand in for them: what reaches a copy came through
+    that module alone."""
+    found = Gradients(0.0, {}, {}, {}, {})
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_full_backward_pre_hook(_keep_output(found.outputs, name)))
+        handles.append(
+            module.register_forward_pre_hook(_copy_inputs(found.inputs, name), with_kwargs=True, prepend=True)
+        )
+    model.requires_grad_(True)
+    with warnings.catch_warnings(), _watching_attention(model, found.attention):
+        warnings.simplefilter("ignore")  # of outputs that are no tensors: those are left out
+        value = loss(model(**batch, use_cache=False).logits)
+        value.backward()
+    for handle in handles:
+        handle.remove()
+    for name, module in _attention_modules(model) if found.attention else ():
+        by_head = (-1, module.head_dim)
+        found.attention[name, "v"] = found.outputs[f"{name}.v_proj", ""].unflatten(-1, by_head).transpose(1, 2)
+        found.attention[name, "z"] = found.inputs[f"{name}.o_proj", "0"].unflatten(-1, by_head)
+    found.loss = value.item()
+    found.parameters = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+    return found
+
+
+def _keep_output(found: dict, name: str):
+    def hook(_module, given) -> None:
+        whole = [(str(i) if len(given) > 1 else "", g) for i, g in enumerate(given)]
+        found.update({(name, path): g.detach().clone() for path, g in whole if g is not None})
+
+    return hook
+
+
+def _copy_inputs(found: dict, name: str):
+    def copied(path: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.requires_grad:
+            return value
+        copy = value.clone()
+        copy.register_hook(lambda g: found.__setitem__((name, path), g.detach().clone()))
+        return copy
+
+    def hook(_module, args, kwargs):
+        new = tuple(copied(str(i), arg) for i, arg in enumerate(args))
+        return new, {key: copied(key, value) for key, value in kwargs.items()}
+
+    return hook
+
+
+@contextlib.contextmanager
+def _watching_attention(model: torch.nn.Module, found: dict) -> Iterator[None]:
+    """q and k where rotary has turned them, v where it is projected, z where it goes out; the pattern of eager."""
+    layers = _attention_modules(model)
+    if not layers or not hasattr(layers[0][1], "o_proj"):
+        yield
+        return
+    source = sys.modules[type(layers[0][1]).__module__]
+    rotary, softmax = source.apply_rotary_pos_emb, torch.nn.functional.softmax
+    turned, mixed = iter(layers), iter(layers)
+    eager = model.config._attn_implementation == "eager"
+
+    def keep(name: str, point: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor.register_hook(lambda g: found.__setitem__((name, point), g.detach().clone()))
+        return tensor
+
+    def rotary_watched(q, k, *args, **kwargs):
+        name, _ = next(turned)
+        q, k = rotary(q, k, *args, **kwargs)
+        return keep(name, "q", q), keep(name, "k", k)
+
+    def softmax_watched(*args, **kwargs):
+        return keep(next(mixed)[0], "pattern", softmax(*args, **kwargs))
+
+    source.apply_rotary_pos_emb = rotary_watched
+    torch.nn.functional.softmax = softmax_watched if eager else softmax
+    try:
+        yield
+    finally:
+        source.apply_rotary_pos_emb, torch.nn.functional.softmax = rotary, softmax
 
 
 def load(folder: str | os.PathLike[str], *, attn: str = "sdpa", dtype: torch.dtype = torch.float32, gguf: bool = False):

@@ -45,9 +45,13 @@ __all__ = [
     "set_attention",
     "split_factor",
     "split_index",
+    "stage_edges",
+    "stage_peer",
+    "sum_gradients",
     "tp_styles",
     "unwrapped",
     "waited",
+    "without_gradient_sync",
 ]
 
 # --- transformers: loading -------------------------------------------------------------------------
@@ -100,6 +104,42 @@ def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
     if layout.tp == 1 or not hasattr(model, "_resolve_parallel_plans"):
         return {}
     return dict(model._resolve_parallel_plans(DistributedConfig(tp_size=layout.tp))[0])
+
+
+@contextlib.contextmanager
+def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
+    """While a forward runs with a graph: what this pipeline stage sends and receives is kept on the tape, as ends of
+    this rank's graph, and the last stage puts out its own logits, not the copy that it sends round."""
+    stage: Any = getattr(model, "_pp_stage", None)
+    if stage is None:
+        yield
+        return
+    plain, from_last = stage.communicate, stage.broadcast_from_last
+
+    def communicate(operation: str, *, tensor: torch.Tensor | None = None, **rest: Any) -> torch.Tensor | None:
+        if tensor is not None:
+            if not stage.pp_is_last_stage:
+                tape.sent = tensor
+            return plain(operation, tensor=tensor.detach(), **rest)
+        got = plain(operation, **rest)
+        tape.received = None if got is None else got.requires_grad_()
+        return got
+
+    def broadcast_from_last(tensor: torch.Tensor | None, **rest: Any) -> torch.Tensor:
+        copy = from_last(None if tensor is None else tensor.detach(), **rest)
+        return copy if tensor is None else tensor
+
+    stage.communicate, stage.broadcast_from_last = communicate, broadcast_from_last
+    try:
+        yield
+    finally:
+        del stage.communicate, stage.broadcast_from_last
+
+
+def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, int, bool]:
+    """(the group of a pipeline, the global rank so many stages on, whether it talks through host memory)."""
+    stage: Any = model._pp_stage
+    return stage.pp_group, dist.get_global_rank(stage.pp_group, stage.pp_rank + step), stage.comm_on_cpu
 
 
 # --- transformers: attention -----------------------------------------------------------------------
@@ -214,7 +254,21 @@ def as_written(compiled: bool) -> Iterator[None]:
 
 def waited(value: torch.Tensor) -> torch.Tensor:
     """A value whose collective has arrived: tensor parallelism hands out tensors that are still on their way."""
-    return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
+    if not isinstance(value, AsyncCollectiveTensor):
+        return value
+    return _Waited.apply(value) if value.requires_grad else value.wait()
+
+
+class _Waited(torch.autograd.Function):
+    """Waiting keeps the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
 
 
 def is_split(placement: Placement) -> bool:
@@ -327,6 +381,23 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def sum_gradients(model: torch.nn.Module) -> None:
+    """Have FSDP2 sum gradients over the groups of rows: it averages, as if the loss were a mean over its own rows."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def without_gradient_sync(model: torch.nn.Module) -> Any:
+    """DDP would average gradients over all ranks, and expect one for every parameter: ours are summed afterwards."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def flat_parameters(model: torch.nn.Module) -> bool:

@@ -5,7 +5,6 @@ The presets that treat every element by itself run where the shards lie, without
 
 from __future__ import annotations
 
-import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from ..errors import EditError, HookError, PlacementError
 from ..slabs import Slab, check_positions, position_dim
 from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
+from .autograd import differentiable
 from .digest import digest, joined_digest
 from .gather import Exchange
-from .leaves import leaf, leaves, replaced
+from .leaves import leaf, leaves, replaced, users_line
 from .placements import Place, Placed, Placer, narrowed
 from .text import Text
 
@@ -142,15 +142,28 @@ class Editor:
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
         """The value with its tensor edited. EditError: the edit raised, or returned what cannot take its place."""
         path, tensor, formula = self._find(hook, name, call, value)
-        placed = self.placer.place(name, hook.at, tensor, formula, self.here)
+        new = self.edit_tensor(hook, name, call, path, tensor, formula)
+        return value if new is None else replaced(value, path, new)
+
+    def edit_gradient(self, hook: HookSpec, name: str, call: int, path: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the module's tensor at that path, edited: it lies as that tensor does."""
+        formula = self._formula(hook, name, call, path)
+        new = self.edit_tensor(hook, name, call, path, gradient, formula)
+        return gradient if new is None else new
+
+    def edit_tensor(
+        self, hook: HookSpec, name: str, call: int, path: str, tensor: torch.Tensor, formula: ShapeFormula
+    ) -> torch.Tensor | None:
+        """What takes the tensor's place; None: nobody wants it edited here."""
+        placed = self.placer.place(name, hook.of, tensor, formula, self.here)
         if isinstance(placed.placement, Partial):
             raise PlacementError(f"{name}: each rank holds an addend of a sum here; edit the module that sums it")
         per, function = self._function(hook)
         if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
-            return value  # copied rows that nobody wants
+            return None  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
         earlier = self.edited.get(key)  # in a generation, of the steps before
-        said = joined_digest(earlier.digest if earlier is not None else 0, digest(placed.local))
+        said = joined_digest(earlier.digest if earlier is not None else 0, digest(placed.local.detach()))
         nan = earlier is not None and earlier.nan
         before = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
         self.edited[key] = before
@@ -162,18 +175,22 @@ class Editor:
         local = self._chosen(hook, name, placed, formula, local)
         if bool(local.isnan().any()) and not bool(placed.local.isnan().any()):
             self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
-        return replaced(value, path, again_distributed(tensor, local))
+        return again_distributed(tensor, local)
 
     def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:
-        calls = self.info.scan.get((name, hook.at), ())
-        known = calls[call] if call < len(calls) else ()
+        known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
         path = hook.index if hook.index is not None else next((f.path for f in known), next(leaves(value), ("",))[0])
-        tensor, formula = leaf(value, path), next((f for f in known if f.path == path), None)
+        tensor = leaf(value, path)
         if tensor is None:
             raise HookError(f"{name}: there is no tensor at {path!r} to edit")
+        return path, tensor, self._formula(hook, name, call, path)
+
+    def _formula(self, hook: HookSpec, name: str, call: int, path: str) -> ShapeFormula:
+        known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
+        formula = next((f for f in known if f.path == path), None)
         if formula is None or formula.dims is None:
             raise PlacementError(f"{name}: its shape or order depends on the data, so that no edit can be placed there")
-        return path, tensor, formula
+        return formula
 
     def _function(self, hook: HookSpec) -> tuple[str, Callable]:
         """(per, function of (x, value, part))."""
@@ -245,6 +262,10 @@ class Editor:
         if size == 1:
             return run(placed.local.clone())  # the edit may write into it
         assert self.exchange is not None
+        if torch.is_grad_enabled() and group == "stage" and not batched and layout.batch_groups > 1:
+            raise PlacementError(
+                f"{name}: {formula} has no rows, so that the groups of rows have parts of its gradient"
+            )
         mine = placed.holds
         if group == "tp" and layout.batch_groups > 1:  # the rows of this group are all that it sees
             mine = tuple(piece for piece in placed.holds if piece[0] not in batched)
@@ -255,7 +276,14 @@ class Editor:
         fallback = self.here.idle and batched and group == "stage"  # a copied row: give it the first one
         reads = tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine) if fallback else mine
         call |= self.here.step << 16
-        return self.exchange.once(f"{hook.key} {name}", call, group, placed.local, shape, mine, reads, writes, run)
+
+        def meet(part: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], what: str) -> torch.Tensor:
+            assert self.exchange is not None
+            title = f"{hook.key} {name}{what}"
+            got = self.exchange.once(title, call, group, part, shape, mine, reads, writes, function)
+            return torch.zeros_like(got) if what and self.here.idle and batched else got  # a copied row has no gradient
+
+        return differentiable(placed.local, meet, run)
 
     def _writes(self, placed: Placed, group: str) -> bool:
         """Of ranks that hold the same part the first writes it."""
@@ -330,13 +358,6 @@ def guarded(hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torc
             f"x is {tuple(shape)} {dtype} on {device}"
         )
     return new
-
-
-def users_line(error: BaseException) -> str:
-    """The last line of the user's own code that an error went through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename]
-    own = [f for f in frames if "site-packages" not in f.filename] or frames
-    return f" (line {own[-1].lineno}: {own[-1].line or own[-1].name})" if own else ""
 
 
 def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from ..errors import EngineError, FlexError, HookError
-from ..slabs import PAGE, Plan, Slab, pages
+from ..slabs import Plan, Slab
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate
-from .edits import Editor, needs_exchange
+from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied
+from .edits import PRESETS, Editor, needs_exchange
 from .gather import Exchange, OtherRankFailed, header
 from .generate import Steps
 from .hooks import Recording, StopForward, spiller
+from .memory import extra_slab, forget, open_slab, power
 from .placements import Place
 from .text import Text
 
@@ -56,6 +58,7 @@ def run(runtime: Any, plan: RunPlan) -> RunReport:
             "copy": recording.seconds,
         },
         stopped=stopped,
+        loss=recording.loss,
         edited=recording.editor.edited if recording.editor is not None else {},
         forwards=recording.forwards if isinstance(recording, Steps) else 1,
         generated=recording.text.new if isinstance(recording, Steps) else {},
@@ -73,7 +76,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     active = runtime.hook_set.active(plan.groups, plan.complement)
     B, S = len(plan.ids), len(plan.ids[0])
     new = plan.generation.max_new_tokens if plan.generation is not None else 0
-    where: Plan = runtime.planner.plan(active, B, S, new)
+    where: Plan = runtime.planner.plan(active, B, S, new, plan.loss is not None)
     assert where.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
     slab = open_slab(runtime, plan.slab, plan.slab_bytes)
     rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
@@ -93,8 +96,19 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
         here,
         spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
         editor(runtime, plan, active, here, text),
+        tape(runtime, plan, active),
     )
     return recording, batch_of(plan, rows, runtime.device)
+
+
+def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
+    """For a run with a loss: what its backward begins from. HookError: it cannot be made."""
+    if plan.loss is None:
+        return None
+    if runtime.seat.local_world < runtime.seat.world:
+        raise HookError("a loss sees whole activations, which needs all engines on one host for now")
+    in_edits = runtime.modules and any(hook.edit is not None and hook.edit not in PRESETS for hook in active)
+    return Tape(graph=bool(in_edits) or any(hook.gradient for hook in active))
 
 
 def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text) -> Editor | None:
@@ -108,7 +122,7 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
             raise HookError(f"{editing[0].key}: edits of whole activations need all engines on one host for now")
 
         def slab_of(group: str, turn: int, num_bytes: int) -> Slab:
-            size = 1 << max(num_bytes - 1, 1).bit_length()  # few sizes, so that few files are made
+            size = power(num_bytes)
             return open_slab(runtime, f"exchange-{group_name(runtime, group)}-{turn}-{size}.slab", size)
 
         exchange = Exchange(runtime.groups, slab_of, plan.timeout_s)
@@ -164,12 +178,19 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     """The forward itself; whether it was stopped early. A rank that fails breaks the groups, so that nobody waits."""
     runtime.breaker.busy = runtime.seat.world > 1
     runtime.hooks.recording = recording
+    hooked = [entry.key.module for entry in recording.plan.entries if entry.hook.of == "param"]
+    names = tied(hooked, runtime.info.tied)
     try:
-        with torch.no_grad(), stopping(runtime, plan) as enters:
+        with graph_of(runtime, recording.tape, names), stopping(runtime, plan) as enters:
             if isinstance(recording, Steps):
                 generate.generate(runtime, plan, recording, batch)
             elif enters:
                 runtime.caller(batch, use_cache=False)
+            if recording.tape is not None:
+                slab_of = lambda name, size: open_slab(runtime, f"{name}-{power(size)}.slab", power(size))  # noqa: E731
+                recording.loss = backward(runtime, plan, recording, slab_of)
+                sum_parameters(runtime, names, plan.timeout_s)
+                recording.keep_parameters(runtime)
         return False
     except StopForward:
         return True
@@ -181,6 +202,7 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     finally:
         runtime.hooks.recording = None
         runtime.breaker.busy = False
+        forget_gradients(runtime, names)
 
 
 @contextlib.contextmanager
@@ -225,32 +247,3 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     broke = isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN)
     secondary = secondary or broke or isinstance(error, OtherRankFailed)
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
-
-
-# --- slabs -----------------------------------------------------------------------------------------
-
-
-def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:
-    """The slab of that name on this host, mapped once and kept."""
-    if name not in runtime.slabs:
-        runtime.slabs[name] = Slab(runtime.run_folder / name, num_bytes)
-    return runtime.slabs[name]
-
-
-def extra_slab(runtime: Any, plan: RunPlan, num_bytes: int) -> tuple[Slab, str]:
-    """A file of this rank's own for a value that has no planned place."""
-    taken = [name for name in runtime.slabs if name.startswith(extra_prefix(runtime.rank, plan.run))]
-    name = f"{extra_prefix(runtime.rank, plan.run)}{len(taken)}.slab"
-    return open_slab(runtime, name, max(pages(num_bytes), PAGE)), name
-
-
-def extra_prefix(rank: int, run: int) -> str:
-    return f"extra-{rank}-{run}-"
-
-
-def forget(runtime: Any, runs: tuple[int, ...]) -> None:
-    """Let go of runs that the driver's store has freed."""
-    for number in runs:
-        runtime.runs.pop(number, None)
-        for name in [n for n in runtime.slabs if n.startswith(extra_prefix(runtime.rank, number))]:
-            runtime.slabs.pop(name).path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,10 @@ import torch.distributed as dist
 from ..errors import EditError, EngineError
 from ..slabs import PAGE, Slab, pages, size_of
 from ..wire import Box, Layout, Region
-from .compat import all_gather_single
+from .compat import all_gather_single, stage_peer
 from .placements import narrowed
 
-__all__ = ["HEADER", "Exchange", "header", "make_groups"]
+__all__ = ["HEADER", "Exchange", "header", "make_groups", "receive", "send", "wait"]
 
 HEADER = 16  # numbers in a header
 POLL_S = 2e-4  # a third of the CPU that polling without a pause takes, and faster with more ranks than cores
@@ -49,10 +50,11 @@ def wait(work: dist.Work, timeout_s: float, what: str) -> None:
 
 
 def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None]:
-    """This rank's groups for exchanges: "tp", which shares its rows, and "stage", which holds the same modules; None
-    where that is all ranks. All ranks must call, in every generation, after the model's own groups are there."""
+    """This rank's groups for exchanges: "tp", which shares its rows, "batch", which holds the same shards for other
+    rows, and "stage", which holds the same modules; None where that is all ranks. All ranks must call, in every
+    generation, after the model's own groups are there."""
     found: dict[str, dist.ProcessGroup | None] = {}
-    for name, axes in (("stage", ("pp",)), ("tp", ("pp", "batch"))):
+    for name, axes in (("stage", ("pp",)), ("tp", ("pp", "batch")), ("batch", ("pp", "tp"))):
         members: dict[tuple[int, ...], list[int]] = {}
         for other in range(layout.world):
             where = layout.coordinate(other)
@@ -65,6 +67,28 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
                 if rank in ranks:
                     found[name] = group
     return found
+
+
+def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: float) -> None:
+    """Send to the rank that sits alike, so many pipeline stages on. It must receive."""
+    group, peer, on_cpu = stage_peer(model, step)
+    data = tensor.detach().contiguous()
+    _finish(dist.isend(data.cpu() if on_cpu else data, peer, group=group), timeout_s)
+
+
+def receive(model: torch.nn.Module, into: torch.Tensor, step: int, timeout_s: float) -> torch.Tensor:
+    """What the rank so many stages on sends: of the shape and dtype of `into`, which may be overwritten."""
+    group, peer, on_cpu = stage_peer(model, step)
+    data = into.detach().contiguous()
+    data = data.cpu() if on_cpu else data
+    _finish(dist.irecv(data, peer, group=group), timeout_s)
+    return data.to(into.device)
+
+
+def _finish(work: dist.Work | None, timeout_s: float) -> None:
+    """gloo ends a message between two ranks only in wait(): it cannot be polled, but it has an end, and breaks."""
+    assert work is not None, "this rank is in the group"
+    work.wait(timedelta(seconds=timeout_s))
 
 
 class Exchange:

@@ -159,7 +159,7 @@ class Steps(Recording):
                     CaptureError(f"{key}: it came in {self.wrote.get(i, 0)} of {self.forwards} forwards")
                 )
 
-    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
+    def _write(self, i: int, value: torch.Tensor | None, tape: Any = None) -> Seen:
         before = self.planned.get(i)
         if before is not None and before.error is not None:
             return before  # one forward of it is missing: it stays so

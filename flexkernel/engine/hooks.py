@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,17 @@ from ..errors import HookError, PlacementError
 from ..slabs import Entry, Plan, Slab, logits_path, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
+from .autograd import Tape, watched
+from .compat import waited
 from .digest import digest
-from .leaves import arguments, inputs, leaf, leaves
+from .leaves import arguments, inputs, leaf, leaves, replaced
+from .parameters import write_gradient
 from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
 
-__all__ = ["Hooks", "Recording", "StopForward", "failed", "joined"]
+__all__ = ["LOGITS", "Hooks", "Recording", "StopForward", "failed", "joined"]
+
+
+LOGITS = HookSpec("", name="logits")  # every run keeps them
 
 
 class StopForward(Exception):
@@ -46,9 +52,24 @@ class Hooks:
     def attach(self, hook: HookSpec, names: tuple[str, ...]) -> list[str]:
         """Register on every one of these modules that this rank reads; returns them. Replaces a hook of that key."""
         self.detach(hook.key)
-        mine = [name for name in names if self.reads(name, hook.at)]
+        if hook.of == "param":  # read after the backward, where they lie
+            return list(names)
+        mine = [name for name in names if self.reads(name, hook.of)]
         self._handles[hook.key] = [self._register(hook, name) for name in mine]
         return mine
+
+    def become(
+        self, old: Sequence[HookSpec], new: Sequence[HookSpec], names: Callable[[HookSpec], tuple[str, ...]]
+    ) -> None:
+        """From these hooks to those, each on the modules that it names; what both begin with stays. Gradients first:
+        they are of what a module itself put out. The logits last: they are what a run ends with."""
+        old, new = (sorted(hooks, key=lambda hook: not hook.gradient) for hooks in (old, new))
+        same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        for hook in old[same:]:
+            self.detach(hook.key)
+        for hook in new[same:]:
+            self.attach(hook, names(hook))
+        self.attach(LOGITS, ("",))
 
     def detach(self, key: str) -> None:
         for remove in self._handles.pop(key, ()):
@@ -63,20 +84,20 @@ class Hooks:
         if point and owner:
             return self._tap(hook, name, self.modules[owner], point)
         module = self.modules[name]
-        if hook.at == "input":
+        if hook.of == "input":
 
             def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
                 new = self.fire(hook, name, lambda: inputs(args, kwargs))
                 return None if new is None else arguments(new, len(args))
 
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
-        if hook.at == "output":
+        if hook.of == "output":
 
             def after(_module: torch.nn.Module, _args: tuple, _kwargs: dict, out: Any) -> Any:
                 return self.fire(hook, name, lambda: out)
 
             return module.register_forward_hook(after, with_kwargs=True).remove
-        raise HookError(f"hooks at {hook.at!r} are not there yet; at is 'output' or 'input'")
+        raise HookError(f"there are no hooks at {hook.at!r}")
 
     def _tap(self, hook: HookSpec, name: str, module: torch.nn.Module, point: str) -> Callable[[], None]:
         """A virtual point has one tap, which all hooks on it share."""
@@ -103,6 +124,8 @@ class Hooks:
         """What takes the value's place; None leaves it as it is, bit for bit."""
         if self.recording is None or hook.key not in self.recording.active:
             return None
+        if hook.gradient:
+            return self.recording.watch(hook, name, value)
         if hook.edit is None:
             self.recording.record(hook, name, value)
             return None
@@ -128,15 +151,17 @@ class Recording:
         here: Place,
         spill: Callable[[torch.Tensor], Region],
         editor: Any = None,
+        tape: Tape | None = None,
     ):
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
-        self.placer, self.here, self.spill, self.editor = placer, here, spill, editor
+        self.placer, self.here, self.spill, self.editor, self.tape = placer, here, spill, editor, tape
         self.where = index_of(plan)
         self.calls: dict[tuple[str, str, str], int] = {}
         self.edits: dict[tuple[str, str], int] = {}
         self.planned: dict[int, Seen] = {}
         self.others: dict[CaptureKey, Seen] = {}
         self.seconds = 0.0
+        self.loss: float | None = None
 
     def record(self, hook: HookSpec, name: str, value: Callable[[], Any], at: str = "") -> None:
         """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture.
@@ -153,7 +178,7 @@ class Recording:
             else:
                 entry = self.plan.entries[i]
                 made = value()
-                self.planned[i] = self._write(i, asked_for(made, hook, entry.key.index))
+                self.planned[i] = self._write(i, asked_for(made, hook, entry.key.index), self.tape)
         except Exception as error:  # a read never raises into the forward; the capture carries its failure
             if i is None:
                 self.others[CaptureKey(hook.key, name, at, hook.index or "", call)] = failed(error)
@@ -167,23 +192,83 @@ class Recording:
         self.edits[hook.key, name] = call + 1
         return self.editor.edit(hook, name, call, value)
 
-    def _placed(self, entry: Entry, value: torch.Tensor | None, here: Place) -> Placed:
+    def watch(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> Any:
+        """The same value, whose gradient is written, and edited, once it is there. None: this run has no gradients."""
+        if self.tape is None or not self.tape.graph:
+            return None
+        call = self.calls.get((hook.key, name, hook.at), 0)
+        self.calls[hook.key, name, hook.at] = call + 1
+        before, found = f"{hook.at} before", value()
+        i = self.where.get((hook.key, name, hook.at, call))
+        path = self.plan.entries[i].key.index if i is not None else hook.index or first_leaf(found)[0]
+        tensor = leaf(found, path)
+        if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
+            what = f"is {tensor.dtype}" if tensor is not None else "has no tensor there"
+            problem = failed(HookError(f"{name or '(root)'} {hook.of} {what}: it has no gradient"))
+            if i is not None:
+                self.planned[i] = problem
+            return None
+
+        def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
+            if before in hook.kept_at:
+                self._keep_gradient(hook, name, before, call, path, gradient)
+            new = None if hook.edit is None else self.editor.edit_gradient(hook, name, call, path, gradient)
+            if hook.at in hook.kept_at:
+                self._keep_gradient(hook, name, hook.at, call, path, gradient if new is None else new)
+            return new
+
+        return replaced(found, path, watched(waited(tensor), arrived))
+
+    def _keep_gradient(self, hook: HookSpec, name: str, at: str, call: int, path: str, gradient: torch.Tensor) -> None:
+        """As a read keeps a value: whatever goes wrong is kept for whoever reads the capture."""
+        start = time.perf_counter()
+        i = self.where.get((hook.key, name, at, call))
+        try:
+            seen = self._write(i, gradient) if i is not None else self._described(hook, name, path, gradient.detach())
+        except Exception as error:  # as in record()
+            seen = failed(error)
+        if i is not None:
+            self.planned[i] = seen
+        else:
+            self.others[CaptureKey(hook.key, name, at, path, call)] = seen
+        self.seconds += time.perf_counter() - start
+
+    def keep_parameters(self, runtime: Any) -> None:
+        """The gradients of the parameters that hooks name, after the backward. Nothing is sent."""
+        for i, entry in enumerate(self.plan.entries):
+            if entry.hook.of == "param":
+                try:
+                    seen = write_gradient(runtime, entry.key.module, self._place_of(i))
+                except Exception as error:  # as in record()
+                    seen = failed(error)
+                if seen is not None:
+                    self.planned[i] = seen
+
+    def _place_of(self, i: int) -> torch.Tensor:
+        assert self.slab is not None
+        return self.slab.tensor(self.region(self.plan.entries[i]))
+
+    def _placed(self, entry: Entry, value: torch.Tensor | None, here: Place, tape: Tape | None = None) -> Placed:
         """Where the value lies. PlacementError: it is not what the scan said it would be."""
         if value is None:
             raise PlacementError(
                 f"{entry.key}: the value has no tensor at {entry.key.index!r}, as the scan said it would"
             )
-        placed = self.placer.place(entry.key.module, entry.hook.at, value.detach(), entry.formula, here)
+        seen = value if tape is not None and tape.graph else value.detach()
+        placed = self.placer.place(entry.key.module, entry.hook.of, seen, entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
             raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
         return placed
 
-    def _write(self, i: int, value: torch.Tensor | None) -> Seen:
+    def _write(self, i: int, value: torch.Tensor | None, tape: Tape | None = None) -> Seen:
         entry, here = self.plan.entries[i], self.here
-        placed = self._placed(entry, value, here)
+        placed = self._placed(entry, value, here, tape)
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
         evidence, placement = placed.evidence, repr(placed.placement) if here.layout.tp > 1 else "whole"
         batched = entry.formula.dims_of("B", "B*S")
+        if tape is not None and not isinstance(placed.placement, Partial):
+            tape.end(i, local, placed, here, bool(batched))
+        local = local.detach()
         if here.idle and batched:
             return Seen(evidence, placement, 0, placed.holds, None)
         if isinstance(placed.placement, Partial):
@@ -232,7 +317,7 @@ class Recording:
 
     def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> Seen:
         """Its part of the whole as the evidence says it, without a formula: the batch must lie on one group."""
-        layout, tp, at = self.here.layout, self.here.tp, hook.at
+        layout, tp, at = self.here.layout, self.here.tp, hook.of
         if hook.kept_positions is not None:
             raise PlacementError(f"{name or '(root)'} {at}: its positions are not known; hook it without positions")
         evidence, placement, local = self.placer.evidence(name, at, value, path)

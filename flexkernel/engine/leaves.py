@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["arguments", "inputs", "leaf", "leaves", "replaced"]
+__all__ = ["arguments", "inputs", "leaf", "leaves", "replaced", "users_line"]
 
 
 def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,3 +66,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def leaf(value: Any, path: str) -> torch.Tensor | None:
     """The tensor at that path, or None. A key may have dots of its own."""
     return next((tensor for found, tensor in leaves(value) if found == path), None)
+
+
+def users_line(error: BaseException) -> str:
+    """The last line of the user's own code that an error went through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename]
+    own = [f for f in frames if "site-packages" not in f.filename] or frames
+    return f" (line {own[-1].lineno}: {own[-1].line or own[-1].name})" if own else ""

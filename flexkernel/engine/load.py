@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from .. import slabs
 from ..errors import LayoutError, LoadError
 from ..names import select
-from ..wire import HookSpec, Layout, ModelInfo, ModuleInfo, Source
-from .compat import distributed_config, is_placeholder, loading_under, tp_styles
+from ..wire import Layout, ModelInfo, ModuleInfo, Source
+from .compat import distributed_config, is_placeholder, loading_under, sum_gradients, tp_styles
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
@@ -54,6 +54,10 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         styles=tp_styles(model, layout) if model is not None and source.builder is None else {},
         built=source.builder is not None,
         parameters=shapes(model) if model is not None else {},
+        buffers=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        if model is not None
+        else frozenset(),
+        tied=tied(model) if model is not None else (),
     )
     check_placements(info)
     return info
@@ -63,6 +67,14 @@ def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter and buffer with its shape, tied ones under each of their names."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names that several names of one parameter are."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
 def scanned(model: torch.nn.Module, forward: bytes | None) -> Scan:
@@ -196,6 +208,7 @@ def take(runtime: Any, source: Source) -> None:
     from .calling import Caller
     from .naming import modules_of
 
+    sum_gradients(runtime.model)
     runtime.source = source
     runtime.caller = Caller(runtime.model, source.forward)
     runtime.named = modules_of(runtime.model, source.names, twice=True)
@@ -203,7 +216,7 @@ def take(runtime: Any, source: Source) -> None:
 
 def know(runtime: Any, info: ModelInfo) -> None:
     """Have hooks and plans of the model as it is on this rank."""
-    from .hooks import Hooks
+    from .hooks import LOGITS, Hooks
     from .placements import Placer
 
     if runtime.model is None:
@@ -218,7 +231,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
 
     runtime.hooks = Hooks(runtime.named, reads)
     runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
-    runtime.hooks.attach(HookSpec("", name="logits"), ("",))  # every run keeps the logits
+    runtime.hooks.attach(LOGITS, ("",))
 
 
 def exists(path: str) -> None:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..errors import PlacementError
+from ..errors import CaptureError, PlacementError
 from ..names import match, nearest
 from ..wire import Box, Held, Region, Seen, boxes
 from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index
 from .digest import digest
-from .forward import open_slab
 from .libraries import weight_placement
+from .memory import open_slab
 from .placements import narrowed
 
-__all__ = ["held", "write"]
+__all__ = ["held", "owner_of", "write", "write_gradient"]
 
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
@@ -49,6 +49,29 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
     return Seen(found.evidence, found.placement, digest(local), found.holds, found.holds if writes else None)
 
 
+def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
+    """Copy what this rank holds of a parameter's gradient into its place; None where it does not hold the parameter.
+
+    CaptureError: the loss does not depend on it."""
+    module = owner_of(runtime, name)
+    parameter = None if module is None else module._parameters.get(name.rpartition(".")[2])
+    if module is None or parameter is None:
+        return None
+    found, _ = placed(runtime, name, module, parameter.detach())
+    gradient = parameter.grad
+    if gradient is None:
+        raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
+    if isinstance(gradient, DTensor):
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = gradient.to_local()
+    if gradient.dtype != whole.dtype:
+        raise PlacementError(f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned")
+    for part, piece in pieces(found.holds):  # copies write the same numbers, as their digests show
+        narrowed(whole, part).copy_(narrowed(gradient, piece))
+    return Seen(found.evidence, found.placement, digest(gradient), found.holds, found.holds)
+
+
 # --- finding it ------------------------------------------------------------------------------------
 
 
@@ -68,7 +91,13 @@ def owner_of(runtime: Any, name: str) -> torch.nn.Module | None:
     """The module of which it is the name of a parameter or buffer, its parameters sharded as they are between forwards;
     None where another stage has it."""
     reshard(runtime.model)
-    module = runtime.named.get(name.rpartition(".")[0])
+    owner = name.rpartition(".")[0]
+    path = owner.split(".")
+    for i in range(len(path)):  # FSDP may have been told to leave any of them whole
+        within = runtime.named.get(".".join(path[: i + 1]))
+        if within is not None:
+            reshard(within)
+    module = runtime.named.get(owner)
     return None if module is None or is_placeholder(module) else module
 
 

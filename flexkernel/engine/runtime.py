@@ -59,6 +59,7 @@ class Runtime:
         self.slabs: dict[str, slabs.Slab] = {}
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
+        self.modules: dict[str, torch.nn.Module] = {}  # trainable, beside the model
         self.groups: dict[str, Any] = {}
         self.made: list[Any] = []  # the groups that a builder made
         self.server: Any = None
@@ -207,14 +208,7 @@ class Runtime:
 
     def set_hooks(self, hook_set: HookSet) -> None:
         """Make the hooks exactly these, in this order: edits on one module are made in it."""
-        old, new = self.hook_set.hooks, hook_set.hooks
-        same = next(
-            (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
-        )
-        for hook in old[same:]:
-            self.hooks.detach(hook.key)
-        for hook in new[same:]:
-            self.hooks.attach(hook, self.planner.targets(hook.glob))
+        self.hooks.become(self.hook_set.hooks, hook_set.hooks, self.planner.names)
         self.hook_set = hook_set
 
     # --- runs --------------------------------------------------------------------------------------

@@ -1,0 +1,398 @@
+"""The gradients of one run: a loss on whole logits and captures, and each rank's backward from its own ends.
+
+The loss is computed once, on rank 0, on leaves without a graph; the gradients of these go through shared memory to the
+ranks that hold the activations, and each rank makes one backward from what it holds. Over tp a value of which every
+rank has all has a gradient of which every rank has all; over dp and fsdp each rank has its rows'; the stages of a
+pipeline go back one after another. Nothing is averaged and nothing is scaled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import pickle
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from ..errors import HookError, LossError
+from ..slabs import PAGE, Entry, Slab, pages, size_of
+from ..wire import CaptureKey, Region, RunPlan
+from .compat import stage_edges, without_gradient_sync
+from .gather import OtherRankFailed, header, receive, send, wait
+from .leaves import users_line
+from .parameters import owner_of
+from .placements import Place, Placed, narrowed
+
+__all__ = [
+    "Batch",
+    "Tape",
+    "backward",
+    "differentiable",
+    "forget_gradients",
+    "graph_of",
+    "sum_parameters",
+    "tied",
+    "watched",
+]
+
+IGNORED = -100  # torch's own: a label that cross_entropy leaves out
+
+
+@dataclass
+class Tape:
+    """What one rank's backward begins from.
+
+    graph: whether the forward keeps a graph at all. ends: index in the plan → this rank's part of that capture, with
+    its graph, which part of the whole it is, and whether its gradient counts here. sent, received: what went to the
+    next pipeline stage and came from the one before."""
+
+    graph: bool
+    ends: dict[int, tuple[torch.Tensor, Any, bool]] = field(default_factory=dict)
+    sent: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+    def end(self, i: int, local: torch.Tensor, placed: Placed, here: Place, batched: bool) -> None:
+        """Note where a capture's gradient would come in. Of ranks that hold copies for other rows of the batch the
+        first counts; a rank whose rows nobody wants gets zeros."""
+        counts = not here.idle if batched else here.layout.coordinate(here.rank)["batch"] == 0
+        self.ends[i] = local, placed.holds, counts
+
+
+# --- the graph -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iterator[None]:
+    """While it is entered a forward keeps its graph on the tape, if the tape says so, and these parameters get a
+    gradient; those that this rank does not hold are left out."""
+    if tape is None or not tape.graph:
+        with torch.no_grad():
+            yield
+        return
+    owned = {id(p): p for name in parameters if (p := parameter_of(runtime, name)) is not None}
+    frozen = [p for p in owned.values() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad(), stage_edges(runtime.model, tape), without_gradient_sync(runtime.model):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def parameter_of(runtime: Any, name: str) -> torch.nn.Parameter | None:
+    """The parameter itself, sharded as it is; None where this rank has none of that name."""
+    module = owner_of(runtime, name)
+    return None if module is None else module._parameters.get(name.rpartition(".")[2])
+
+
+# --- the loss ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What a loss is told beside the logits.
+
+    tokens: ids (B, S). mask: (B, S) bool, False on pads. labels: (B, S), at each position the next token; -100, which
+    cross_entropy leaves out, at the last one and where a pad is either. captures: by module name, or (module, at,
+    index, call), each whole. modules: the trainable ones."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    captures: Mapping[Any, torch.Tensor]
+    modules: Mapping[str, torch.nn.Module]
+
+
+class Leaves(Mapping):
+    """The captures of a run as leaves of the loss's graph, each made when it is first asked for."""
+
+    def __init__(self, entries: Sequence[Entry], whole: Callable[[int], torch.Tensor]):
+        self._keys = {i: e.key for i, e in enumerate(entries) if not e.hook.gradient}
+        self._whole, self.made = whole, {}  # type: ignore[var-annotated]
+
+    def leaf(self, i: int) -> torch.Tensor:
+        if i not in self.made:
+            value = self._whole(i)
+            self.made[i] = value.requires_grad_(value.is_floating_point())
+        return self.made[i]
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        wanted = key if isinstance(key, tuple) else (key,)
+        own = [i for i, k in self._keys.items() if k.hook != "logits"]
+        found = [i for i in own if parts(self._keys[i])[: len(wanted)] == wanted] or [
+            i for i in own if self._keys[i].hook == key
+        ]
+        if not found:
+            raise HookError(
+                f"the loss asks for the capture {key!r}; the run captures {[str(k) for k in self] or 'none'}"
+            )
+        return self.leaf(found[-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(str(k) for k in self._keys.values() if k.hook != "logits"))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def parts(key: CaptureKey) -> tuple:
+    return key.module, key.at, key.index, key.call
+
+
+def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The next token at each position, -100 where there is none."""
+    labels = torch.full_like(ids, IGNORED)
+    both = mask[:, 1:] & mask[:, :-1]
+    labels[:, :-1] = torch.where(both, ids[:, 1:], labels[:, :-1])
+    return labels
+
+
+def next_token(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The mean cross-entropy of the next tokens."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+
+
+LOSSES: dict[str, Callable] = {"next_token": next_token}
+
+
+def evaluated(runtime: Any, plan: RunPlan, recording: Any) -> tuple[float, dict[int, torch.Tensor]]:
+    """(the loss, index of a capture → its gradient), on the one rank that computes it. LossError."""
+    entries = recording.plan.entries
+
+    def whole(i: int) -> torch.Tensor:
+        return recording.slab.tensor(recording.region(entries[i])).to(runtime.device, copy=True)
+
+    leaves = Leaves(entries, whole)
+    ids, mask = torch.tensor(plan.ids), torch.tensor(plan.mask).bool()
+    tokens, real, labels = (t.to(runtime.device) for t in (ids, mask, labels_of(ids, mask)))
+    batch = Batch(tokens, real, labels, leaves, runtime.modules)
+    number = next((i for i, entry in enumerate(entries) if entry.key.hook == "logits"), None)
+    with torch.enable_grad():
+        value = scalar(plan.loss, leaves.leaf(number) if number is not None else None, batch)
+        trained = [p for module in runtime.modules.values() for p in module.parameters() if p.requires_grad]
+        asked = [i for i, leaf in leaves.made.items() if leaf.requires_grad]
+        wanted = [*(leaves.made[i] for i in asked), *trained]
+        found = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else ()
+    for parameter, gradient in zip(trained, found[len(asked) :], strict=True):
+        add_gradient(parameter, gradient)
+    return float(value.detach()), {i: g for i, g in zip(asked, found, strict=False) if g is not None}
+
+
+def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """What the user's loss makes of them. LossError names its line, or says what it should have returned."""
+    assert loss is not None
+    function = LOSSES[loss] if isinstance(loss, str) else pickle.loads(loss)
+    try:
+        takes = len(inspect.signature(function).parameters)
+        value = function(logits) if takes == 1 else function(logits, batch)
+    except HookError as error:
+        raise LossError(str(error)) from error
+    except BaseException as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the loss's to end
+        raise LossError(f"the loss raised {type(error).__name__}: {error}{users_line(error)}") from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
+        what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise LossError(f"the loss returned {what}; it has to return one number, a tensor such as x.mean()")
+    if not value.requires_grad:
+        raise LossError("the loss depends on neither logits, captures nor modules: there is nothing to differentiate")
+    return value.reshape(())
+
+
+def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if gradient is not None:
+        parameter.grad = gradient.detach().clone() if parameter.grad is None else parameter.grad + gradient
+
+
+# --- backward --------------------------------------------------------------------------------------------
+
+
+def backward(runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]) -> float | None:
+    """The loss, on the rank that computes it, and this rank's share of the backward. All ranks must call."""
+    tape: Tape = recording.tape
+    value, gradients = seeds(runtime, plan, recording, slab_of)
+    if tape.graph:
+        ends, grads = [], []
+        for i, (local, holds, counts) in tape.ends.items():
+            if i in gradients and local.requires_grad:
+                gradient = narrowed(gradients[i], holds).to(local.device)
+                ends.append(local)
+                grads.append(gradient.clone() if counts else torch.zeros_like(local))
+        go_back(runtime, tape, ends, grads, plan.timeout_s)
+    return value
+
+
+def seeds(
+    runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
+) -> tuple[float | None, dict[int, torch.Tensor]]:
+    """The loss, on rank 0, and the whole gradients of the captures it looked at, on every rank."""
+    if runtime.seat.world == 1:
+        return evaluated(runtime, plan, recording)
+    what = zlib.crc32(b"the loss")
+    header([plan.run, what], plan.timeout_s)  # all have written what they captured
+    value, problem = 0.0, None
+    found: dict[int, torch.Tensor] = {}
+    if runtime.rank == 0:
+        try:
+            value, found = evaluated(runtime, plan, recording)
+        except LossError as error:
+            problem = error
+    entries = recording.plan.entries
+    size = lambda i: pages(size_of(entries[i].shape, entries[i].formula.dtype))  # noqa: E731
+    num_bytes = sum(map(size, found))
+    said = header([plan.run, what, int(problem is not None), len(found), num_bytes, bits(value)], plan.timeout_s)
+    if problem is not None:
+        raise problem
+    if said[0, 2]:
+        raise OtherRankFailed("the loss failed on rank 0")
+    count, num_bytes = int(said[0, 3]), int(said[0, 4])
+    if count == 0:
+        return (value if runtime.rank == 0 else None), {}
+    index = Region("", 0, (count,), "int64")
+    slab = slab_of("gradients", pages(8 * count) + max(num_bytes, PAGE))
+    data = lambda i, at: slab.tensor(Region("", at, entries[i].shape, entries[i].formula.dtype))  # noqa: E731
+    if runtime.rank == 0:
+        slab.tensor(index).copy_(torch.tensor(list(found)))
+        at = pages(8 * count)
+        for i, gradient in found.items():
+            data(i, at).copy_(gradient)
+            at += size(i)
+    header([plan.run, what + 1], plan.timeout_s)  # it lies there
+    wholes, at = {}, pages(8 * count)
+    for i in slab.tensor(index).tolist():
+        wholes[i] = data(i, at)
+        at += size(i)
+    return (value if runtime.rank == 0 else None), wholes
+
+
+def go_back(
+    runtime: Any, tape: Tape, ends: list[torch.Tensor], gradients: list[torch.Tensor], timeout_s: float
+) -> None:
+    """This rank's backward. A stage first waits for the gradient of what it sent, and sends that of what it got: zeros
+    where nothing depends on it, since the stage before waits."""
+    if tape.sent is not None:
+        gradient = receive(runtime.model, torch.empty_like(tape.sent), +1, timeout_s)
+        if tape.sent.requires_grad:
+            ends, gradients = [*ends, tape.sent], [*gradients, gradient]
+    if ends:
+        torch.autograd.backward(ends, gradients)
+    if tape.received is not None:
+        gradient = tape.received.grad
+        send(runtime.model, torch.zeros_like(tape.received) if gradient is None else gradient, -1, timeout_s)
+
+
+def bits(value: float) -> int:
+    """A float64 as the int64 of the same bits, which is what a header carries."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+# --- edits -----------------------------------------------------------------------------------------------
+
+
+class Meeting(torch.autograd.Function):
+    """An edit of a whole activation that lies in parts: the parts meet on one rank, going forward for the edit, going
+    back for its vector-Jacobian product. The anchor keeps every rank in the graph, also one whose part has none: a rank
+    that stayed out of the backward would leave the others waiting."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, anchor: torch.Tensor, meet: Callable, edit: Callable) -> torch.Tensor:
+        ctx.meet, ctx.inner = meet, None
+
+        def edited(x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                leaf = x.detach().clone().requires_grad_()
+                new = edit(leaf.clone())  # the edit may write into it
+            ctx.inner = leaf, new
+            return new.detach()
+
+        return meet(local.detach(), edited, "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        def product(whole: torch.Tensor) -> torch.Tensor:
+            leaf, new = ctx.inner
+            if not new.requires_grad:
+                return torch.zeros_like(leaf)
+            torch.autograd.backward([new], [whole.clone()])  # modules in the edit get their gradients here
+            return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+        return ctx.meet(gradient.contiguous(), product, " backward"), None, None, None
+
+
+def differentiable(local: torch.Tensor, meet: Callable, edit: Callable) -> torch.Tensor:
+    """meet(local, edit, "") with a gradient. meet(part, function, what): function of the whole, run on one rank."""
+    if not torch.is_grad_enabled():
+        return meet(local, edit, "")
+    anchor = torch.zeros((), requires_grad=True, device=local.device)
+    return Meeting.apply(local, anchor, meet, edit)
+
+
+def watched(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor:
+    """The same numbers, as a view of which arrived(gradient) is told; what it returns goes on in the gradient's place.
+    A view: the value may have other uses, whose gradients are not this module's. HookError: it can have no gradient."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise HookError(f"a value of {tensor.dtype} has no gradient")
+    source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    view = source.view_as(source)
+    view.register_hook(arrived)
+    return view
+
+
+# --- parameters ------------------------------------------------------------------------------------------
+
+
+def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """These names, and every other name of a parameter that one of them is."""
+    found = dict.fromkeys(names)
+    for group in groups:
+        if set(group) & set(names):
+            found.update(dict.fromkeys(group))
+    return list(found)
+
+
+def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None:
+    """Make the gradients of these parameters lie as the parameters do, and whole sums: over the groups of rows where
+    nothing else has summed them, over the first and the last stage where they share one. All ranks must call."""
+    owned = list({id(p): p for name in names if (p := parameter_of(runtime, name)) is not None}.values())
+    for parameter in owned:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+        elif runtime.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            work = dist.all_reduce(parameter.grad, group=runtime.groups["batch"], async_op=True)
+            wait(work, timeout_s, "a gradient")
+    last = runtime.info.layout.pp - 1
+    stage = runtime.info.layout.coordinate(runtime.rank)["pp"]
+    if last and stage in (0, last) and any(set(group) & set(names) for group in runtime.info.tied):
+        weight = runtime.model.get_input_embeddings().weight
+        if any(weight is parameter for parameter in owned):
+            both_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
+
+
+def both_ends(runtime: Any, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
+    """Tied embeddings are two copies of one parameter, on the first stage and on the last: both get the sum."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    mine = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    if step > 0:
+        send(runtime.model, mine, step, timeout_s)
+    other = receive(runtime.model, torch.empty_like(mine), step, timeout_s)
+    if step < 0:
+        send(runtime.model, mine, step, timeout_s)
+    mine.copy_(mine + other if step > 0 else other + mine)
+
+
+def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
+    """Give the memory of these parameters' gradients back."""
+    for name in names:
+        parameter = parameter_of(runtime, name)
+        if parameter is not None:
+            parameter.grad = None
