@@ -45,7 +45,7 @@ def test_other_positions_are_refused(positions):
 
 @pytest.mark.parametrize("at", ["outputs", "", "grad", None])
 def test_an_unknown_side_is_refused(at):
-    with pytest.raises(HookError, match=f"at={at!r} is not there; a hook is at output or input"):
+    with pytest.raises(HookError, match=f"at={at!r} is not there; a hook is at output, input, grad_output"):
         asked(at=at)
 
 
