@@ -201,9 +201,8 @@ class Session(Hooking):
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
         batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
-        where = self.planner.plan(
-            self.hook_set.active(groups, complement), len(batch.ids), len(batch.ids[0]), loss is not None
-        )
+        B, S = len(batch.ids), len(batch.ids[0])
+        where = self.planner.plan(self.hook_set.active(groups, complement), B, S, backward=loss is not None)
         code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
         wanted = {"loss": code, "groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
         return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest})
