@@ -99,8 +99,9 @@ def check(options: Mapping[str, Any]) -> None:
     for name, fits, what in (
         ("temperature", lambda v: v > 0, "a number above 0; without do_sample the likeliest token is taken"),
         ("top_k", lambda v: isinstance(v, int) and v >= 1, "a whole number from 1"),
-        ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        ("top_p", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
         ("repetition_penalty", lambda v: v > 0, "a number above 0"),
+        ("min_new_tokens", lambda v: isinstance(v, int) and v >= 0, "a whole number"),
     ):
         value = options.get(name)
         if value is not None and not (isinstance(value, int | float) and fits(value)):

@@ -39,6 +39,7 @@ __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
 VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
 MOST_VIEWS = 16  # that one line draws
+REDRAW_S = 0.05  # a text that grows faster than this is shown in larger pieces
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
 ACTION_OF = {
     "n": "start",
@@ -496,6 +497,14 @@ class FlexMagics(Magics):
     @argument(
         "--chat", action="store_true", default=None, help="the prompt is a user's message in the model's template"
     )
+    @argument(
+        "--generate", type=int, metavar="N", help="go on after the prompt with at most N new tokens, as they come"
+    )
+    @argument("--sample", action="store_true", default=None, help="with --generate: draw them, else the likeliest")
+    @argument("--temperature", type=float, metavar="T", help="with --sample: above 1 flatter, below 1 sharper")
+    @argument("--top-k", type=int, metavar="K", help="with --sample: of the K likeliest only")
+    @argument("--top-p", type=float, metavar="P", help="with --sample: of the likeliest that come to this probability")
+    @argument("--seed", type=int, metavar="N", help="with --sample: draw the same again (run.seed of an earlier one)")
     @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
     @argument(
         "--backward",
@@ -507,11 +516,14 @@ class FlexMagics(Magics):
     @argument(
         "prompt", nargs="*", metavar="PROMPT", help="the rest of the line as it stands: $, { and -- are text in it"
     )
-    @twin("`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`")
+    @twin(
+        "`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`, "
+        "`session.generate(prompts_or_ids, max_new_tokens=, do_sample=, temperature=, on_token=, ...)`"
+    )
     @no_var_expand
     @line_cell_magic
     def flex_run(self, line: str, cell: str | None = None) -> Run:
-        """One forward over the prompt, with what the hooks capture. As %%flex_run: a batch, one prompt a line.
+        """One forward over the prompt, or its continuation, with what the hooks capture. %%flex_run: one prompt a line.
 
         Options come before the prompt; -- by itself ends them. Quotes are not needed; those that enclose the whole
         prompt are taken off, and keep spaces at its ends.
@@ -520,10 +532,18 @@ class FlexMagics(Magics):
         args = parsed(self.flex_run, options)
         session = self.needed()
         prompts = self._prompts(args.var, prompt, cell)
-        asked = given(args, "groups", "complement", "chat", "stop_at")
-        if args.backward is not None:
-            asked["loss"] = loss_of(args.backward, self.shell.user_ns)
-        return session.run(prompts, **asked)
+        how = given(args, "groups", "complement", "chat")
+        if args.generate is None:
+            if alone := given(args, *GENERATING):
+                raise UsageError(f"--{next(iter(alone)).replace('_', '-')} belongs to --generate N")
+            if args.backward is not None:
+                how["loss"] = loss_of(args.backward, self.shell.user_ns)
+            return session.run(prompts, **how, **given(args, "stop_at"))
+        if alone := given(args, "stop_at", "backward"):
+            raise UsageError(f"--{next(iter(alone)).replace('_', '-')} is for one forward: leave it or --generate out")
+        how |= given(args, "temperature", "top_k", "top_p", "seed")
+        with Growing(self.shell) as text:
+            return session.generate(prompts, args.generate, do_sample=bool(args.sample), on_token=text, **how)
 
     def _prompts(self, variable: str | None, prompt: str, cell: str | None) -> Any:
         sources = {"--var": variable is not None, "the line": bool(prompt), "the lines below": cell is not None}
@@ -690,6 +710,7 @@ class Views(list):
 
 # --- completion -------------------------------------------------------------------------------------------------------
 
+GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
 MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
 USUAL = {
     "engines": ("slurm", "ssh", "mpi", "pbs", "sge", "lsf", "htcondor"),
@@ -801,6 +822,46 @@ class Progress:
             return ""
         bar = f'<progress value="{self.done}" max="{self.total}" style="width:12em;margin-right:1em"></progress>'
         return f"<div>{bar if self.stage != 'loaded' else ''}{html.escape(self._says())}</div>"
+
+
+class Growing:
+    """The text of a generation while it grows: one output of plain text, each row a line where there are several."""
+
+    def __init__(self, shell: Any):
+        self.rows: dict[int, str] = {}
+        self._notebook = hasattr(shell, "kernel")
+        self._handle: Any = None
+        self._shown_at = 0.0
+
+    def __enter__(self) -> Growing:
+        return self
+
+    def __call__(self, row: int, text: str) -> None:
+        self.rows[row] = self.rows.get(row, "") + text
+        if self._notebook and time.monotonic() - self._shown_at > REDRAW_S:
+            self._draw()
+        elif not self._notebook and sys.stderr.isatty() and row == 0:  # a terminal grows one text only
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def __exit__(self, *_error: Any) -> None:
+        """What came stays, also where an error or Ctrl-C ended it."""
+        if self._notebook and self.rows:
+            self._draw()
+        elif sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def _draw(self) -> None:
+        self._shown_at = time.monotonic()
+        if self._handle is None:
+            self._handle = display(self, display_id=True)
+        else:
+            self._handle.update(self)
+
+    def __repr__(self) -> str:
+        if len(self.rows) == 1:
+            return next(iter(self.rows.values()))
+        return "\n".join(f"{row}: {self.rows[row]}" for row in sorted(self.rows))
 
 
 def plain(thing: Any, printer: Any, _cycle: bool) -> None:

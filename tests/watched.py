@@ -310,3 +310,15 @@ def in_fsdp1(folder: str) -> torch.nn.Module:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def no_language_model() -> torch.nn.Module:
+    """A module that transformers knows nothing of."""
+    return torch.nn.Linear(3, 3)
+
+
+def limit_logits(num_bytes: int) -> None:
+    """From how many bytes on this engine's runs keep the last position's logits only."""
+    import flexkernel.slabs as slabs
+
+    slabs.LOGITS_BYTES = num_bytes

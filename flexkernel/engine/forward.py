@@ -83,7 +83,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     here = Place(layout, runtime.rank, B, S, rows, info.window)
     text = Text(plan)
     if plan.generation is not None:
-        generate.check(runtime, plan)
+        generate.check(runtime.model)
         text = Text(plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan))
         text.begin(range(*rows))
     kind = functools.partial(Steps, text=text) if plan.generation is not None else Recording
