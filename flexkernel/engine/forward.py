@@ -72,6 +72,8 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     if plan.hooks != runtime.hook_set.digest:
         raise HookError(f"rank {runtime.rank} has other hooks than the session; attach again, or load again")
     info, layout = runtime.info, runtime.info.layout
+    if plan.generation is not None:
+        generate.check(runtime)
     runtime.caller.check_pads(not all(map(all, plan.mask)))
     active = runtime.hook_set.active(plan.groups, plan.complement)
     B, S = len(plan.ids), len(plan.ids[0])
@@ -83,7 +85,6 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     here = Place(layout, runtime.rank, B, S, rows, info.window)
     text = Text(plan)
     if plan.generation is not None:
-        generate.check(runtime.model)
         text = Text(plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan))
         text.begin(range(*rows))
     kind = functools.partial(Steps, text=text) if plan.generation is not None else Recording

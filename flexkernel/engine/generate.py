@@ -18,7 +18,7 @@ from torch.distributed.tensor import Partial
 from ..errors import CaptureError, GenerationError, PlacementError
 from ..slabs import Entry, kept_columns, position_dim
 from ..wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
-from .compat import StageCache
+from .compat import StageCache, as_written
 from .digest import digest, joined_digest
 from .hooks import Recording, failed, joined
 from .placements import Place, Placed, narrowed, shared_part
@@ -27,10 +27,13 @@ from .text import Text
 __all__ = ["Steps", "check", "ends", "generate"]
 
 
-def check(model: Any) -> None:
+def check(runtime: Any) -> None:
     """GenerationError: this model cannot go on by itself."""
+    model = runtime.model
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise GenerationError(f"{type(model).__name__} has no generate(): it is no language model of transformers")
+    if runtime.caller.forward is not None:
+        raise GenerationError(f"{type(model).__name__} is called by your forward=, and its generate() would not be")
 
 
 def ends(runtime: Any, plan: RunPlan) -> list[int]:
@@ -51,7 +54,11 @@ def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, tor
         options["past_key_values"] = StageCache(model)
     if behind_the_base(runtime, recording) and "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 0  # all: a hook sees what only the newest position would have
-    with counted(runtime.hooks.modules[""], recording), drawn_from(asked.seed, recording.here, runtime.device):
+    with (
+        counted(runtime.hooks.modules[""], recording),
+        drawn_from(asked.seed, recording.here, runtime.device),
+        as_written(runtime.caller.compiled),
+    ):
         model.generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
