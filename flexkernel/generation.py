@@ -185,12 +185,13 @@ class Stream:
 
 
 class Detokenizer:
-    """Tokens into text as they come; what may still become another character is held back."""
+    """Tokens into text as they come. A last U+FFFD is held back: with the next token's bytes it may be a character."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._begin = self._said = 0  # ids from _begin on are decoded together; the text up to _said has been said
+        self._begin = self._whole = self._said = 0  # the ids decoded together begin at _begin; they end in a whole
+        # character at _whole; _said characters of their text have been said
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these tokens add."""
@@ -202,14 +203,15 @@ class Detokenizer:
         return self._text(hold=False)
 
     def _text(self, hold: bool) -> str:
-        if self.tokenizer is None:
-            new, self._said = self.ids[self._said :], len(self.ids)
-            return "".join(f" {i}" for i in new)
-        before, now = self._decoded(self.ids[self._begin : self._said]), self._decoded(self.ids[self._begin :])
-        if len(now) <= len(before) or (hold and now.endswith("\ufffd")):
-            return ""
-        self._begin, self._said = self._said, len(self.ids)
-        return now[len(before) :]
+        now = self._decoded(self.ids[self._begin :])
+        sure = now[:-1] if hold and now.endswith("\ufffd") else now
+        new, self._said = sure[self._said :], max(self._said, len(sure))
+        if sure == now:  # go on from here; the tokens just before say how what follows is spaced
+            self._begin, self._whole = self._whole, len(self.ids)
+            self._said = len(self._decoded(self.ids[self._begin :]))
+        return new
 
     def _decoded(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return "".join(f" {i}" for i in ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

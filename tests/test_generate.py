@@ -485,29 +485,46 @@ def told_model(tiny, tmp_path_factory):
     return target
 
 
-def check_told(session) -> None:
+HELD = 12  # the step at which engines wait until some text has been told
+
+
+def check_told(session, folder, layout) -> None:
+    """The engines wait in the middle for a file that on_token makes: so what it is told, it is told meanwhile."""
+    session.load(folder, **layout)
+    told = folder / f"told-{time.time_ns()}"
+
+    @session.edit("hold", per="element")
+    def hold(x, ctx):
+        for _ in range(3000 if ctx.step == HELD else 0):
+            if told.exists():
+                return x
+            time.sleep(0.02)
+        if ctx.step == HELD:
+            raise TimeoutError("no text was told while the ranks generate")
+        return x
+
+    def on_token(row: int, text: str) -> None:
+        came.append((row, text))
+        if {row for row, _ in came} == {0, 1}:
+            told.touch()
+
     came: list[tuple[int, str]] = []
-    run = session.generate(["ab", "the other"], max_new_tokens=40, on_token=lambda row, text: came.append((row, text)))
+    session.hook("model.layers.1", edit="hold", capture="none")
+    run = session.generate(["ab", "the other"], max_new_tokens=40, eos_token_id=None, on_token=on_token)
     assert ["".join(text for row, text in came if row == i) for i in (0, 1)] == run.generated
     assert run.text == [a + b for a, b in zip(["ab", "the other"], run.generated, strict=True)]
-    assert run.forwards == 40 and len(came) > 10, "in pieces"
-    assert [row for row, _ in came].index(1) < len(came) - 5, "rows grow side by side"
+    assert run.forwards == 40 and len(came) > 3, "in pieces"
     assert repr(run.generated[0])[1:20] in repr(run) and "40 new" in repr(run) and "<b>" in run._repr_html_()
 
 
 def test_text_is_told_as_it_comes_in_this_process(session, told_model):
-    session.load(told_model)
-    check_told(session)
+    check_told(session, told_model, {})
 
 
 @pytest.mark.parametrize("layout", [{"pp": 2}, {"dp": 2}], ids=str)
 @two
 def test_text_is_told_as_it_comes_from_engines(session, told_model, layout):
-    session.load(told_model, **layout)
-    check_told(session)
-    when: list[float] = []
-    session.generate("a", 200, eos_token_id=None, on_token=lambda _row, _text: when.append(time.monotonic()))
-    assert len(set(when)) > 5, "while the call was in flight"
+    check_told(session, told_model, layout)
 
 
 def test_half_a_character_is_held_back():
@@ -520,6 +537,11 @@ def test_half_a_character_is_held_back():
     assert "".join(pieces) == text.decode() and not any("\ufffd" in piece for piece in pieces)
     words = Detokenizer(Bytes())
     assert words.add(list("é".encode()[:1])) == "" and words.rest() == "\ufffd"
+    garbage = torch.randint(0, 256, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    words = Detokenizer(Bytes())
+    pieces = [words.add([byte]) for byte in garbage] + [words.rest()]
+    assert "".join(pieces) == bytes(garbage).decode(errors="replace")
+    assert max(map(len, pieces)) < 5, "what is no character is not held for ever"
 
 
 def stops(session, layout, tiny, callback, error) -> None:
@@ -626,7 +648,7 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
         manager.shutdown_kernel()
     shown = [m["content"] for m in seen["run"] if m["msg_type"] in ("display_data", "update_display_data")]
     texts = [content["data"]["text/plain"] for content in shown]
-    assert len(texts) > 3 and all(set(content["data"]) == {"text/plain"} for content in shown)
+    assert len(texts) > 1 and all(set(content["data"]) == {"text/plain"} for content in shown)
     assert all(b.startswith(a) for a, b in itertools.pairwise(texts)), "it grows"
     assert len({content["transient"]["display_id"] for content in shown}) == 1, "in one place"
     printed = "".join(m["content"]["text"] for m in seen["print(ascii(run.generated))"] if m["msg_type"] == "stream")
