@@ -15,7 +15,7 @@ from .errors import CaptureError, CaptureExpired, PlacementError
 from .slabs import Slab, pages, size_of
 from .wire import Box, CaptureKey, Region, Seen, SlabValue, boxes
 
-__all__ = ["Capture", "Home"]
+__all__ = ["Capture", "Home", "draw"]
 
 
 class Home(Protocol):
@@ -56,6 +56,7 @@ class Capture:
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
         self._looked_into = looked_into or (lambda: lambda: None)
         self._expired = ""
+        self.verified = False
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
         self.error = _failure(key, self.seen, self.shape if cut is None or region is None else region.shape)
 
@@ -75,8 +76,12 @@ class Capture:
 
     @property
     def evidence(self) -> str:
-        """How the placement is known: dtensor, plan, class, scan+digest or declared; described: one rank had it all."""
+        """How the placement is known: dtensor, plan, class, scan+digest or declared; described: one rank had it all.
+
+        verified: this value of this model was compared with the unsharded one's, and equal (session.verify())."""
         kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
+        if self.verified and kinds:
+            return "verified"
         return "/".join("scan+digest" if kind == "scan" else kind for kind in kinds) or "none"
 
     @property
@@ -189,10 +194,8 @@ class Capture:
 
     def show(self, as_: str = "map", **options: Any) -> Any:
         """An interactive view, with a static picture beside it."""
-        from .widgets import show
-
         self._check()
-        return show(self, as_, **options)
+        return draw(self, as_, **options)
 
     def free(self) -> None:
         """Give a parameter's memory back now. Tensors that were read stay as they are."""
@@ -313,6 +316,13 @@ class Capture:
             if seen.region is not None:
                 whole[index_of(seen.holds, len(self.shape))] += self._own_part(rank, seen.region).to(exact)
         return whole.to(self.dtype)
+
+
+def draw(source: Any, as_: str = "map", **options: Any) -> Any:
+    """The view of a capture, or of anything that a view can draw."""
+    from .widgets import show
+
+    return show(source, as_, **options)
 
 
 def index_of(box: Box, ndim: int) -> tuple:

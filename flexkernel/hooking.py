@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import edits, slabs
+from . import edits, hookfile, slabs
 from .cluster import Cluster, packed
 from .errors import LoadError
 from .hooks import Hooked, Hooks, called, regrouped, spec_of
-from .wire import EditSpec, HookSet, ModelInfo
+from .wire import EditSpec, HookSet, HookSpec, ModelInfo
 
 __all__ = ["Hooking"]
 
@@ -82,14 +86,21 @@ class Hooking:
         info = self._loaded()
         plain = edits.value_of(value)
         spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
-        edits.check(spec, self.edits)
-        found = self.planner.names(spec)
-        firing = [n for n in found if spec.of == "param" or info.scan.get((n, spec.of))]
-        slabs.check_index(info, firing, spec)
+        found, firing = self._checked(info, spec, self.edits)
         self._held.take(spec.key, value)
         self._set_hooks(self.hook_set.put(spec))
         silent = [n for n in found if n not in firing] if info.scan else []
         return Hooked(spec, tuple(found), tuple(silent))
+
+    def _checked(
+        self, info: ModelInfo, spec: HookSpec, known: dict[str, EditSpec]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """(what the hook names, what of that fires in a forward). HookError: the loaded model has no place for it."""
+        edits.check(spec, known)
+        found = self.planner.names(spec)
+        firing = [n for n in found if spec.of == "param" or info.scan.get((n, spec.of))]
+        slabs.check_index(info, firing, spec)
+        return found, firing
 
     def unhook(self, glob_or_name: str | None = None) -> list[str]:
         """Take hooks away, by name or by the glob they were given; all if none is named. Returns their names."""
@@ -104,6 +115,37 @@ class Hooking:
         self._loaded()
         self._set_hooks(regrouped(self.hook_set, action, group, glob))
         return self.hook_set.groups
+
+    def save_hooks(self, path: str | os.PathLike[str]) -> Path:
+        """Write the hooks, their groups and which are off, and your edits to a JSON file. HookError: one patches in a
+        capture, which no file can hold; nothing is written."""
+        return hookfile.write(path, self.hook_set, self.edits)
+
+    def load_hooks(self, path: str | os.PathLike[str]) -> Hooks:
+        """Have the hooks that a file holds, in place of those there are; its edits beside those there are.
+
+        The file's edits are code that runs on your engines: load only files you trust. HookError: it is no such file,
+        or the loaded model has no such module; nothing is changed."""
+        info = self._loaded()
+        hook_set, found = hookfile.read(path, packed)
+        known = {**self.edits, **found}
+        for spec in hook_set.hooks:
+            self._checked(info, spec, known)
+        for edit in found.values():
+            self.cluster.call("define", edit)
+        self.edits = known
+        self._set_hooks(hook_set)
+        return self.hooks
+
+    @contextlib.contextmanager
+    def also(self, specs: Sequence[HookSpec]) -> Iterator[None]:
+        """While it is entered there are these hooks too, after the user's own."""
+        before = self.hook_set
+        self._set_hooks(functools.reduce(HookSet.put, specs, before))
+        try:
+            yield
+        finally:
+            self._set_hooks(before)
 
     def _set_hooks(self, hook_set: HookSet) -> None:
         if hook_set != self.hook_set:

@@ -6,7 +6,7 @@ A magic is declared by its arguments, its twin and its docstring: help, completi
 from __future__ import annotations
 
 import argparse
-import ast
+import functools
 import html
 import linecache
 import re
@@ -27,12 +27,14 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
 from .errors import CaptureError, ClusterError
+from .hookfile import compiled
 from .hooks import AT
 
 if TYPE_CHECKING:
     from .capture import Capture
     from .run import Run
     from .session import Session
+    from .verify import Verification
     from .wire import ModelInfo
 
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
@@ -80,16 +82,7 @@ def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
         raise UsageError(f"{name!r} cannot be the name of an edit: it is a Python name")
     head = f"def {name}(x, ctx):\n"
     source = head + (textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n")
-    tree = ast.parse(source, f"<edit {name}>")
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    last = function.body[-1]
-    if isinstance(last, ast.Expr):
-        function.body[-1] = ast.copy_location(ast.Return(last.value), last)
-    linecache.cache[f"<edit {name}>"] = (len(source), None, source.splitlines(True), f"<edit {name}>")
-    made: dict[str, Any] = {}
-    exec(compile(ast.fix_missing_locations(tree), f"<edit {name}>", "exec"), namespace, made)
-    return made[name]
+    return compiled(name, source, namespace)
 
 
 LOSS = """def loss(logits, batch):
@@ -283,6 +276,7 @@ class FlexMagics(Magics):
     def _use(self, session: Session) -> Session:
         """Work on this session from here on, and end the one before it."""
         before, self.session = self.session, session
+        session.bar = functools.partial(Progress, self.shell)
         names = self.shell.user_ns
         if VARIABLE not in names or names[VARIABLE] is before:
             self.shell.push({VARIABLE: session}, interactive=False)
@@ -600,6 +594,27 @@ class FlexMagics(Magics):
 
         return freeze_all()
 
+    @magic_arguments()
+    @argument(
+        "glob", nargs="*", metavar="GLOB", help="only the modules of these globs (default: all, and all @ points)"
+    )
+    @argument("--stream", action="store_true", default=None, help="run the unsharded model one layer at a time")
+    @argument(
+        "--var", metavar="NAME", help="the rows are in this Python variable: text, ids, or several (default: ours)"
+    )
+    @twin("`session.verify(prompt, hooks, stream)`")
+    @line_magic
+    def flex_verify(self, line: str) -> Verification:
+        """Compare every module with the unsharded model on a few short rows; name the first that differs.
+
+        What is equal has the evidence "verified" in later runs. In half precision the drift is measured by what the
+        unsharded model itself drifts from float32. --stream is taken by itself where the unsharded model does not fit.
+        """
+        args = parsed(self.flex_verify, line)
+        session = self.needed()
+        prompt = None if args.var is None else self._prompts(args.var, "", None)
+        return session.verify(prompt, args.glob or None, **given(args, "stream"))
+
     # --- completion
 
     @context_matcher()
@@ -776,10 +791,12 @@ def quoted(text: str) -> str:
 
 
 class Progress:
-    """How far a load is: a bar that the output keeps as one line. A call tells it (stage, how many, of how many)."""
+    """How far something is: a bar that the output keeps as one line. A call tells it (stage, how many, of how many).
 
-    def __init__(self, shell: Any, name: str, total: int):
-        self.name, self.stage, self.done, self.total = name, "preparing", 0, total
+    That of a load stays, as what it came to; others go when they are done."""
+
+    def __init__(self, shell: Any, name: str, total: int, unit: str = "engine"):
+        self.name, self.stage, self.done, self.total, self.unit = name, "preparing", 0, total, unit
         self._notebook = hasattr(shell, "kernel")
         self._handle: Any = None
         self._began = time.perf_counter()
@@ -793,8 +810,8 @@ class Progress:
         self._draw()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None:
-            self.stage = ""  # the error says it all: a bar beside it would be a second block
+        if kind is not None or self.unit != "engine":
+            self.stage = ""  # the error, or the result, says it all: a bar beside it would be a second block
             self._draw()
         if not self._notebook and sys.stderr.isatty():
             sys.stderr.write("\r" if kind else "\n")
@@ -809,12 +826,13 @@ class Progress:
             sys.stderr.flush()
 
     def _says(self) -> str:
-        engines = f"{self.total} engine{'s' * (self.total > 1)}"
-        count = engines if self.stage != "loading" else f"{self.done} of {engines}"
+        count = f"{self.total} {self.unit}{'s' * (self.total > 1)}"
+        if self.stage == "loading" or self.unit != "engine":
+            count = f"{self.done} of {count}"
         return f"{self.stage} {self.name}: {count}, {time.perf_counter() - self._began:.1f} s"
 
     def __repr__(self) -> str:
-        full = 20 * self.done // self.total
+        full = 20 * self.done // max(self.total, 1)
         return f"{'█' * full}{'░' * (20 - full)} {self._says()}" if self.stage else ""
 
     def _repr_html_(self) -> str:

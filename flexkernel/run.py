@@ -361,6 +361,7 @@ class Store:
         self._extents: dict[int, Extent] = {}
         self._lent: list[tuple[weakref.ref[Capture], Extent]] = []  # captures that belong to no run
         self._slabs: dict[str, Slab] = {}
+        self.verified: set[tuple[str, str, str]] = set()  # (module, at, index) of what equals the unsharded model's
         self._clients: dict[str, Any] = {}
         self._count = 0
 
@@ -630,6 +631,8 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
     for key, by_rank in others.items():
         shape, dtype = described(by_rank)
         found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
+    for key, capture in found.items():
+        capture.verified = (key.module, key.at.removesuffix(" before"), key.index) in home.verified
     return found
 
 

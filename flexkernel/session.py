@@ -10,6 +10,7 @@ from . import cluster as clusters
 from . import generation, model, parameters, prompts, slabs
 from .capture import Capture
 from .errors import HookError
+from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
 from .run import Run, Store
@@ -35,7 +36,7 @@ def local() -> Session:
     return Session(clusters.InProcess())
 
 
-class Session(Hooking):
+class Session(Hooking, Experiments):
     """Engines, the model on them, its hooks and its runs."""
 
     def __init__(self, cluster: clusters.Cluster):
@@ -119,7 +120,7 @@ class Session(Hooking):
         names: Mapping[str, str] | Callable[[str], str | None] | None = None,
         placements: Mapping[str, str] | None = None,
         forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> ModelInfo:
         """Load a model folder or hub id, split over the engines: each reads only its part. Replaces what was loaded.
 
@@ -172,6 +173,10 @@ class Session(Hooking):
 
     # --- runs --------------------------------------------------------------------------------------
 
+    def _batch(self, prompts_or_ids: Any, chat: bool = False) -> prompts.Batch:
+        info = self._loaded()
+        return prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+
     @property
     def runs(self) -> list[Run]:
         """The runs that are stored, oldest first."""
@@ -200,7 +205,7 @@ class Session(Hooking):
             model.check_stop(info, stop_at)
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
-        batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+        batch = self._batch(prompts_or_ids, chat)
         B, S = len(batch.ids), len(batch.ids[0])
         where = self.planner.plan(self.hook_set.active(groups, complement), B, S, backward=loss is not None)
         code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
@@ -228,7 +233,7 @@ class Session(Hooking):
         assert self.store is not None
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         check_groups(self.hook_set, groups)
-        batch = prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+        batch = self._batch(prompts_or_ids, chat)
         asked = generation.asked(max_new_tokens, options, batch, info.max_positions, seed)
         B, S = len(batch.ids), len(batch.ids[0])
         where = self.planner.plan(self.hook_set.active(groups, complement), B, S, max_new_tokens)

@@ -32,6 +32,7 @@ __all__ = [
     "ShapeFormula",
     "SlabValue",
     "Source",
+    "Unsharded",
     "boxes",
     "share",
 ]
@@ -443,6 +444,22 @@ class Heritage:
     hook_set: HookSet
     edits: dict[str, EditSpec]
     runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]
+
+
+@dataclass(frozen=True)
+class Unsharded:
+    """One rank's answer to the driver that verifies: a forward of the unsharded model, written into a slab.
+
+    order: indices in the plan, as their values came. failed: index → why there is no value. yardstick: index → in half
+    precision, the unsharded model's drift from itself in float32. streamed: one layer's weights at a time.
+    samples: parameter → some of its numbers."""
+
+    order: tuple[int, ...]
+    failed: dict[int, str]
+    yardstick: dict[int, float]
+    streamed: bool
+    samples: dict[str, list[float]]
+    seconds: float
 
 
 @dataclass(frozen=True)

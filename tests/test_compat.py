@@ -156,6 +156,20 @@ def test_resolving_a_plan_returns_the_tensor_parallel_one_first():
     assert isinstance(plans, tuple) and plans[0]["model.layers.0.self_attn.o_proj"] == "rowwise"
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
+def test_buffers_that_no_checkpoint_has_are_filled_as_from_pretrained_does(arch):
+    import models
+
+    whole = models.build(arch)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(whole.config)
+    compat.fill_buffers(empty, "cpu")
+    filled, truth = dict(empty.named_buffers()), dict(whole.named_buffers())
+    assert filled.keys() == truth.keys() and (filled or arch == "gpt2")
+    assert all(torch.equal(filled[name], buffer) for name, buffer in truth.items())
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
 # --- transformers: attention -----------------------------------------------------------------------
 
 

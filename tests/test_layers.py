@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
     {"errors", "wire", "names"},
-    {"slabs", "reduce", "reaper", "vitals"},
+    {"slabs", "reduce", "reaper", "vitals", "drift"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
-    | {"generation"},
-    {"hooking", "session", "sweep", "dataset", "verify"},
+    | {"generation", "hookfile"},
+    {"hooking", "experiments", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]
 PACKAGES = {"", "engine", "widgets"}

@@ -174,7 +174,8 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
     assert (head, rule) == ("| magic | twin | does |", "| --- | --- | --- |")
     names = [re.match(r"\| `%(flex_\w+)", row)[1] for row in rows]
     assert names == [
-        f"flex_{n}" for n in ("cluster", "load", "tree", "param", "hook", "unhook", "group", "run", "show", "freeze")
+        f"flex_{n}"
+        for n in ("cluster", "load", "tree", "param", "hook", "unhook", "group", "run", "show", "freeze", "verify")
     ]
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
@@ -286,6 +287,17 @@ def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
     assert "loaded a&lt;b: 2 engines" in shown[2]
 
 
+def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
+    monkeypatch.setattr(magics, "display", lambda shown, display_id: SimpleNamespace(update=lambda shown: None))
+    with magics.Progress(SimpleNamespace(kernel=None), "sweep", 1, "cell") as progress:
+        progress("running", 3, 24)
+        assert (
+            "running sweep: 3 of 24 cells" in repr(progress)
+            and '<progress value="3" max="24"' in progress._repr_html_()
+        )
+    assert repr(progress) == progress._repr_html_() == ""
+
+
 def test_a_load_that_fails_leaves_no_bar(monkeypatch):
     shown = []
     handle = SimpleNamespace(update=lambda thing: shown.append((repr(thing), thing._repr_html_())))
@@ -321,6 +333,15 @@ def test_param_is_the_sessions(loaded):
     assert embedding.shape == (256, 64)
     assert torch.equal(embedding.tensor(), loaded.do("flex.parameter('model.embed_tokens.weight')").tensor())
     assert "lm_head.weight (256, 64) float32" in repr(embedding)
+
+
+def test_verify_is_the_sessions(loaded):
+    found = loaded.do("%flex_verify")
+    assert found.ok and len(found) > 100 and found.rows == loaded.do("flex.verify()").rows
+    assert "░" not in loaded.shown, "the bar is gone when it is done"
+    mlps = loaded.do("x = %flex_verify model.layers.*.mlp lm_head --stream\nx")
+    assert mlps.streamed and len({row.key.module for row in mlps.rows}) == 5
+    assert len(loaded.do("rows = ['abc', 'de']\n%flex_verify lm_head --var rows")) == 2
 
 
 def test_unhook_takes_a_name_a_glob_or_all(loaded):

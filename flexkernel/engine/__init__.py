@@ -15,7 +15,11 @@ from ..wire import ErrorReport
 
 __all__ = ["answer", "call", "open_runtime"]
 
-DOORS = ("parameters", "regroup")  # what the driver may call beside the Runtime's own methods: "parameters.held"
+DOORS = (
+    "parameters",
+    "regroup",
+    "verify",
+)  # what the driver may call beside the Runtime's own methods: "parameters.held"
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
 
 

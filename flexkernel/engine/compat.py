@@ -29,6 +29,7 @@ __all__ = [
     "attention_functions",
     "distributed_config",
     "eager_attention",
+    "fill_buffers",
     "fix_cached_groups",
     "flat_parameters",
     "is_compiled",
@@ -140,6 +141,20 @@ def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, in
     """(the group of a pipeline, the global rank so many stages on, whether it talks through host memory)."""
     stage: Any = model._pp_stage
     return stage.pp_group, dist.get_global_rank(stage.pp_group, stage.pp_rank + step), stage.comm_on_cpu
+
+
+def fill_buffers(model: Any, device: str) -> None:
+    """Give a model that was built on meta the buffers that no checkpoint has, such as rotary frequencies, as
+    from_pretrained does: by the model's own initialisation, of the modules that own some."""
+    owners = set()
+    for name, buffer in list(model.named_buffers()):
+        path, _, short = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._buffers[short] = torch.empty_like(buffer, device=device)
+        owners.add(owner)
+    for module in model.modules():
+        module._is_hf_initialized = module not in owners
+    model.initialize_weights()
 
 
 # --- transformers: attention -----------------------------------------------------------------------

@@ -159,6 +159,7 @@ class Runtime:
         from .naming import modules_of
 
         self.unload()
+        self.source = source
         if source.builder is not None:
             self.model = build(source.builder)
         else:

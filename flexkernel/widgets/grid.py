@@ -35,6 +35,7 @@ class Grid:
         self.evidence = "" if by_hand else getattr(source, "evidence", None) or ""
         self.shards = (not by_hand and getattr(source, "shards", None)) or []
         tokens = None if by_hand else getattr(source, "tokens", None)
+        self.columns = (not by_hand and getattr(source, "columns", None)) or []
         self.lead = self.shape[:-1]
         self.num_cols = self.shape[-1] if self.shape else 1
         self.num_rows = math.prod(self.lead)
@@ -138,7 +139,7 @@ class Grid:
         return png.Axis(*rows, ticks, pieces_in(self._row_pieces(), rows))
 
     def col_axis(self, cols: Span, most: int) -> png.Axis:
-        ticks = [(col, str(col)) for col in ticks_in(*cols, most)]
+        ticks = [(col, self.columns[col] if self.columns else str(col)) for col in ticks_in(*cols, most)]
         return png.Axis(*cols, ticks, pieces_in(self._col_pieces(), cols))
 
     def _col_pieces(self) -> Iterator[tuple[int, int, str]]:

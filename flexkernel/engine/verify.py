@@ -1,0 +1,183 @@
+"""The unsharded model beside the sharded one: it runs the same rows, and what its modules take and put out is written
+into a slab, where the driver compares. Plain hooks on one rank: shares nothing with the placing that it judges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from ..drift import drift, real_part
+from ..errors import LoadError, MemoryBudgetError
+from ..slabs import Entry, Plan
+from ..wire import HookSpec, Layout, Region, Unsharded
+from . import attention
+from .calling import Caller
+from .forward import open_slab
+from .leaves import inputs, leaf
+from .load import dtype_of, load
+from .naming import modules_of
+from .stream import streamed
+
+__all__ = ["samples", "unsharded"]
+
+ROOM = 1.2  # how many times its weights a model needs, to run a few short rows
+LOW = (torch.bfloat16, torch.float16)
+Put = Callable[[int, torch.Tensor], None]
+
+
+def unsharded(
+    runtime: Any,
+    hooks: tuple[HookSpec, ...],
+    ids: list[list[int]],
+    mask: list[list[int]],
+    positions: list[list[int]],
+    region: Region,
+    slab_bytes: int,
+    stream: bool | None,
+    sampled: Sequence[str],
+) -> Unsharded:
+    """Run these rows through the unsharded model and write what the hooks' plan has, from `region` on. On one rank.
+
+    In half precision it runs once more in float32: how far the unsharded model drifts from that is the yardstick.
+    stream: one layer's weights at a time; None: where the model does not fit. sampled: parameters to take samples of.
+    MemoryBudgetError: it does not fit and cannot be streamed."""
+    start = time.perf_counter()
+    plan = runtime.planner.plan(hooks, len(ids), len(ids[0]))
+    tensor = lambda rows: torch.tensor(rows, dtype=torch.long, device=runtime.device)  # noqa: E731
+    batch = {"input_ids": tensor(ids), "attention_mask": tensor(mask), "position_ids": tensor(positions)}
+    slab = open_slab(runtime, region.slab, slab_bytes)
+    dtype = dtype_of(runtime.info.dtype)
+    streams = stream if stream is not None else not fits(runtime, max(dtype.itemsize, 4 if dtype in LOW else 0))
+    order: list[int] = []
+    failed: dict[int, str] = {}
+    yardstick: dict[int, float] = {}
+    where = [slab.tensor(plan.region(entry, region.slab, region.offset)) for entry in plan.entries]
+
+    def put(i: int, value: torch.Tensor) -> None:
+        order.append(i)
+        if value.shape != where[i].shape or value.dtype != where[i].dtype:
+            failed[i] = f"the unsharded model has {tuple(value.shape)} {value.dtype} there"
+        else:
+            where[i].copy_(value)
+
+    def measure(i: int, value: torch.Tensor) -> None:
+        if i not in failed:
+            real = real_part(plan.entries[i].formula, torch.tensor(mask).bool())
+            yardstick[i] = drift(where[i], value.to("cpu", torch.float32 if value.is_floating_point() else None), real)
+
+    taken: dict[str, list[float]] = {}
+    for precision, what in ((dtype, put), *([(torch.float32, measure)] if dtype in LOW else [])):
+        model = whole(runtime, precision, streams)
+        try:
+            taken = taken or samples(model, sampled)
+            observe(Caller(model, runtime.source.forward), batch, plan, what)
+        finally:
+            del model
+            gc.collect()  # a model is full of cycles
+    return Unsharded(tuple(order), failed, yardstick, streams, taken, time.perf_counter() - start)
+
+
+def fits(runtime: Any, itemsize: int) -> bool:
+    """Whether the unsharded model fits into what is free on this rank's device."""
+    needed = int(runtime.info.num_parameters * itemsize * ROOM)
+    if runtime.device == "cpu":
+        return needed < psutil.virtual_memory().available
+    return needed < torch.cuda.mem_get_info()[0]
+
+
+def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
+    """The unsharded model of what is loaded, ready to run on this rank's device."""
+    info, source = runtime.info, runtime.source
+    name = str(dtype).removeprefix("torch.")
+    if source.builder is None:
+        if streams:
+            return streamed(info.path, dtype, runtime.device, info.attention)
+        return load(info.path, Layout(), name, runtime.device, info.attention)
+    if source.reference is None:
+        raise LoadError(f"{info.path} was loaded without reference=, which builds what it is verified against")
+    if streams:
+        raise MemoryBudgetError(
+            f"{info.path}: the unsharded model has {info.num_parameters:,} parameters, which do not fit into what is "
+            "free here; only a model that was loaded from a folder can be verified layer by layer"
+        )
+    model = pickle.loads(source.reference)().eval()
+    if any(p.is_meta for p in model.parameters()):
+        raise LoadError(f"{info.path}: reference() returns a model without weights (on meta): it cannot be run")
+    return model.to(runtime.device, dtype if dtype != dtype_of(info.dtype) else None)
+
+
+def samples(model: torch.nn.Module, names: Sequence[str]) -> dict[str, list[float]]:
+    """Some numbers of each of these parameters, spread over it."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    return {name: sample(there[name].detach()) for name in names if name in there and not there[name].is_meta}
+
+
+def sample(tensor: torch.Tensor) -> list[float]:
+    flat = tensor.flatten()
+    return flat[:: max(1, flat.numel() // 64)].float().tolist()
+
+
+# --- watching --------------------------------------------------------------------------------------
+
+
+def observe(call: Caller, batch: dict[str, torch.Tensor], plan: Plan, put: Put) -> None:
+    """One forward; put(index in the plan, value) for each value of the plan, in the order in which they come."""
+    with watching(modules_of(call.model, twice=True), plan, put), torch.no_grad():
+        call(batch, use_cache=False)
+
+
+@contextlib.contextmanager
+def watching(modules: dict[str, torch.nn.Module], plan: Plan, put: Put) -> Iterator[None]:
+    wanted: dict[tuple[str, str], dict[int, list[tuple[int, Entry]]]] = {}
+    for i, entry in enumerate(plan.entries):
+        calls = wanted.setdefault((entry.key.module, entry.key.at), {})
+        calls.setdefault(entry.key.call, []).append((i, entry))
+    undo = [watch(modules, name, at, noting(calls, put)) for (name, at), calls in wanted.items()]
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
+
+
+def noting(calls: dict[int, list[tuple[int, Entry]]], put: Put) -> Callable[[Any], None]:
+    """What is told each value of one module, and puts those of each call where they belong."""
+    count = 0
+
+    def note(value: Any) -> None:
+        nonlocal count
+        for i, entry in calls.get(count, ()):
+            tensor = leaf(value, entry.key.index)
+            if tensor is not None:
+                put(i, tensor.detach())
+        count += 1
+
+    return note
+
+
+def watch(modules: dict[str, torch.nn.Module], name: str, at: str, note: Callable[[Any], None]) -> Callable[[], None]:
+    """Have note told; what undoes it."""
+    owner, _, point = name.rpartition(".@")
+    if point and owner:
+        attention.tap(modules[owner], point, lambda value: note(value()))
+        return functools.partial(attention.untap, modules[owner], point)
+    if at == "input":
+
+        def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            note(inputs(args, kwargs))
+
+        return modules[name].register_forward_pre_hook(before, with_kwargs=True).remove
+
+    def after(_module: torch.nn.Module, _args: tuple, out: Any) -> None:
+        note(out)
+
+    return modules[name].register_forward_hook(after).remove

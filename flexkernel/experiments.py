@@ -1,0 +1,72 @@
+"""The half of a session that runs experiments: many runs, or another model beside the loaded one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from . import verify as verifying
+from .run import Run
+from .sweep import Sweep, modules_of
+from .verify import Verification
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["Experiments", "Progress"]
+
+Progress = Callable[[str, int, int], None]  # is told (stage, how many, of how many)
+
+
+class Experiments:
+    """Experiments over a session. bar: how a notebook shows progress; the magics give it."""
+
+    bar: Callable[..., Any] | None = None
+
+    def verify(
+        self,
+        prompt: Any = None,
+        hooks: str | Sequence[str] | None = None,
+        stream: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Verification:
+        """Compare every module's input and output with the unsharded model's, on a few short rows.
+
+        prompt: rows of your own. hooks: only the modules of these globs. Your hooks and edits stay out of it. What is
+        equal has the evidence "verified" in later runs. In half precision the drift is measured by the unsharded
+        model's own from float32. stream: run the unsharded model one layer at a time; None: where it does not fit."""
+        with self._telling(progress, "verify", "value") as told:
+            return verifying.verify(cast("Session", self), prompt, hooks, stream, told)
+
+    def sweep(
+        self,
+        prompt: Any,
+        modules: str | Sequence[str],
+        positions: Sequence[int] | None = None,
+        *,
+        metric: Callable[[Run], Any],
+        edit: str,
+        value: Any = None,
+        at: str = "output",
+        progress: Progress | None = None,
+    ) -> Sweep:
+        """One number for each module of these globs and each position: metric(run) when that alone is edited.
+
+        value: what the edit takes; for edit="patch" a run of another prompt as long, with these modules hooked.
+        positions: columns of the batch, all by default. Each run is freed when the metric has seen it. Ctrl-C ends it
+        with what there is so far, and sweep.resume() goes on. HookError, CaptureError: refused before anything runs."""
+        session = cast("Session", self)
+        batch = session._batch(prompt)
+        found = modules_of(session.planner, modules, at)
+        options = {"edit": edit, "at": at}
+        return Sweep(session, batch, found, positions, metric, options, value).resume(progress)
+
+    @contextlib.contextmanager
+    def _telling(self, progress: Progress | None, name: str, unit: str) -> Iterator[Progress]:
+        """Whom to tell how far something is: who was given, else the notebook's bar, else nobody."""
+        if progress is not None or self.bar is None:
+            yield progress or (lambda *_: None)
+            return
+        with self.bar(name, 1, unit) as shown:
+            yield shown
