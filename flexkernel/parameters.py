@@ -1,25 +1,28 @@
 """Parameters: a whole parameter or buffer as a Capture, from whichever ranks hold it.
 
-Every rank says what it holds; who writes what is settled here, and each writes its part into its place in a slab.
+Every rank says what it holds; who writes what is settled here, and each writes its part into its place in a slab. An
+edit goes the other way: the new whole lies in a slab, and each rank takes its part from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .capture import Capture, ranks_text
-from .errors import HookError, PlacementError
+from .errors import EditError, HookError, PlacementError
 from .names import nearest
 from .slabs import size_of
-from .wire import Box, CaptureKey, Held, ModelInfo, Region, Seen, boxes
+from .wire import Blob, Box, CaptureKey, Held, ModelInfo, Region, Seen, SlabValue, boxes
 
 if TYPE_CHECKING:
     from .run import Store
 
-__all__ = ["read"]
+__all__ = ["edited", "read"]
 
 
 def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Capture:
@@ -27,14 +30,7 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
 
     HookError: no such name. PlacementError: where its parts lie is not known. MemoryBudgetError: before any is read."""
     assert store is not None, "a loaded model has one"
-    if info.parameters and not info.built and name not in info.parameters:
-        raise unknown(name, info, nearest(name, list(info.parameters)))
-    answers = cluster.call("parameters.held", name)
-    held = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Held)}
-    if not held:
-        raise unknown(name, info, [near for answer in answers for near in answer])
-    shape, dtype = agreed(name, held)
-    check_cover(name, shape, held)
+    held, shape, dtype = where(cluster, info, name)
     writers = {min(ranks, key=lambda r: (store.hosts[r] != store.here, r)) for ranks in holders(held).values()}
     with store.room(size_of(shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, shape, dtype)
@@ -54,6 +50,115 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
         assert whole.error is None, "checked before"
         store.lend(whole, extent)
     return whole
+
+
+def where(cluster: Any, info: ModelInfo, name: str) -> tuple[dict[int, Held], tuple[int, ...], str]:
+    """(rank → what it holds of the parameter, the whole's shape, its dtype); as read() refuses."""
+    if info.parameters and not info.built and name not in info.parameters:
+        raise unknown(name, info, nearest(name, list(info.parameters)))
+    answers = cluster.call("parameters.held", name)
+    held = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Held)}
+    if not held:
+        raise unknown(name, info, [near for answer in answers for near in answer])
+    shape, dtype = agreed(name, held)
+    check_cover(name, shape, held)
+    return held, shape, dtype
+
+
+@contextlib.contextmanager
+def edited(cluster: Any, store: Store | None, info: ModelInfo, edits: Mapping[str, Any]) -> Iterator[None]:
+    """While it is entered, these parameters have other values: name → the whole new tensor, or a function that makes it
+    from the whole old one. After it they are bit for bit what they were, however it ends."""
+    assert store is not None, "a loaded model has one"
+    check_tied(info, edits)
+    whose = secrets.token_hex(8)
+    try:
+        for name, change in edits.items():
+            put(cluster, store, info, whose, name, change)
+        yield
+    finally:
+        if not cluster.closed:
+            surely(lambda: cluster.call("parameters.restore", whose))
+
+
+def surely(action: Callable[[], Any]) -> None:
+    """Do it, also when the user presses stop meanwhile: then again, and only then stop."""
+    interrupted = 0
+    while interrupted < 5:
+        try:
+            action()
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def check_tied(info: ModelInfo, edits: Mapping[str, Any]) -> None:
+    """HookError for nothing to edit, or for two names of one parameter."""
+    if not isinstance(edits, Mapping) or not edits:
+        raise HookError("parameters_edited takes {name: tensor, or function of the whole parameter}, at least one")
+    for group in info.tied:
+        twice = [name for name in edits if name in group]
+        if len(twice) > 1:
+            raise HookError(f"{' and '.join(twice)} are one parameter: change one of them")
+
+
+def put(cluster: Any, store: Store, info: ModelInfo, whose: str, name: str, change: Any) -> None:
+    """Give a parameter, under each of its names, its new value on every rank that holds a part of it."""
+    capture = read(cluster, store, info, name)
+    new = changed(capture, name, change)
+    capture.free()
+    by_name = {alias: where(cluster, info, alias)[0] for alias in aliases(info, name)}
+    with lying_in(store, new, name) as value:
+
+        def of(rank: int) -> list[tuple[str, Any]]:
+            near = store.hosts[rank] == store.here
+            there = [(alias, held[rank]) for alias, held in by_name.items() if rank in held]
+            return [(alias, value if near else parts(new, one.holds)) for alias, one in there]
+
+        ranks = sorted({rank for held in by_name.values() for rank in held})
+        cluster.call("parameters.put", ranks=ranks, each=[(whose, of(rank)) for rank in ranks])
+
+
+def aliases(info: ModelInfo, name: str) -> list[str]:
+    """The names of a parameter: tied ones may lie apart, on the first and on the last stage."""
+    return next((list(group) for group in info.tied if name in group), [name])
+
+
+def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
+    """The new value, whole. EditError: it cannot take the parameter's place."""
+    new = change(capture.tensor()) if callable(change) else change
+    if not isinstance(new, torch.Tensor):
+        raise EditError(f"{name}: its new value is {type(new).__name__}; it has to be a tensor like it")
+    if tuple(new.shape) != capture.shape or new.dtype != capture.dtype:
+        raise EditError(
+            f"{name}: its new value is {tuple(new.shape)} {new.dtype}; it is {capture.shape} {capture.dtype}"
+        )
+    return new.detach().cpu().contiguous()
+
+
+@contextlib.contextmanager
+def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
+    """The tensor in a slab of this host, for as long as it is entered."""
+    dtype = str(new.dtype).removeprefix("torch.")
+    with store.room(size_of(new.shape, dtype), name) as extent:
+        region = Region(extent.slab, extent.base, tuple(new.shape), dtype)
+        store.slab(extent.slab, extent.slab_bytes, create=True).tensor(region).copy_(new)
+        yield SlabValue(region, extent.slab_bytes)
+        store.pool.release(extent)
+
+
+def parts(new: torch.Tensor, holds: Box) -> tuple[Blob, ...]:
+    """What a rank on another host holds of it, as it travels with the call."""
+    found = []
+    for box in boxes(holds):
+        part = new
+        for dim, start, stop in box:
+            part = part.narrow(dim, start, stop - start)
+        data = part.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        found.append(Blob(tuple(part.shape), str(part.dtype).removeprefix("torch."), data))
+    return tuple(found)
 
 
 def unknown(name: str, info: ModelInfo, near: Sequence[str]) -> HookError:

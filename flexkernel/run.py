@@ -365,10 +365,10 @@ class Store:
         self._clients: dict[str, Any] = {}
         self._count = 0
 
-    def slab(self, name: str, num_bytes: int) -> Slab:
-        """A slab of this host, mapped once and kept."""
+    def slab(self, name: str, num_bytes: int, create: bool = False) -> Slab:
+        """A slab of this host, mapped once and kept. create: it is written into here, where no engine may have yet."""
         if name not in self._slabs:
-            self._slabs[name] = Slab(self.folder / name, num_bytes, create=False)
+            self._slabs[name] = Slab(self.folder / name, num_bytes, create)
         return self._slabs[name]
 
     def client(self, host: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from . import cluster as clusters
@@ -157,6 +158,7 @@ class Session(Hooking, Experiments):
 
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
+        self.cluster.call("parameters.restore")  # what an earlier driver had changed for a while
         answers = self.cluster.call("regroup.describe")
         self._know(answers[0].info, answers[0].source)
         self.hook_set, self.edits = answers[0].hook_set, answers[0].edits
@@ -170,6 +172,12 @@ class Session(Hooking, Experiments):
     def parameter(self, name: str) -> Capture:
         """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold it."""
         return parameters.read(self.cluster, self.store, self._loaded(), name)
+
+    def parameters_edited(self, edits: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """`with session.parameters_edited({name: tensor, name: lambda whole: ...}):` in it the parameters have these
+        values on every rank; after it, however it ends, those they had before, bit for bit. A function gets the whole
+        parameter and runs once, here. Tied weights are one parameter: give one of their names."""
+        return parameters.edited(self.cluster, self.store, self._loaded(), edits)
 
     # --- runs --------------------------------------------------------------------------------------
 

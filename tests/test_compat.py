@@ -350,3 +350,42 @@ def test_the_meshes_are_made_by_transformers_in_one_call():
     from transformers.distributed.utils import initialize_distributed_mesh
 
     assert parameters(initialize_distributed_mesh)[0] == "distributed_config"
+
+
+# --- FSDP1 ------------------------------------------------------------------------------------------
+
+
+def test_fsdp1_keeps_what_its_flat_parameters_are_made_of(one_rank):
+    """Pins what session.parameter reads of FSDP1: the names, whole shapes and tied names of a flat parameter."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, _runtime_utils
+
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
+    model[1].weight = model[0].weight
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    assert compat.flat_shape(wrapped, model[0], "weight") is None, "one rank splits nothing"
+    wrapped.sharding_strategy = ShardingStrategy.FULL_SHARD
+    assert compat.flat_shape(wrapped, model[0], "weight") == compat.flat_shape(wrapped, model[1], "weight") == (2, 3)
+    assert compat.flat_shape(wrapped, model[0], "bias") is None
+    assert hasattr(wrapped._handle, "needs_unshard") and hasattr(wrapped._handle, "uses_sharded_strategy")
+    assert list(inspect.signature(_runtime_utils._reshard).parameters)[:3] == [
+        "state",
+        "handle",
+        "free_unsharded_flat_param",
+    ]
+    assert len(inspect.signature(_runtime_utils._lazy_init).parameters) == 2
+
+
+def test_what_was_compiled_can_run_as_it_is_written():
+    """Compiled code has the hooks of the moment in which it was made: one that came later does not fire."""
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    assert compat.is_compiled(model) and not compat.is_compiled(nn.Linear(2, 2))
+    inside = nn.Sequential(nn.Linear(2, 2))
+    inside[0].compile(backend="eager")
+    assert compat.is_compiled(inside)
+    with torch.no_grad():
+        model(torch.zeros(1, 2))
+        fired = []
+        model._orig_mod[0].register_forward_hook(lambda *_: fired.append(1))
+        with compat.as_written(True):
+            model(torch.zeros(1, 2))
+        assert fired == [1]

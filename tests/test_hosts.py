@@ -114,6 +114,18 @@ def test_a_parameter_whose_parts_lie_on_two_hosts_is_put_together(elsewhere, tin
 
 
 @pytest.mark.slow
+def test_a_parameter_on_other_hosts_is_edited_and_given_back(elsewhere, tiny):
+    """Each rank is sent the parts it holds: of a packed parameter several runs of rows."""
+    packed, norm = "model.layers.1.mlp.experts.gate_up_proj", "model.norm.weight"
+    elsewhere.load(tiny("mixtral"), tp=2)
+    before = {name: elsewhere.parameter(name).tensor() for name in (packed, norm)}
+    with elsewhere.parameters_edited({packed: lambda whole: whole.flip(1), norm: before[norm] * 3}):
+        assert torch.equal(elsewhere.parameter(packed).tensor(), before[packed].flip(1))
+        assert torch.equal(elsewhere.parameter(norm).tensor(), before[norm] * 3)
+    assert all(torch.equal(elsewhere.parameter(name).tensor(), whole) for name, whole in before.items())
+
+
+@pytest.mark.slow
 def test_a_driver_on_one_of_the_hosts_uses_its_own_slab(elsewhere, tiny, monkeypatch):
     monkeypatch.setenv("FLEX_HOST", "b")
     elsewhere.load(tiny("llama"), pp=2)

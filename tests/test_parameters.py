@@ -7,7 +7,10 @@ import functools
 import gc
 import inspect
 import os
+import signal
+import threading
 
+import foreign
 import models
 import pytest
 import torch
@@ -19,7 +22,15 @@ import flexkernel as fk
 from flexkernel import parameters
 from flexkernel.engine import compat
 from flexkernel.engine import parameters as on_rank
-from flexkernel.errors import CaptureError, CaptureExpired, HookError, LoadError, MemoryBudgetError, PlacementError
+from flexkernel.errors import (
+    CaptureError,
+    CaptureExpired,
+    EditError,
+    HookError,
+    LoadError,
+    MemoryBudgetError,
+    PlacementError,
+)
 from flexkernel.wire import Held
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]
@@ -225,11 +236,19 @@ def test_wrappers_are_no_part_of_a_name(session, tiny):
     assert torch.equal(session.parameter(GATE).tensor(), truth("llama")[GATE])
 
 
+@pytest.mark.parametrize("original", [True, False])
 @pytest.mark.engines(2)
-def test_flat_parameters_are_refused(session, tiny):
-    session.load(functools.partial(watched.in_fsdp1, str(tiny("llama"))), fsdp=2)
-    with pytest.raises(PlacementError, match="FSDP1 keeps flat parameters"):
-        session.parameter(GATE)
+def test_flat_parameters_are_gathered(session, tiny, original):
+    """FSDP1's, of which each rank has a piece of all, flattened; after a forward its root keeps them whole."""
+    session.load(functools.partial(foreign.in_fsdp1, str(tiny("llama")), original), fsdp=2)
+    for _ in range(2):
+        for name in (GATE, NORM, "lm_head.weight", "model.embed_tokens.weight"):
+            capture = session.parameter(name)
+            assert torch.equal(capture.tensor(), truth("llama")[name]), name
+            assert (capture.evidence, capture.placement) == ("flat", "part of a flat parameter over fsdp")
+        session.run(IDS)
+    with pytest.raises(HookError, match=r"no parameter or buffer 'model.norm.wait'"):
+        session.parameter("model.norm.wait")
 
 
 @pytest.mark.engines(2)
@@ -246,6 +265,201 @@ def test_ranks_that_have_diverged_are_refused(session, tiny):
         session.parameter(NORM)
     assert session.store.pool.num_bytes == used
     assert session.parameter(GATE).error is None
+
+
+# --- edits -----------------------------------------------------------------------------------------
+
+EMBED = "model.embed_tokens.weight"
+TOLERANCE = 1e-5
+
+
+def doubled(whole: torch.Tensor) -> torch.Tensor:
+    return whole * 2 + whole.roll(1, 0)
+
+
+@functools.cache
+def edits() -> dict:
+    """A whole new tensor, and functions of the old one; the embedding is tied in "llama"."""
+    new = torch.randn(truth("llama")[DOWN].shape, generator=torch.Generator().manual_seed(1))
+    return {DOWN: new, GATE: doubled, EMBED: lambda whole: whole.flip(0), NORM: lambda whole: whole.mul_(1.5)}
+
+
+@functools.cache
+def edited_truth(arch: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unsharded model's logits, as it is and edited alike."""
+    model = models.build(arch)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = []
+    with torch.no_grad():
+        found.append(model(torch.tensor(IDS)).logits)
+        for name, change in edits().items():
+            named[name].copy_(change(named[name].clone()) if callable(change) else change)
+        found.append(model(torch.tensor(IDS)).logits)
+    return found[0], found[1]
+
+
+def check_edited(session, arch: str) -> None:
+    """Edited as the unsharded model, and bit for bit as before afterwards."""
+    plain, want = edited_truth(arch)
+    assert (want - plain).abs().max() > 100 * TOLERANCE
+    before = session.run(IDS).logits.tensor()
+    calls: list[tuple[int, ...]] = []
+
+    def once(whole: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(whole.shape))
+        return doubled(whole)
+
+    with session.parameters_edited({**edits(), GATE: once}):
+        torch.testing.assert_close(session.run(IDS).logits.tensor(), want, atol=TOLERANCE, rtol=TOLERANCE)
+        assert torch.equal(session.parameter(DOWN).tensor(), edits()[DOWN])
+        if arch == "llama":
+            assert torch.equal(session.parameter("lm_head.weight").tensor(), truth(arch)[EMBED].flip(0))
+    assert calls == [tuple(truth(arch)[GATE].shape)]
+    assert torch.equal(session.run(IDS).logits.tensor(), before)
+    check_as_it_was(session, arch)
+
+
+def check_as_it_was(session, arch: str = "llama") -> None:
+    for name in (*edits(), "lm_head.weight", "model.layers.3.mlp.down_proj.weight"):
+        assert torch.equal(session.parameter(name).tensor(), truth(arch)[name]), name
+
+
+def test_in_one_process_edits_are_made_and_undone(session, tiny):
+    session.load(tiny("llama"))
+    check_edited(session, "llama")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.engines(2)
+def test_edits_are_the_unsharded_models(session, tiny, layout):
+    session.load(tiny("llama"), **layout)
+    check_edited(session, "llama")
+
+
+@pytest.mark.slow
+@pytest.mark.engines(4)
+def test_edits_are_the_unsharded_models_on_four_engines(session, tiny):
+    session.load(tiny("llama_untied"), tp=2, pp=2)
+    check_edited(session, "llama_untied")
+    session.load(tiny("llama"), tp=2, fsdp=2)
+    check_edited(session, "llama")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "layout"),
+    [
+        (foreign.in_fsdp1, {"fsdp": 2}),
+        (functools.partial(foreign.in_fsdp1, original=False), {"fsdp": 2}),
+        (foreign.in_fsdp2, {"fsdp": 2}),
+        (watched.parallelized, {"tp": 2}),
+    ],
+    ids=["fsdp1", "fsdp1 flat", "fsdp2", "tp"],
+)
+@pytest.mark.engines(2)
+def test_a_builders_parameters_are_edited_alike(session, tiny, build, layout):
+    folder = str(tiny("llama"))
+    session.load(functools.partial(build, folder), reference=functools.partial(watched.whole, folder), **layout)
+    check_edited(session, "llama")
+
+
+@pytest.mark.engines(2)
+def test_edits_may_lie_within_edits(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    with session.parameters_edited({GATE: doubled}):
+        with session.parameters_edited({GATE: torch.zeros_like(truth("llama")[GATE]), NORM: doubled}):
+            assert not session.parameter(GATE).tensor().any()
+        assert torch.equal(session.parameter(GATE).tensor(), doubled(truth("llama")[GATE]))
+        assert torch.equal(session.parameter(NORM).tensor(), truth("llama")[NORM])
+    check_as_it_was(session)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+@pytest.mark.engines(2)
+def test_a_block_that_raises_leaves_them_as_they_were(session, tiny, error):
+    session.load(tiny("llama"), pp=2)
+    with pytest.raises(error), session.parameters_edited(edits()):
+        assert torch.equal(session.parameter(DOWN).tensor(), edits()[DOWN])
+        raise error
+    check_as_it_was(session)
+
+
+@pytest.mark.engines(2)
+def test_a_stop_in_a_run_of_the_block_leaves_them_as_they_were(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    before = session.run(IDS).logits.tensor()
+    session.on_ranks(watched.sleep_at, "model.layers.1.mlp", 1)
+    with pytest.raises(KeyboardInterrupt), session.parameters_edited({GATE: doubled}):
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        session.run(IDS)
+    check_as_it_was(session)
+    assert torch.equal(session.run(IDS).logits.tensor(), before)
+
+
+def test_a_stop_while_they_are_given_back_does_it_again():
+    tries = []
+
+    def give_back() -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parameters.surely(give_back)
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda whole: whole[:3], r"its new value is \(3, 64\) torch.float32; it is \(176, 64\) torch.float32"),
+        (lambda whole: whole.double(), r"its new value is \(176, 64\) torch.float64; it is"),
+        (lambda whole: None, "its new value is NoneType; it has to be a tensor like it"),
+        (3.0, "its new value is float"),
+    ],
+)
+@pytest.mark.engines(2)
+def test_what_cannot_take_its_place_changes_nothing(session, tiny, change, says):
+    session.load(tiny("llama"), tp=2)
+    with pytest.raises(EditError, match=says), session.parameters_edited({DOWN: edits()[DOWN], GATE: change}):
+        pytest.fail("the block is not entered")
+    check_as_it_was(session)
+
+
+@pytest.mark.engines(2)
+def test_a_function_that_raises_changes_nothing(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    with pytest.raises(ZeroDivisionError), session.parameters_edited({DOWN: edits()[DOWN], GATE: lambda w: 1 / 0}):
+        pytest.fail("the block is not entered")
+    check_as_it_was(session)
+
+
+@pytest.mark.engines(2)
+def test_two_names_of_one_parameter_are_refused(session, tiny):
+    session.load(tiny("llama"), pp=2)
+    both = {EMBED: doubled, "lm_head.weight": doubled}
+    with (
+        pytest.raises(HookError, match=r"embed_tokens.weight and lm_head.weight are one"),
+        session.parameters_edited(both),
+    ):
+        pytest.fail("the block is not entered")
+    session.load(functools.partial(foreign.llama, str(tiny("llama"))), dp=2)  # nothing says it, but they are
+    with pytest.raises(HookError, match="are one parameter: change one"), session.parameters_edited(both):
+        pytest.fail("the block is not entered")
+    check_as_it_was(session)
+    with pytest.raises(HookError, match="at least one"), session.parameters_edited({}):
+        pytest.fail("the block is not entered")
+
+
+@pytest.mark.engines(2)
+def test_a_load_in_the_block_ends_it(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    with session.parameters_edited({GATE: doubled}):
+        session.load(tiny("llama"), pp=2)
+        check_as_it_was(session)
+    check_as_it_was(session)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------

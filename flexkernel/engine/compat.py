@@ -31,7 +31,8 @@ __all__ = [
     "eager_attention",
     "fill_buffers",
     "fix_cached_groups",
-    "flat_parameters",
+    "flat_local",
+    "flat_shape",
     "is_compiled",
     "is_placeholder",
     "is_split",
@@ -50,6 +51,7 @@ __all__ = [
     "stage_peer",
     "sum_gradients",
     "tp_styles",
+    "unflattened",
     "unwrapped",
     "waited",
     "without_gradient_sync",
@@ -390,12 +392,17 @@ def reset_forward(model: torch.nn.Module | None) -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the whole parameters that FSDP2 keeps of some modules after a forward: sends nothing."""
-    from torch.distributed.fsdp import FSDPModule
+    """Let go of the whole parameters that FSDP keeps of some modules after a forward: sends nothing."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and module._is_root is not None:
+            handle = module._handle  # None where it has no parameters beside those of modules within it
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                _reshard(module, handle, True)
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
@@ -415,14 +422,48 @@ def without_gradient_sync(model: torch.nn.Module) -> Any:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def flat_parameters(model: torch.nn.Module) -> bool:
-    """Whether FSDP1 keeps parts of flattened parameters somewhere in the model."""
+def flat_owner(model: torch.nn.Module, module: torch.nn.Module, name: str) -> tuple[Any, int] | None:
+    """The FSDP1 module that keeps this parameter of a module in a flattened one, and its number there; tied names have
+    the number of the first. None where FSDP1 has no part in it, or splits nothing."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    return any(
-        isinstance(m, FullyShardedDataParallel) and m.sharding_strategy != ShardingStrategy.NO_SHARD
-        for m in model.modules()
-    )
+    for fsdp in (m for m in model.modules() if isinstance(m, FullyShardedDataParallel)):
+        flat = getattr(fsdp._handle, "flat_param", None)
+        if flat is None or fsdp.sharding_strategy == ShardingStrategy.NO_SHARD:
+            continue
+        own = [(info.param_name, id(info.module)) for info in flat._param_infos]
+        for info in flat._shared_param_infos:
+            if (info.param_name, id(info.module)) == (name, id(module)):
+                return fsdp, own.index((info.prim_param_name, id(info.prim_module)))
+        if (name, id(module)) in own:
+            return fsdp, own.index((name, id(module)))
+    return None
+
+
+def flat_shape(model: torch.nn.Module, module: torch.nn.Module, name: str) -> tuple[int, ...] | None:
+    """The whole shape of a parameter that FSDP1 keeps flattened; None where it does not."""
+    found = flat_owner(model, module, name)
+    return None if found is None else tuple(found[0]._handle.flat_param._shapes[found[1]])
+
+
+def flat_local(model: torch.nn.Module, module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """This rank's piece of the flattened parameter in which FSDP1 keeps it."""
+    found = flat_owner(model, module, name)
+    return None if found is None else found[0]._handle.flat_param._local_shard
+
+
+def unflattened(
+    model: torch.nn.Module, module: torch.nn.Module, name: str, writeback: bool
+) -> contextlib.AbstractContextManager:
+    """While it is entered, the parameter is whole on every rank. All ranks must."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _lazy_init
+
+    for root in FullyShardedDataParallel.fsdp_modules(model, root_only=True):
+        _lazy_init(root, root)  # or the module within it takes itself for the root, before a first forward
+    found = flat_owner(model, module, name)
+    assert found is not None
+    return FullyShardedDataParallel.summon_full_params(found[0], recurse=False, writeback=writeback)
 
 
 def fsdp_groups(module: Any) -> list[Any]:

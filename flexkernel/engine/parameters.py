@@ -1,11 +1,13 @@
 """Parameters and buffers: which part of one lies on this rank, and writing it into its place in the whole.
 
 A DTensor says where it lies, over any axes of any mesh. A plain tensor lies whole on every rank that has it, unless it
-was declared or its layer is known to split it. Nothing is sent: FSDP's own copies are let go, never gathered.
+was declared or its layer is known to split it. Nothing is sent, FSDP2's own copies are let go; but FSDP1, which keeps
+pieces of flattened parameters, has to gather.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,16 +15,25 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..errors import CaptureError, PlacementError
+from ..errors import CaptureError, HookError, PlacementError
 from ..names import match, nearest
-from ..wire import Box, Held, Region, Seen, boxes
-from .compat import flat_parameters, is_placeholder, is_split, reshard, split_factor, split_index
+from ..wire import Blob, Box, Held, Region, Seen, SlabValue, boxes
+from .compat import (
+    flat_local,
+    flat_shape,
+    is_placeholder,
+    is_split,
+    reshard,
+    split_factor,
+    split_index,
+    unflattened,
+)
 from .digest import digest
 from .libraries import weight_placement
 from .memory import open_slab
 from .placements import narrowed
 
-__all__ = ["held", "owner_of", "write", "write_gradient"]
+__all__ = ["held", "owner_of", "put", "restore", "write", "write_gradient"]
 
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
@@ -34,19 +45,104 @@ def held(runtime: Any, name: str) -> Held | list[str]:
         return nearest(name, list(names(runtime.named)))
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # it lies on a mesh that this rank has no part in
+    flat = flat_shape(runtime.model, module, name.rpartition(".")[2])
+    if flat is not None:  # every rank is given all of it, by all of them together
+        return Held(flat, str(tensor.dtype).removeprefix("torch."), (), "flat", "part of a flat parameter over fsdp")
     return placed(runtime, name, module, tensor)[0]
 
 
 def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
-    """Copy what this rank holds into its place, if it is the one that writes; its digest in any case."""
+    """Copy what this rank holds into its place, if it is the one that writes; its digest in any case.
+
+    All ranks that hold it must call: FSDP1 gathers it."""
+    found = held(runtime, name)
+    assert isinstance(found, Held), "it was there when it was planned"
+    with local_part(runtime, name) as local:
+        if writes:
+            whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
+            for part, piece in pieces(found.holds):
+                narrowed(whole, part).copy_(narrowed(local, piece))
+        return Seen(found.evidence, found.placement, digest(local), found.holds, found.holds if writes else None)
+
+
+@contextlib.contextmanager
+def local_part(runtime: Any, name: str, change: bool = False) -> Iterator[torch.Tensor]:
+    """What this rank holds of it, to be read, or with `change` to be written into, while it is entered."""
     module, tensor = find(runtime, name)
-    assert module is not None and tensor is not None, "it was there when it was planned"
-    found, local = placed(runtime, name, module, tensor)
-    if writes:
-        whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
-        for part, piece in pieces(found.holds):
-            narrowed(whole, part).copy_(narrowed(local, piece))
-    return Seen(found.evidence, found.placement, digest(local), found.holds, found.holds if writes else None)
+    assert module is not None and tensor is not None
+    last = name.rpartition(".")[2]
+    if flat_shape(runtime.model, module, last) is None:
+        yield placed(runtime, name, module, tensor)[1]
+        return
+    runtime.breaker.busy = True  # the ranks wait for each other
+    try:
+        with unflattened(runtime.model, module, last, writeback=change):
+            yield getattr(module, last).detach()
+    finally:
+        runtime.breaker.busy = False
+
+
+# --- changing it for a while -----------------------------------------------------------------------
+
+
+def put(runtime: Any, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]) -> None:
+    """Give a parameter a new value in place, until restore(whose). All ranks that hold it must call: FSDP1 gathers.
+
+    changes: (name, where its whole new value lies, or the parts of it that this rank holds) for each of its names.
+    HookError: it is the same parameter here as one that was changed before."""
+    if not runtime.changed or runtime.changed[-1][0] != whose:
+        runtime.changed.append((whose, []))
+    kept = runtime.changed[-1][1]
+    earlier = len(kept)
+    for name, value in changes:
+        found = held(runtime, name)
+        assert isinstance(found, Held), "it was there when it was read"
+        if not keep(kept, earlier, runtime, name):
+            continue
+        with local_part(runtime, name, change=True) as local:
+            for i, (part, piece) in enumerate(pieces(found.holds)):
+                if narrowed(local, piece).numel():
+                    narrowed(local, piece).copy_(new_part(runtime, value, part, i))
+
+
+def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
+    """Remember what is there before it changes, as (name, the memory, a copy); False: another name has changed it.
+
+    earlier: how many of those kept are of other parameters."""
+    module, tensor = find(runtime, name)
+    assert module is not None and tensor is not None
+    flat = flat_local(runtime.model, module, name.rpartition(".")[2])
+    there = placed(runtime, name, module, tensor)[1] if flat is None else flat
+    same = [i for i, (_, other, _) in enumerate(kept) if other.data_ptr() == there.data_ptr() and there.numel()]
+    if flat is not None:  # in which there are others too
+        kept += [] if same else [(name, there, there.clone())]
+        return True
+    if same and same[0] < earlier:
+        raise HookError(f"{kept[same[0]][0]} and {name} are one parameter: change one of them")
+    kept += [] if same else [(name, there, there.clone())]
+    return not same
+
+
+def new_part(runtime: Any, value: SlabValue | tuple[Blob, ...], part: Box, i: int) -> torch.Tensor:
+    if isinstance(value, SlabValue):
+        return narrowed(open_slab(runtime, value.region.slab, value.slab_bytes).tensor(value.region), part)
+    return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(value[i].shape)
+
+
+def restore(runtime: Any, whose: str = "") -> None:
+    """Give parameters back what they had before put(whose), and before whatever was put since; "": all. May be called
+    again where it was broken off. Sends nothing."""
+    if not any(owner == whose or not whose for owner, _ in runtime.changed):
+        return
+    reshard(runtime.model)  # what FSDP holds whole is the changed one
+    while runtime.changed:
+        owner, kept = runtime.changed[-1]
+        with torch.no_grad():
+            for _, there, before in reversed(kept):
+                there.copy_(before)
+        runtime.changed.pop()
+        if owner == whose:
+            return
 
 
 def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
@@ -84,6 +180,8 @@ def find(runtime: Any, name: str) -> tuple[torch.nn.Module | None, torch.Tensor 
         return None, None
     found = module._parameters.get(last)
     found = module._buffers.get(last) if found is None else found
+    if found is None and flat_shape(runtime.model, module, last) is not None:
+        found = getattr(module, last)  # of FSDP1's flat parameter, which has taken the place of the module's own
     return (module, found) if found is not None else (None, None)
 
 
@@ -91,13 +189,7 @@ def owner_of(runtime: Any, name: str) -> torch.nn.Module | None:
     """The module of which it is the name of a parameter or buffer, its parameters sharded as they are between forwards;
     None where another stage has it."""
     reshard(runtime.model)
-    owner = name.rpartition(".")[0]
-    path = owner.split(".")
-    for i in range(len(path)):  # FSDP may have been told to leave any of them whole
-        within = runtime.named.get(".".join(path[: i + 1]))
-        if within is not None:
-            reshard(within)
-    module = runtime.named.get(owner)
+    module = runtime.named.get(name.rpartition(".")[0])
     return None if module is None or is_placeholder(module) else module
 
 
@@ -115,10 +207,6 @@ def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 def placed(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[Held, torch.Tensor]:
     """Which part of the whole this rank holds, and that part. PlacementError where that is not known."""
     known = runtime.info.parameters.get(name)
-    if flat_parameters(runtime.model):
-        raise PlacementError(
-            f"{name}: FSDP1 keeps flat parameters, which are not put together here; use FSDP2: fully_shard(module)"
-        )
     if isinstance(tensor, DTensor):
         evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.detach().to_local()
         axes = axes_of(tensor)

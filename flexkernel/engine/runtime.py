@@ -60,6 +60,7 @@ class Runtime:
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.modules: dict[str, torch.nn.Module] = {}  # trainable, beside the model
+        self.changed: list[tuple[str, list]] = []  # parameters edited for now: whose edit, what was there before
         self.groups: dict[str, Any] = {}
         self.made: list[Any] = []  # the groups that a builder made
         self.server: Any = None
@@ -190,7 +191,7 @@ class Runtime:
         if self.hooks is not None:
             self.hooks.clear()
         self.model = self.info = self.hooks = self.caller = None
-        self.named = {}
+        self.named, self.changed = {}, []
         self.hook_set = HookSet()
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)
