@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test check lab venv chromium clean
+.PHONY: demo test check chaos faults lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,6 +19,14 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# Faults at random, and one table of what each fault costs. make chaos N=200 SEED=7
+N ?= 200
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --rounds $(N) $(if $(SEED),--seed $(SEED))
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults.py
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model

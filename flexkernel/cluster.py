@@ -23,6 +23,7 @@ from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLaun
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
+from .pulse import Pulse
 from .reaper import Reaper
 from .vitals import Vitals, tail
 from .wire import ErrorReport, Heritage, Seat
@@ -35,6 +36,7 @@ POLL_S = 0.03  # how often a call that is watched looks at what the ranks have m
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 WATCH_S = 0.25  # how often a waiting call looks around
+LATE_S = 15.0  # how much later than the engines' own watches this one acts
 START_S = 120.0  # how long a new engine may take to be there
 
 
@@ -51,7 +53,8 @@ class Cluster:
         self.folder = secrets.token_hex(8)
         self.generation = 0
         self.fresh = False  # nothing has been loaded under these groups
-        self.timeout_s = 60.0
+        self.timeout_s = 60.0  # a run in which no module begins for so long is broken off
+        self.module_names: list[str] = []  # of the loaded model, in the order by which engines count modules
         self.seated = False
         self.broken = False  # the groups were broken and could not be made anew: a rank is missing
         self.replacing = False
@@ -197,11 +200,12 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
         return KeyboardInterrupt()
     kind = errors.named(first.type)
     if kind is EngineDied:
-        return EngineDied(first.message, first.rank)
+        waited = "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited)
+        return EngineDied(first.message + waited, first.rank)
     if issubclass(kind, EngineError) and kind is not EngineError:
         return kind(first.message, first.rank, first.traceback)
     if kind is EngineError:
-        message = first.message
+        message = first.message + "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited)
         if first.type not in ("EngineError",):
             message = f"{first.type} on rank {first.rank}: {first.message}"
         return EngineError(message, first.rank, first.traceback)
@@ -251,7 +255,6 @@ class IPyParallel(Cluster):
         self.hosts = [""] * self.size
         self.pids = [0] * self.size
         self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
-        self.module_names: list[str] = []  # of the loaded model, in the order by which engines count modules
         self._views: dict[int, Any] = {}
         self._deaf: dict[int, Any] = {}  # rank → the call that it was given up on
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
@@ -469,13 +472,23 @@ class IPyParallel(Cluster):
 
     def _press(self, calls: dict[int, Any], answers: dict[int, Any], patience: Patience) -> None:
         """See that ranks come back which nobody needs to wait for any more."""
+        if patience.stalled(self._count(), self.timeout_s):
+            patience.give_back()
         step = patience.step()
         if step == "interrupt":
             self.interrupt(list(calls))
         elif step == "give up":
             for rank in list(calls):
                 self._deaf[rank] = calls.pop(rank)
-                answers[rank] = silent(rank)
+                answers[rank] = self._silent(rank)
+
+    def _count(self) -> int | None:
+        """How many modules all ranks have begun; None if no rank is in a run, or some are not on this host."""
+        pulses = [self.pulse(rank) for rank in range(self.size)]
+        there = [pulse for pulse in pulses if pulse is not None]
+        if len(there) < self.size or not any(pulse.running for pulse in there):
+            return None
+        return sum(pulse.count for pulse in there)
 
     def _forget(self, done: list[Any]) -> None:
         """The client keeps what it knows of every call, and of what engines print after it, for ever."""
@@ -502,6 +515,15 @@ class IPyParallel(Cluster):
                 return self._died(rank)
             return ErrorReport(rank, "EngineError", str(error), "\n".join(error.render_traceback()), time.time())
 
+    def _silent(self, rank: int) -> ErrorReport:
+        """Of a rank that was interrupted and did not come back."""
+        vitals, module = self.vitals.get(rank), self.last_module(rank)
+        what = "was stopped by a signal" if vitals is not None and vitals.stopped() else "hangs"
+        text = f"rank {rank} did not arrive: its engine (pid {self.pids[rank]} on {self.hosts[rank]}) {what}"
+        text += f", last in {module}" if module else ""
+        text += f". %flex_cluster restart --rank {rank} ends it and puts another in its place"
+        return ErrorReport(rank, "EngineDied", text, "", time.time(), broken=True)
+
     def _died(self, rank: int) -> ErrorReport:
         return ErrorReport(rank, "EngineDied", self.obituary(rank), "", time.time(), broken=True)
 
@@ -511,10 +533,25 @@ class IPyParallel(Cluster):
         how = vitals.end() if vitals is not None else ""
         said = f"rank {rank}'s engine died (pid {self.pids[rank]} on {self.hosts[rank]}"
         said += f", {how})" if how else ")"
+        module = self.last_module(rank)
+        said += f", last in {module}" if module else ""
         said += ". It comes back, with its part of the model only, "
         said += "with the next call" if self.revive else f"by %flex_cluster restart --rank {rank}"
         lines = vitals.log() if vitals is not None else []
         return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
+
+    def pulse(self, rank: int) -> Pulse | None:
+        """What a rank on this host is at; None before it has a seat, and for other hosts."""
+        host = os.environ.get("FLEX_HOST", "")
+        with contextlib.suppress(OSError):
+            return Pulse(slabs.place(self.folder + (f"-{host}" if host else "")), rank)
+        return None
+
+    def last_module(self, rank: int) -> str:
+        """The module that a rank began last; "" where that is not known."""
+        pulse = self.pulse(rank)
+        at = pulse.module if pulse is not None else -1
+        return (self.module_names[at] or "(root)") if 0 <= at < len(self.module_names) else ""
 
     def interrupt(self, ranks: Sequence[int]) -> None:
         """Send SIGINT to these engines, through their nannies."""
@@ -546,10 +583,23 @@ class Patience:
     def __init__(self) -> None:
         self.interrupted = self.told = False
         self._since: float | None = None
+        self._count: int | None = None
+        self._moved = time.monotonic()
+
+    def stalled(self, count: int | None, timeout_s: float) -> bool:
+        """Whether nothing has moved for so long that the engines' own watches must have failed."""
+        if count is None or count != self._count:
+            self._count, self._moved = count, time.monotonic()
+        return time.monotonic() - self._moved > timeout_s + LATE_S
+
+    def give_back(self) -> None:
+        """From here on the ranks are to come back."""
+        if self._since is None:
+            self._since = time.monotonic()
 
     def heard(self, answer: Any) -> None:
-        if isinstance(answer, ErrorReport) and answer.broken and self._since is None:
-            self._since = time.monotonic()
+        if isinstance(answer, ErrorReport) and answer.broken:
+            self.give_back()
 
     def step(self) -> str:
         """What to do now: "interrupt", "give up" or ""; the first once."""
@@ -562,10 +612,6 @@ class Patience:
             self.told = True
             return "interrupt"
         return "give up" if waited > INTERRUPT_S else ""
-
-
-def silent(rank: int) -> ErrorReport:
-    return ErrorReport(rank, "EngineError", f"rank {rank} did not answer the interrupt", "", time.time(), broken=True)
 
 
 def launchers(group: Any) -> list[Any]:

@@ -370,7 +370,10 @@ class FlexMagics(Magics):
     @argument("--dtype", metavar="DTYPE", help="float32 (default), bfloat16, float16")
     @argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     @argument("--attn", metavar="KIND", help="attention implementation: sdpa (default) or eager")
-    @twin("`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`")
+    @argument(
+        "--timeout", type=float, metavar="S", help="break a run off when nothing moves for S seconds (default: 60)"
+    )
+    @twin("`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, `session.timeout_s = S`")
     @line_magic
     def flex_load(self, line: str) -> ModelInfo:
         """Load a model, split over the engines; gives its layout, and parameters and memory by rank.
@@ -380,6 +383,8 @@ class FlexMagics(Magics):
         args = parsed(self.flex_load, line)
         session = self.needed()
         options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
+        if args.timeout is not None:
+            session.timeout_s = args.timeout
         with Progress(self.shell, args.path.rstrip("/").rpartition("/")[2], session.cluster.size) as progress:
             return session.load(args.path, progress=progress, **options)
 

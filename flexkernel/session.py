@@ -92,6 +92,16 @@ class Session(Hooking, Experiments):
     def auto_restart(self, value: bool) -> None:
         self.cluster.revive = self.restart if value else None
 
+    @property
+    def timeout_s(self) -> float:
+        """Seconds after which a run in which nothing moves is broken off: the ranks come back, the model stays loaded.
+        60 unless you set it; a longer one counts in full from the next load on."""
+        return self.cluster.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self.cluster.timeout_s = value
+
     def _heritage(self, ranks: Sequence[int]) -> dict[int, Heritage]:
         """What the new engines of these ranks are given; nothing while no model is loaded."""
         if self.info is None or self.store is None:
@@ -148,6 +158,7 @@ class Session(Hooking, Experiments):
         self.source = source
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
         self.info, self.planner = info, slabs.Planner(info)
+        self.cluster.module_names = [module.name for module in info.modules]
         self.store = Store(self.cluster)
 
     def _forget(self) -> None:

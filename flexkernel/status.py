@@ -20,7 +20,7 @@ class Status:
 
     def __init__(self, session: Any):
         cluster, info, store = session.cluster, session.info, session.store
-        alive = cluster.alive()
+        alive = cluster.answering()
         self.rows: list[tuple[str, str]] = [
             ("engines", f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}"),
             ("cluster", lifetime(cluster)),

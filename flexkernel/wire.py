@@ -466,7 +466,8 @@ class Unsharded:
 class ErrorReport:
     """An engine raised. time: when, in seconds since the epoch; the earliest of several is the cause.
 
-    broken: the process groups were broken to free the other ranks and must be made anew.
+    broken: the process groups were broken to free the other ranks and must be made anew. waited: in which module this
+    rank waited for others when nothing moved any more.
     """
 
     rank: int
@@ -476,3 +477,4 @@ class ErrorReport:
     time: float
     broken: bool = False
     secondary: bool = False  # it only says that another rank failed
+    waited: str = ""

@@ -267,6 +267,28 @@ class Passed(torch.nn.Module):
         return self.inner(x)
 
 
+class Slow(torch.nn.Module):
+    """Layers that take 0.3 s each."""
+
+    def __init__(self, num_layers: int):
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, 8)
+        self.layers = torch.nn.ModuleList(Nap() for _ in range(num_layers))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Nap(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "meta":
+            time.sleep(0.3)
+        return x
+
+
 GRID = {
     "rows": "S0 R",
     "columns": "R S1",

@@ -20,6 +20,7 @@ from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate
 from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied
 from .edits import PRESETS, Editor, needs_exchange
+from .faults import fault
 from .gather import Exchange, OtherRankFailed, header
 from .generate import Steps
 from .hooks import Recording, StopForward, spiller
@@ -29,6 +30,7 @@ from .text import Text
 
 __all__ = ["run"]
 
+LATE_S = 15.0  # what collectives wait longer than the watch does: it knows more than they
 BROKEN = ("gloo/transport", "NCCL communicator was aborted")  # a collective says so when a peer has broken it
 
 
@@ -42,11 +44,12 @@ def run(runtime: Any, plan: RunPlan) -> RunReport:
         prepared = prepare(runtime, plan)
     except Exception as error:  # told to all ranks in the header, and raised there
         problem = error
-    agree(runtime, plan, problem)
-    assert prepared is not None
-    recording, batch = prepared
-    ready = time.perf_counter()
-    stopped = go(runtime, plan, recording, batch)
+    with runtime.watch.over(plan.timeout_s):
+        agree(runtime, plan, problem)
+        assert prepared is not None
+        recording, batch = prepared
+        ready = time.perf_counter()
+        stopped = go(runtime, plan, recording, batch)
     return RunReport(
         rank=runtime.rank,
         run=plan.run,
@@ -163,7 +166,14 @@ def agree(runtime: Any, plan: RunPlan, problem: Exception | None) -> None:
         if problem is not None:
             raise problem
         return
-    said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s)
+    runtime.breaker.busy = True
+    try:
+        said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s + LATE_S)
+    except BaseException as failure:
+        broke_off(runtime, failure)
+        raise
+    finally:
+        runtime.breaker.busy = False
     if problem is not None:
         raise problem
     unready = said[:, 2].nonzero().flatten().tolist()
@@ -182,7 +192,8 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     hooked = [entry.key.module for entry in recording.plan.entries if entry.hook.of == "param"]
     names = tied(hooked, runtime.info.tied)
     try:
-        with graph_of(runtime, recording.tape, names), stopping(runtime, plan) as enters:
+        hurt = fault(runtime.rank, runtime.named)
+        with graph_of(runtime, recording.tape, names), hurt, stopping(runtime, plan) as enters:
             if isinstance(recording, Steps):
                 generate.generate(runtime, plan, recording, batch)
             elif enters:
@@ -196,14 +207,19 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     except StopForward:
         return True
     except BaseException as error:
-        error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
-        if runtime.seat.world > 1:
-            runtime.breaker.break_groups()
+        broke_off(runtime, error)
         raise
     finally:
         runtime.hooks.recording = None
         runtime.breaker.busy = False
         forget_gradients(runtime, names)
+
+
+def broke_off(runtime: Any, error: BaseException) -> None:
+    """This rank does not go on: say why, and let nobody wait for it."""
+    error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
+    if runtime.seat.world > 1:
+        runtime.breaker.break_groups()
 
 
 @contextlib.contextmanager
@@ -247,4 +263,9 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     message += f" (rank {runtime.rank})" if name == "EditError" else ""
     broke = isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN)
     secondary = secondary or broke or isinstance(error, OtherRankFailed)
-    return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary)
+    stall, waited = runtime.watch.stall, ""
+    if stall is not None and (broke or isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in message):
+        stall.waiting |= broke
+        name, secondary, waited = "EngineError", stall.waiting, stall.module if stall.waiting else ""
+        message = f"rank {runtime.rank} {stall}" if stall.waiting else f"rank {runtime.rank} did not arrive, {stall}"
+    return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary, waited)

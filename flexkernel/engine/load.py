@@ -222,6 +222,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} has no model")
     runtime.info, runtime.planner = info, slabs.Planner(info)
+    runtime.watch.know([m.name for m in info.modules], runtime.named)
     modules = {m.name: m for m in info.modules}
     stage = info.layout.coordinate(runtime.rank)["pp"]
 

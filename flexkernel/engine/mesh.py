@@ -46,7 +46,7 @@ def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> 
         store=dist.PrefixStore(f"generation-{seat.generation}", store),
         rank=seat.rank,
         world_size=seat.world,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=timeout_s + 15),  # the watch, which knows more, comes first
     )
     return store
 

@@ -18,6 +18,7 @@ import torch
 import flexkernel
 
 from .. import slabs
+from ..pulse import Pulse
 from ..wire import (
     EditSpec,
     HookSet,
@@ -31,6 +32,7 @@ from ..wire import (
     Source,
 )
 from .faults import Breaker
+from .watch import Watch
 
 __all__ = ["Runtime"]
 
@@ -42,6 +44,7 @@ class Runtime:
         self.driver = ""  # who has this engine
         self.seat = Seat()
         self.breaker = Breaker()
+        self.watch = Watch(self.breaker)
         self.store: Any = None
         self.model: torch.nn.Module | None = None
         self.caller: Any = None  # how it is called with a batch
@@ -111,6 +114,7 @@ class Runtime:
         limit_threads(seat)
         name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
         self.run_folder, self.claim = slabs.claim(name)
+        self.watch.pulse = Pulse(self.run_folder, seat.rank, write=True)
         if seat.world > 1:
             regroup(self, seat, address, port, timeout_s, builder)
             self.breaker.watch_interrupts()
@@ -192,6 +196,7 @@ class Runtime:
             self.hooks.clear()
         self.model = self.info = self.hooks = self.caller = None
         self.named, self.changed = {}, []
+        self.watch.know([], {})
         self.hook_set = HookSet()
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)

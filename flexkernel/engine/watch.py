@@ -1,0 +1,174 @@
+"""The watch: which module this rank is in, and freedom for all ranks when nothing moves any more.
+
+Each layer that begins is noted in memory that the driver can read too; in which of its modules a rank is, its stack
+says when it is asked. When no layer has begun for the run's timeout, a thread of this engine breaks the groups, which
+frees whoever waits for another rank, and interrupts the main thread if it does not come back by that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ..pulse import Pulse
+
+__all__ = ["Stall", "Watch"]
+
+AGAIN_S = 1.0  # how long the main thread has to come back before it is interrupted (again)
+TIMES = 3
+LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
+COLLECTIVES = ("/torch/distributed/", "/transformers/distributed/", "/flexkernel/engine/gather.py")
+
+
+class Stall:
+    """What this rank was at when nothing moved. waiting: for other ranks; line: of the user's own code, if any."""
+
+    def __init__(self, module: str, frame: FrameType | None, timeout_s: float):
+        self.module, self.timeout_s = module, timeout_s
+        self.waiting, self.line = waits(frame), users_line(frame)
+
+    def __str__(self) -> str:
+        where = self.module or "no module yet"
+        if self.waiting:
+            return f"waited in {where}"
+        return f"no progress for {self.timeout_s:g} s: it is in {where}" + (f", at {self.line}" if self.line else "")
+
+
+class Watch:
+    """Of one engine. pulse: where the driver reads what this rank is at; none before it has a seat."""
+
+    def __init__(self, breaker: Any) -> None:
+        self.breaker = breaker
+        self.pulse: Pulse | None = None
+        self.stall: Stall | None = None
+        self._names: list[str] = []
+        self._of: dict[torch.nn.Module, str] = {}
+        self._handles: list[Any] = []
+        self._turn = 0  # counts runs: the thread must not free a later one
+        self._timeout_s = 0.0
+        self._begun = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._main = 0
+
+    def know(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
+        """The model's modules in the order by which the pulse counts them; those that this rank has. Its layers are
+        noted from here on: to note every module would cost some percent of a small model's forward."""
+        self._names, self._of = names, {modules[name]: name for name in reversed(names) if name in modules}
+        at = {name: i for i, name in enumerate(names)}
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            modules[name].register_forward_pre_hook(functools.partial(self._note, at[name]))
+            for name in layers(names, modules)
+        ]
+
+    def _note(self, at: int, _module: torch.nn.Module, _args: Any) -> None:
+        if self.pulse is not None:
+            self.pulse.beat(at)
+
+    @property
+    def module(self) -> str:
+        """The one that the thread which runs the model is in; the layer that began last where its stack shows none."""
+        frame = sys._current_frames().get(self._main)
+        while frame is not None:
+            owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
+            if isinstance(owner, torch.nn.Module) and owner in self._of:
+                return self._of[owner] or "(root)"
+            frame = frame.f_back
+        at = self.pulse.module if self.pulse is not None else -1
+        return (self._names[at] or "(root)") if 0 <= at < len(self._names) else ""
+
+    @contextlib.contextmanager
+    def over(self, timeout_s: float) -> Iterator[None]:
+        """Watch what runs within; it may be as long as it likes if modules begin. timeout_s: with none beginning."""
+        if self.pulse is None:
+            yield
+            return
+        self.stall, self._timeout_s, self._main = None, timeout_s, threading.get_ident()
+        self._turn += 1
+        self.pulse.running = True
+        self._ensure_thread()
+        self._begun.set()
+        try:
+            yield
+        finally:
+            self._begun.clear()
+            self._turn += 1
+            self.pulse.running = False
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="flex-watch", daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            self._begun.wait()
+            turn, last, since = self._turn, -1, time.monotonic()
+            while self._turn == turn:
+                time.sleep(min(self._timeout_s / 10, 0.5))
+                count = self.pulse.count if self.pulse is not None else 0
+                if count != last:
+                    last, since = count, time.monotonic()
+                elif time.monotonic() - since > self._timeout_s:
+                    self._free(turn)
+                    break
+
+    def _free(self, turn: int) -> None:
+        """Break the groups; interrupt the main thread if it does not come back by itself."""
+        self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
+        self.breaker.break_groups()
+        for _ in range(TIMES):
+            end = time.monotonic() + AGAIN_S
+            while self._turn == turn and time.monotonic() < end:
+                time.sleep(0.02)
+            if self._turn != turn:
+                return
+            signal.pthread_kill(self._main, signal.SIGINT)
+        while self._turn == turn:
+            time.sleep(0.1)
+
+
+def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:
+    """Whose beginnings are progress: the root, and the members of lists; its own children where it has no list."""
+    mine = [name for name in names if name in modules]
+    lists = {name for name in mine if isinstance(modules[name], torch.nn.ModuleList | torch.nn.Sequential)}
+    members = [name for name in mine if name.rpartition(".")[0] in lists]
+    return ["", *(members or [name for name in mine if name and "." not in name])] if "" in mine else members
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether a thread seems to be in a collective. One that comes free when the groups are broken was, in any case."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if any(place in file for place in COLLECTIVES):
+            return True
+        if "/torch/" not in file:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def users_line(frame: FrameType | None) -> str:
+    """Where a thread is in code that is neither ours nor a library's."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if (
+            not file.startswith(("<string>", "<frozen"))
+            and "site-packages" not in file
+            and "/flexkernel/" not in file
+            and "/lib/python" not in file
+        ):
+            return f"{file}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}".strip()
+        frame = frame.f_back
+    return ""
