@@ -14,10 +14,11 @@ from .errors import HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
+from .recovery import Recovery
 from .run import Run, Store
 from .status import Status
 from .tree import Tree
-from .wire import Heritage, HookSet, Layout, ModelInfo, Source
+from .wire import HookSet, Layout, ModelInfo, Source
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -37,7 +38,7 @@ def local() -> Session:
     return Session(clusters.InProcess())
 
 
-class Session(Hooking, Experiments):
+class Session(Hooking, Experiments, Recovery):
     """Engines, the model on them, its hooks and its runs."""
 
     def __init__(self, cluster: clusters.Cluster):
@@ -70,46 +71,6 @@ class Session(Hooking, Experiments):
     def status(self) -> Status:
         """Engines, model, hooks, memory: what there is now."""
         return Status(self)
-
-    def restart(self, rank: int | Sequence[int] | None = None) -> list[int]:
-        """Replace engines by new ones, by default those that have died; returns their ranks. Each loads its rank's part
-        of the model only; the others keep theirs where it is. Hooks, edits and stored runs are as before; what an edit
-        saved in ctx.save on a rank that died is lost.
-
-        A rank whose engine runs, or hangs, is ended first. ClusterError: nothing to replace, or none can be started."""
-        ranks = clusters.chosen(self.cluster, rank)
-        self.cluster.replace(ranks, self._heritage(ranks))
-        if self.store is not None:
-            self.store.reconnect()
-        return ranks
-
-    @property
-    def auto_restart(self) -> bool:
-        """Whether a dead engine is replaced by itself, before the next call to the engines. Off unless you set it."""
-        return self.cluster.revive is not None
-
-    @auto_restart.setter
-    def auto_restart(self, value: bool) -> None:
-        self.cluster.revive = self.restart if value else None
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds after which a run in which nothing moves is broken off: the ranks come back, the model stays loaded.
-        60 unless you set it; a longer one counts in full from the next load on."""
-        return self.cluster.timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, value: float) -> None:
-        self.cluster.timeout_s = value
-
-    def _heritage(self, ranks: Sequence[int]) -> dict[int, Heritage]:
-        """What the new engines of these ranks are given; nothing while no model is loaded."""
-        if self.info is None or self.store is None:
-            return {}
-        left = [r for r, alive in enumerate(self.cluster.alive()) if alive and r not in ranks][:1]
-        records = self.cluster.call("regroup.describe", ranks=left)[0].runs if left else {}
-        runs = {rank: self.store.records(rank, records, self.planner) for rank in ranks}
-        return {r: Heritage(self.info, self.source, self.hook_set, self.edits, runs[r]) for r in ranks}
 
     def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
         """Run a function on every engine; its results in order of rank."""
