@@ -145,3 +145,15 @@ def test_the_quickstarts_attention_never_looks_ahead_and_its_group_goes_off(quic
 def test_the_quickstart_leaves_no_process_behind(quickstart):
     assert quickstart.metadata.processes > 3  # kernel, controller, two engines
     assert quickstart.metadata.left == []
+
+
+@pytest.mark.slow
+def test_the_notebook_of_induction_heads_draws_its_findings_and_ends_its_engines(executed):
+    """The findings themselves are asserted in its cells."""
+    book = executed(next(path for path in NOTEBOOKS if path.stem == "induction_heads"))
+    assert sum("assert " in cell.source for cell in book.cells if cell.cell_type == "code") == 3
+    for title in ('title="induction score', "from (down), to (across)"):
+        data = shown(book, title)
+        assert WIDGET in data and base64.b64decode(data["image/png"])[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(shown(book, "go.Scatter(y=y, name=name)")[FIGURE]["data"]) == 3
+    assert book.metadata.processes > 3 and book.metadata.left == []
