@@ -26,7 +26,7 @@ from .errors import ClusterError, EngineDied, EngineError
 from .pulse import Pulse
 from .reaper import Reaper
 from .vitals import Vitals, tail
-from .wire import ErrorReport, Heritage, Seat
+from .wire import ErrorReport, Heritage, Owner, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
@@ -247,7 +247,7 @@ class InProcess(Cluster):
 class IPyParallel(Cluster):
     """Engines of an ipyparallel cluster: control only, an importable function and plain data."""
 
-    def __init__(self, cluster: Any, client: Any, owned: bool):
+    def __init__(self, cluster: Any, client: Any, owned: bool, take: bool = False):
         super().__init__()
         self._cluster, self._client, self.owned = cluster, client, owned
         self.engines: list[int] = sorted(client.ids)  # rank → ipyparallel's engine id
@@ -260,15 +260,15 @@ class IPyParallel(Cluster):
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
-        self._greet()
+        self._greet(take)
 
     @property
     def cluster_id(self) -> str:
         return self._cluster.cluster_id
 
-    def _greet(self) -> None:
-        """Ask every engine who it is; agree on ranks: those they have, else by host."""
-        hellos = self._hello(range(self.size))
+    def _greet(self, take: bool) -> None:
+        """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever has them now."""
+        hellos = self._hello(range(self.size), take)
         seats = [hello["seat"] for hello in hellos]
         self.loaded = all(hello["loaded"] for hello in hellos)
         kept = sorted(seat.rank for seat in seats) == list(range(self.size)) and all(
@@ -284,11 +284,12 @@ class IPyParallel(Cluster):
             self.folder, self.device = hellos[order[0]]["folder"], hellos[order[0]]["device"]
             self.seated = True
 
-    def _hello(self, ranks: Sequence[int]) -> list[dict[str, Any]]:
-        """Who these engines are. ClusterError if they run another version of this package."""
+    def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
+        """Who these engines are. ClusterError: another driver has them, or they run another version of this package."""
         from . import __version__
 
-        hellos = self.call("hello", ranks=ranks)
+        me = Owner(DRIVER, socket.gethostname(), os.getpid(), psutil.Process().create_time(), time.time())
+        hellos = self.call("hello", me, take, ranks=ranks)
         versions = {hello["version"] for hello in hellos}
         if versions != {__version__}:
             raise ClusterError(f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}")
@@ -568,6 +569,10 @@ class IPyParallel(Cluster):
             with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
                 for result in [self._view(i).apply_async(engine.call, DRIVER, "close") for i in self._client.ids]:
                     result.get(3.0)
+        else:
+            with contextlib.suppress(Exception):  # one that hangs learns that its owner has gone when it looks for it
+                for result in [self._view(i).apply_async(engine.call, DRIVER, "goodbye") for i in self._client.ids]:
+                    result.get(3.0)
         with quiet():
             self._client.close()
             if end:
@@ -702,8 +707,12 @@ def start(
     return found
 
 
-def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s: float = 60.0) -> IPyParallel:
-    """Attach to a cluster that runs already, ours or one that `ipcluster start` began."""
+def attach(
+    profile: str | None = None, cluster_id: str | None = None, take: bool = False, timeout_s: float = 60.0
+) -> IPyParallel:
+    """Attach to a cluster that runs already, ours or one that `ipcluster start` began.
+
+    ClusterError: there is none, or another notebook has its engines and is not to be parted from them (take)."""
     where = {key: value for key, value in (("profile", profile), ("cluster_id", cluster_id)) if value is not None}
     if not where:
         where = only_one()
@@ -729,7 +738,11 @@ def attach(profile: str | None = None, cluster_id: str | None = None, timeout_s:
             f"the cluster's file is there, but {expected} engines did not answer within {timeout_s:g} s "
             f"({len(client.ids)} did): is it still running? {first_line(error)}"
         ) from None
-    return IPyParallel(cluster, client, owned=False)
+    try:
+        return IPyParallel(cluster, client, owned=False, take=take)
+    except ClusterError:
+        client.close()
+        raise
 
 
 def only_one() -> dict[str, str]:

@@ -49,6 +49,7 @@ ACTION_OF = {
     "keep": "start",
     "profile": "attach",
     "cluster_id": "attach",
+    "take": "attach",
     "rank": "restart",
 }
 
@@ -296,10 +297,11 @@ class FlexMagics(Magics):
     @argument("--keep", action="store_true", default=None, help="start: engines and model outlive this notebook")
     @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
+    @argument("--take", action="store_true", default=None, help="attach: also if another notebook has the engines")
     @argument("--rank", type=int, metavar="R", help="restart: only this rank's engine, with its part of the model")
     @twin(
-        "`fk.start(n=)`, `fk.attach(profile, cluster_id)`, `fk.local()`, `session.status()`, `session.restart(rank)`, "
-        "`session.close()`"
+        "`fk.start(n=)`, `fk.attach(profile, cluster_id, take)`, `fk.local()`, `session.status()`, "
+        "`session.restart(rank)`, `session.close()`"
     )
     @line_magic
     def flex_cluster(self, line: str) -> Any:
@@ -327,7 +329,7 @@ class FlexMagics(Magics):
     def _cluster_attach(self, args: argparse.Namespace) -> Session:
         from .session import attach
 
-        found, before = attach(args.profile, args.cluster_id), self.session
+        found, before = attach(args.profile, args.cluster_id, bool(args.take)), self.session
         if before is not None and before.cluster.owned and same_engines(before, found):
             found.close()  # these engines end with the session that started them: it stays the one
             return before

@@ -28,9 +28,11 @@ def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bo
     return Session(clusters.start(n, engines, cluster_id, keep))
 
 
-def attach(profile: str | None = None, cluster_id: str | None = None) -> Session:
-    """A session over engines that run already; a model, hooks and runs that they hold are found again."""
-    return Session(clusters.attach(profile, cluster_id))
+def attach(profile: str | None = None, cluster_id: str | None = None, take: bool = False) -> Session:
+    """A session over engines that run already; a model, hooks and runs that they hold are found again.
+
+    ClusterError: another notebook has them; take=True takes them from it."""
+    return Session(clusters.attach(profile, cluster_id, take))
 
 
 def local() -> Session:

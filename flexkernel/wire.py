@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "ModelInfo",
     "ModuleInfo",
+    "Owner",
     "Region",
     "RunPlan",
     "RunReport",
@@ -104,6 +105,17 @@ class Seat:
     local_rank: int = 0
     local_world: int = 1
     generation: int = 0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A driver process that has engines. born: when its process began, since: when it attached; seconds since 1970."""
+
+    driver: str
+    host: str
+    pid: int
+    born: float
+    since: float
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,7 +265,11 @@ def test_groups_are_made_anew_for_each_model_and_are_found_again_after_a_break(s
 
 OTHER = """
 import sys, flexkernel as fk
-session = fk.attach(cluster_id=sys.argv[1])
+try:
+    fk.attach(cluster_id=sys.argv[1])
+except fk.errors.ClusterError as error:
+    print(error)
+session = fk.attach(cluster_id=sys.argv[1], take=True)
 session.load(sys.argv[2], fsdp=2)
 print(session.run([[1, 2, 3]]).next_tokens(1))
 session.close()
@@ -281,7 +286,9 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
             [sys.executable, "-c", OTHER, cluster_id, str(tiny("llama"))], capture_output=True, text=True, timeout=120
         )
         assert other.returncode == 0, other.stderr
-        with pytest.raises(fk.errors.ClusterError, match="another notebook has attached"):
+        me = rf"another notebook has these engines: pid {os.getpid()} on \S+, since 20\d\d-.*--take"
+        assert re.match(me, other.stdout), other.stdout
+        with pytest.raises(fk.errors.ClusterError, match=r"another notebook \(pid \d+ on .*\) has attached"):
             session.run([[1, 2, 3]])
         again = fk.attach(cluster_id=cluster_id)
         assert str(again.info.layout) == "fsdp=2"
@@ -293,7 +300,7 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
 def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
     session = fk.start(2)
     session.load(tiny("llama"), pp=2)
-    other = "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1]).close(end=True)"
+    other = "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1], take=True).close(end=True)"
     subprocess.run([sys.executable, "-c", other, session.cluster.cluster_id], check=True, timeout=120)
     begin = time.monotonic()
     with pytest.raises((fk.errors.ClusterError, fk.errors.EngineDied)):

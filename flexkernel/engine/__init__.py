@@ -5,13 +5,16 @@ from __future__ import annotations
 import faulthandler
 import functools
 import importlib
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..wire import ErrorReport
+import psutil
+
+from ..wire import ErrorReport, Owner
 
 __all__ = ["answer", "call", "open_runtime"]
 
@@ -20,6 +23,8 @@ DOORS = (
     "regroup",
     "verify",
 )  # what the driver may call beside the Runtime's own methods: "parameters.held"
+_owner: Owner | None = None  # the driver that said hello last
+_let_go = False  # it has said goodbye
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
 
 
@@ -33,17 +38,44 @@ def open_runtime() -> Any:
 def call(driver: str, method: str, *args: Any) -> Any:
     """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
 
-    driver: who asks. Whoever said hello last has the engine: two that take turns would read each other's slabs."""
-    global _runtime
+    driver: who asks. Whoever has said hello has the engine: two that take turns would read each other's slabs. Another
+    is refused while that one lives, unless it asks to take the engine over; `goodbye` lets go of it."""
+    global _runtime, _owner, _let_go
     if _runtime is None:
         report_crashes()
         _runtime = open_runtime()
+    if method == "goodbye":
+        _let_go |= _owner is not None and _owner.driver == driver
+        return None
     if method == "hello":
-        _runtime.driver = driver
-    if _runtime.driver != driver:
-        message = "another notebook has attached to these engines since; to take them back, attach again"
-        return ErrorReport(_runtime.rank, "ClusterError", f"{message} (%flex_cluster attach)", "", time.time())
+        who, take = args
+        if _owner is not None and _owner.driver != driver and not (take or _let_go) and lives(_owner):
+            return refusal(
+                f"another notebook has these engines: pid {_owner.pid} on {_owner.host}, since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(_owner.since))}. To take them over: "
+                "%flex_cluster attach --take, or fk.attach(take=True)"
+            )
+        _owner, _let_go, args = who, False, ()
+    if _owner is not None and _owner.driver != driver:
+        return refusal(
+            f"another notebook (pid {_owner.pid} on {_owner.host}) has attached to these engines since; to take them "
+            "back: %flex_cluster attach --take"
+        )
     return answer(_runtime, method, *args)
+
+
+def refusal(message: str) -> ErrorReport:
+    return ErrorReport(_runtime.rank, "ClusterError", message, "", time.time())
+
+
+def lives(owner: Owner) -> bool:
+    """Whether that driver is there; one on another host is taken to be."""
+    if owner.host != socket.gethostname():
+        return True
+    try:
+        return abs(psutil.Process(owner.pid).create_time() - owner.born) < 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def report_crashes() -> None:

@@ -41,7 +41,6 @@ class Runtime:
     """This rank: its seat, its part of the model, its hooks, the runs whose captures it wrote."""
 
     def __init__(self) -> None:
-        self.driver = ""  # who has this engine
         self.seat = Seat()
         self.breaker = Breaker()
         self.watch = Watch(self.breaker)
