@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.flexkernel-installed
 FAIRSCALE := 0.4.13
+MEGATRON := $(shell grep '^megatron-core==' constraints.txt)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # Engines are processes: threads of their own would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
@@ -48,6 +49,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@# A model library whose layers the tests read; it has no wheel, and its build asks for nothing but setuptools.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 	    fairscale==$(FAIRSCALE) || echo "fairscale cannot be built here; its test is skipped"
+	@# Another, which has a wheel for some versions of Python only, and needs nothing that is not there.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: $(MEGATRON) || \
+	    echo "there is no $(MEGATRON) for this Python; its test is skipped"
 	$(BIN)/python -m flexkernel install --sys-prefix
 	@touch $@
 

@@ -198,3 +198,70 @@ def whole_names(name: str) -> str | None:
         number, *rest = name.removeprefix("part.blocks.").split(".")
         return ".".join(["blocks", str(int(number) + 2 * dist.get_rank()), *rest])
     return ".".join([*path, last])
+
+
+# --- Megatron-core ---------------------------------------------------------------------------------
+
+
+def without_cuda() -> None:
+    """Megatron-core asks for CUDA in two places that a CPU needs not."""
+    import contextlib
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    buffer = parallel_state.get_global_memory_buffer()
+    buffer.get_tensor = lambda shape, dtype, name, *_a, **_k: torch.empty(tuple(shape), dtype=dtype)
+    type(tensor_parallel.get_cuda_rng_tracker()).fork = lambda self, name=None: contextlib.nullcontext()
+
+
+def megatron(weights: str = "", tp: int = 1, sequence: bool = False, gather: bool = False) -> nn.Module:
+    """A small GPTModel of Megatron-core, with grouped queries and a gated MLP; this rank's part of the weights in a
+    file, of all of them where tp is 1. All ranks must call."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_state.destroy_model_parallel()  # its groups are of the generation before
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    without_cuda()
+    config = TransformerConfig(
+        num_layers=SIZES["layers"],
+        hidden_size=SIZES["width"],
+        num_attention_heads=SIZES["heads"],
+        num_query_groups=2,
+        ffn_hidden_size=SIZES["inner"],
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence,
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=SIZES["vocab"],
+        max_sequence_length=SIZES["positions"],
+        parallel_output=not gather,
+        position_embedding_type="learned_absolute",
+        share_embeddings_and_output_weights=False,
+    ).eval()
+    if weights:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(cut(torch.load(weights)[name], parameter, tp, rank))
+    return model
+
+
+def cut(whole: torch.Tensor, parameter: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    """This rank's part, as Megatron's own initialisation cuts it: of each packed projection its chunk."""
+    if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, packs = parameter.partition_dim, parameter.partition_stride
+    return torch.cat([each.chunk(tp, dim)[rank] for each in whole.chunk(packs, dim)], dim)

@@ -124,7 +124,9 @@ def test_megatrons_mask_means_something_else():
         return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
 
     model = type("GPTModel", (nn.Module,), {"forward": forward, "__module__": "megatron.core.models.gpt"})()
-    same(Caller(model)(BATCH), {**BATCH, "attention_mask": None})
+    got = Caller(model)(BATCH)
+    assert got["attention_mask"].tolist() == [[[[False, True, True], [False, False, True], [False, False, False]]]]
+    same({**got, "attention_mask": None}, {**BATCH, "attention_mask": None})
     with pytest.raises(PromptError, match="has a mask of another meaning"):
         Caller(model).check_pads(True)
 

@@ -9,7 +9,9 @@ import foreign
 import models
 import parity
 import pytest
+import reference
 import torch
+import torch.distributed as dist
 import watched
 
 from flexkernel.errors import LoadError, PlacementError, PromptError
@@ -90,6 +92,63 @@ def test_hooks_of_a_compiled_model_come_and_go(session, tiny):
         want = llama()(torch.tensor(IDS)).logits
     torch.testing.assert_close(plain, want, atol=1e-5, rtol=1e-5)
     assert torch.equal(session.run(IDS).logits.tensor(), plain)
+
+
+# --- Megatron-core -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """(file of weights, (module, at) → first tensor) of the whole GPTModel, run by itself."""
+    pytest.importorskip("megatron.core", reason="pip install --no-deps megatron-core")
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = foreign.megatron()
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        file = tmp_path_factory.mktemp("megatron") / "weights.pt"
+        torch.save(dict(model.state_dict()), file)
+        places, mask = torch.arange(4).expand(3, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1)
+        own = model.forward
+        model.forward = lambda input_ids, use_cache: own(input_ids, places, mask)
+        outputs, inputs = reference.record(model, {"input_ids": torch.tensor(IDS)})
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return str(file), outputs, inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.engines(2)
+def test_a_megatron_model_needs_no_reference(session, gpt, layout):
+    """Its values are (S, B, D), split as their classes say; only a gated MLP's packed projections are refused."""
+    file, outputs, inputs = gpt
+    session.load(functools.partial(foreign.megatron, file, layout.get("tp", 1)), **layout)
+    for at in ("output", "input"):
+        session.hook("**", at=at)
+        session.hook("", at=at)
+    run, compared, refused = session.run(IDS), 0, []
+    for at, values in (("output", outputs), ("input", inputs)):
+        for (name, _, _), want in parity.first_leaves(values).items():
+            capture = run[name, at]
+            if capture.error is not None:
+                refused.append((name, at))
+                continue
+            torch.testing.assert_close(capture.tensor(), want, atol=1e-5, rtol=1e-5)
+            compared += 1
+    packed = [(f"decoder.layers.{i}.mlp.linear_fc1", "output") for i in range(2)]
+    assert refused == (packed if "tp" in layout else []) and compared >= 78
+    torch.testing.assert_close(run.logits.tensor(), outputs["", 0, ""], atol=1e-5, rtol=1e-5)
+    for name, whole in torch.load(file).items():
+        if whole is not None:
+            assert torch.equal(session.parameter(name).tensor(), whole), name
+    with pytest.raises(PromptError, match="has a mask of another meaning"):
+        session.run([[1, 2], [1, 2, 3]])
 
 
 # --- a model of the user's own, in (S, B, D) order ---------------------------------------------------

@@ -44,7 +44,7 @@ class Caller:
         first = next((p.name for p in self.parameters.values() if p.kind in POSITIONAL), None)
         # under the name of another of the batch's tensors it is that one's place
         self.first = None if IDS in self.parameters or first in (MASK, "position_ids") else first
-        # Megatron's masks are True where attention must not look; without one its layers are causal
+        # Megatron's masks are True where attention must not look, and its causal layers see no pads in them
         self.megatron = type(inner).__module__.startswith("megatron.")
         self._check()
 
@@ -60,7 +60,8 @@ class Caller:
             return self.forward(self.model, batch)
         given = {name: value for name, value in {**batch, **more}.items() if self.takes(name) and name != self.first}
         if self.megatron and MASK in given:
-            given[MASK] = None
+            S = batch[IDS].shape[1]
+            given[MASK] = torch.ones(1, 1, S, S, dtype=torch.bool, device=batch[IDS].device).triu(1)
         if self.first is not None:
             return self.model(given.pop(IDS, batch[IDS]), **given)
         return self.model(**given)

@@ -4,6 +4,7 @@ which dim has the rows of a batch, and how they split their weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,20 @@ BSD = 0
 WHOLE = Replicate()
 
 
-def known(name: str, module: torch.nn.Module | None, at: str, path: str = "") -> Known | None:
-    """What the module's class says of what goes in ("input") or comes out; None where it says nothing."""
+def known(
+    name: str, module: torch.nn.Module | None, at: str, path: str = "", parent: torch.nn.Module | None = None
+) -> Known | None:
+    """What the module's class, or its parent's, says of what goes in ("input") or comes out; None: neither does."""
     library, kind = library_of(module), type(module).__name__
     if path == "logits" and library == "transformers":
         return Known(None, BSD)
-    if module is None or not library or path not in FIRST or "experts" in name.split(".")[:-1]:
+    if module is None or path not in FIRST or "experts" in name.split(".")[:-1]:
+        return None
+    if parent is not None and library_of(parent) == "megatron":
+        of_child = CHILDREN.get(type(parent).__name__, {}).get(name.rpartition(".")[2])
+        if of_child is not None:
+            return of_child(parent, at)
+    if not library:
         return None
     if library == "transformers":
         return None
@@ -115,6 +124,33 @@ MODULES = {
     "SelfAttention": between,
     "MLP": between,
     "DotProductAttention": attention_core,
+}
+
+
+def heads(_module: torch.nn.Module, _at: str) -> Known:
+    return Known(Shard(2), SBD)  # (S, B, heads, D)
+
+
+def pattern(_module: torch.nn.Module, _at: str) -> Known:
+    return Known(Shard(1), BSD)  # (B, heads, S, S)
+
+
+def places(_module: torch.nn.Module, _at: str) -> Known:
+    return Known(WHOLE, BSD)
+
+
+# What the parts of Megatron's modules see that have no class of their own: its norms may be torch's
+CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], Known]]] = {
+    "TransformerLayer": dict.fromkeys(
+        ("input_layernorm", "pre_cross_attn_layernorm", "cross_attention", "pre_mlp_layernorm"), between
+    ),
+    "TransformerBlock": {"final_layernorm": between},
+    "SelfAttention": {"q_layernorm": heads, "k_layernorm": heads},
+    "DotProductAttention": {"scale_mask_softmax": pattern, "attention_dropout": pattern},
+    "LanguageModelEmbedding": {
+        "position_embeddings": places,
+        "embedding_dropout": lambda module, _at: embedding(module, "output"),
+    },
 }
 
 # The dim along which parallel layers split what they own; what is not named lies whole on each rank

@@ -18,7 +18,7 @@ from ..errors import PlacementError
 from ..names import match
 from ..wire import Box, Layout, ShapeFormula, share
 from .compat import waited
-from .libraries import known
+from .libraries import Known, known
 
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "chunk", "rows_held"]
 
@@ -132,7 +132,7 @@ class Placer:
         first = path in ("", "0", "input", "hidden_states")
         if planned is not None and self.layout.tp > 1 and first:
             return "plan", planned, local
-        by_class = known(name, self.modules.get(name), at, path) if self.layout.tp > 1 else None
+        by_class = self._known(name, at, path) if self.layout.tp > 1 else None
         if by_class is not None and by_class.placement is not None:
             return "class", plain(by_class.placement, f"{name} {at}"), local
         return "scan", None, local
@@ -142,8 +142,12 @@ class Placer:
         for glob, of, placed in self.declared:
             if of == at and placed.batch is not None and match(glob, name):
                 return placed.batch
-        by_class = known(name, self.modules.get(name), at, path)
+        by_class = self._known(name, at, path)
         return None if by_class is None else by_class.batch
+
+    def _known(self, name: str, at: str, path: str) -> Known | None:
+        parent = self.modules.get(name.rpartition(".")[0]) if name else None
+        return known(name, self.modules.get(name), at, path, parent)
 
 
 def aimed(key: str) -> tuple[str, str]:
