@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .cluster import Cluster, chosen
 from .run import Store
@@ -22,6 +22,7 @@ class Recovery:
     planner: Planner
     hook_set: HookSet
     edits: dict[str, EditSpec]
+    _held_modules: Callable[[], dict[str, tuple[bytes, bytes]]]
 
     def restart(self, rank: int | Sequence[int] | None = None) -> list[int]:
         """Replace engines by new ones, by default those that have died; returns their ranks. Each loads its rank's part
@@ -33,6 +34,7 @@ class Recovery:
         self.cluster.replace(ranks, self._heritage(ranks))
         if self.store is not None:
             self.store.reconnect()
+            self.cluster.call("train.forget_steps")
         return ranks
 
     @property
@@ -59,6 +61,7 @@ class Recovery:
         if self.info is None or self.store is None:
             return {}
         left = [r for r, alive in enumerate(self.cluster.alive()) if alive and r not in ranks][:1]
-        records = self.cluster.call("regroup.describe", ranks=left)[0].runs if left else {}
-        runs = {rank: self.store.records(rank, records, self.planner) for rank in ranks}
-        return {r: Heritage(self.info, self.source, self.hook_set, self.edits, runs[r]) for r in ranks}
+        there = self.cluster.call("regroup.describe", ranks=left)[0] if left else None
+        modules = there.modules if there else self._held_modules()
+        runs = {rank: self.store.records(rank, there.runs if there else {}, self.planner) for rank in ranks}
+        return {r: Heritage(self.info, self.source, self.hook_set, self.edits, runs[r], modules) for r in ranks}

@@ -17,8 +17,9 @@ from .hooks import check_groups
 from .recovery import Recovery
 from .run import Run, Store
 from .status import Status
+from .training import Trainable
 from .tree import Tree
-from .wire import HookSet, Layout, ModelInfo, Source
+from .wire import HookSet, Layout, ModelInfo, Source, Training
 
 __all__ = ["Session", "attach", "local", "start"]
 
@@ -40,7 +41,7 @@ def local() -> Session:
     return Session(clusters.InProcess())
 
 
-class Session(Hooking, Experiments, Recovery):
+class Session(Hooking, Experiments, Trainable, Recovery):
     """Engines, the model on them, its hooks and its runs."""
 
     def __init__(self, cluster: clusters.Cluster):
@@ -127,7 +128,7 @@ class Session(Hooking, Experiments, Recovery):
     def _forget(self) -> None:
         if self.store is not None:
             self.store.close()
-        self.info, self.store, self.hook_set = None, None, HookSet()
+        self.info, self.store, self.hook_set, self._modules = None, None, HookSet(), {}
         self._held.keep([])
 
     def _recover(self) -> None:
@@ -136,6 +137,7 @@ class Session(Hooking, Experiments, Recovery):
         answers = self.cluster.call("regroup.describe")
         self._know(answers[0].info, answers[0].source)
         self.hook_set, self.edits = answers[0].hook_set, answers[0].edits
+        self._recover_modules(answers[0].modules)
         assert self.store is not None
         self.store.recover([answer.runs for answer in answers], self.planner, self.tokenizer)
 
@@ -179,6 +181,18 @@ class Session(Hooking, Experiments, Recovery):
         not computed. loss: a function (logits, batch) that returns one number, run once, on whole logits (B, S, V) and
         captures; gradients go back from it to the hooks that are at one. batch.tokens, .mask, .labels, .captures,
         .modules. "next_token" is the mean cross-entropy. PromptError, MemoryBudgetError: refused before the forward."""
+        return self._run(prompts_or_ids, groups, complement, chat, stop_at, loss)
+
+    def _run(
+        self,
+        prompts_or_ids: Any,
+        groups: Sequence[str] | str = (),
+        complement: bool = False,
+        chat: bool = False,
+        stop_at: str | None = None,
+        loss: Callable[..., Any] | str | None = None,
+        training: Training | None = None,
+    ) -> Run:
         info = self._loaded()
         assert self.store is not None
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
@@ -191,8 +205,9 @@ class Session(Hooking, Experiments, Recovery):
         B, S = len(batch.ids), len(batch.ids[0])
         where = self.planner.plan(self.hook_set.active(groups, complement), B, S, backward=loss is not None)
         code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
-        wanted = {"loss": code, "groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
-        return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest})
+        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
+        wanted |= {"loss": code, "training": training, "hooks": self.hook_set.digest}
+        return self.store.run(batch, where, self.tokenizer, wanted)
 
     def generate(
         self,

@@ -33,6 +33,7 @@ __all__ = [
     "ShapeFormula",
     "SlabValue",
     "Source",
+    "Training",
     "Unsharded",
     "boxes",
     "share",
@@ -373,6 +374,16 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Training:
+    """One step after a backward. optimizer: a user's function (cloudpickled) that makes one, None is AdamW; parameters:
+    of the model, by name; modules: trainable ones, by name."""
+
+    optimizer: bytes | None
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """One run, before it: the whole batch, and where its captures will lie. Every rank gets the same."""
 
@@ -393,6 +404,7 @@ class RunPlan:
     seed: int = 0  # of what edits draw
     freed: tuple[int, ...] = ()  # runs that the driver's store has let go
     generation: Generation | None = None
+    training: Training | None = None
     loss: bytes | str | None = None  # a user's function (cloudpickled), or the name of one of ours: go back from it
 
 
@@ -456,6 +468,7 @@ class Heritage:
     hook_set: HookSet
     edits: dict[str, EditSpec]
     runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]
+    modules: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # trainable: code, weights as safetensors
 
 
 @dataclass(frozen=True)

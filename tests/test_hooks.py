@@ -82,7 +82,7 @@ def test_some_names_stand_for_many(count, want):
 
 def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
     off = regrouped(THREE, "off", "attn", None)
-    table = Hooks(off, lambda glob: (glob.replace("*", "0"),))
+    table = Hooks(off, lambda hook: (hook.glob.replace("*", "0"),))
     assert [row[0] for row in table.rows()] == [MLP.key, ATTN.key, "head"] and len(table) == 3
     assert list(table) == list(off.hooks)
     assert table.rows()[1] == (ATTN.key, "model.layers.0.self_attn", "1", "input", "early, attn (off)")
@@ -90,13 +90,13 @@ def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
 
 
 def test_an_empty_table_says_so():
-    table = Hooks(HookSet(), lambda glob: ())
+    table = Hooks(HookSet(), lambda hook: ())
     assert repr(table) == "no hooks" and "no hooks" in table._repr_html_()
 
 
 def test_names_and_groups_are_text_in_html():
     evil = HookSpec("<script>", name="<img src=x>", groups=("<b>",))
-    page = Hooks(HookSet().put(evil), lambda glob: (glob,))._repr_html_()
+    page = Hooks(HookSet().put(evil), lambda hook: (hook.glob,))._repr_html_()
     assert "<script" not in page and "<img" not in page and "<b>" not in page and "&lt;b&gt;" in page
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation", "hookfile"},
-    {"hooking", "recovery", "experiments", "session", "sweep", "dataset", "verify"},
+    {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]
 PACKAGES = {"", "engine", "widgets"}

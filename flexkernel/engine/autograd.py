@@ -39,6 +39,7 @@ __all__ = [
     "graph_of",
     "sum_parameters",
     "tied",
+    "trainable",
     "watched",
 ]
 
@@ -178,7 +179,7 @@ def evaluated(runtime: Any, plan: RunPlan, recording: Any) -> tuple[float, dict[
     number = next((i for i, entry in enumerate(entries) if entry.key.hook == "logits"), None)
     with torch.enable_grad():
         value = scalar(plan.loss, leaves.leaf(number) if number is not None else None, batch)
-        trained = [p for module in runtime.modules.values() for p in module.parameters() if p.requires_grad]
+        trained = trainable(runtime.modules)
         asked = [i for i, leaf in leaves.made.items() if leaf.requires_grad]
         wanted = [*(leaves.made[i] for i in asked), *trained]
         found = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else ()
@@ -346,6 +347,11 @@ def watched(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor
 
 
 # --- parameters ------------------------------------------------------------------------------------------
+
+
+def trainable(modules: Mapping[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The parameters of these modules that are trained, in an order that is the same on every rank."""
+    return [p for name in sorted(modules) for p in modules[name].parameters() if p.requires_grad]
 
 
 def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:

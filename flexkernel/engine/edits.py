@@ -45,6 +45,19 @@ class Context:
     modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
 
 
+class Modules(dict):
+    """The trainable modules as an edit sees them: not from the shards, where each rank would count its gradient."""
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], edit: str, per: str):
+        super().__init__(modules if per != "element" else {})
+        self.edit, self.per, self.there = edit, per, list(modules)
+
+    def __missing__(self, name: str) -> torch.nn.Module:
+        if name in self.there:
+            raise EditError(f"edit {self.edit!r} is per='element', which sees no modules: make it 'whole' or 'row'")
+        raise EditError(f"edit {self.edit!r} asks for the module {name!r}; there are {self.there or 'none'}")
+
+
 # --- presets -----------------------------------------------------------------------------------------
 #
 # x is what a rank holds, or the whole; value is what the hook was given, already cut to the same part.
@@ -133,10 +146,11 @@ class Editor:
         saved: dict[str, Any],
         exchange: Exchange | None,
         open_slab: Callable[[str, int], Slab],
+        modules: Mapping[str, torch.nn.Module],
     ):
         self.info, self.here, self.placer, self.edits = info, here, placer, edits
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
-        self.text, self.generation = text, plan.generation
+        self.text, self.generation, self.modules = text, plan.generation, modules
         self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
@@ -168,7 +182,7 @@ class Editor:
         before = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
         self.edited[key] = before
         if per == "element":
-            part = self._part(hook, name, placed.holds, formula, own_rows=True)
+            part = self._part(hook, name, placed.holds, formula, own_rows=True, per=per)
             local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
@@ -202,14 +216,14 @@ class Editor:
         spec, function = self.edits[hook.edit]
         return spec.per, lambda x, _value, part: function(x, part.context)
 
-    def _part(self, hook: HookSpec, name: str, box: Box, formula: ShapeFormula, own_rows: bool) -> _Part:
+    def _part(self, hook: HookSpec, name: str, box: Box, formula: ShapeFormula, own_rows: bool, per: str = "") -> _Part:
         """What an edit is told. own_rows: it sees this group's rows of the batch only."""
         rows = slice(*self.here.rows) if own_rows else slice(None)
         saved = self.saved.setdefault(hook.edit or "", {})
         whole, dim = self.here.whole(formula), position_dim(formula)
         columns = self.here.columns(self.here.S if dim is None else whole[dim])
         told = (self.text.ids(columns)[rows], self.text.mask(columns)[rows], self.text.positions(columns)[rows])
-        context = Context(name, saved, *told, step=self.here.step)
+        context = Context(name, saved, *told, step=self.here.step, modules=Modules(self.modules, hook.edit or "", per))
         seed = (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode())
         return _Part(whole, box, formula, context, seed, columns, self.generation is not None)
 

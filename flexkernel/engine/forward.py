@@ -17,8 +17,8 @@ import torch
 from ..errors import EngineError, FlexError, HookError
 from ..slabs import Plan, Slab
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
-from . import generate
-from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied
+from . import generate, train
+from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied, trainable
 from .edits import PRESETS, Editor, needs_exchange
 from .faults import fault
 from .gather import Exchange, OtherRankFailed, header
@@ -112,7 +112,8 @@ def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
     if runtime.seat.local_world < runtime.seat.world:
         raise HookError("a loss sees whole activations, which needs all engines on one host for now")
     in_edits = runtime.modules and any(hook.edit is not None and hook.edit not in PRESETS for hook in active)
-    return Tape(graph=bool(in_edits) or any(hook.gradient for hook in active))
+    trains = plan.training is not None and bool(plan.training.parameters)
+    return Tape(graph=bool(in_edits) or trains or any(hook.gradient for hook in active))
 
 
 def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text) -> Editor | None:
@@ -140,6 +141,7 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
         runtime.saved,
         exchange,
         lambda name, num_bytes: open_slab(runtime, name, num_bytes),
+        runtime.modules,
     )
 
 
@@ -190,7 +192,8 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     runtime.breaker.busy = runtime.seat.world > 1
     runtime.hooks.recording = recording
     hooked = [entry.key.module for entry in recording.plan.entries if entry.hook.of == "param"]
-    names = tied(hooked, runtime.info.tied)
+    training = plan.training.parameters if plan.training is not None else ()
+    names = tied([*hooked, *training], runtime.info.tied)
     try:
         hurt = fault(runtime.rank, runtime.named)
         with graph_of(runtime, recording.tape, names), hurt, stopping(runtime, plan) as enters:
@@ -200,9 +203,14 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
                 runtime.caller(batch, use_cache=False)
             if recording.tape is not None:
                 slab_of = lambda name, size: open_slab(runtime, f"{name}-{power(size)}.slab", power(size))  # noqa: E731
+                for parameter in trainable(runtime.modules):
+                    parameter.grad = None
                 recording.loss = backward(runtime, plan, recording, slab_of)
                 sum_parameters(runtime, names, plan.timeout_s)
+                train.sum_modules(runtime, plan.timeout_s)
                 recording.keep_parameters(runtime)
+                if plan.training is not None:
+                    train.step(runtime, plan)
         return False
     except StopForward:
         return True

@@ -63,8 +63,10 @@ def build_again(runtime: Any, builder: bytes) -> None:
 
 def describe(runtime: Any) -> Heritage:
     """What an attaching driver needs to go on where the last one stopped, and a new engine to take a rank."""
+    from . import train
+
     edits = {name: spec for name, (spec, _) in runtime.edits.items()}
-    return Heritage(runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs)
+    return Heritage(runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs, train.held(runtime))
 
 
 def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
@@ -86,12 +88,16 @@ def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
 
 def settle(runtime: Any, heritage: Heritage) -> int:
     """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were loaded for it."""
+    from . import train
     from .load import local_bytes
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} came back without a model")
     for spec in heritage.edits.values():
         runtime.define(spec)
+    for name, (code, weights) in heritage.modules.items():
+        train.add(runtime, name, code)
+        train.set_state(runtime, name, weights)
     runtime.set_hooks(heritage.hook_set)
     runtime.runs.update(heritage.runs)
     return local_bytes(runtime.model)

@@ -63,6 +63,8 @@ class Runtime:
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.modules: dict[str, torch.nn.Module] = {}  # trainable, beside the model
         self.changed: list[tuple[str, list]] = []  # parameters edited for now: whose edit, what was there before
+        self.module_codes: dict[str, bytes] = {}  # as they came
+        self.optimizers: dict[str, Any] = {}  # and what they remember, by what they train
         self.groups: dict[str, Any] = {}
         self.made: list[Any] = []  # the groups that a builder made
         self.server: Any = None
@@ -197,6 +199,7 @@ class Runtime:
         self.named, self.changed = {}, []
         self.watch.know([], {})
         self.hook_set = HookSet()
+        self.modules, self.module_codes, self.optimizers = {}, {}, {}
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)
         self.slabs, self.runs, self.groups = {}, {}, {}
