@@ -66,7 +66,7 @@ class Trainable:
     def gradients(self, name: str) -> dict[str, torch.Tensor]:
         """The gradients of a trainable module in the last run that had a loss; train_step has used them up."""
         self._known(name)
-        return self._tensors("train.gradients", name)
+        return dict(self._tensors("train.gradients", name))
 
     def parameters(self, glob: str = "**") -> dict[str, tuple[int, ...]]:
         """Name → whole shape, of the model's parameters and of the trainable modules', which are called NAME.weight."""
