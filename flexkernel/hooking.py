@@ -80,6 +80,7 @@ class Hooking:
 
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first. positions: keep only these.
         A hook is its name, else (glob, at, index): hooking again replaces it. HookError: no such module.
+        Positions are those of the padded batch, and in a generation of all the text; -1 is each forward's last one.
         edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
         an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
         capture: what is kept of an edited activation, "after" the edit, "before" it, "both", or "none"."""

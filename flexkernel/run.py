@@ -190,7 +190,7 @@ class Run:
         return self.plan.seed if self.plan.generation is None else self.plan.generation.seed
 
     def next_tokens(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each row the k likeliest next tokens and their probabilities."""
+        """For each row the k likeliest next tokens and their probabilities; of a generation, those of its last step."""
         if self.logits.ndim != 3 and self.logits.error is None:
             raise CaptureError(f"next tokens are read from (B, S, V) logits; the model puts out {self.logits.shape}")
         last = self.logits[:, -1].float().softmax(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,10 @@ def check(runtime: Any) -> None:
     model = runtime.model
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise GenerationError(f"{type(model).__name__} has no generate(): it is no language model of transformers")
+    if runtime.info.layout.pp > 1 and not hasattr(model, "_pp_stage"):
+        raise GenerationError(
+            f"{type(model).__name__} is a pipeline of your own: its stages share no cache to go on from"
+        )
     if runtime.caller.forward is not None:
         raise GenerationError(f"{type(model).__name__} is called by your forward=, and its generate() would not be")
 
@@ -134,7 +139,7 @@ class Steps(Recording):
         self.text, self.prompt = text, self.here
         self.forwards = 0
         self.wrote: dict[int, int] = {}
-        self._columns: dict[tuple[int, ...] | None, list[tuple[int, ...]]] = {}
+        self._columns: dict[tuple[int, ...] | None, tuple[list[tuple[int, ...]], list[int]]] = {}
 
     def begin(self, num_positions: int) -> None:
         """The next forward, over that many positions. What fires in it is call 0 again."""
@@ -206,8 +211,8 @@ class Steps(Recording):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What of this forward's positions is kept, and where they lie along the position dim."""
         assert view.dim is not None
-        each = self._kept(entry.hook.kept_positions)
-        wanted, start = each[here.step], 0 if entry.newest else sum(map(len, each[: here.step]))
+        each, starts = self._kept(entry.hook.kept_positions)
+        wanted, start = each[here.step], 0 if entry.newest else starts[here.step]
         first = here.columns(view.local.shape[view.dim]).start
         index = [c - first for c in wanted]
         local = view.local
@@ -215,11 +220,12 @@ class Steps(Recording):
             local = local.index_select(view.dim, torch.tensor(index, dtype=torch.long, device=local.device))
         return local, target.narrow(view.dim, start, len(wanted))
 
-    def _kept(self, positions: tuple[int, ...] | None) -> list[tuple[int, ...]]:
-        """For each forward the positions that are kept, made once."""
+    def _kept(self, positions: tuple[int, ...] | None) -> tuple[list[tuple[int, ...]], list[int]]:
+        """For each forward the positions that are kept, and how many before it; made once."""
         if positions not in self._columns:
             assert self.text.generation is not None
-            self._columns[positions] = kept_columns(positions, self.prompt.S, self.text.generation.max_new_tokens)
+            each = kept_columns(positions, self.prompt.S, self.text.generation.max_new_tokens)
+            self._columns[positions] = each, list(itertools.accumulate(map(len, each), initial=0))
         return self._columns[positions]
 
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
