@@ -81,6 +81,29 @@ def test_3_a_local_shard_is_not_handed_over_and_a_wrong_hint_not_accepted(sessio
         session.run(IDS)[GATE].tensor()
 
 
+def probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ((x @ weight) ** 2).sum() / 100
+
+
+@pytest.mark.engines(2)
+def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny):
+    module = torch.nn.Linear(176, 3, bias=False)
+    weight = module.weight.detach().clone().T.requires_grad_()
+    probe(truth(tiny("llama")).outputs[GATE, 0, ""], weight).backward()
+    session.load(tiny("llama"), tp=2)
+    session.add_module("probe", module)
+    session.hook(GATE)
+
+    def loss(logits, batch):
+        return (batch.modules["probe"](batch.captures[GATE]) ** 2).sum() / 100
+
+    session.run(IDS, loss=loss)
+    close(session.gradients("probe")["weight"], weight.grad.T)
+    before = session.module("probe").weight.detach().clone()
+    session.train_step(IDS, loss, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    close(session.module("probe").weight.detach(), before - 0.1 * weight.grad.T)
+
+
 @pytest.mark.engines(2)
 def test_5_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tiny):
     session.load(tiny("llama"), tp=2)
