@@ -22,12 +22,15 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+# what two and three ranks can share alike
+SIX = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 512}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "initializer_range": 0.1}
 
 # name -> (config class, what differs from SPECIAL and the vocabulary)
 ARCHS = {
     "llama": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=True)),
+    "llama_six": ("LlamaConfig", dict(**(SMALL | SIX), tie_word_embeddings=True)),
     "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
     "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
     "mixtral": ("MixtralConfig", dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
