@@ -180,7 +180,7 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
         assert len(cells) == 3 and all(cell.strip() for cell in cells)
-    assert "%flex_hook [--at output\\|input]" in rows[4] and "`session.hook(" in rows[4]
+    assert "%flex_hook [--at output\\|input\\|" in rows[4] and "`session.hook(" in rows[4]
 
 
 @pytest.mark.parametrize("name", sorted(magics.FlexMagics.magics["line"]))
@@ -622,7 +622,11 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         ("%flex_param model.layers.3.mlp.d", ["model.layers.3.mlp.down_proj"]),
         ("%flex_param model.norm.", ["model.norm.weight"]),
         ("%flex_param model.layers.", [f"model.layers.{i}" for i in range(4)]),
-        ("%flex_run --", ["--groups", "--complement", "--chat", "--stop-at", "--backward", "--var"]),
+        (
+            "%flex_run --",
+            [f"--{option}" for option in ["groups", "complement", "chat", "generate", "sample", "temperature"]]
+            + [f"--{option}" for option in ["top-k", "top-p", "seed", "stop-at", "backward", "var"]],
+        ),
         ("%flex_run --groups red,b", ["blue"]),
         ("%flex_run --stop-at model.layers.*.se", ["model.layers.*.self_attn"]),
         ("%flex_run --chat --var my_p", ["my_prompt"]),
