@@ -104,37 +104,6 @@ def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny
     close(session.module("probe").weight.detach(), before - 0.1 * weight.grad.T)
 
 
-class Probe(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 64 * 3).view(64, 3))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
-def probed(logits, batch):
-    return batch.modules["probe"](batch.captures["model.layers.2"]).square().mean()
-
-
-@pytest.mark.engines(4)
-@pytest.mark.parametrize("layout", [{"tp": 2, "fsdp": 2}, {"tp": 2, "pp": 2}], ids=lambda d: "x".join(d))
-def test_4_a_probes_gradient_is_whole_on_every_rank_and_an_optimizer_trains_it(session, tiny, layout):
-    session.load(tiny("llama"), **layout)
-    session.add_module("probe", Probe())
-    session.hook("model.layers.2")
-    session.run(IDS, loss=probed)
-    probe = Probe()
-    probe(truth(tiny("llama")).outputs["model.layers.2", 0, ""]).square().mean().backward()
-    on_ranks = session.on_ranks(lambda: watched.runtime().modules["probe"].weight.grad)
-    assert len(on_ranks) == 4 and all(torch.equal(g, on_ranks[0]) for g in on_ranks)
-    close(on_ranks[0], probe.weight.grad)
-    assert "probe.weight" in session.parameters()
-    losses = [session.train_step(IDS, probed) for _ in range(3)]
-    assert losses[2] < losses[1] < losses[0]
-    assert not torch.equal(session.module("probe").weight, Probe().weight)
-
-
 @pytest.mark.engines(2)
 def test_5_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tiny):
     session.load(tiny("llama"), tp=2)
