@@ -25,7 +25,7 @@ from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
 from .pulse import Pulse
 from .reaper import Reaper
-from .vitals import Vitals, tail
+from .vitals import Vitals, exit_code, tail
 from .wire import ErrorReport, Heritage, Owner, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
@@ -37,6 +37,8 @@ FREED_S = 2.0  # how long ranks have to come back by themselves from groups that
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
+RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
+CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
 
 
@@ -260,6 +262,7 @@ class IPyParallel(Cluster):
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
+        self._know_controller()
         self._greet(take)
 
     @property
@@ -407,6 +410,7 @@ class IPyParallel(Cluster):
         return self._views[engine_id]
 
     def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
+        self._check_controller()
         alive = self.alive()
         gone = [rank for rank in ranks if not alive[rank]]
         if gone:
@@ -499,12 +503,42 @@ class IPyParallel(Cluster):
             self._client.metadata.pop(msg_id, None)
 
     def _check_controller(self) -> None:
-        """ClusterError when there is nobody left who could bring an answer."""
+        """Start the controller again if it crashed. ClusterError when nobody is left who could bring an answer."""
+        launcher = self._cluster.controller
+        process = getattr(launcher, "process", None)
+        if process is None or psutil.pid_exists(process.pid):
+            return
+        code = exit_code(launcher) if self.owned else None
+        if code is not None and -code in CRASHES:
+            self._restore_controller()
+            return
+        self.closed = True
+        raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
+
+    def _restore_controller(self) -> None:
+        """A controller in the place of one that crashed, on the same ports: engines and this client find it there by
+        themselves, and what engines answered meanwhile arrives."""
+        for process in self._controller_children:  # they hold the ports
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._controller_children, 5)
+        before = {p.pid for p in psutil.Process().children(recursive=True)}
+        self._cluster.controller = None
+        self._cluster.controller_args = ["--nodb", "--restore"]
+        with private_files(), quiet():
+            self._cluster.start_controller_sync()
+        time.sleep(RESTORE_S)
+        self._know_controller()
+        if self.reaper is not None:
+            self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
+
+    def _know_controller(self) -> None:
+        """Remember the processes that it has begun: they outlive it when it crashes."""
+        self._controller_children: list[psutil.Process] = []
         process = getattr(self._cluster.controller, "process", None)
-        pid = getattr(process, "pid", None)
-        if pid is not None and not psutil.pid_exists(pid):
-            self.closed = True
-            raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
+        if process is not None and self.owned:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._controller_children = process.children(recursive=True)
 
     def _answer(self, result: Any, rank: int) -> Any:
         try:
@@ -656,7 +690,12 @@ def quiet() -> Iterator[None]:
 
 
 class FlexEngineLauncher(LocalEngineLauncher):
-    """A local engine with one thread for torch and this rank's number in its environment."""
+    """A local engine with one thread for torch. It waits for a controller that crashed for as long as its driver, which
+    starts it again, is there; when that goes the reaper ends it. A kept one, which has no reaper, leaves by itself."""
+
+    def find_args(self) -> list[str]:
+        kept = self.cluster_id.startswith(KEPT)
+        return [*super().find_args(), *([] if kept else ["--IPEngine.max_heartbeat_misses=0"])]
 
     def get_env(self) -> dict[str, str]:
         env = super().get_env()

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Vitals", "tail"]
+__all__ = ["Vitals", "exit_code", "tail"]
 
 LOG_LINES = 20
 ROUTINE = re.compile(r"\[(IPEngine|KernelNanny)\S*\] (?!(ERROR|CRITICAL))")  # what an engine writes in good health

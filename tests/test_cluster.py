@@ -307,3 +307,28 @@ def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
         session.run([[1, 2, 3]])
     assert time.monotonic() - begin < 20
     session.close()
+
+
+@pytest.mark.slow
+def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(tiny):
+    with fk.start(2) as session:
+        session.load(tiny("llama"), tp=2)
+        session.hook("model.layers.*.mlp")
+        logits, weights = session.run(IDS).logits.tensor().clone(), session.on_ranks(watched.weights_at)
+        controller = session.cluster._cluster.controller.process
+        crashed = [controller, *controller.children(recursive=True)]
+
+        def crash() -> None:
+            for process in crashed:
+                process.kill()
+
+        timer = threading.Timer(1.0, crash)
+        timer.start()
+        assert session.on_ranks(watched.slowly, 4.0) == [0, 1], "the answers of a call that was in flight"
+        assert session.cluster._cluster.controller.process.pid != controller.pid
+        assert torch.equal(session.run(IDS).logits.tensor(), logits)
+        assert session.on_ranks(watched.weights_at) == weights and len(session.hooks) == 1
+        pids = [p.pid for p in psutil.Process().children(recursive=True)]
+    assert not [
+        p for p in psutil.Process().children(recursive=True) if p.pid in pids and "ipyparallel" in str(p.cmdline())
+    ]

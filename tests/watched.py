@@ -110,6 +110,12 @@ def sleep_at(name: str, rank: int, seconds: float = 100.0) -> None:
     once(name, rank, lambda: time.sleep(seconds))
 
 
+def slowly(seconds: float) -> int:
+    """This rank, after a while."""
+    time.sleep(seconds)
+    return runtime().rank
+
+
 def die_at(name: str, rank: int, of: int = signal.SIGKILL) -> None:
     once(name, rank, lambda: os.kill(os.getpid(), of))
 
