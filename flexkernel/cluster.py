@@ -202,16 +202,19 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
         return KeyboardInterrupt()
     kind = errors.named(first.type)
     if kind is EngineDied:
-        waited = "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited)
-        return EngineDied(first.message + waited, first.rank)
+        return EngineDied(first.message + others_waited(reports, first), first.rank)
     if issubclass(kind, EngineError) and kind is not EngineError:
-        return kind(first.message, first.rank, first.traceback)
+        return kind(first.message + others_waited(reports, first), first.rank, first.traceback)
     if kind is EngineError:
-        message = first.message + "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited)
+        message = first.message + others_waited(reports, first)
         if first.type not in ("EngineError",):
             message = f"{first.type} on rank {first.rank}: {first.message}"
         return EngineError(message, first.rank, first.traceback)
     return kind(first.message)
+
+
+def others_waited(reports: Sequence[ErrorReport], first: ErrorReport) -> str:
+    return "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited and r is not first)
 
 
 class InProcess(Cluster):

@@ -17,6 +17,7 @@ from ..errors import EditError, HookError, PlacementError
 from ..slabs import Slab, check_positions, position_dim
 from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
 from .autograd import differentiable
+from .confine import confined
 from .digest import digest, joined_digest
 from .gather import Exchange
 from .leaves import leaf, leaves, replaced, users_line
@@ -151,6 +152,7 @@ class Editor:
         self.info, self.here, self.placer, self.edits = info, here, placer, edits
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
         self.text, self.generation, self.modules = text, plan.generation, modules
+        self.of_the_model = frozenset(placer.modules.values())
         self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
@@ -214,7 +216,12 @@ class Editor:
         if hook.edit not in self.edits:
             raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
         spec, function = self.edits[hook.edit]
-        return spec.per, lambda x, _value, part: function(x, part.context)
+
+        def users(x: torch.Tensor, _value: Any, part: _Part) -> Any:
+            with confined(self.of_the_model):
+                return function(x, part.context)
+
+        return spec.per, users
 
     def _part(self, hook: HookSpec, name: str, box: Box, formula: ShapeFormula, own_rows: bool, per: str = "") -> _Part:
         """What an edit is told. own_rows: it sees this group's rows of the batch only."""

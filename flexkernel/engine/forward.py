@@ -30,7 +30,6 @@ from .text import Text
 
 __all__ = ["run"]
 
-LATE_S = 15.0  # what collectives wait longer than the watch does: it knows more than they
 BROKEN = ("gloo/transport", "NCCL communicator was aborted")  # a collective says so when a peer has broken it
 
 
@@ -170,7 +169,7 @@ def agree(runtime: Any, plan: RunPlan, problem: Exception | None) -> None:
         return
     runtime.breaker.busy = True
     try:
-        said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s + LATE_S)
+        said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s)
     except BaseException as failure:
         broke_off(runtime, failure)
         raise
@@ -274,6 +273,8 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     stall, waited = runtime.watch.stall, ""
     if stall is not None and (broke or isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in message):
         stall.waiting |= broke
-        name, secondary, waited = "EngineError", stall.waiting, stall.module if stall.waiting else ""
-        message = f"rank {runtime.rank} {stall}" if stall.waiting else f"rank {runtime.rank} did not arrive, {stall}"
+        secondary, waited = stall.waiting, stall.module if stall.waiting else ""
+        edit = f"; {message}" if name == "EditError" else ""
+        name = "EngineError" if name == "KeyboardInterrupt" else name
+        message = f"rank {runtime.rank} " + (f"{stall}" if stall.waiting else f"did not arrive, {stall}{edit}")
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary, waited)

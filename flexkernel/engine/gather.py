@@ -23,6 +23,7 @@ from .placements import narrowed
 __all__ = ["HEADER", "Exchange", "header", "make_groups", "receive", "send", "wait"]
 
 HEADER = 16  # numbers in a header
+LATE_S = 15.0  # what our collectives wait longer than a run may stand still
 POLL_S = 2e-4  # a third of the CPU that polling without a pause takes, and faster with more ranks than cores
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
 
@@ -40,8 +41,8 @@ def header(numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | 
 
 
 def wait(work: dist.Work, timeout_s: float, what: str) -> None:
-    """Until the work is done; EngineError after timeout_s."""
-    end = time.monotonic() + timeout_s
+    """Until the work is done. EngineError long after timeout_s: the watch, which knows who is missing, comes first."""
+    end = time.monotonic() + timeout_s + LATE_S
     while not work.is_completed():
         if time.monotonic() > end:
             raise EngineError(f"waited {timeout_s:g} s for {what}: some rank did not come")
@@ -133,9 +134,12 @@ class Exchange:
                 whole.copy_(new)
             except EditError as error:
                 problem = error
-        said = header([zlib.crc32(what.encode()), call, int(problem is not None)], self.timeout_s, self.groups[group])
-        if problem is not None:
-            raise problem
+        try:
+            end = [zlib.crc32(what.encode()), call, int(problem is not None)]
+            said = header(end, self.timeout_s, self.groups[group])
+        finally:
+            if problem is not None:  # also if the groups are broken meanwhile: it is the cause
+                raise problem
         if said[:, 2].any():
             raise OtherRankFailed(f"the edit of {what} failed on another rank")
         return narrowed(whole, reads).clone().to(local.device)
