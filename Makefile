@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test check chaos faults lab venv chromium clean
+.PHONY: demo test check chaos lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,8 +26,6 @@ N ?= 200
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --rounds $(N) $(if $(SEED),--seed $(SEED))
 
-faults: $(STAMP)
-	$(BIN)/python tests/faults.py
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model
