@@ -21,11 +21,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-# Faults at random, and one table of what each fault costs. make chaos N=200 SEED=7
+# Faults at random: make chaos N=200 SEED=7
 N ?= 200
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --rounds $(N) $(if $(SEED),--seed $(SEED))
-
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model

@@ -278,6 +278,27 @@ def test_without_a_loss_gradient_hooks_are_quiet_and_nothing_is_kept(session, ti
     assert session.on_ranks(left) == [(0, 0)] * 2
 
 
+@pytest.mark.engines(2)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=lambda d: "x".join(d))
+def test_a_backward_counts_as_progress(session, tiny, layout):
+    """Else a long one would be broken off as a run in which nothing moves."""
+    session.load(tiny("llama"), **layout)
+    session.hook("model.embed_tokens", at="grad_output")
+
+    def beats(**how) -> list[int]:
+        before = session.on_ranks(counted)
+        session.run(ROWS, **how)
+        return [b - a for a, b in zip(before, session.on_ranks(counted), strict=True)]
+
+    layers = 4 if "tp" in layout else 2
+    forward, both = beats(), beats(loss=loss)
+    assert min(forward) >= layers and all(b - a >= layers for a, b in zip(forward, both, strict=True))
+
+
+def counted() -> int:
+    return watched.runtime().watch.pulse.count
+
+
 def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
     session.load(tiny("llama"))
     for how, message in [

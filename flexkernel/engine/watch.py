@@ -72,7 +72,14 @@ class Watch:
             for name in layers(names, modules)
         ]
 
-    def _note(self, at: int, _module: torch.nn.Module, _args: Any) -> None:
+    def _note(self, at: int, _module: torch.nn.Module, args: Any) -> None:
+        if self.pulse is not None:
+            self.pulse.beat(at)
+            entered = args[0] if args else None
+            if torch.is_grad_enabled() and isinstance(entered, torch.Tensor) and entered.requires_grad:
+                entered.register_hook(functools.partial(self._back, at))  # a backward moves too
+
+    def _back(self, at: int, _gradient: torch.Tensor) -> None:
         if self.pulse is not None:
             self.pulse.beat(at)
 
