@@ -198,6 +198,27 @@ class Run:
         words = [token_strings(row, self._tokenizer) for row in ids.tolist()]
         return [list(zip(w, v, strict=True)) for w, v in zip(words, values.tolist(), strict=True)]
 
+    def attribution(self, other: Run) -> dict[str, torch.Tensor]:
+        """Module → to first order, what patching `other`'s activation in would change of this run's loss, by position:
+        (other - this) × gradient, summed over the last dim. Attribution patching (Nanda 2023, Syed et al. 2023).
+
+        Of every module of which this run has the output and its gradient, and the other the output. CaptureError: of
+        none; ValueError: their shapes differ."""
+        found = {}
+        for key in [k for k in self.captures if k.at == "grad_output"]:
+            of_output = (key.module, "output", key.index, key.call)
+            if of_output in self and of_output in other:
+                this, that = self[of_output].tensor(), other[of_output].tensor()
+                if this.shape != that.shape:
+                    raise ValueError(f"{key.module}: {tuple(this.shape)} here, {tuple(that.shape)} in the other run")
+                found[key.module] = ((that - this) * self.captures[key].tensor()).sum(-1)
+        if not found:
+            raise CaptureError(
+                "attribution needs modules of which both runs captured the output and this one the gradient: "
+                "hook(glob), hook(glob, at='grad_output'), run(..., loss=)"
+            )
+        return found
+
     # --- life --------------------------------------------------------------------------------------
 
     def keep(self) -> Run:

@@ -408,6 +408,27 @@ def test_gradients_of_the_real_model(session, smollm2, layout, record_property):
     assert found["grad_output"][0] == 30 and found["param_grad"][0] == 31
 
 
+@pytest.mark.engines(2)
+def test_attribution_foretells_what_a_small_patch_changes(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    layers = [f"model.layers.{i}" for i in range(4)]
+    session.hook("model.layers.*", name="values")
+    session.hook("model.layers.*", at="grad_output", name="gradients")
+    clean = session.run(ROWS, loss=loss)
+    session.hook("model.embed_tokens", edit="add", value=torch.linspace(-1, 1, 64) * 1e-3, name="push", capture="none")
+    pushed = session.run(ROWS, loss=loss)
+    found = clean.attribution(pushed)
+    assert list(found) == layers and all(value.shape == (3, 7) for value in found.values())
+    change = pushed.loss - clean.loss
+    assert abs(change) > 1e-3
+    for value in found.values():  # a patch of a whole layer's output brings all of the change
+        assert value[MASK].sum().item() == pytest.approx(change, rel=0.05)
+    with pytest.raises(fk.errors.CaptureError, match="attribution needs"):
+        session.run(ROWS).attribution(clean)
+    with pytest.raises(ValueError, match="in the other run"):
+        clean.attribution(session.run([[5, 6, 7]]))
+
+
 # --- magics ----------------------------------------------------------------------------------------------
 
 

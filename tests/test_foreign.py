@@ -10,6 +10,7 @@ import models
 import parity
 import pytest
 import reference
+import test_autograd
 import torch
 import torch.distributed as dist
 import watched
@@ -71,6 +72,43 @@ def test_fairscales_layers(session, tiny):
     row = check_llama(session, tiny("llama"), watched.fairscale_mlps, tp=2)
     assert row.evidence["class"] == 24
     check_parameters(session)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "layout"),
+    [
+        (foreign.in_ddp, {"dp": 2}),
+        (foreign.in_fsdp1, {"fsdp": 2}),
+        (foreign.in_fsdp2, {"fsdp": 2}),
+        (watched.parallelized, {"tp": 2}),
+        (functools.partial(watched.parallelized, sequence=True), {"tp": 2}),
+        (watched.fairscale_mlps, {"tp": 2}),
+    ],
+    ids=["ddp", "fsdp1", "fsdp2", "tp", "sequence parallel", "fairscale"],
+)
+@pytest.mark.engines(2)
+def test_gradients_of_models_that_users_shard(session, tiny, build, layout, request):
+    """Twice: nothing is left of the first run in the second."""
+    if "fairscale" in request.node.name and not foreign.on_ci():
+        pytest.importorskip("fairscale")
+    folder = str(tiny("llama"))
+    session.load(functools.partial(build, folder), reference=functools.partial(watched.whole, folder), **layout)
+    batch = models.ids_and_mask([6, 6, 6, 6])
+    weight = torch.randn(4, 6, 256, generator=torch.Generator().manual_seed(2))
+    want = reference.gradients(models.build("llama"), batch, lambda logits: (logits * weight).sum() / 100)
+    for name in ("model.layers.*", "model.layers.*.mlp.gate_proj", "model.norm", "lm_head"):
+        session.hook(name, at="grad_output")
+    session.hook("**", at="param_grad", name="parameters")
+    if build is foreign.in_fsdp1:
+        with pytest.raises(PlacementError, match="FSDP1 flattens parameters"):
+            session.run(batch["input_ids"].tolist(), loss="next_token")
+        session.unhook("parameters")
+    for _ in range(2):
+        run = session.run(batch["input_ids"].tolist(), loss=lambda logits, batch: (logits * weight).sum() / 100)
+        assert run.loss == pytest.approx(want.loss, rel=1e-4)
+        found = test_autograd.compare(run, want, 2e-5)
+        assert found["grad_output"][0] == 10 and (build is foreign.in_fsdp1 or found["param_grad"][0] == 39)
 
 
 @pytest.mark.slow

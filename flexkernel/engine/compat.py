@@ -33,6 +33,7 @@ __all__ = [
     "fix_cached_groups",
     "flat_local",
     "flat_shape",
+    "in_fsdp1",
     "is_compiled",
     "is_placeholder",
     "is_split",
@@ -413,6 +414,13 @@ def sum_gradients(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def in_fsdp1(model: torch.nn.Module) -> bool:
+    """Whether FSDP1 wraps some of the model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def without_gradient_sync(model: torch.nn.Module) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, FlexError, HookError
+from ..errors import EngineError, FlexError, HookError, PlacementError
 from ..slabs import Plan, Slab
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate, train
 from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied, trainable
+from .compat import in_fsdp1
 from .edits import PRESETS, Editor, needs_exchange
 from .faults import fault
 from .gather import Exchange, OtherRankFailed, header
@@ -110,6 +111,12 @@ def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
         return None
     if runtime.seat.local_world < runtime.seat.world:
         raise HookError("a loss sees whole activations, which needs all engines on one host for now")
+    asked = [hook.key for hook in active if hook.of == "param"]
+    if (asked or (plan.training is not None and plan.training.parameters)) and in_fsdp1(runtime.model):
+        raise PlacementError(
+            "FSDP1 flattens parameters and averages their gradients: those are not read or trained here; "
+            f"use fully_shard(module){f', or unhook {asked[0]!r}' if asked else ''}"
+        )
     in_edits = runtime.modules and any(hook.edit is not None and hook.edit not in PRESETS for hook in active)
     trains = plan.training is not None and bool(plan.training.parameters)
     return Tape(graph=bool(in_edits) or trains or any(hook.gradient for hook in active))

@@ -141,6 +141,7 @@ def build(builder: bytes) -> torch.nn.Module:
     model = pickle.loads(builder)()
     if not isinstance(model, torch.nn.Module):
         raise LoadError(f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module")
+    model.requires_grad_(False)  # the base is frozen unless a run asks for a gradient
     return model.eval()
 
 
