@@ -35,6 +35,7 @@ KEPT = "kept-"  # what the ids of clusters begin with that outlive their noteboo
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
+PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
@@ -261,7 +262,7 @@ class IPyParallel(Cluster):
         self.pids = [0] * self.size
         self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
         self._views: dict[int, Any] = {}
-        self._deaf: dict[int, Any] = {}  # rank → the call that it was given up on
+        self._deaf: dict[int, Any] = {}  # rank → what it answers once it is free
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
@@ -463,7 +464,7 @@ class IPyParallel(Cluster):
                     self._press(calls, answers, patience)
             except KeyboardInterrupt:
                 patience.interrupted = True
-        self._forget(pending)
+        self._forget([*pending, *patience.pings.values()])
         if patience.interrupted:
             self._mend(answers.values())
             raise KeyboardInterrupt
@@ -482,13 +483,24 @@ class IPyParallel(Cluster):
         """See that ranks come back which nobody needs to wait for any more."""
         if patience.stalled(self._count(), self.timeout_s):
             patience.give_back()
+        for rank in [r for r, ping in patience.pings.items() if r in calls and ping.done() and not calls[r].done()]:
+            calls.pop(rank)  # it has come back, and the signal met it as it was about to say so
+            lost = f"rank {rank} was interrupted before it could answer"
+            answers[rank] = ErrorReport(rank, "KeyboardInterrupt", lost, "", time.time(), broken=True)
         step = patience.step()
         if step == "interrupt":
             self.interrupt(list(calls))
+        elif step == "ping":
+            patience.pings = self._ping(list(calls))
         elif step == "give up":
+            self._deaf |= self._ping(list(calls))
             for rank in list(calls):
-                self._deaf[rank] = calls.pop(rank)
+                calls.pop(rank)
                 answers[rank] = self._silent(rank)
+
+    def _ping(self, ranks: Sequence[int]) -> dict[int, Any]:
+        """Rank → a call that an engine answers once it is done with those before."""
+        return {rank: self._view(self.engines[rank]).apply_async(os.getpid) for rank in ranks}
 
     def _count(self) -> int | None:
         """How many modules all ranks have begun; None if no rank is in a run, or some are not on this host."""
@@ -623,7 +635,9 @@ class Patience:
     are broken. Such ranks come by themselves within a second or so; one that does not is interrupted, then given up."""
 
     def __init__(self) -> None:
-        self.interrupted = self.told = False
+        self.interrupted = self._pinged = False
+        self.told = 0.0  # when the ranks were interrupted
+        self.pings: dict[int, Any] = {}  # rank → what it answers once it is free, also if its answer was lost
         self._since: float | None = None
         self._count: int | None = None
         self._moved = time.monotonic()
@@ -644,15 +658,18 @@ class Patience:
             self.give_back()
 
     def step(self) -> str:
-        """What to do now: "interrupt", "give up" or ""; the first once."""
+        """What to do now: "interrupt", then "ping", then "give up", or ""; the first two once."""
         now = time.monotonic()
         if self.interrupted and not self.told:
-            self.told, self._since = True, now
+            self.told = self._since = now
             return "interrupt"
         waited = now - self._since if self._since is not None else 0.0
         if waited > FREED_S and not self.told:
-            self.told = True
+            self.told = now
             return "interrupt"
+        if self.told and not self._pinged and now - self.told > PING_S:
+            self._pinged = True
+            return "ping"
         return "give up" if waited > INTERRUPT_S else ""
 
 

@@ -332,3 +332,35 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
     assert not [
         p for p in psutil.Process().children(recursive=True) if p.pid in pids and "ipyparallel" in str(p.cmdline())
     ]
+
+
+def lose_the_next_answer(rank: int) -> None:
+    """On an engine: as a signal does that meets it between its work and its reply."""
+    from ipyparallel.engine.app import IPEngine
+
+    if watched.runtime().rank != rank:
+        return
+    session = IPEngine.instance().kernel.session
+    send = session.send
+
+    def lost(stream, msg_or_type, *args, **kwargs):
+        if msg_or_type == "apply_reply":
+            session.send = send
+            return None
+        return send(stream, msg_or_type, *args, **kwargs)
+
+    session.send = lost
+
+
+@pytest.mark.engines(2)
+def test_a_rank_whose_answer_is_lost_at_an_interrupt_is_back_at_once(session, tiny):
+    session.load(tiny("llama"), tp=2)
+    before = session.run(IDS).logits.tensor().clone()
+
+    timer = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.on_ranks(lose_the_next_answer, 0)
+    assert time.monotonic() - begin < 10 and session.cluster.answering() == [True, True]
+    assert torch.equal(session.run(IDS).logits.tensor(), before)

@@ -45,7 +45,7 @@ class Evil:
 
     class cluster:
         size, owned, hosts, cluster_id = 1, False, ["<script>"], "<b>"
-        alive = staticmethod(lambda: [False])
+        alive = answering = staticmethod(lambda: [False])
 
 
 def test_names_of_hosts_and_clusters_are_text_in_html():
