@@ -130,7 +130,9 @@ def test_gradients_go_through_edits(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     test_edits.define(session)
     plain = truth(tiny("llama"))
-    for number, case in enumerate(CASES):
+    wanted = CASES if layout in ({}, {"tp": 2}) else CASES[::3]
+    for case in wanted:
+        number = CASES.index(case)
         want = truth(tiny("llama"), case=number)
         session.unhook() if session.hook_set.hooks else None
         session.hook(case.module, name="edited", **case.how)
@@ -387,7 +389,7 @@ def test_finite_differences(session, tiny, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", test_edits.REAL_LAYOUTS)
+@pytest.mark.parametrize("layout", [p for p in test_edits.REAL_LAYOUTS if p.id != "fsdp2"])
 def test_gradients_of_the_real_model(session, smollm2, layout, record_property):
     from transformers import AutoTokenizer
 

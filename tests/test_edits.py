@@ -115,6 +115,11 @@ def edited_logits(folder, case: Case | None) -> torch.Tensor:
         return model(**BATCH, use_cache=False).logits
 
 
+def some_of(cases: list, session) -> list:
+    """All of them on up to two engines; every third on four, of which equality.py has the rest in one table."""
+    return cases if session.cluster.size <= 2 else cases[::3]
+
+
 def define(session) -> None:
     session.edit("mix")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
     session.edit("mix_row", per="row")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
@@ -126,7 +131,7 @@ def test_every_edit_does_what_it_does_to_the_unsharded_model(session, tiny, layo
     define(session)
     base = edited_logits(tiny("llama"), None)
     torch.testing.assert_close(session.run(ROWS).logits.tensor()[MASK], base[MASK], atol=TOLERANCE, rtol=0)
-    for case in CASES:
+    for case in some_of(CASES, session):
         truth = edited_logits(tiny("llama"), case)
         moved = (truth - base)[MASK].abs().max().item()
         assert moved > 100 * TOLERANCE, f"{case.name} has to do something"
