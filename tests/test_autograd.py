@@ -266,6 +266,32 @@ def test_a_bad_loss_is_one_error_and_the_next_run_is_right(session, tiny, layout
     assert torch.equal(again, before) and before.abs().max() > 0
 
 
+def break_copies() -> None:
+    """On an engine: what the second layer puts out differs from rank to rank."""
+    module = watched.runtime().hooks.modules["model.layers.1.mlp"]
+    module.register_forward_hook(lambda _m, _a, out: out * (1 + watched.runtime().rank))
+
+
+@pytest.mark.engines(2)
+def test_a_loss_never_reads_what_is_not_whole(session, tiny):
+    """A sum's addend, copies that differ, a value that could not be placed: nothing of it is in the slab, but bytes
+    of an earlier run are."""
+    folder = str(tiny("llama"))
+    build = functools.partial(watched.partial_sums, folder)
+    unsharded = functools.partial(watched.whole_reduced, folder)
+    inner = "model.layers.1.mlp.inner"
+    for declared, says in [({}, "copies that differ"), ({"model.layers.*.mlp.inner": "partial"}, "an addend of")]:
+        session.load(build, tp=2, reference=unsharded, placements=declared)
+        session.hook(inner)
+        with pytest.raises(fk.errors.LossError, match=says):
+            session.run([[5, 6, 7, 8]], loss=lambda logits, batch: batch.captures[inner].sum())
+    session.load(tiny("llama"), tp=2)
+    session.on_ranks(break_copies)
+    session.hook("model.layers.1.mlp")
+    with pytest.raises(fk.errors.LossError, match="copies that differ"):
+        session.run(ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp"].sum())
+
+
 @pytest.mark.engines(2)
 def test_without_a_loss_gradient_hooks_are_quiet_and_nothing_is_kept(session, tiny):
     session.load(tiny("llama"), fsdp=2)

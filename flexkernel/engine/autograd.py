@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import pickle
 import struct
 import zlib
@@ -165,11 +166,63 @@ def next_token(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 LOSSES: dict[str, Callable] = {"next_token": next_token}
 
 
-def evaluated(runtime: Any, plan: RunPlan, recording: Any) -> tuple[float, dict[int, torch.Tensor]]:
-    """(the loss, index of a capture → its gradient), on the one rank that computes it. LossError."""
+NOTHING, WRITTEN, FAILED = range(3)
+COLUMNS = 5  # of what a rank says of a capture: state, digest, part held, part written, elements written
+
+
+def said_of(recording: Any) -> torch.Tensor:
+    """What this rank's captures came to, (entries, COLUMNS) int64: whoever computes the loss must not read what is not
+    there, or differs between copies, or is a sum's addend."""
+    rows = []
+    for i, entry in enumerate(recording.plan.entries):
+        seen = recording.planned.get(i)
+        if seen is None:
+            rows.append([NOTHING, 0, 0, 0, 0])
+            continue
+        state = FAILED if seen.error is not None or seen.partial else WRITTEN
+        empty = any(stop <= start for _, start, stop in seen.holds)
+        box = seen.box if seen.box is not None and not empty else None
+        size = 0 if box is None else math.prod(narrowed_shape(entry.shape, box))
+        digest = (seen.digest + (1 << 63)) % (1 << 64) - (1 << 63)
+        held = -1 if empty else zlib.crc32(repr(seen.holds).encode())
+        rows.append([state, digest, held, zlib.crc32(repr(box).encode()), size])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
+
+
+def narrowed_shape(shape: Sequence[int], box: Sequence[tuple[int, int, int]]) -> list[int]:
+    parts = {dim: stop - start for dim, start, stop in box}
+    return [parts.get(dim, size) for dim, size in enumerate(shape)]
+
+
+def check_whole(entry: Entry, said: torch.Tensor) -> None:
+    """LossError unless the capture is whole and its copies agree. said: (ranks, COLUMNS), as above."""
+    rows = said.tolist()
+    if any(state == FAILED for state, *_ in rows):
+        raise LossError(
+            f"the loss asks for {entry.key}, which some rank could not put into its place, or holds an addend of: "
+            "a run without a loss says why"
+        )
+    digests: dict[int, set[int]] = {}
+    written: dict[int, int] = {}
+    for state, digest, held, box, size in rows:
+        if state == WRITTEN:
+            written[box] = size
+            if held != -1:
+                digests.setdefault(held, set()).add(digest)
+    if any(len(found) > 1 for found in digests.values()):
+        raise LossError(f"the loss asks for {entry.key}, of which ranks hold copies that differ")
+    if sum(written.values()) != math.prod(entry.shape):
+        raise LossError(f"the loss asks for {entry.key}, which did not come, or not all of it")
+
+
+def evaluated(runtime: Any, plan: RunPlan, recording: Any, said: torch.Tensor) -> tuple[float, dict[int, torch.Tensor]]:
+    """(the loss, index of a capture → its gradient), on the one rank that computes it. LossError.
+
+    said: (ranks, entries, COLUMNS), what each rank's captures came to."""
     entries = recording.plan.entries
 
     def whole(i: int) -> torch.Tensor:
+        check_whole(entries[i], said[:, i])
         return recording.slab.tensor(recording.region(entries[i])).to(runtime.device, copy=True)
 
     leaves = Leaves(entries, whole)
@@ -197,6 +250,8 @@ def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) 
         value = function(logits) if takes == 1 else function(logits, batch)
     except HookError as error:
         raise LossError(str(error)) from error
+    except LossError:
+        raise
     except BaseException as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the loss's to end
         raise LossError(f"the loss raised {type(error).__name__}: {error}{users_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
@@ -235,17 +290,20 @@ def seeds(
 ) -> tuple[float | None, dict[int, torch.Tensor]]:
     """The loss, on rank 0, and the whole gradients of the captures it looked at, on every rank."""
     if runtime.seat.world == 1:
-        return evaluated(runtime, plan, recording)
+        return evaluated(runtime, plan, recording, said_of(recording)[None])
     what = zlib.crc32(b"the loss")
-    header([plan.run, what], plan.timeout_s)  # all have written what they captured
+    entries = recording.plan.entries
+    shape = (runtime.seat.world, len(entries), COLUMNS)
+    said_by = slab_of("said", pages(8 * math.prod(shape)) or PAGE).tensor(Region("", 0, shape, "int64"))
+    said_by[runtime.rank] = said_of(recording)
+    header([plan.run, what], plan.timeout_s)  # all have written what they captured, and what it came to
     value, problem = 0.0, None
     found: dict[int, torch.Tensor] = {}
     if runtime.rank == 0:
         try:
-            value, found = evaluated(runtime, plan, recording)
+            value, found = evaluated(runtime, plan, recording, said_by.clone())
         except LossError as error:
             problem = error
-    entries = recording.plan.entries
     size = lambda i: pages(size_of(entries[i].shape, entries[i].formula.dtype))  # noqa: E731
     num_bytes = sum(map(size, found))
     said = header([plan.run, what, int(problem is not None), len(found), num_bytes, bits(value)], plan.timeout_s)
