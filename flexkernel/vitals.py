@@ -50,7 +50,8 @@ class Vitals:
         if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process.kill()
-                self._process.wait(10)
+                waits = getattr(self.launcher, "_wait_thread", None)  # the one who is told how it ended: told once
+                waits.join(10) if waits is not None else self._process.wait(10)
 
     def end(self) -> str:
         """How it ended: its exit code or signal, in words; "" where nobody here can know."""

@@ -76,5 +76,4 @@ def test_a_stopped_process_is_known_and_can_be_ended(tmp_path):
         time.sleep(0.01)
     assert vitals.stopped()
     vitals.kill()
-    launcher._wait_thread.join(10)  # which is who learns how it ended
     assert "SIGKILL" in vitals.end()
