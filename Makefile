@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test check chaos lab venv chromium clean
+.PHONY: demo test long check chaos lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,9 @@ demo: $(STAMP)
 
 test: check chromium
 	$(BIN)/python -m pytest $(PYTEST)
+
+long: check chromium
+	$(BIN)/python -m pytest --long $(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

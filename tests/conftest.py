@@ -26,8 +26,30 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 from flexkernel import demo  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What `make long` runs beside the rest: continuous integration has two cores and 25 minutes
+LONG = (
+    "tp3xpp2",
+    "tp2xpp2xdp2",
+    "test_autograd.py::test_gradients_go_through_edits[pp2xfsdp2]",
+    "test_autograd.py::test_a_loss_sees_captures_of_any_stage[pp2xfsdp2]",
+    "test_edits.py::test_every_edit_does_what_it_does_to_the_unsharded_model[pp2xfsdp2]",
+    "test_train.py::test_modules_train_as_beside_the_unsharded_model[pp2xfsdp2]",
+    "test_train.py::test_a_lens_on_the_real_model_learns_the_same",
+    "test_generate.py::test_an_edit_is_made_at_every_step[tp2xpp2]",
+    "test_watch.py::test_an_engine_that_wakes_up_again_keeps_its_rank",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what takes long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of one number of engines run together, so that one cluster serves them all."""
+    if not config.getoption("--long"):
+        long = [item for item in items if any(part in item.nodeid for part in LONG)]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
     items.sort(key=num_engines)
 
 
