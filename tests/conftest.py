@@ -25,7 +25,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from flexkernel import demo  # noqa: E402
 
-
 # What `make long` runs beside the rest: continuous integration has two cores and 25 minutes
 LONG = (
     "tp3xpp2",
