@@ -327,6 +327,16 @@ def counted() -> int:
     return watched.runtime().watch.pulse.count
 
 
+def test_a_loss_has_to_say_which_of_several_captures(session, tiny):
+    session.load(tiny("llama"))
+    session.hook("model.layers.1.mlp")
+    session.hook("model.layers.1.mlp", at="input")
+    with pytest.raises(fk.errors.LossError, match="has 2 captures: say which"):
+        session.run(ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp"].sum())
+    run = session.run(ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp", "input"].sum())
+    assert run.loss == pytest.approx(run["model.layers.1.mlp", "input"].tensor().sum().item(), rel=1e-4)
+
+
 def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
     session.load(tiny("llama"))
     for how, message in [

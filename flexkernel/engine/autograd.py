@@ -137,6 +137,11 @@ class Leaves(Mapping):
             raise HookError(
                 f"the loss asks for the capture {key!r}; the run captures {[str(k) for k in self] or 'none'}"
             )
+        several = dict.fromkeys(parts(self._keys[i]) for i in found)
+        if len(several) > 1:  # as a run says, too
+            raise HookError(
+                f"the loss asks for {key!r}, which has {len(several)} captures: say which of {list(several)}"
+            )
         return self.leaf(found[-1])
 
     def __iter__(self) -> Iterator[str]:
