@@ -165,10 +165,7 @@ class Cluster:
     def seats(self) -> list[Seat]:
         """Each rank's, in this generation."""
         local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
-        return [
-            Seat(rank, self.size, local[rank], self.hosts.count(host), self.generation)
-            for rank, host in enumerate(self.hosts)
-        ]
+        return [Seat(rank, self.size, local[rank], self.generation, tuple(self.hosts)) for rank in range(self.size)]
 
 
 def packed(function: Callable) -> bytes:

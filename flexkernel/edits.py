@@ -69,7 +69,7 @@ def _check_value(spec: HookSpec) -> None:
         "number": isinstance(value, float),
         "tensor": isinstance(value, float | Blob) and not (spec.edit == "project_out" and isinstance(value, float)),
         "two numbers": isinstance(value, tuple) and len(value) == 2,
-        "capture": isinstance(value, SlabValue),
+        "capture": isinstance(value, SlabValue | Blob),
     }
     if not fits[wants]:
         raise HookError(f"edit {spec.edit!r} takes {wants}, not {type(value).__name__}: value=")
@@ -95,14 +95,17 @@ class Held:
             self._let_go.pop(key)()
 
 
-def value_of(value: Any) -> Any:
-    """What the user gave an edit, as plain data: a number, two, a small tensor, or where a capture lies."""
+def value_of(value: Any, near: bool = True) -> Any:
+    """What the user gave an edit, as plain data: a number, two, a small tensor, or where a capture lies.
+
+    near: every engine is on this host, where captures lie; elsewhere their numbers have to travel."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
         return float(value)
-    if isinstance(value, Capture):
+    if isinstance(value, Capture) and near:
         return value.as_value()
+    value = value.tensor() if isinstance(value, Capture) else value
     if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
         return tuple(float(v) for v in value)
     tensor = torch.as_tensor(value).detach().cpu().contiguous()

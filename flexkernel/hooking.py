@@ -13,6 +13,7 @@ from . import edits, hookfile, slabs
 from .cluster import Cluster, packed
 from .errors import LoadError
 from .hooks import Hooked, Hooks, called, regrouped, spec_of
+from .run import Store
 from .wire import EditSpec, HookSet, HookSpec, ModelInfo
 
 __all__ = ["Hooking"]
@@ -24,6 +25,7 @@ class Hooking:
     cluster: Cluster
     info: ModelInfo | None
     planner: slabs.Planner
+    store: Store | None
 
     def __init__(self) -> None:
         self.hook_set = HookSet()
@@ -85,7 +87,8 @@ class Hooking:
         an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
         capture: what is kept of an edited activation, "after" the edit, "before" it, "both", or "none"."""
         info = self._loaded()
-        plain = edits.value_of(value)
+        assert self.store is not None
+        plain = edits.value_of(value, set(self.cluster.hosts) <= {self.store.here})
         spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
         found, firing = self._checked(info, spec, self.edits)
         self._held.take(spec.key, value)

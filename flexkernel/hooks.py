@@ -69,8 +69,8 @@ def spec_of(
     )
     if spec.key == "logits":
         raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
-    if at == "param_grad" and edit is not None:
-        raise HookError("the gradient of a parameter is read after the backward, no edit is made of it")
+    if at == "param_grad" and (edit == "mean" or positions is not None or heads is not None):
+        raise HookError("the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons")
     return spec
 
 

@@ -99,13 +99,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Seat:
-    """Which rank this process is. local_rank: its number among the ranks of its host, which is also its GPU's."""
+    """Which rank this process is. local_rank: its number among the ranks of its host, which is also its GPU's.
+    hosts: rank → host."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    local_world: int = 1
     generation: int = 0
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,8 @@ def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
     session.load(tiny("llama"))
     for how, message in [
         ({"at": "grads"}, "a hook is at output"),
-        ({"at": "param_grad", "edit": "zero"}, "no edit is made of it"),
+        ({"at": "param_grad", "edit": "mean"}, "no rows, positions or heads"),
+        ({"at": "param_grad", "positions": 0}, "no rows, positions or heads"),
     ]:
         with pytest.raises(fk.errors.HookError, match=message):
             session.hook("model.layers.0.mlp.gate_proj.weight", **how)

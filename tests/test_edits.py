@@ -353,7 +353,7 @@ def test_what_an_edit_cannot_have_is_said_before_any_run(session, tiny):
         ({"edit": "scale"}, "takes number"),
         ({"edit": "zero", "value": 2}, "takes nothing"),
         ({"edit": "clamp", "value": 1}, "takes two numbers"),
-        ({"edit": "patch", "value": torch.zeros(3)}, "takes capture"),
+        ({"edit": "patch", "value": 3.0}, "takes capture"),
         ({"value": 2.0}, "belongs to an edit"),
         ({"heads": [1]}, "belongs to an edit"),
         ({"capture": "none"}, "belongs to an edit"),

@@ -19,16 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from ..errors import HookError, LossError
 from ..slabs import PAGE, Entry, Slab, pages, size_of
 from ..wire import CaptureKey, Region, RunPlan
 from .compat import stage_edges, without_gradient_sync
-from .gather import OtherRankFailed, header, receive, send, wait
+from .gather import BOX, OtherRankFailed, box_of, boxed, fetched, gathered, header, numbers_of, post, receive, send
+from .gradients import parameter_of
 from .leaves import users_line
-from .parameters import owner_of
 from .placements import Place, Placed, narrowed
 
 __all__ = [
@@ -36,10 +34,7 @@ __all__ = [
     "Tape",
     "backward",
     "differentiable",
-    "forget_gradients",
     "graph_of",
-    "sum_parameters",
-    "tied",
     "trainable",
     "watched",
 ]
@@ -88,12 +83,6 @@ def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iter
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def parameter_of(runtime: Any, name: str) -> torch.nn.Parameter | None:
-    """The parameter itself, sharded as it is; None where this rank has none of that name."""
-    module = owner_of(runtime, name)
-    return None if module is None else module._parameters.get(name.rpartition(".")[2])
 
 
 # --- the loss ------------------------------------------------------------------------------------------
@@ -172,7 +161,7 @@ LOSSES: dict[str, Callable] = {"next_token": next_token}
 
 
 NOTHING, WRITTEN, FAILED = range(3)
-COLUMNS = 5  # of what a rank says of a capture: state, digest, part held, part written, elements written
+COLUMNS = 4 + BOX  # of what a rank says of a capture: state, digest, part held, elements written, part written
 
 
 def said_of(recording: Any) -> torch.Tensor:
@@ -182,21 +171,16 @@ def said_of(recording: Any) -> torch.Tensor:
     for i, entry in enumerate(recording.plan.entries):
         seen = recording.planned.get(i)
         if seen is None:
-            rows.append([NOTHING, 0, 0, 0, 0])
+            rows.append([NOTHING] + [0] * (COLUMNS - 1))
             continue
         state = FAILED if seen.error is not None or seen.partial else WRITTEN
         empty = any(stop <= start for _, start, stop in seen.holds)
         box = seen.box if seen.box is not None and not empty else None
-        size = 0 if box is None else math.prod(narrowed_shape(entry.shape, box))
+        size = 0 if box is None else math.prod(boxed(entry.shape, box))
         digest = (seen.digest + (1 << 63)) % (1 << 64) - (1 << 63)
         held = -1 if empty else zlib.crc32(repr(seen.holds).encode())
-        rows.append([state, digest, held, zlib.crc32(repr(box).encode()), size])
+        rows.append([state, digest, held, size, *numbers_of(box or ())])
     return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
-
-
-def narrowed_shape(shape: Sequence[int], box: Sequence[tuple[int, int, int]]) -> list[int]:
-    parts = {dim: stop - start for dim, start, stop in box}
-    return [parts.get(dim, size) for dim, size in enumerate(shape)]
 
 
 def check_whole(entry: Entry, said: torch.Tensor) -> None:
@@ -208,12 +192,12 @@ def check_whole(entry: Entry, said: torch.Tensor) -> None:
             "a run without a loss says why"
         )
     digests: dict[int, set[int]] = {}
-    written: dict[int, int] = {}
-    for state, digest, held, box, size in rows:
-        if state == WRITTEN:
-            written[box] = size
-            if held != -1:
-                digests.setdefault(held, set()).add(digest)
+    written: dict[tuple[int, ...], int] = {}
+    for state, digest, held, size, *box in rows:
+        if state == WRITTEN and size:
+            written[tuple(box)] = size
+        if state == WRITTEN and held != -1:
+            digests.setdefault(held, set()).add(digest)
     if any(len(found) > 1 for found in digests.values()):
         raise LossError(f"the loss asks for {entry.key}, of which ranks hold copies that differ")
     if sum(written.values()) != math.prod(entry.shape):
@@ -298,15 +282,13 @@ def seeds(
         return evaluated(runtime, plan, recording, said_of(recording)[None])
     what = zlib.crc32(b"the loss")
     entries = recording.plan.entries
-    shape = (runtime.seat.world, len(entries), COLUMNS)
-    said_by = slab_of("said", pages(8 * math.prod(shape)) or PAGE).tensor(Region("", 0, shape, "int64"))
-    said_by[runtime.rank] = said_of(recording)
-    header([plan.run, what], plan.timeout_s)  # all have written what they captured, and what it came to
+    said_by = gathered(said_of(recording), plan.timeout_s)  # all have written what they captured
+    collect(runtime, recording, said_by, plan.timeout_s)
     value, problem = 0.0, None
     found: dict[int, torch.Tensor] = {}
     if runtime.rank == 0:
         try:
-            value, found = evaluated(runtime, plan, recording, said_by.clone())
+            value, found = evaluated(runtime, plan, recording, said_by)
         except LossError as error:
             problem = error
     size = lambda i: pages(size_of(entries[i].shape, entries[i].formula.dtype))  # noqa: E731
@@ -328,12 +310,40 @@ def seeds(
         for i, gradient in found.items():
             data(i, at).copy_(gradient)
             at += size(i)
+    hand_out(runtime, slab.bytes[: pages(8 * count) + num_bytes], plan.timeout_s)
     header([plan.run, what + 1], plan.timeout_s)  # it lies there
     wholes, at = {}, pages(8 * count)
     for i in slab.tensor(index).tolist():
         wholes[i] = data(i, at)
         at += size(i)
     return (value if runtime.rank == 0 else None), wholes
+
+
+def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) -> None:
+    """Bring to rank 0's host what ranks of other hosts have captured: there the loss looks at it. All ranks.
+
+    said: (ranks, entries, COLUMNS), what each rank's captures came to."""
+    hosts, entries = runtime.seat.hosts, recording.plan.entries
+    for rank in [r for r, host in enumerate(hosts) if host != hosts[0]]:
+        for i, (state, _, _, size, *numbers) in enumerate(said[rank].tolist()):
+            if state != WRITTEN or not size or runtime.rank not in (0, rank):
+                continue
+            region, box = recording.region(entries[i]), box_of(numbers)
+            part = narrowed(recording.slab.tensor(region), box)
+            if runtime.rank == rank:
+                post(part, 0, None, timeout_s)
+            else:
+                part.copy_(fetched(part.shape, part.dtype, rank, None, timeout_s))
+
+
+def hand_out(runtime: Any, shared: torch.Tensor, timeout_s: float) -> None:
+    """What rank 0 has put there, to the first rank of every other host, into its own slab at the same place."""
+    hosts = runtime.seat.hosts
+    for rank in [r for r, host in enumerate(hosts) if host != hosts[0] and hosts.index(host) == r]:
+        if runtime.rank == 0:
+            post(shared, rank, None, timeout_s)
+        elif runtime.rank == rank:
+            shared.copy_(fetched(shared.shape, shared.dtype, 0, None, timeout_s))
 
 
 def go_back(
@@ -409,59 +419,9 @@ def watched(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor
     return view
 
 
-# --- parameters ------------------------------------------------------------------------------------------
+# --- modules ---------------------------------------------------------------------------------------------
 
 
 def trainable(modules: Mapping[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
     """The parameters of these modules that are trained, in an order that is the same on every rank."""
     return [p for name in sorted(modules) for p in modules[name].parameters() if p.requires_grad]
-
-
-def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """These names, and every other name of a parameter that one of them is."""
-    found = dict.fromkeys(names)
-    for group in groups:
-        if set(group) & set(names):
-            found.update(dict.fromkeys(group))
-    return list(found)
-
-
-def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None:
-    """Make the gradients of these parameters lie as the parameters do, and whole sums: over the groups of rows where
-    nothing else has summed them, over the first and the last stage where they share one. All ranks must call."""
-    owned = list({id(p): p for name in names if (p := parameter_of(runtime, name)) is not None}.values())
-    for parameter in owned:
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-            parameter.grad = gradient.redistribute(placements=parameter.placements)
-        elif runtime.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-            work = dist.all_reduce(parameter.grad, group=runtime.groups["batch"], async_op=True)
-            wait(work, timeout_s, "a gradient")
-    last = runtime.info.layout.pp - 1
-    stage = runtime.info.layout.coordinate(runtime.rank)["pp"]
-    if last and stage in (0, last) and any(set(group) & set(names) for group in runtime.info.tied):
-        weight = runtime.model.get_input_embeddings().weight
-        if any(weight is parameter for parameter in owned):
-            both_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
-
-
-def both_ends(runtime: Any, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
-    """Tied embeddings are two copies of one parameter, on the first stage and on the last: both get the sum."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    mine = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
-    if step > 0:
-        send(runtime.model, mine, step, timeout_s)
-    other = receive(runtime.model, torch.empty_like(mine), step, timeout_s)
-    if step < 0:
-        send(runtime.model, mine, step, timeout_s)
-    mine.copy_(mine + other if step > 0 else other + mine)
-
-
-def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
-    """Give the memory of these parameters' gradients back."""
-    for name in names:
-        parameter = parameter_of(runtime, name)
-        if parameter is not None:
-            parameter.grad = None

@@ -193,6 +193,28 @@ class Editor:
             self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
         return again_distributed(tensor, local)
 
+    def edit_parameter(self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """This rank's part of a parameter's gradient, edited; the edit sees the whole and runs once. All ranks.
+
+        gradient: what this rank holds of it. seen: which part that is; it counts if it was written."""
+        shape = tuple(self.info.parameters[name])
+        formula = ShapeFormula("", tuple((size, "") for size in shape), str(gradient.dtype).removeprefix("torch."))
+        part = self._part(hook, name, (), formula, own_rows=False)
+        _, function = self._function(hook)
+
+        def run(whole: torch.Tensor) -> torch.Tensor:
+            new = guarded(hook, name, whole.clone(), lambda x: function(x, self._cut(hook, part, x), part))
+            return self._chosen(hook, name, Placed(whole, "", Replicate(), ()), formula, new)
+
+        if self.exchange is None:
+            return run(gradient)
+        title, holds = f"{hook.key} {name}", seen.holds
+        return self.exchange.once(title, 0, "world", gradient, shape, holds, holds, seen.box is not None, run)
+
+    def note(self, key: CaptureKey, before: Seen, nan: bool) -> None:
+        """What was there before an edit, of which copies must have been equal; nan: the edit has made some."""
+        self.edited[key] = replace(before, nan=nan)
+
     def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:
         known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
         path = hook.index if hook.index is not None else next((f.path for f in known), next(leaves(value), ("",))[0])
@@ -390,11 +412,11 @@ def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
-def needs_exchange(hooks: list[HookSpec], edits: Mapping[str, tuple[EditSpec, Callable]]) -> bool:
-    """Whether any of these hooks has an edit that sees the whole. HookError: an edit that is not known here."""
-    unknown = [h.edit for h in hooks if h.edit not in PRESETS and h.edit not in edits]
-    if unknown:
-        raise HookError(f"no edit is called {unknown[0]!r} on this rank; define it again")
-    return any(
-        (PRESETS[h.edit][0] if h.edit in PRESETS else edits[h.edit][0].per) != "element" for h in hooks if h.edit
-    )
+def seen_by(hook: HookSpec, edits: Mapping[str, tuple[EditSpec, Callable]]) -> str:
+    """What the hook's edit is per: "whole", "row" or "element". HookError: it is not known here."""
+    assert hook.edit is not None
+    if hook.edit not in PRESETS and hook.edit not in edits:
+        raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
+    if hook.of == "param":
+        return "whole"
+    return PRESETS[hook.edit][0] if hook.edit in PRESETS else edits[hook.edit][0].per

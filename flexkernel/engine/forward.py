@@ -18,12 +18,13 @@ from ..errors import EngineError, FlexError, HookError, PlacementError
 from ..slabs import Plan, Slab
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate, train
-from .autograd import Tape, backward, forget_gradients, graph_of, sum_parameters, tied, trainable
+from .autograd import Tape, backward, graph_of, trainable
 from .compat import in_fsdp1
-from .edits import PRESETS, Editor, needs_exchange
+from .edits import PRESETS, Editor, seen_by
 from .faults import fault
 from .gather import Exchange, OtherRankFailed, header
 from .generate import Steps
+from .gradients import edit_gradients, forget_gradients, sum_parameters, tied
 from .hooks import Recording, StopForward, spiller
 from .memory import extra_slab, forget, open_slab, power
 from .placements import Place
@@ -109,8 +110,6 @@ def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
     """For a run with a loss: what its backward begins from. HookError: it cannot be made."""
     if plan.loss is None:
         return None
-    if runtime.seat.local_world < runtime.seat.world:
-        raise HookError("a loss sees whole activations, which needs all engines on one host for now")
     asked = [hook.key for hook in active if hook.of == "param"]
     if (asked or (plan.training is not None and plan.training.parameters)) and in_fsdp1(runtime.model):
         raise PlacementError(
@@ -128,15 +127,20 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
     if not editing:
         return None
     exchange = None
-    if runtime.seat.world > 1 and needs_exchange(editing, runtime.edits):
-        if runtime.seat.local_world < runtime.seat.world:
-            raise HookError(f"{editing[0].key}: edits of whole activations need all engines on one host for now")
+    per = {hook.key: seen_by(hook, runtime.edits) for hook in editing}
+    if runtime.seat.world > 1 and any(what != "element" for what in per.values()):
+        whole = [key for key, what in per.items() if what == "whole"]
+        if plan.generation is not None and whole and runtime.info.layout.batch_groups > 1 and several_hosts(runtime):
+            raise HookError(
+                f"{whole[0]}: the rows of this generation are on several hosts, and an edit there sees those of its "
+                "own only: make it per='row'"
+            )
 
         def slab_of(group: str, turn: int, num_bytes: int) -> Slab:
             size = power(num_bytes)
             return open_slab(runtime, f"exchange-{group_name(runtime, group)}-{turn}-{size}.slab", size)
 
-        exchange = Exchange(runtime.groups, slab_of, plan.timeout_s)
+        exchange = Exchange(runtime.groups, slab_of, runtime.seat.hosts, plan.timeout_s)
     return Editor(
         runtime.info,
         plan,
@@ -151,9 +155,15 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
     )
 
 
+def several_hosts(runtime: Any) -> bool:
+    return len(set(runtime.seat.hosts)) > 1
+
+
 def group_name(runtime: Any, group: str) -> str:
     """What tells one group's slab from another's of the same kind."""
     where = runtime.info.layout.coordinate(runtime.rank)
+    if group == "world":
+        return group
     return f"{group}-{where['pp']}" + (f"-{where['batch']}" if group == "tp" else "")
 
 
@@ -197,7 +207,7 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     """The forward itself; whether it was stopped early. A rank that fails breaks the groups, so that nobody waits."""
     runtime.breaker.busy = runtime.seat.world > 1
     runtime.hooks.recording = recording
-    hooked = [entry.key.module for entry in recording.plan.entries if entry.hook.of == "param"]
+    hooked = [name for _, names in recording.of_parameters(runtime) for name in names]
     training = plan.training.parameters if plan.training is not None else ()
     names = tied([*hooked, *training], runtime.info.tied)
     try:
@@ -214,6 +224,8 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
                 recording.loss = backward(runtime, plan, recording, slab_of)
                 sum_parameters(runtime, names, plan.timeout_s)
                 train.sum_modules(runtime, plan.timeout_s)
+                recording.keep_parameters(runtime, before=True)
+                edit_gradients(runtime, recording)
                 recording.keep_parameters(runtime)
                 if plan.training is not None:
                     train.step(runtime, plan)

@@ -1,7 +1,8 @@
 """Our own collectives. Each can be waited for with an end: it is asynchronous and polled, never blocking.
 
-An exchange lets one rank see a whole activation: on one host the parts meet in shared memory, and what is sent is a
-header before, which says whether every rank came to the same place, and one after, which says how it went.
+An exchange lets one rank see a whole tensor: on one host the parts meet in shared memory, and what is sent is a
+header before, which says whether every rank came to the same place, and one after, which says how it went. Between
+hosts the parts are sent, too.
 """
 
 from __future__ import annotations
@@ -18,11 +19,28 @@ from ..errors import EditError, EngineError
 from ..slabs import PAGE, Slab, pages, size_of
 from ..wire import Box, Layout, Region
 from .compat import all_gather_single, stage_peer
-from .placements import narrowed
+from .placements import narrowed, pieces
 
-__all__ = ["HEADER", "Exchange", "header", "make_groups", "receive", "send", "wait"]
+__all__ = [
+    "BOX",
+    "HEADER",
+    "Exchange",
+    "box_of",
+    "boxed",
+    "fetched",
+    "gathered",
+    "header",
+    "make_groups",
+    "numbers_of",
+    "post",
+    "put_together",
+    "receive",
+    "send",
+    "wait",
+]
 
 HEADER = 16  # numbers in a header
+BOX = 24  # numbers for a box: up to eight pieces of three
 LATE_S = 15.0  # what our collectives wait longer than a run may stand still
 POLL_S = 2e-4  # a third of the CPU that polling without a pause takes, and faster with more ranks than cores
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
@@ -32,12 +50,17 @@ def header(numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | 
     """What every rank of the group says before it goes on: (ranks, 16) int64. Every one of them must call it.
 
     EngineError when some rank has not come within timeout_s."""
-    mine = torch.zeros(HEADER, dtype=torch.int64)
-    mine[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
-    all_ranks = torch.empty(dist.get_world_size(group), HEADER, dtype=torch.int64)
-    work = all_gather_single(all_ranks.view(-1), mine, group)
-    wait(work, timeout_s, "a header")
-    return all_ranks
+    return gathered([*numbers, *[0] * (HEADER - len(numbers))], timeout_s, group)
+
+
+def gathered(
+    numbers: Sequence[int] | torch.Tensor, timeout_s: float, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """What every rank of the group says: (ranks, *numbers) int64. Every one must call, with as many numbers."""
+    mine = torch.as_tensor(numbers, dtype=torch.int64)
+    every = torch.empty(dist.get_world_size(group), *mine.shape, dtype=torch.int64)
+    wait(all_gather_single(every.view(-1), mine.reshape(-1), group), timeout_s, "a header")
+    return every
 
 
 def wait(work: dist.Work, timeout_s: float, what: str) -> None:
@@ -52,9 +75,9 @@ def wait(work: dist.Work, timeout_s: float, what: str) -> None:
 
 def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None]:
     """This rank's groups for exchanges: "tp", which shares its rows, "batch", which holds the same shards for other
-    rows, and "stage", which holds the same modules; None where that is all ranks. All ranks must call, in every
-    generation, after the model's own groups are there."""
-    found: dict[str, dist.ProcessGroup | None] = {}
+    rows, "stage", which holds the same modules, and "world"; None where that is all ranks. All ranks must call, in
+    every generation, after the model's own groups are there."""
+    found: dict[str, dist.ProcessGroup | None] = {"world": None}
     for name, axes in (("stage", ("pp",)), ("tp", ("pp", "batch")), ("batch", ("pp", "tp"))):
         members: dict[tuple[int, ...], list[int]] = {}
         for other in range(layout.world):
@@ -68,6 +91,36 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
                 if rank in ranks:
                     found[name] = group
     return found
+
+
+def post(tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    """Send to a rank, which must fetch it; nothing is sent of an empty tensor."""
+    if tensor.numel():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        _finish(dist.isend(data, rank, group=group), timeout_s)
+
+
+def fetched(
+    shape: Sequence[int], dtype: torch.dtype, rank: int, group: dist.ProcessGroup | None, timeout_s: float
+) -> torch.Tensor:
+    """What a rank posts, of that shape and dtype."""
+    data = torch.empty(shape, dtype=dtype)
+    if data.numel():
+        _finish(dist.irecv(data.view(-1).view(torch.uint8), rank, group=group), timeout_s)
+    return data
+
+
+def numbers_of(box: Box) -> list[int]:
+    """A box as numbers, always as many. EngineError: it has more pieces than have a place."""
+    if 3 * len(box) > BOX:
+        raise EngineError(f"a part of a tensor in {len(box)} pieces cannot be sent between hosts")
+    return [number for piece in box for number in piece] + [-1] * (BOX - 3 * len(box))
+
+
+def box_of(numbers: Sequence[int]) -> Box:
+    """What numbers_of made numbers."""
+    triples = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    return tuple((dim, start, stop) for dim, start, stop in triples if dim >= 0)
 
 
 def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: float) -> None:
@@ -93,13 +146,19 @@ def _finish(work: dist.Work | None, timeout_s: float) -> None:
 
 
 class Exchange:
-    """Meets the other ranks of a group over one activation, in two slabs that take turns: a rank that is one exchange
-    ahead writes into the other one, and none can be two ahead. slab_of: (group, turn, bytes) → the slab."""
+    """Meets the other ranks of a group over one tensor. slab_of: (group, turn, bytes) → a slab that they share.
+
+    On one host the parts meet in two slabs that take turns: a rank that is one exchange ahead writes into the other
+    one, and none can be two ahead. hosts: rank → host; a group that is on several sends its parts."""
 
     def __init__(
-        self, groups: dict[str, dist.ProcessGroup | None], slab_of: Callable[[str, int, int], Slab], timeout_s: float
+        self,
+        groups: dict[str, dist.ProcessGroup | None],
+        slab_of: Callable[[str, int, int], Slab],
+        hosts: Sequence[str],
+        timeout_s: float,
     ):
-        self.groups, self.slab_of, self.timeout_s = groups, slab_of, timeout_s
+        self.groups, self.slab_of, self.hosts, self.timeout_s = groups, slab_of, hosts, timeout_s
         self.turn: dict[str, int] = {}
 
     def once(
@@ -116,38 +175,133 @@ class Exchange:
     ) -> torch.Tensor:
         """function(whole), run on the group's first rank; this rank's part of the result, in memory of its own.
 
-        local: this rank's part, `holds` of the whole of that shape; it writes it if `writes`, and takes `reads` of the
+        local: this rank's part, `holds` of the whole of that shape; it gives it if `writes`, and takes `reads` of the
         result. Every rank of the group must call. EditError on all of them if the function raises on one."""
-        dtype = str(local.dtype).removeprefix("torch.")
-        turn = self.turn.get(group, 0)
-        self.turn[group] = 1 - turn
-        slab = self.slab_of(group, turn, pages(size_of(shape, dtype)) or PAGE)
-        whole = slab.tensor(Region("", 0, shape, dtype))
-        if writes:
-            narrowed(whole, holds).copy_(local)
+        members = self.groups[group]
+        meeting = self._meeting(group, shape, local.dtype)
+        meeting.put(local, holds if writes else None, reads)
         numbers = [zlib.crc32(what.encode()), call, 0, DTYPES.index(local.dtype), len(shape), *shape]
-        self._agree(header(numbers, self.timeout_s, self.groups[group]), what)
+        self._agree(header(numbers, self.timeout_s, members), what)
+        meeting.bring()
         problem: EditError | None = None
-        if dist.get_rank(self.groups[group]) == 0:
+        if dist.get_rank(members) == 0:
             try:
-                new = function(whole.to(local.device))
-                whole.copy_(new)
+                meeting.whole.copy_(function(meeting.whole.to(local.device)))
             except EditError as error:
                 problem = error
         try:
             end = [zlib.crc32(what.encode()), call, int(problem is not None)]
-            said = header(end, self.timeout_s, self.groups[group])
+            said = header(end, self.timeout_s, members)
         finally:
             if problem is not None:  # also if the groups are broken meanwhile: it is the cause
                 raise problem
         if said[:, 2].any():
             raise OtherRankFailed(f"the edit of {what} failed on another rank")
-        return narrowed(whole, reads).clone().to(local.device)
+        return meeting.take().to(local.device)
+
+    def _meeting(self, group: str, shape: tuple[int, ...], dtype: torch.dtype) -> InSlab | ByMessages:
+        members = self.groups[group]
+        ranks = dist.get_process_group_ranks(members)
+        if len({self.hosts[rank] for rank in ranks}) > 1:
+            return ByMessages(members, ranks, shape, dtype, self.timeout_s)
+        turn = self.turn.get(group, 0)
+        self.turn[group] = 1 - turn
+        name = str(dtype).removeprefix("torch.")
+        slab = self.slab_of(group, turn, pages(size_of(shape, name)) or PAGE)
+        return InSlab(slab.tensor(Region("", 0, shape, name)))
 
     def _agree(self, said: torch.Tensor, what: str) -> None:
         """Every rank must be at the same edit with the same shape and dtype."""
         if not (said == said[0]).all():
             raise EngineError(f"the ranks are at different edits, or see different shapes; this one is at {what}")
+
+
+class InSlab:
+    """Where parts meet on one host: each rank writes its own into the whole, and reads its own of it."""
+
+    def __init__(self, whole: torch.Tensor):
+        self.whole = whole
+
+    def put(self, local: torch.Tensor, holds: Box | None, reads: Box) -> None:
+        """Before the ranks agree. holds: None to give nothing."""
+        self.reads = reads
+        if holds is not None:
+            put_together(self.whole, local, holds)
+
+    def bring(self) -> None:
+        """After the ranks have agreed: on the first one the whole is there."""
+
+    def take(self) -> torch.Tensor:
+        """After the first one has changed the whole: this rank's part of it."""
+        return taken_apart(self.whole, self.reads)
+
+
+class ByMessages:
+    """Where parts meet if their ranks are on several hosts: each sends its own to the first rank, and gets it back."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        timeout_s: float,
+    ):
+        self.group, self.ranks, self.shape, self.dtype, self.timeout_s = group, ranks, shape, dtype, timeout_s
+        self.first = dist.get_rank(group) == 0
+        self.whole = torch.empty(shape if self.first else (0,), dtype=dtype)
+
+    def put(self, local: torch.Tensor, holds: Box | None, reads: Box) -> None:
+        self.local, self.holds, self.reads = local, holds, reads
+
+    def bring(self) -> None:
+        mine = [int(self.holds is not None), *numbers_of(self.holds or ()), *numbers_of(self.reads)]
+        said = gathered(mine, self.timeout_s, self.group).tolist()
+        self.given = [box_of(row[1 : 1 + BOX]) if row[0] else None for row in said]
+        self.taken = [box_of(row[1 + BOX :]) for row in said]
+        if not self.first:
+            if self.holds is not None:
+                post(self.local, self.ranks[0], self.group, self.timeout_s)
+            return
+        for i, holds in enumerate(self.given):
+            if holds is not None:
+                put_together(self.whole, self.local if i == 0 else self._from(i, holds), holds)
+
+    def take(self) -> torch.Tensor:
+        if not self.first:
+            return self._from(0, self.reads)
+        for rank, reads in zip(self.ranks[1:], self.taken[1:], strict=True):
+            post(taken_apart(self.whole, reads), rank, self.group, self.timeout_s)
+        return taken_apart(self.whole, self.reads)
+
+    def _from(self, i: int, box: Box) -> torch.Tensor:
+        return fetched(boxed(self.shape, box), self.dtype, self.ranks[i], self.group, self.timeout_s)
+
+
+def put_together(whole: torch.Tensor, local: torch.Tensor, holds: Box) -> None:
+    """Copy what a rank has into its place."""
+    for part, piece in pieces(holds):
+        narrowed(whole, part).copy_(narrowed(local, piece))
+
+
+def taken_apart(whole: torch.Tensor, reads: Box) -> torch.Tensor:
+    """A copy of what a rank has of the whole."""
+    local = whole.new_empty(boxed(whole.shape, reads))
+    for part, piece in pieces(reads):
+        narrowed(local, piece).copy_(narrowed(whole, part))
+    return local
+
+
+def boxed(shape: Sequence[int], box: Box) -> tuple[int, ...]:
+    """The shape of what a rank has that holds this box of a whole.
+
+    >>> boxed((8, 5), ((0, 0, 2), (0, 6, 7)))
+    (3, 5)
+    """
+    sizes = dict.fromkeys((dim for dim, _, _ in box), 0)
+    for dim, start, stop in box:
+        sizes[dim] += stop - start
+    return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))
 
 
 class OtherRankFailed(EngineError):

@@ -22,8 +22,8 @@ from . import attention
 from .autograd import Tape, watched
 from .compat import waited
 from .digest import digest
+from .gradients import write_gradient
 from .leaves import arguments, inputs, leaf, leaves, replaced
-from .parameters import write_gradient
 from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
 
 __all__ = ["LOGITS", "Hooks", "Recording", "StopForward", "failed", "joined"]
@@ -233,10 +233,16 @@ class Recording:
             self.others[CaptureKey(hook.key, name, at, path, call)] = seen
         self.seconds += time.perf_counter() - start
 
-    def keep_parameters(self, runtime: Any) -> None:
-        """The gradients of the parameters that hooks name, after the backward. Nothing is sent."""
+    def of_parameters(self, runtime: Any) -> list[tuple[HookSpec, tuple[str, ...]]]:
+        """The hooks on parameters' gradients that are active in this run, and what each names."""
+        hooks = [hook for hook in runtime.hook_set.hooks if hook.of == "param" and hook.key in self.active]
+        return [(hook, runtime.planner.names(hook)) for hook in hooks]
+
+    def keep_parameters(self, runtime: Any, before: bool = False) -> None:
+        """The gradients of the parameters that hooks name, after the backward; those of which the hook keeps what was
+        there before its edit, before that. Nothing is sent."""
         for i, entry in enumerate(self.plan.entries):
-            if entry.hook.of == "param":
+            if entry.hook.of == "param" and entry.key.at.endswith(" before") is before:
                 try:
                     seen = write_gradient(runtime, entry.key.module, self._place_of(i))
                 except Exception as error:  # as in record()

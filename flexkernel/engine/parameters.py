@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..errors import CaptureError, HookError, PlacementError
+from ..errors import HookError, PlacementError
 from ..names import match, nearest
-from ..wire import Blob, Box, Held, Region, Seen, SlabValue, boxes
+from ..wire import Blob, Box, Held, Region, Seen, SlabValue
 from .compat import (
     flat_local,
     flat_shape,
@@ -31,9 +31,9 @@ from .compat import (
 from .digest import digest
 from .libraries import weight_placement
 from .memory import open_slab
-from .placements import narrowed
+from .placements import narrowed, pieces
 
-__all__ = ["held", "owner_of", "put", "restore", "write", "write_gradient"]
+__all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
@@ -143,29 +143,6 @@ def restore(runtime: Any, whose: str = "") -> None:
         runtime.changed.pop()
         if owner == whose:
             return
-
-
-def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
-    """Copy what this rank holds of a parameter's gradient into its place; None where it does not hold the parameter.
-
-    CaptureError: the loss does not depend on it."""
-    module = owner_of(runtime, name)
-    parameter = None if module is None else module._parameters.get(name.rpartition(".")[2])
-    if module is None or parameter is None:
-        return None
-    found, _ = placed(runtime, name, module, parameter.detach())
-    gradient = parameter.grad
-    if gradient is None:
-        raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
-    if isinstance(gradient, DTensor):
-        if gradient.placements != parameter.placements:
-            gradient = gradient.redistribute(placements=parameter.placements)
-        gradient = gradient.to_local()
-    if gradient.dtype != whole.dtype:
-        raise PlacementError(f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned")
-    for part, piece in pieces(found.holds):  # copies write the same numbers, as their digests show
-        narrowed(whole, part).copy_(narrowed(gradient, piece))
-    return Seen(found.evidence, found.placement, digest(gradient), found.holds, found.holds)
 
 
 # --- finding it ------------------------------------------------------------------------------------
@@ -321,13 +298,3 @@ def runs(index: torch.Tensor) -> list[tuple[int, int]]:
         return [(0, 0)]
     ends = (index.diff() != 1).nonzero().flatten() + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in index.tensor_split(ends)]
-
-
-def pieces(box: Box) -> Iterator[tuple[Box, Box]]:
-    """(its place in the whole, its place in the local tensor) for each part of one run a dim."""
-    begins, size = {}, dict.fromkeys((dim for dim, _, _ in box), 0)
-    for dim, start, stop in box:
-        begins[dim, start] = size[dim]
-        size[dim] += stop - start
-    for part in boxes(box):
-        yield part, tuple((dim, begins[dim, a], begins[dim, a] + b - a) for dim, a, b in part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ..errors import PlacementError
 from ..names import match
-from ..wire import Box, Layout, ShapeFormula, share
+from ..wire import Box, Layout, ShapeFormula, boxes, share
 from .compat import waited
 from .libraries import Known, known
 
@@ -325,6 +325,16 @@ def narrowed(whole: torch.Tensor, parts: Box) -> torch.Tensor:
     for dim, start, stop in parts:
         whole = whole.narrow(dim, start, stop - start)
     return whole
+
+
+def pieces(box: Box) -> Iterator[tuple[Box, Box]]:
+    """(its place in the whole, its place in the local tensor) for each part of one run a dim."""
+    begins, size = {}, dict.fromkeys((dim for dim, _, _ in box), 0)
+    for dim, start, stop in box:
+        begins[dim, start] = size[dim]
+        size[dim] += stop - start
+    for part in boxes(box):
+        yield part, tuple((dim, begins[dim, a], begins[dim, a] + b - a) for dim, a, b in part)
 
 
 def shared_part(shape: Sequence[int], copies: int, index: int) -> tuple[int, int, int] | None:

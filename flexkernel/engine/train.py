@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import HookError, LossError
 from ..wire import RunPlan, Training
-from .autograd import parameter_of, trainable
+from .autograd import trainable
 from .digest import digest
 from .gather import header, wait
+from .gradients import parameter_of
 
 __all__ = ["add", "forget_steps", "gradients", "held", "remove", "set_state", "state", "step", "sum_modules"]
 
