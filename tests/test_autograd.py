@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import os
 
 import models
 import pytest
@@ -125,15 +127,13 @@ def test_inside_eager_attention(session, tiny, layout):
 # --- edits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", layouts)
-def test_gradients_go_through_edits(session, tiny, layout):
-    session.load(tiny("llama"), **layout)
+def through_edits(session, folder, cases: list[Case]) -> None:
+    """Gradients of the loaded model, with each of these edits, are those of the unsharded one with it."""
     test_edits.define(session)
-    plain = truth(tiny("llama"))
-    wanted = CASES if layout in ({}, {"tp": 2}) else CASES[::3]
-    for case in wanted:
+    plain = truth(folder)
+    for case in cases:
         number = CASES.index(case)
-        want = truth(tiny("llama"), case=number)
+        want = truth(folder, case=number)
         session.unhook() if session.hook_set.hooks else None
         session.hook(case.module, name="edited", **case.how)
         session.hook("model.layers.*", at="grad_output", name="layers")
@@ -152,6 +152,12 @@ def test_gradients_go_through_edits(session, tiny, layout):
         first = "model.embed_tokens.weight"
         moved = relative(want.parameters[first], plain.parameters[first])
         assert moved > 100 * 2e-5, (case.name, "has to change the gradient")
+
+
+@pytest.mark.parametrize("layout", layouts)
+def test_gradients_go_through_edits(session, tiny, layout):
+    session.load(tiny("llama"), **layout)
+    through_edits(session, tiny("llama"), CASES if layout in ({}, {"tp": 2}) else CASES[::3])
 
 
 @pytest.mark.engines(2)
@@ -350,6 +356,28 @@ def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
         session.hook("model.layers.0.mlp.gate_projj.weight", at="param_grad")
     with pytest.raises(fk.errors.HookError, match="whole forward"):
         session.run(ROWS, loss=loss, stop_at="model.layers.0")
+
+
+@pytest.mark.engines(2)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=lambda layout: next(iter(layout)))
+def test_a_model_whose_gradients_were_taken_is_let_go(session, tiny, layout):
+    """A graph that hooks hold and that holds the hooks would keep the model, its groups and their threads for ever."""
+
+    def there() -> tuple[int, int]:
+        gc.collect()
+        models = sum(type(thing).__name__.endswith("LlamaForCausalLM") for thing in gc.get_objects())
+        return models, len(os.listdir("/proc/self/task"))
+
+    counts = []
+    for _ in range(4):
+        session.load(tiny("llama"), **layout)
+        test_edits.define(session)
+        hook_all(session)
+        session.hook("model.layers.1", edit="mix", name="edited")
+        session.run(ROWS, loss=loss)
+        counts.append(session.on_ranks(there))
+    assert all(models == 1 for ranks in counts for models, _ in ranks), counts
+    assert all(counts[-1][r][1] <= counts[1][r][1] for r in range(2)), counts
 
 
 # --- finite differences ----------------------------------------------------------------------------------

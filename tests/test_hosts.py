@@ -6,7 +6,11 @@ import os
 
 import models
 import pytest
+import test_autograd
+import test_edits
+import test_gradients
 import torch
+from test_edits import CASES, MASK, ROWS, TOLERANCE
 
 import flexkernel as fk
 from flexkernel import reduce
@@ -133,3 +137,76 @@ def test_a_driver_on_one_of_the_hosts_uses_its_own_slab(elsewhere, tiny, monkeyp
     capture = elsewhere.run(IDS)["model.layers.0.mlp"]
     assert capture._is_view()
     assert torch.equal(capture.tensor(), elsewhere.run(IDS)["model.layers.0.mlp"].tensor())
+
+
+# --- what needs whole activations: their parts are sent ------------------------------------------------
+
+
+@pytest.fixture
+def apart(elsewhere):
+    """The two engines, each on a host of its own."""
+    if elsewhere.cluster.hosts[1] == "b":
+        move(elsewhere, 1, "c")
+    return elsewhere
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.slow
+def test_edits_and_gradients_over_hosts_are_the_unsharded_models(apart, tiny, layout):
+    """Three rows: the groups of rows have unequal shares."""
+    apart.load(tiny("llama"), **layout)
+    assert apart.cluster.hosts == ["b", "c"]
+    test_edits.define(apart)
+    base = test_edits.edited_logits(tiny("llama"), None)
+    cases = [case for case in CASES if case.name.startswith(("user's", "project_out", "mean", "add"))]
+    assert len(cases) == 10
+    for case in cases:
+        apart.hook(case.module, name="edited", **case.how)
+        truth = test_edits.edited_logits(tiny("llama"), case)
+        assert (truth - base)[MASK].abs().max() > 100 * TOLERANCE
+        torch.testing.assert_close(apart.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0)
+    test_autograd.through_edits(apart, tiny("llama"), cases)
+    apart.unhook()
+    apart.hook(test_gradients.WEIGHTS, at="param_grad", edit="scale", value=3.0)
+    found = apart.run(ROWS, loss=test_autograd.loss)[test_gradients.GATE, "param_grad"].tensor()
+    want = test_autograd.truth(tiny("llama")).parameters[test_gradients.GATE] * 3
+    assert test_autograd.relative(found, want) < test_autograd.TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_loss_over_hosts_sees_captures_of_all_of_them(apart, tiny):
+    apart.load(tiny("llama"), pp=2)
+    names = ["model.layers.0.mlp", "model.layers.3.mlp", "model.layers.1.self_attn.o_proj"]
+    for name in names:
+        apart.hook(name)
+    run = apart.run(IDS, loss=lambda logits, batch: sum(batch.captures[name].double().square().sum() for name in names))
+    want = sum(run[name].tensor().double().square().sum().item() for name in names)
+    assert want > 1e-3 and run.loss == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_patch_travels_to_other_hosts(apart, tiny):
+    """A slab's name would mean nothing there, or zeros."""
+    name, other = "model.layers.2", [[9, 8, 7, 6, 5], [4, 3, 2, 1, 9]]
+    apart.load(tiny("llama"), tp=2)
+    apart.hook(name)
+    source = apart.run(other)
+    alone = apart.run(IDS)
+    apart.hook(name, edit="patch", value=source[name])
+    patched = apart.run(IDS)
+    assert not torch.allclose(patched.logits.tensor(), alone.logits.tensor(), atol=1e-2)
+    torch.testing.assert_close(patched.logits.tensor(), source.logits.tensor(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_generation_whose_rows_are_on_several_hosts_is_edited_by_row(apart, tiny):
+    apart.load(tiny("llama"), dp=2)
+    apart.edit("mine")(lambda x, ctx: x * ctx.mask[..., None])
+    apart.hook("model.layers.2", edit="mine")
+    with pytest.raises(fk.errors.HookError, match="per='row'"):
+        apart.generate(IDS, max_new_tokens=3)
+    plain = apart.run(IDS).logits.tensor()
+    apart.edit("mine", per="row")(lambda x, ctx: x * ctx.mask[..., None])
+    apart.hook("model.layers.2", edit="mine")
+    assert apart.generate(IDS, max_new_tokens=3).tokens
+    torch.testing.assert_close(apart.run(IDS).logits.tensor(), plain)

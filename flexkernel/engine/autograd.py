@@ -55,6 +55,12 @@ class Tape:
     sent: torch.Tensor | None = None
     received: torch.Tensor | None = None
 
+    def forget(self) -> None:
+        """Let go of the graph. Its hooks know the recording, which knows this tape: a ring that no collector sees
+        through, and that would hold the model and its groups for ever."""
+        self.ends.clear()
+        self.sent = self.received = None
+
     def end(self, i: int, local: torch.Tensor, placed: Placed, here: Place, batched: bool) -> None:
         """Note where a capture's gradient would come in. Of ranks that hold copies for other rows of the batch the
         first counts; a rank whose rows nobody wants gets zeros."""

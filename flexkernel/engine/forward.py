@@ -238,6 +238,8 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     finally:
         runtime.hooks.recording = None
         runtime.breaker.busy = False
+        if recording.tape is not None:
+            recording.tape.forget()
         forget_gradients(runtime, names)
 
 
