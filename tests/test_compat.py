@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import inspect
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.tensor import DTensor, _redistribute
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface
 from transformers.distributed import DistributedConfig, mixin
@@ -350,6 +353,24 @@ def test_the_meshes_are_made_by_transformers_in_one_call():
     from transformers.distributed.utils import initialize_distributed_mesh
 
     assert parameters(initialize_distributed_mesh)[0] == "distributed_config"
+
+
+def test_dtensor_can_be_made_to_forget_its_meshes():
+    """Its caches hold every mesh that an operation was ever planned on."""
+    forgotten = []
+
+    class Planned:
+        pass
+
+    planned = Planned()
+    mesh = weakref.ref(planned, lambda _: forgotten.append(1))
+    _redistribute._planner_cache[mesh, planned] = planned
+    del planned
+    compat.forget_meshes()
+    gc.collect()
+    assert forgotten == [1] and not _redistribute._planner_cache
+    assert _redistribute._gen_transform_infos.cache_info().currsize == 0
+    assert DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_info().currsize == 0
 
 
 # --- FSDP1 ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import Placement, Shard, _redistribute, debug
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AttentionInterface, DynamicCache
 from transformers.distributed import DistributedConfig, mixin
@@ -33,6 +33,7 @@ __all__ = [
     "fix_cached_groups",
     "flat_local",
     "flat_shape",
+    "forget_meshes",
     "in_fsdp1",
     "is_compiled",
     "is_placeholder",
@@ -317,6 +318,14 @@ def abort_groups() -> None:
     if dist.is_initialized():
         c10d._abort_process_group()
     c10d._world.group_count = 0  # differs between ranks after an init that failed on some; the next would hang
+
+
+def forget_meshes() -> None:
+    """Empty what DTensor remembers of its operations: every mesh that one was ever made on, with its groups, their
+    threads and sockets, stays for as long as it does."""
+    debug._clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 @contextlib.contextmanager

@@ -193,6 +193,10 @@ class Runtime:
             self.breaker.after_groups({self.store.port})
 
     def unload(self) -> None:
+        if self.model is not None:
+            from .compat import forget_meshes
+
+            forget_meshes()
         if self.hooks is not None:
             self.hooks.clear()
         self.model = self.info = self.hooks = self.caller = None
