@@ -12,10 +12,10 @@ import torch
 
 from . import errors, reduce
 from .errors import CaptureError, CaptureExpired, PlacementError
-from .slabs import Slab, pages, size_of
-from .wire import Box, CaptureKey, Region, Seen, SlabValue, boxes
+from .slabs import Entry, Slab, left_of, pages, size_of
+from .wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
-__all__ = ["Capture", "Home", "draw"]
+__all__ = ["Capture", "Home", "Reduced", "draw"]
 
 
 class Home(Protocol):
@@ -35,6 +35,7 @@ class Capture:
     seen: rank → what that rank saw. region: its planned place, None where it has none. tokens: each row's, as text.
     mask: (B, positions) bool, which of a run's positions are real: False on pads, and in a generation after the token
     before a row's last one; None where the value has no positions. cut: what of the planned whole there is.
+    covers: the shape that the ranks' parts make together, where it is not its own.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Capture:
         tokens: list[list[str]] | None = None,
         mask: torch.Tensor | None = None,
         cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        covers: tuple[int, ...] | None = None,
     ):
         self.key, self.shape, self.dtype, self.seen = key, tuple(shape), dtype, dict(seen)
         self.tokens, self.mask, self._cut = tokens, mask, cut
@@ -58,7 +60,7 @@ class Capture:
         self._expired = ""
         self.verified = False
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
-        self.error = _failure(key, self.seen, self.shape if cut is None or region is None else region.shape)
+        self.error = _failure(key, self.seen, self.shape if covers is None else covers)
 
     # --- what it is --------------------------------------------------------------------------------
 
@@ -316,6 +318,41 @@ class Capture:
             if seen.region is not None:
                 whole[index_of(seen.holds, len(self.shape))] += self._own_part(rank, seen.region).to(exact)
         return whole.to(self.dtype)
+
+
+class Reduced(Capture):
+    """What was kept instead of an activation. In its place lies what each rank's part said of it, (statistics, slots,
+    what is kept), of which every look makes the whole.
+
+    entry: the planned capture. layout: whose ranks they are. Its shape and dtype are the reduced value's."""
+
+    def __init__(self, entry: Entry, layout: Layout, *args: Any):
+        self.entry, self.layout = entry, layout
+        super().__init__(*args)
+
+    def _is_view(self) -> bool:
+        return False
+
+    def _one_host(self) -> None:
+        return None
+
+    def _assemble(self) -> torch.Tensor:
+        assert self.entry.hook.reduce is not None and self._region is not None
+        op, dtype = self.entry.hook.reduce.op, getattr(torch, self.entry.formula.dtype)
+        whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
+        for rank, seen in sorted(self.seen.items()):
+            if seen.box is not None:
+                into = whole[(slice(None), *index_of(left_of(seen.box, self.entry.over), len(self.entry.kept)))]
+                both = [reduce.Partial(op, tuple(parts), dtype) for parts in (into, self._said_by(rank, seen.box))]
+                into.copy_(torch.stack(reduce.combine(both).parts))
+        value = reduce.Partial(op, tuple(whole), dtype).value()
+        assert isinstance(value, torch.Tensor)
+        return self._there(value)
+
+    def _said_by(self, rank: int, box: Box) -> torch.Tensor:
+        """A rank's statistics of its part."""
+        part = index_of(left_of(box, self.entry.over), len(self.entry.kept))
+        return self._part(rank, (slice(None), self.entry.slot(self.layout, rank), *part))
 
 
 def draw(source: Any, as_: str = "map", **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The half of a session that runs experiments: many runs, or another model beside the loaded one."""
+"""The half of a session that runs experiments: many runs, none at all, or another model beside the loaded one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from . import preview as previewing
 from . import verify as verifying
+from .preview import Preview
 from .run import Run
 from .sweep import Sweep, modules_of
 from .verify import Verification
@@ -23,6 +25,28 @@ class Experiments:
     """Experiments over a session. bar: how a notebook shows progress; the magics give it."""
 
     bar: Callable[..., Any] | None = None
+
+    def preview(
+        self,
+        prompts_or_ids: Any,
+        groups: Sequence[str] | str = (),
+        complement: bool = False,
+        chat: bool = False,
+        max_new_tokens: int = 0,
+        loss: bool = False,
+        bandwidth: float | None = None,
+    ) -> Preview:
+        """What a run of this would keep: bytes by hook, by rank and by host, how long they take to copy, and whether
+        they fit. Nothing is run.
+
+        max_new_tokens: of a generation. loss: the run has one, so that there are gradients. bandwidth: bytes a second,
+        if not those of the last run. HookError, PromptError: as run() refuses."""
+        session = cast("Session", self)
+        batch = session._batch(prompts_or_ids, chat)
+        where, _ = session._plan(batch, groups, complement, max_new_tokens, loss)
+        assert session.store is not None and session.info is not None
+        size = len(batch.ids), len(batch.ids[0]), max_new_tokens
+        return previewing.preview(session.cluster, session.store, session.info, where, size, bandwidth)
 
     def verify(
         self,

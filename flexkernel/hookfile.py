@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HookError
+from .hooks import reduction
 from .wire import Blob, EditSpec, HookSet, HookSpec, SlabValue
 
 __all__ = ["compiled", "read", "write"]
@@ -87,6 +88,8 @@ def of_hook(hook: HookSpec) -> dict[str, Any]:
     defaults = HookSpec(hook.glob)
     fields = [field.name for field in dataclasses.fields(hook)]
     given = {name: getattr(hook, name) for name in fields if getattr(hook, name) != getattr(defaults, name)}
+    if hook.reduce is not None:
+        given["reduce"] = str(hook.reduce)
     if "value" in given:
         given["value"] = of_value(hook.value)
     return {"glob": hook.glob, **given}
@@ -103,6 +106,8 @@ def to_hook(entry: dict[str, Any]) -> HookSpec:
     for name in TUPLES:
         if given.get(name) is not None:
             given[name] = tuple(given[name])
+    if given.get("reduce") is not None:
+        given["reduce"] = reduction(given["reduce"])
     value = given.get("value")
     if isinstance(value, dict):
         given["value"] = Blob(tuple(value["shape"]), value["dtype"], base64.b64decode(value["data"], validate=True))

@@ -73,6 +73,7 @@ class Hooking:
         value: Any = None,
         heads: Sequence[int] | int | None = None,
         neurons: Sequence[int] | int | None = None,
+        reduce: str | None = None,
     ) -> Hooked:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in every run from here on.
 
@@ -85,11 +86,13 @@ class Hooking:
         Positions are those of the padded batch, and in a generation of all the text; -1 is each forward's last one.
         edit: change it, by a preset (zero mean scale add set project_out clamp noise patch; value: what it takes) or by
         an edit you defined; at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
-        capture: what is kept of an edited activation, "after" the edit, "before" it, "both", or "none"."""
+        capture: what is kept of an edited activation, "after" the edit, "before" it, "both", or "none".
+        reduce: keep only this of it: "norm:-1", "mean:0,1", "amax", ... over these dims or all, computed where the
+        shards lie, over rows and positions without pads; "last" is positions=-1."""
         info = self._loaded()
         assert self.store is not None
         plain = edits.value_of(value, set(self.cluster.hosts) <= {self.store.here})
-        spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture)
+        spec = spec_of(glob, at, index, groups, positions, name, edit, plain, heads, neurons, capture, reduce)
         found, firing = self._checked(info, spec, self.edits)
         self._held.take(spec.key, value)
         self._set_hooks(self.hook_set.put(spec))

@@ -10,9 +10,10 @@ from typing import Any
 
 from .errors import HookError
 from .names import match, nearest
-from .wire import HookSet, HookSpec
+from .reduce import NUM_PARTS
+from .wire import HookSet, HookSpec, Reduction
 
-__all__ = ["AT", "Hooked", "Hooks", "regrouped", "spec_of"]
+__all__ = ["AT", "Hooked", "Hooks", "reduction", "regrouped", "spec_of"]
 
 AT = ("output", "input", "grad_output", "grad_input", "param_grad")
 
@@ -47,6 +48,7 @@ def spec_of(
     heads: Sequence[int] | int | None = None,
     neurons: Sequence[int] | int | None = None,
     capture: str = "after",
+    reduce: str | None = None,
 ) -> HookSpec:
     """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
     if at not in AT:
@@ -54,6 +56,10 @@ def spec_of(
     if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
         raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
     groups = (groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups))
+    if reduce == "last":
+        if positions is not None:
+            raise HookError(f"reduce='last' keeps the last position, and positions={positions!r} others: say one")
+        positions, reduce = -1, None
     spec = HookSpec(
         glob,
         at,
@@ -66,12 +72,34 @@ def spec_of(
         indices(heads, "heads"),
         indices(neurons, "neurons"),
         capture,
+        None if reduce is None else reduction(reduce),
     )
     if spec.key == "logits":
         raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
     if at == "param_grad" and (edit == "mean" or positions is not None or heads is not None):
         raise HookError("the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons")
+    if at == "param_grad" and reduce is not None:
+        raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
     return spec
+
+
+def reduction(text: str) -> Reduction:
+    """What a hook keeps instead of a value, as a user writes it. HookError.
+
+    >>> reduction("norm:-1"), reduction("amax")
+    (Reduction(op='norm', dims=(-1,)), Reduction(op='amax', dims=()))
+    """
+    op, colon, dims = str(text).partition(":")
+    try:
+        found = tuple(int(dim) for dim in dims.split(",")) if colon else ()
+    except ValueError:
+        found, op = (), ""
+    if op not in NUM_PARTS:
+        raise HookError(
+            f"reduce={text!r} is not there; it is OP:DIMS, as norm:-1 or mean:0,1, OP alone for all dims, or last; "
+            f"OP is one of {', '.join(NUM_PARTS)}"
+        )
+    return Reduction(op, found)
 
 
 def indices(given: Sequence[int] | int | None, what: str) -> tuple[int, ...] | None:
@@ -127,7 +155,7 @@ class Hooks:
                 spec.key,
                 some(self._targets(spec)),
                 str(len(self._targets(spec))),
-                spec.at + (f"[{spec.index}]" if spec.index is not None else ""),
+                " ".join(filter(None, [indexed(spec), str(spec.reduce or "")])),
                 ", ".join(g + (" (off)" if g in self.off else "") for g in spec.groups),
             )
             for spec in self.specs
@@ -148,6 +176,10 @@ class Hooks:
         head = "".join(f"<th>{name}</th>" for name in ("hook", "modules", "n", "at", "groups"))
         rows = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows())
         return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def indexed(spec: HookSpec) -> str:
+    return spec.at + (f"[{spec.index}]" if spec.index is not None else "")
 
 
 def regrouped(hook_set: HookSet, action: str, group: str, glob: str | None) -> HookSet:

@@ -32,6 +32,7 @@ from .hooks import AT
 
 if TYPE_CHECKING:
     from .capture import Capture
+    from .preview import Preview
     from .run import Run
     from .session import Session
     from .verify import Verification
@@ -418,12 +419,16 @@ class FlexMagics(Magics):
         "--group", dest="groups", action="append", default=[], metavar="G", help="put it into a group; repeatable"
     )
     @argument("--positions", type=numbers, metavar="0,-1", help="keep only these token positions; edit only these")
+    @argument("--reduce", metavar="OP:DIMS", help="keep only this of it: norm:-1, mean:0,1, amax, last, ...")
     @argument("--name", metavar="NAME", help="a name of your own; a hook of the same name is replaced")
     @argument("--edit", metavar="NAME[:VALUE]", help="change it: zero, scale:2, add:vector, one of %%%%flex_edit, ...")
     @argument("--heads", type=numbers, metavar="0,3", help="edit only these heads, of @q @k @v @pattern @z")
     @argument("--neurons", type=numbers, metavar="7,9", help="edit only these of the last dim")
     @argument("--capture", metavar="after|before|both|none", help="what is kept of what is edited (default: after)")
-    @twin("`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, name=)`, `session.hooks`")
+    @twin(
+        "`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, reduce=, name=)`, "
+        "`session.hooks`"
+    )
     @line_magic
     def flex_hook(self, line: str) -> Any:
         """Capture, and change, what modules put out or take in, in every run from here on; alone: the table of hooks.
@@ -433,7 +438,7 @@ class FlexMagics(Magics):
         follows the colon is Python.
         """
         args = parsed(self.flex_hook, line)
-        options = given(args, "at", "index", "groups", "positions", "name", "heads", "neurons", "capture")
+        options = given(args, "at", "index", "groups", "positions", "reduce", "name", "heads", "neurons", "capture")
         if args.edit is not None:
             options |= self._edit(args.edit)
         if args.glob is not None:
@@ -506,6 +511,7 @@ class FlexMagics(Magics):
     @argument("--top-k", type=int, metavar="K", help="with --sample: of the K likeliest only")
     @argument("--top-p", type=float, metavar="P", help="with --sample: of the likeliest that come to this probability")
     @argument("--seed", type=int, metavar="N", help="with --sample: draw the same again (run.seed of an earlier one)")
+    @argument("--preview", action="store_true", default=None, help="run nothing; say what would be kept and if it fits")
     @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
     @argument(
         "--backward",
@@ -519,11 +525,12 @@ class FlexMagics(Magics):
     )
     @twin(
         "`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`, "
-        "`session.generate(prompts_or_ids, max_new_tokens=, do_sample=, temperature=, on_token=, ...)`"
+        "`session.generate(prompts_or_ids, max_new_tokens=, do_sample=, temperature=, on_token=, ...)`, "
+        "`session.preview(prompts_or_ids, groups=, ...)`"
     )
     @no_var_expand
     @line_cell_magic
-    def flex_run(self, line: str, cell: str | None = None) -> Run:
+    def flex_run(self, line: str, cell: str | None = None) -> Run | Preview:
         """One forward over the prompt, or its continuation, with what the hooks capture. %%flex_run: one prompt a line.
 
         Options come before the prompt; -- by itself ends them. Quotes are not needed; those that enclose the whole
@@ -534,6 +541,8 @@ class FlexMagics(Magics):
         session = self.needed()
         prompts = self._prompts(args.var, prompt, cell)
         how = given(args, "groups", "complement", "chat")
+        if args.preview:
+            return session.preview(prompts, **how, max_new_tokens=args.generate or 0, loss=args.backward is not None)
         if args.generate is None:
             if alone := given(args, *GENERATING):
                 raise UsageError(f"--{next(iter(alone)).replace('_', '-')} belongs to --generate N")

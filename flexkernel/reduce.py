@@ -16,6 +16,7 @@ import torch
 
 __all__ = [
     "HOWS",
+    "NUM_PARTS",
     "OPS",
     "Histogram",
     "Partial",
@@ -24,8 +25,11 @@ __all__ = [
     "count_nan",
     "extreme",
     "histogram",
+    "masked",
+    "nothing",
     "partial",
     "reduce_shards",
+    "result_dtype",
     "robust_range",
     "tiles",
 ]
@@ -100,6 +104,7 @@ OPS: dict[str, _Op] = {
     "amin": _Op(lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only),
 }
 _EXACT = {"amax", "amin"}  # their value is one of the elements, so it keeps the dtype
+NUM_PARTS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}  # of each op's statistics
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,14 @@ class Partial:
         """The reduced tensor (topk: values and indices). Float64 stays; other floating results are float32."""
         if self.op == "topk":
             return self.parts
-        out = OPS[self.op].last(self.parts)
-        return out if self.op in _EXACT else out.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        return OPS[self.op].last(self.parts).to(result_dtype(self.op, self.dtype))
+
+
+def result_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a reduction of a tensor of that dtype."""
+    if op in _EXACT:
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def partial(
@@ -148,6 +159,50 @@ def partial(
     if op not in OPS:
         raise ValueError(f"no reduction {op!r}; there are {', '.join([*OPS, 'topk'])}")
     return Partial(op, OPS[op].first(x, _dims(x, dim), keepdim), x.dtype)
+
+
+def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | None) -> Partial:
+    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, to be broadcast over x; None:
+    all count. Where none counts it is what `nothing` is.
+
+    >>> masked("mean", torch.tensor([9.0, 1.0, 3.0]), (0,), torch.tensor([False, True, True])).value()
+    tensor(2.)
+    """
+    if mask is None:
+        return partial(op, x, dims)
+    if op in ("var", "std"):
+        real = mask.expand_as(x).double()
+        num = real.sum(dims, keepdim=True)
+        wide = torch.where(mask, x.double(), 0)
+        mean = wide.sum(dims, keepdim=True) / num.clamp(min=1)
+        squares = ((wide - mean) * real).square().sum(dims)
+        return Partial(op, (num.squeeze(dims), mean.squeeze(dims), squares), x.dtype)
+    parts = OPS[op].first(x.masked_fill(~mask, _neutral(op, x.dtype)), tuple(dims), False)
+    if op == "mean":
+        parts = parts[0], mask.expand_as(x).sum(dims, dtype=torch.float64)
+    return Partial(op, parts, x.dtype)
+
+
+def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
+    """The part of a shard that has no elements: combined with another it changes nothing. shape: the reduced one.
+
+    >>> combine([nothing("norm", (), torch.float32), partial("norm", torch.tensor([3.0, 4.0]))]).value()
+    tensor(5.)
+    """
+    fill = {"amax": -math.inf, "amin": math.inf}.get(op, 0.0)
+    parts = torch.full((NUM_PARTS[op], *shape), fill, dtype=torch.float64)
+    return Partial(op, tuple(parts), dtype)
+
+
+def _neutral(op: str, dtype: torch.dtype) -> float | int | bool:
+    """What changes nothing of the op's value."""
+    if op not in _EXACT:
+        return 0
+    if dtype == torch.bool:
+        return op == "amin"
+    if dtype.is_floating_point:
+        return -math.inf if op == "amax" else math.inf
+    return torch.iinfo(dtype).min if op == "amax" else torch.iinfo(dtype).max
 
 
 def combine(partials: Sequence[Partial]) -> Partial:

@@ -19,11 +19,12 @@ from typing import Any
 import psutil
 import torch
 
-from .capture import Capture, differing
+from .capture import Capture, Reduced, differing
 from .errors import CaptureError, FlexError, MemoryBudgetError
 from .generation import Stream, generated
 from .names import match, nearest
 from .prompts import Batch, texts, token_strings
+from .reduce import result_dtype
 from .slabs import (
     PAGE,
     SLAB_BYTES,
@@ -37,18 +38,20 @@ from .slabs import (
     cut,
     kept_columns,
     kept_shape,
+    left,
     pages,
     place,
     position_dim,
 )
-from .wire import CaptureKey, Region, RunPlan, RunReport, Seen
+from .wire import CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
-__all__ = ["Run", "Store"]
+__all__ = ["Run", "Store", "costliest"]
 
 TOKEN_STYLE = "background:rgba(127,127,127,.16);border-radius:3px;padding:0 2px;white-space:pre"
 MOST_RUNS = 100  # kept at a time: each costs the driver and every engine some memory beside its bytes in slabs
 SHOWN = 24  # captures listed in a repr
 WARNED = 4  # and warnings
+MEASURED_BYTES = 1 << 20  # a run that copies less says little of how fast copies are
 
 
 class Run:
@@ -365,7 +368,8 @@ class Store:
     keeps or looks into expire.
     """
 
-    def __init__(self, cluster: Any):
+    def __init__(self, cluster: Any, layout: Layout):
+        self.layout = layout
         host = os.environ.get("FLEX_HOST", "")
         name = cluster.folder + (f"-{host}" if host else "")
         # An engine made the folder under a random name: where it is there already, this is the engine's own memory.
@@ -385,6 +389,7 @@ class Store:
         self.verified: set[tuple[str, str, str]] = set()  # (module, at, index) of what equals the unsharded model's
         self._clients: dict[str, Any] = {}
         self._count = 0
+        self.bandwidth: float | None = None  # bytes a second of the last run's copies, all ranks together
 
     def slab(self, name: str, num_bytes: int, create: bool = False) -> Slab:
         """A slab of this host, mapped once and kept. create: it is written into here, where no engine may have yet."""
@@ -422,26 +427,49 @@ class Store:
         self._count += 1
         return self._count
 
-    def take(self, num_bytes: int, what: str = "this run") -> Extent:
-        """Room for captures; older ones expire to make it, parameters first. MemoryBudgetError: that is not enough."""
-        self.pool.drain()  # tensors that died since the last run count no more
+    def _may_expire(self, run: Run) -> bool:
+        """Whether nobody keeps the run or looks into it."""
+        extent = self._extents.get(run.number)
+        return not run.kept and not run.freed and extent is not None and extent.tensors <= 0
+
+    def held(self) -> int:
+        """Bytes that no newer run could have: of runs that are kept or looked into, and of parameters in use."""
+        self.pool.drain()
+        gone = [self._extents[run.number] for run in self.runs.values() if self._may_expire(run)]
+        gone += [extent for _, extent in self._lent if extent.tensors <= 1]
+        return self.pool.num_bytes - sum(extent.num_bytes for extent in gone)
+
+    def refusal(self, num_bytes: int, what: str = "this run", costs: str = "") -> MemoryBudgetError | None:
+        """Why there cannot be room for so much; None: there can. costs: which hooks it is mostly for."""
         if num_bytes > self.budget:
-            raise MemoryBudgetError(
+            return MemoryBudgetError(
                 f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
-                "use --positions, or raise session.store.budget"
+                f"use --positions, or raise session.store.budget{costs}"
             )
+        held = self.held()
+        if held + num_bytes > self.budget:
+            return MemoryBudgetError(
+                f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold {held:,} of the "
+                f"session's budget of {self.budget:,}: free some (run.free()){costs}"
+            )
+        return None
+
+    def growth(self, num_bytes: int) -> int:
+        """Bytes of a new slab file that a run of so many needs; 0: there is one, or older runs give theirs back."""
+        lacks = self.pool.num_bytes + num_bytes > self.budget
+        return 0 if lacks else self.pool.growth(num_bytes)
+
+    def take(self, num_bytes: int, what: str = "this run", costs: str = "") -> Extent:
+        """Room for captures; older ones expire to make it, parameters first. MemoryBudgetError: that is not enough."""
+        problem = self.refusal(num_bytes, what, costs)
+        if problem is not None:
+            raise problem
         self._recall("it expired to make room; session.parameter(name) reads it again", num_bytes)
         for run in list(self.runs.values()):
             if self.pool.num_bytes + num_bytes <= self.budget and len(self.runs) < self.most_runs:
                 break
-            extent = self._extents.get(run.number)
-            if not run.kept and not run.freed and extent is not None and extent.tensors <= 0:
+            if self._may_expire(run):
                 self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
-        if self.pool.num_bytes + num_bytes > self.budget:
-            raise MemoryBudgetError(
-                f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold "
-                f"{self.pool.num_bytes:,} of the session's budget of {self.budget:,}: free some (run.free())"
-            )
         return self.pool.take(num_bytes)
 
     def lend(self, capture: Capture, extent: Extent) -> None:
@@ -469,14 +497,14 @@ class Store:
                 self._lent.remove((ref, extent))
 
     @contextlib.contextmanager
-    def room(self, num_bytes: int, what: str = "this run") -> Iterator[Extent]:
+    def room(self, num_bytes: int, what: str = "this run", costs: str = "") -> Iterator[Extent]:
         """Room for a run while it is made; given back if the run fails."""
-        extent = self.take(num_bytes, what)
+        extent = self.take(num_bytes, what, costs)
         try:
             yield extent
-        except MemoryBudgetError:
+        except MemoryBudgetError as error:
             self.pool.abandon(extent)
-            raise
+            raise MemoryBudgetError(f"{error}{costs}") from None
         except BaseException:
             self.pool.release(extent)
             raise
@@ -493,7 +521,7 @@ class Store:
         on_token(row, text): called with the text of a generation as it comes."""
         begin = time.perf_counter()
         number = self.next_number()
-        with self.room(where.num_bytes) as extent:
+        with self.room(where.num_bytes, costs=costliest(where)) as extent:
             plan = RunPlan(
                 run=number,
                 ids=batch.ids,
@@ -517,6 +545,8 @@ class Store:
             self._freed.remove(number)
         run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
         run.seconds["total"] = time.perf_counter() - begin
+        if where.num_bytes >= MEASURED_BYTES and run.seconds["copy"] > 0:
+            self.bandwidth = where.num_bytes / run.seconds["copy"]
         return run
 
     def _streamed(
@@ -623,6 +653,12 @@ class Store:
             self.pool.release(extent)
 
 
+def costliest(where: Plan, most: int = 3) -> str:
+    """Which hooks a run's bytes are mostly for, as the end of a sentence."""
+    rows = [f"{hook} {num_bytes:,} bytes" for hook, (_, num_bytes) in list(where.by_hook().items())[:most]]
+    return f"; what costs most: {', '.join(rows)}" if rows else ""
+
+
 def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport], home: Store) -> dict:
     """Key → Capture, from what each rank saw."""
     planned: dict[int, dict[int, Seen]] = {}
@@ -645,9 +681,22 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
         dtype = getattr(torch, entry.formula.dtype)
         shape, part = text.there(entry)
         tokens, mask = text.of(entry)
-        by_rank = planned.get(i, {})
-        found[entry.key] = Capture(
-            entry.key, shape, dtype, by_rank, region, home, extent.slab_bytes, looked_into, tokens, mask, part
+        kind: Callable[..., Capture] = Capture
+        if entry.hook.reduce is not None:
+            kind, dtype = functools.partial(Reduced, entry, home.layout), result_dtype(entry.hook.reduce.op, dtype)
+        found[entry.key] = kind(
+            entry.key,
+            shape,
+            dtype,
+            planned.get(i, {}),
+            region,
+            home,
+            extent.slab_bytes,
+            looked_into,
+            tokens,
+            mask,
+            part,
+            entry.shape,
         )
     for key, by_rank in others.items():
         shape, dtype = described(by_rank)
@@ -669,15 +718,18 @@ class Positions:
         """The shape of what there is, and how it is cut out of what was planned: a generation may end early."""
         run = self.run
         if run.plan.generation is None or entry.newest or run.forwards == run.plan.generation.max_new_tokens:
-            return entry.shape, None
+            return entry.kept, None
         shape = kept_shape(entry.formula, entry.hook, self.B, self.S, 0, run.forwards, check=False)
-        if shape == entry.shape:
+        shape = left(shape, entry.over)
+        if shape == entry.kept:
             return shape, None
         folded = entry.formula.dims_of("B*S")
         return shape, functools.partial(cut, shape=shape, folded=folded, B=self.B)
 
-    def of(self, entry: Entry) -> tuple[list[list[str]], torch.Tensor | None]:
-        """(each row's tokens, which of the positions are real)."""
+    def of(self, entry: Entry) -> tuple[list[list[str]] | None, torch.Tensor | None]:
+        """(each row's tokens, which of the positions are real). None: rows or positions were reduced."""
+        if {position_dim(entry.formula), *entry.formula.dims_of("B", "B*S")} & set(entry.over):
+            return None, None
         if position_dim(entry.formula) is None and not entry.formula.dims_of("B*S"):
             return self.run.tokens, None
         columns = [self.mask.shape[1] - 1] if entry.newest else self._columns(entry.hook.kept_positions)

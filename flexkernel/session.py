@@ -123,7 +123,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
         self.info, self.planner = info, slabs.Planner(info)
         self.cluster.module_names = [module.name for module in info.modules]
-        self.store = Store(self.cluster)
+        self.store = Store(self.cluster, info.layout)
 
     def _forget(self) -> None:
         if self.store is not None:
@@ -161,6 +161,16 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         info = self._loaded()
         return prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
 
+    def _plan(
+        self, batch: prompts.Batch, groups: Any, complement: bool, new: int = 0, backward: bool = False
+    ) -> tuple[slabs.Plan, dict[str, Any]]:
+        """(where what the hooks keep will lie, the fields of a RunPlan that say which hooks)."""
+        groups = (groups,) if isinstance(groups, str) else tuple(groups)
+        check_groups(self.hook_set, groups)
+        active, (B, S) = self.hook_set.active(groups, complement), (len(batch.ids), len(batch.ids[0]))
+        wanted = {"groups": groups, "complement": complement, "seed": self.seed, "hooks": self.hook_set.digest}
+        return self.planner.plan(active, B, S, new, backward), wanted
+
     @property
     def runs(self) -> list[Run]:
         """The runs that are stored, oldest first."""
@@ -193,20 +203,15 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         loss: Callable[..., Any] | str | None = None,
         training: Training | None = None,
     ) -> Run:
-        info = self._loaded()
+        batch = self._batch(prompts_or_ids, chat)
         assert self.store is not None
-        groups = (groups,) if isinstance(groups, str) else tuple(groups)
-        check_groups(self.hook_set, groups)
         if stop_at is not None:
-            model.check_stop(info, stop_at)
+            model.check_stop(self._loaded(), stop_at)
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
-        batch = self._batch(prompts_or_ids, chat)
-        B, S = len(batch.ids), len(batch.ids[0])
-        where = self.planner.plan(self.hook_set.active(groups, complement), B, S, backward=loss is not None)
+        where, wanted = self._plan(batch, groups, complement, 0, loss is not None)
         code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
-        wanted = {"groups": groups, "complement": complement, "stop_at": stop_at, "seed": self.seed}
-        wanted |= {"loss": code, "training": training, "hooks": self.hook_set.digest}
+        wanted |= {"stop_at": stop_at, "loss": code, "training": training}
         return self.store.run(batch, where, self.tokenizer, wanted)
 
     def generate(
@@ -226,13 +231,8 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         the text as it comes. options: of transformers' generate, temperature=, top_k=, top_p=, repetition_penalty=,
         eos_token_id=, ... seed: of what is drawn, else a new one each time (run.seed). GenerationError, PromptError,
         MemoryBudgetError: refused before the first forward."""
-        info = self._loaded()
-        assert self.store is not None
-        groups = (groups,) if isinstance(groups, str) else tuple(groups)
-        check_groups(self.hook_set, groups)
         batch = self._batch(prompts_or_ids, chat)
-        asked = generation.asked(max_new_tokens, options, batch, info.max_positions, seed)
-        B, S = len(batch.ids), len(batch.ids[0])
-        where = self.planner.plan(self.hook_set.active(groups, complement), B, S, max_new_tokens)
-        wanted = {"groups": groups, "complement": complement, "seed": self.seed, "generation": asked}
-        return self.store.run(batch, where, self.tokenizer, wanted | {"hooks": self.hook_set.digest}, on_token)
+        asked = generation.asked(max_new_tokens, options, batch, self._loaded().max_positions, seed)
+        where, wanted = self._plan(batch, groups, complement, max_new_tokens)
+        assert self.store is not None
+        return self.store.run(batch, where, self.tokenizer, wanted | {"generation": asked}, on_token)

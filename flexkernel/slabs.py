@@ -26,7 +26,8 @@ import torch
 
 from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
-from .wire import CaptureKey, HookSpec, ModelInfo, Region, ShapeFormula
+from .reduce import NUM_PARTS
+from .wire import Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
 
 __all__ = [
     "Entry",
@@ -41,6 +42,8 @@ __all__ = [
     "folder",
     "kept_columns",
     "kept_shape",
+    "left",
+    "left_of",
     "pages",
     "place",
     "sweep",
@@ -69,7 +72,8 @@ def size_of(shape: Sequence[int], dtype: str) -> int:
 class Entry:
     """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base.
 
-    newest: of a generation's forwards only the last is kept, each writes over the one before."""
+    newest: of a generation's forwards only the last is kept, each writes over the one before. over: the dims that are
+    reduced, of which `slots` ranks each keep what they know of their part, as float64 statistics."""
 
     key: CaptureKey
     hook: HookSpec
@@ -77,11 +81,40 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     newest: bool = False
+    over: tuple[int, ...] = ()
+    slots: int = 0
+
+    @property
+    def at(self) -> str:
+        """The key's, without what was kept instead."""
+        return self.key.at.removesuffix(f" {self.hook.reduce}") if self.hook.reduce is not None else self.key.at
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The shape of what is kept."""
+        return left(self.shape, self.over)
+
+    @property
+    def lies(self) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype) of what lies in the slab."""
+        if self.hook.reduce is None:
+            return self.shape, self.formula.dtype
+        return (NUM_PARTS[self.hook.reduce.op], self.slots, *self.kept), "float64"
+
+    @property
+    def num_bytes(self) -> int:
+        return size_of(*self.lies)
+
+    def slot(self, layout: Layout, rank: int) -> int:
+        """Where a rank's statistics lie."""
+        where = layout.coordinate(rank)
+        return where["tp"] if self.slots == layout.tp else where["batch"] * layout.tp + where["tp"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire.
+    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire; unplanned: those of
+    which the size depends on the data.
 
     text: the first byte of a generation's new tokens, int64 of that shape."""
 
@@ -91,12 +124,21 @@ class Plan:
     logits_last: bool
     text: int = 0
     text_shape: tuple[int, int] = (0, 0)
+    unplanned: tuple[str, ...] = ()
+
+    def by_hook(self) -> dict[str, tuple[int, int]]:
+        """Hook → (how many captures, how many bytes, in whole pages), what costs most first."""
+        found: dict[str, tuple[int, int]] = {}
+        for entry in self.entries:
+            count, num_bytes = found.get(entry.key.hook, (0, 0))
+            found[entry.key.hook] = count + 1, num_bytes + pages(entry.num_bytes)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def text_region(self, slab: str, base: int) -> Region:
         return Region(slab, base + self.text, self.text_shape, "int64")
 
     def region(self, entry: Entry, slab: str, base: int) -> Region:
-        return Region(slab, base + entry.offset, entry.shape, entry.formula.dtype)
+        return Region(slab, base + entry.offset, *entry.lies)
 
 
 class Planner:
@@ -137,7 +179,7 @@ class Planner:
 
     def _plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int, backward: bool) -> Plan:
         logits, large = self._logits(B, S, new, backward)
-        entries, offset, silent = [], 0, []
+        entries, offset, silent, unplanned = [], 0, [], []
         for hook in (*hooks, *([logits] if logits else [])):
             wanted = hook.kept_at and (backward or not hook.gradient)
             for name in self.names(hook) if wanted else ():
@@ -146,16 +188,25 @@ class Planner:
                     silent.append(name)
                 for call, leaves in enumerate(calls or ()):
                     formula = leaf_of(leaves, hook, name)
-                    if formula is None or formula.dims is None:
+                    if formula is None:
+                        continue
+                    if formula.dims is None:
+                        unplanned.append(name)
                         continue
                     newest = hook is logits and large
                     shape = kept_shape(formula, hook, B, S, self.info.window, 1 if newest else max(new, 1))
+                    over: tuple[int, ...] = ()
+                    slots, kind = 0, ""
+                    if hook.reduce is not None:
+                        over, kind = reduced_dims(hook, formula, name), f" {hook.reduce}"
+                        slots = num_slots(self.info.layout, formula, over)
                     for at in hook.kept_at:
-                        key = CaptureKey(hook.key, name, at, formula.path, call)
-                        entries.append(Entry(key, hook, formula, shape, offset, newest))
-                        offset += pages(size_of(shape, formula.dtype))
+                        key = CaptureKey(hook.key, name, at + kind, formula.path, call)
+                        entries.append(Entry(key, hook, formula, shape, offset, newest, over, slots))
+                        offset += pages(entries[-1].num_bytes)
         num_bytes = offset + pages(B * new * 8)
-        return Plan(tuple(entries), num_bytes, tuple(silent), large, offset if new else 0, (B * bool(new), new))
+        text, text_shape = offset if new else 0, (B * bool(new), new)
+        return Plan(tuple(entries), num_bytes, tuple(silent), large, text, text_shape, tuple(unplanned))
 
     def _calls(self, hook: HookSpec, name: str) -> Sequence[Sequence[ShapeFormula]] | None:
         """For each time the value shows in a run, its leaves."""
@@ -200,10 +251,43 @@ def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeF
 
 
 def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
-    """HookError if the hook's index is not in the value of one of these modules."""
+    """HookError if the hook's index, or a dim that it reduces, is not in the value of one of these modules."""
     for name in names if hook.of != "param" else ():
         for leaves in info.scan[name, hook.of]:
-            leaf_of(leaves, hook, name)
+            formula = leaf_of(leaves, hook, name)
+            if formula is not None and formula.dims is not None and hook.reduce is not None:
+                reduced_dims(hook, formula, name)
+
+
+def reduced_dims(hook: HookSpec, formula: ShapeFormula, name: str) -> tuple[int, ...]:
+    """The dims of a value that its hook reduces. HookError: it has no such dim."""
+    assert hook.reduce is not None and formula.dims is not None
+    try:
+        return hook.reduce.over(len(formula.dims))
+    except IndexError as outside:
+        raise HookError(
+            f"{name or '(root)'} {hook.at} is {formula}: it has no dim {outside}, which {hook.reduce} would reduce"
+        ) from None
+
+
+def num_slots(layout: Layout, formula: ShapeFormula, over: tuple[int, ...]) -> int:
+    """Of how many ranks the parts of a reduction have to be told apart. Where rows stay apart, those of a tp group."""
+    rows = formula.dims_of("B", "B*S")
+    return layout.tp if rows and not set(rows) & set(over) else layout.tp * layout.batch_groups
+
+
+def left(shape: Sequence[int], over: Sequence[int]) -> tuple[int, ...]:
+    """What is left of a shape when these dims are reduced."""
+    return tuple(size for dim, size in enumerate(shape) if dim not in over)
+
+
+def left_of(box: Box, over: Sequence[int]) -> Box:
+    """What is left of a part of the whole, as a part of the reduced one.
+
+    >>> left_of(((0, 2, 4), (2, 0, 8)), (1,)), left_of(((0, 2, 4), (2, 0, 8)), (2,))
+    (((0, 2, 4), (1, 0, 8)), ((0, 2, 4),))
+    """
+    return tuple((d - sum(r < d for r in over), a, b) for d, a, b in box if d not in over)
 
 
 def kept_shape(
@@ -432,6 +516,12 @@ class Pool:
         self._sizes[slab] = -(-need // self._smallest) * self._smallest
         self._extents[slab] = []
         return self._put(slab, 0, need)
+
+    def growth(self, num_bytes: int) -> int:
+        """Bytes of the file that such an extent would need beside those that are there."""
+        need = max(pages(num_bytes), PAGE)
+        fits = any(first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items())
+        return 0 if fits else -(-need // self._smallest) * self._smallest
 
     def _put(self, slab: str, base: int, num_bytes: int) -> Extent:
         extent = Extent(slab, self._sizes[slab], base, num_bytes)

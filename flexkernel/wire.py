@@ -25,6 +25,7 @@ __all__ = [
     "ModelInfo",
     "ModuleInfo",
     "Owner",
+    "Reduction",
     "Region",
     "RunPlan",
     "RunReport",
@@ -207,12 +208,35 @@ class EditSpec:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """What is kept of a value instead of it: op over these dims, all of them where none are named.
+
+    >>> str(Reduction("mean", (0, 1))), str(Reduction("amax"))
+    ('mean:0,1', 'amax')
+    """
+
+    op: str
+    dims: tuple[int, ...] = ()
+
+    def over(self, ndim: int) -> tuple[int, ...]:
+        """The dims of a value of so many, counted from the first. IndexError: it has no such dim."""
+        outside = [dim for dim in self.dims if not -ndim <= dim < ndim]
+        if outside:
+            raise IndexError(outside[0])
+        return tuple(sorted({dim % ndim for dim in self.dims})) or tuple(range(ndim))
+
+    def __str__(self) -> str:
+        return self.op + (":" + ",".join(map(str, self.dims)) if self.dims else "")
+
+
+@dataclass(frozen=True)
 class HookSpec:
     """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the first.
 
     edit: the name of an edit that is made there, a preset's or a defined one; value: what a preset takes.
     positions, heads, neurons: without an edit the positions to keep, with one where it is made.
-    capture: what is kept of an edited activation, as it is "after" the edit or "before", "both", or "none" of it."""
+    capture: what is kept of an edited activation, as it is "after" the edit or "before", "both", or "none" of it.
+    reduce: only this is kept of it."""
 
     glob: str
     at: str = "output"
@@ -225,6 +249,7 @@ class HookSpec:
     heads: tuple[int, ...] | None = None
     neurons: tuple[int, ...] | None = None
     capture: str = "after"
+    reduce: Reduction | None = None
 
     @property
     def gradient(self) -> bool:
@@ -345,7 +370,7 @@ class ModelInfo:
 @dataclass(frozen=True)
 class CaptureKey:
     """Which value of a run: a hook's value at one module, one leaf, one call. at: "output before" is the output as it
-    was before the hook's edit."""
+    was before the hook's edit; "output norm:-1" is what was kept of it instead."""
 
     hook: str
     module: str

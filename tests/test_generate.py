@@ -619,7 +619,7 @@ def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
     end = truth(tiny("llama"), 6)[0][1]
     run = session.generate(ROWS[:1], max_new_tokens=6, eos_token_id=end)
     described = [answer.runs for answer in session.cluster.call("regroup.describe")]
-    store, session.store = session.store, Store(session.cluster)
+    store, session.store = session.store, Store(session.cluster, session.info.layout)
     try:
         session.store.recover(described, session.planner, None)
         again = session.store.runs[run.number]

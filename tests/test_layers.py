@@ -18,7 +18,20 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 LAYERS = [
     {"errors", "wire", "names"},
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift"},
-    {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
+    {
+        "channel",
+        "cluster",
+        "prompts",
+        "capture",
+        "run",
+        "parameters",
+        "hooks",
+        "edits",
+        "model",
+        "status",
+        "tree",
+        "preview",
+    }
     | {"generation", "hookfile"},
     {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},

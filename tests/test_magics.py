@@ -424,6 +424,12 @@ def test_a_run_equals_its_twin(loaded):
         torch.testing.assert_close(a.tensor(), b.tensor(), rtol=0, atol=0)
 
 
+def test_a_preview_runs_nothing(loaded):
+    seen = loaded.do("%flex_run --preview --generate 5 The capital of France is")
+    twin = loaded.magics.session.preview("The capital of France is", max_new_tokens=5)
+    assert seen.num_bytes == twin.num_bytes and seen.new == 5 and loaded.magics.session.runs == []
+
+
 def test_stop_at_ends_the_run_there(loaded):
     loaded.do(f"%flex_hook {MLP}")
     assert [c.key.module for c in loaded.do("%flex_run --stop-at model.layers.1 abc")] == [

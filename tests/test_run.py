@@ -412,7 +412,7 @@ def test_where_memory_is_small_slabs_are(session, tiny, monkeypatch):
 
     session.load(tiny("llama"))
     monkeypatch.setattr(psutil, "disk_usage", lambda path: Usage)
-    store = Store(session.cluster)
+    store = Store(session.cluster, session.info.layout)
     assert store.pool.take(1).slab_bytes == 8 << 20 and store.budget <= 64 << 20
 
 

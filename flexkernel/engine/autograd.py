@@ -113,7 +113,7 @@ class Leaves(Mapping):
     """The captures of a run as leaves of the loss's graph, each made when it is first asked for."""
 
     def __init__(self, entries: Sequence[Entry], whole: Callable[[int], torch.Tensor]):
-        self._keys = {i: e.key for i, e in enumerate(entries) if not e.hook.gradient}
+        self._keys = {i: e.key for i, e in enumerate(entries) if not e.hook.gradient and e.hook.reduce is None}
         self._whole, self.made = whole, {}  # type: ignore[var-annotated]
 
     def leaf(self, i: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ Nothing is sent in the forward that the model would not send by itself.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 import traceback
 from collections.abc import Iterator
@@ -91,7 +90,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     if plan.generation is not None:
         text = Text(plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan))
         text.begin(range(*rows))
-    kind = functools.partial(Steps, text=text) if plan.generation is not None else Recording
+    kind = Steps if plan.generation is not None else Recording
     recording = kind(
         where,
         frozenset(hook.key for hook in active),
@@ -100,6 +99,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
         runtime.placer,
         here,
         spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
+        text,
         editor(runtime, plan, active, here, text),
         tape(runtime, plan, active),
     )

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial
 
+from .. import reduce
 from ..errors import CaptureError, GenerationError, PlacementError
-from ..slabs import Entry, kept_columns, position_dim
+from ..slabs import Entry, kept_columns, left_of, position_dim
 from ..wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
 from .compat import StageCache, as_written
 from .digest import digest, joined_digest
-from .hooks import Recording, failed, joined
+from .hooks import Recording, failed, joined, mask_of
 from .placements import Place, Placed, narrowed, shared_part
 from .text import Text
 
@@ -132,11 +133,9 @@ class Told:
 class Steps(Recording):
     """A recording in which each forward writes its own positions of the whole text."""
 
-    text: Text
-
-    def __init__(self, *args: Any, text: Text, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.text, self.prompt = text, self.here
+        self.prompt = self.here
         self.forwards = 0
         self.wrote: dict[int, int] = {}
         self._columns: dict[tuple[int, ...] | None, tuple[list[tuple[int, ...]], list[int]]] = {}
@@ -170,7 +169,8 @@ class Steps(Recording):
         if isinstance(placed.placement, Partial):
             raise PlacementError(f"{entry.key}: its addends are not summed over the steps of a generation")
         self.wrote[i] = self.wrote.get(i, 0) + 1
-        kept, holds, box = self._put(entry, placed, here)
+        put = self._put if entry.hook.reduce is None else self._put_reduced
+        kept, holds, box = put(entry, placed, here)
         said = joined_digest(before.digest if before is not None else 0, digest(kept))
         placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
         return Seen(placed.evidence, placement, said, holds, box)
@@ -198,6 +198,44 @@ class Steps(Recording):
         view.copy(narrowed(target, piece), narrowed(local, piece), here)
         return local, view.box(holds, whole), view.box(joined(holds, piece[0]) if piece else holds, whole)
 
+    def _put_reduced(self, entry: Entry, placed: Placed, here: Place) -> tuple[torch.Tensor, Box, Box | None]:
+        """The same of a reduction: over positions too, what a forward says is added to what those before it said."""
+        assert self.slab is not None
+        view, place = Unfolded(entry, placed, here), self.slab.tensor(self.region(entry))
+        if view.folded is not None or view.keys is not None:
+            raise PlacementError(f"{entry.key} is {entry.formula}: its steps cannot be reduced; hook it without reduce")
+        local, dim = view.local, view.dim
+        real: torch.Tensor | None = None
+        wanted: tuple[int, ...] = ()
+        if dim is not None:
+            wanted, first = self._wanted(entry, here), here.columns(view.local.shape[dim]).start
+            local = picked(local, dim, [c - first for c in wanted])
+            real = self.text.mask(here.columns(here.S))[:, [c - here.past for c in wanted]]
+            real = None if real.all() else real
+        if here.idle and entry.formula.dims_of("B", "B*S"):
+            return local, view.holds, None
+        copies, index = self._copies(placed, entry.formula)
+        piece = self._piece(view, local.shape, copies, index)
+        if piece is None:
+            return local, view.holds, None
+        box = joined(view.holds, piece[0]) if piece else view.holds
+        shape = tuple(len(wanted) if d == dim else size for d, size in enumerate(entry.shape))
+        step = dataclasses.replace(entry, shape=shape)
+        found = self._parts(step, narrowed(local, piece), mask_of(step, real, box))
+        if dim in entry.over:
+            self._add_parts(found, entry, place, box)
+        else:
+            at = left_of(((dim, *self._span(entry, here)),), entry.over) if dim is not None else ()
+            self._put_parts(found, entry, narrowed(place, tuple((d + 2, a, b) for d, a, b in at)), box)
+        return local, view.holds, box
+
+    def _add_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
+        if self.here.step:
+            before = place[:, entry.slot(self.here.layout, self.here.rank)]
+            parts = tuple(narrowed(part, left_of(box, entry.over)).clone() for part in before)
+            found = reduce.combine([dataclasses.replace(found, parts=parts), found])
+        self._put_parts(found, entry, place, box)
+
     def _piece(self, view: Unfolded, shape: Sequence[int], copies: int, index: int) -> Box | None:
         """What this rank copies of a part that several hold, the same in every forward; None: nothing."""
         if copies == 1:
@@ -211,14 +249,19 @@ class Steps(Recording):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What of this forward's positions is kept, and where they lie along the position dim."""
         assert view.dim is not None
-        each, starts = self._kept(entry.hook.kept_positions)
-        wanted, start = each[here.step], 0 if entry.newest else starts[here.step]
         first = here.columns(view.local.shape[view.dim]).start
-        index = [c - first for c in wanted]
-        local = view.local
-        if index != list(range(local.shape[view.dim])):
-            local = local.index_select(view.dim, torch.tensor(index, dtype=torch.long, device=local.device))
-        return local, target.narrow(view.dim, start, len(wanted))
+        local = picked(view.local, view.dim, [c - first for c in self._wanted(entry, here)])
+        start, stop = self._span(entry, here)
+        return local, target.narrow(view.dim, start, stop - start)
+
+    def _wanted(self, entry: Entry, here: Place) -> tuple[int, ...]:
+        """Which of this forward's positions are kept."""
+        return self._kept(entry.hook.kept_positions)[0][here.step]
+
+    def _span(self, entry: Entry, here: Place) -> tuple[int, int]:
+        """Where they lie along the position dim, (start, stop)."""
+        start = 0 if entry.newest else self._kept(entry.hook.kept_positions)[1][here.step]
+        return start, start + len(self._wanted(entry, here))
 
     def _kept(self, positions: tuple[int, ...] | None) -> tuple[list[tuple[int, ...]], list[int]]:
         """For each forward the positions that are kept, and how many before it; made once."""
@@ -234,6 +277,13 @@ class Steps(Recording):
                 f"{name or '(root)'} {at}: no formula gives its shape, so that a generation's steps cannot be "
                 "put together; hook the modules around it"
             )
+
+
+def picked(local: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
+    """Only these along a dim; the tensor itself where that is all."""
+    if index == list(range(local.shape[dim])):
+        return local
+    return local.index_select(dim, torch.tensor(index, dtype=torch.long, device=local.device))
 
 
 class Unfolded:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from .. import reduce
 from ..errors import HookError, PlacementError
-from ..slabs import Entry, Plan, Slab, logits_path, position_dim, size_of
+from ..slabs import Entry, Plan, Slab, left, left_of, logits_path, position_dim, size_of
 from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .autograd import Tape, watched
@@ -25,6 +26,7 @@ from .digest import digest
 from .gradients import write_gradient
 from .leaves import arguments, inputs, leaf, leaves, replaced
 from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
+from .text import Text
 
 __all__ = ["LOGITS", "Hooks", "Recording", "StopForward", "failed", "joined"]
 
@@ -150,9 +152,11 @@ class Recording:
         placer: Placer,
         here: Place,
         spill: Callable[[torch.Tensor], Region],
+        text: Text,
         editor: Any = None,
         tape: Tape | None = None,
     ):
+        self.text = text
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
         self.placer, self.here, self.spill, self.editor, self.tape = placer, here, spill, editor, tape
         self.where = index_of(plan)
@@ -277,26 +281,69 @@ class Recording:
         local = local.detach()
         if here.idle and batched:
             return Seen(evidence, placement, 0, placed.holds, None)
+        if entry.hook.reduce is not None:
+            box = self._reduce(entry, local, placed, self._place_of(i), self._mask(entry))
+            return Seen(evidence, placement, digest(local), placed.holds, box)
         if isinstance(placed.placement, Partial):
             copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0  # one group's addends are the sum
             region = None if copy else self.spill(local)
             return Seen(evidence, placement, 0, placed.holds, None, region, partial=here.layout.tp)
         assert self.slab is not None
-        whole = narrowed(self.slab.tensor(self.region(entry)), placed.holds)
-        box = self._copy(whole, local, placed, entry.formula)
+        part, box = self._piece_of(local, placed, entry.formula)
+        if box is not None:
+            narrowed(self._place_of(i), box).copy_(part)
         return Seen(evidence, placement, digest(local), placed.holds, box)
 
-    def _copy(self, whole: torch.Tensor, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Box | None:
-        """Copy this rank's part; ranks that hold copies share the work, a piece each."""
+    def _piece_of(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> tuple[torch.Tensor, Box | None]:
+        """(what this rank copies of what it holds, its part of the whole): ranks that hold copies share the work, a
+        piece each. None: it copies nothing."""
         copies, index = self._copies(placed, formula)
-        piece = (0, 0, 0) if copies == 1 else shared_part(whole.shape, copies, index)
+        if copies == 1:
+            return local, placed.holds
+        piece = shared_part(local.shape, copies, index)
         if piece is None:
-            return None
-        if copies == 1 or not whole.shape:
-            whole.copy_(local)
-            return placed.holds
-        narrowed(whole, (piece,)).copy_(narrowed(local, (piece,)))
-        return joined(placed.holds, piece)
+            return local, None
+        if not local.shape:
+            return local, placed.holds
+        return narrowed(local, (piece,)), joined(placed.holds, piece)
+
+    def _reduce(
+        self, entry: Entry, local: torch.Tensor, placed: Placed, place: torch.Tensor, mask: torch.Tensor | None
+    ) -> Box | None:
+        """Write what this rank's part says of the reduction into a place of its own; the reader combines all of them.
+
+        place: (statistics, slots, what is kept). mask: (B, positions), which of the whole count."""
+        self._check_reducible(entry, placed)
+        part, box = self._piece_of(local, placed, entry.formula)
+        if box is not None:
+            self._put_parts(self._parts(entry, part, mask_of(entry, mask, box)), entry, place, box)
+        return box
+
+    def _check_reducible(self, entry: Entry, placed: Placed) -> None:
+        if isinstance(placed.placement, Partial):
+            raise PlacementError(
+                f"{entry.key}: each rank holds an addend of it, and no {entry.hook.reduce} of addends is that of their "
+                "sum; hook it without reduce"
+            )
+
+    def _parts(self, entry: Entry, part: torch.Tensor, mask: torch.Tensor | None) -> reduce.Partial:
+        assert entry.hook.reduce is not None
+        if part.numel() == 0:
+            return reduce.nothing(entry.hook.reduce.op, left(part.shape, entry.over), part.dtype)
+        real = None if mask is None else mask.to(part.device)
+        return reduce.masked(entry.hook.reduce.op, part.detach(), entry.over, real)
+
+    def _put_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
+        target = place[:, entry.slot(self.here.layout, self.here.rank)]
+        for statistic, into in zip(found.parts, target, strict=True):
+            narrowed(into, left_of(box, entry.over)).copy_(statistic)
+
+    def _mask(self, entry: Entry) -> torch.Tensor | None:
+        """(B, positions that are kept), which are real; None: all of them."""
+        mask = self.text.mask(range(self.here.S))
+        if entry.hook.kept_positions is not None:
+            mask = mask[:, [p % self.here.S for p in entry.hook.kept_positions]]
+        return None if mask.all() else mask
 
     def _copies(self, placed: Placed, formula: ShapeFormula) -> tuple[int, int]:
         """(how many ranks hold this part, which of them this one is)."""
@@ -326,6 +373,8 @@ class Recording:
         layout, tp, at = self.here.layout, self.here.tp, hook.of
         if hook.kept_positions is not None:
             raise PlacementError(f"{name or '(root)'} {at}: its positions are not known; hook it without positions")
+        if hook.reduce is not None:
+            raise PlacementError(f"{name or '(root)'} {at}: no formula gives its shape; hook it without reduce")
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
             evidence, placement = "described", Replicate()
@@ -382,7 +431,7 @@ def index_of(plan: Plan) -> dict[tuple[str, str, str, int], int]:
     """(hook, module, at, call) → index in the plan; made once a plan."""
     found = plan.__dict__.get("_index")
     if found is None:
-        found = {(e.key.hook, e.key.module, e.key.at, e.key.call): i for i, e in enumerate(plan.entries)}
+        found = {(e.key.hook, e.key.module, e.at, e.key.call): i for i, e in enumerate(plan.entries)}
         object.__setattr__(plan, "_index", found)
     return found
 
@@ -400,6 +449,29 @@ def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place
     if dim is None:
         return local
     return local.index_select(dim, torch.tensor([p % here.S for p in hook.kept_positions], device=local.device))
+
+
+def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor | None:
+    """Which numbers of that part of the whole are real, to be broadcast over it; None: all, or it makes no difference.
+
+    mask: (B, positions). PlacementError: a reduction over rows or positions, and which are pads is not known."""
+    formula = entry.formula
+    rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
+    along = position_dim(formula)
+    if mask is None or not {rows, folded, along}.intersection(entry.over) or (folded is None and None in (rows, along)):
+        return None
+    ndim = len(entry.shape)
+    if folded is not None:
+        real = mask.reshape(-1)[(None,) * folded + (...,) + (None,) * (ndim - folded - 1)]
+    else:
+        assert rows is not None and along is not None
+        first, last = min(rows, along), max(rows, along)
+        real = mask if first == rows else mask.T
+        real = real[(None,) * first + (slice(None),) + (None,) * (last - first - 1) + (...,)]
+        real = real[(...,) + (None,) * (ndim - last - 1)]
+    if any(size not in (1, entry.shape[dim]) for dim, size in enumerate(real.shape)):
+        raise PlacementError(f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce")
+    return narrowed(real, tuple((d, a, b) for d, a, b in box if real.shape[d] > 1))
 
 
 def joined(holds: Box, piece: tuple[int, int, int]) -> Box:

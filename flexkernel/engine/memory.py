@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
+
+import psutil
 
 from ..slabs import PAGE, Slab, pages
 from ..wire import RunPlan
 
-__all__ = ["extra_slab", "forget", "open_slab", "power"]
+__all__ = ["extra_slab", "forget", "free", "open_slab", "power"]
+
+
+def free(runtime: Any) -> tuple[int, int]:
+    """Bytes that are free on this host: (where its slabs lie, of memory)."""
+    return shutil.disk_usage(runtime.run_folder).free, psutil.virtual_memory().available
 
 
 def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:

@@ -1,0 +1,168 @@
+"""Preview: what a run would keep, where, how long its copies take, and whether it fits. Nothing is run."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .run import costliest
+from .slabs import Entry, Plan
+from .wire import Layout, ModelInfo, ModuleInfo, share
+
+if TYPE_CHECKING:
+    from .run import Store
+
+__all__ = ["Preview", "preview"]
+
+BANDWIDTH = 2e9  # bytes a second, until a run has been measured: less than warm slabs take, more than fresh ones
+SHOWN = 12  # hooks in a repr
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would keep.
+
+    hooks: hook → (captures, bytes), what costs most first. num_bytes: of all of it, on each host that has engines.
+    by_rank: bytes that each rank copies there. free: host → bytes that are free (where slabs lie, of memory).
+    budget, room: of the session, and how much of it newer runs can have. bandwidth: bytes a second of all ranks
+    together; measured: it is the last run's. unplanned: modules of which the size depends on the data, beside all that.
+    problem: why the run would be refused, "" if it would not."""
+
+    B: int
+    S: int
+    new: int
+    hooks: dict[str, tuple[int, int]]
+    num_bytes: int
+    by_rank: tuple[int, ...]
+    free: dict[str, tuple[int, int]]
+    budget: int
+    room: int
+    bandwidth: float
+    measured: bool
+    unplanned: tuple[str, ...]
+    problem: str
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
+
+    @property
+    def seconds(self) -> float:
+        """How long the ranks copy."""
+        return self.num_bytes / self.bandwidth
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value), but for the hooks."""
+        how = "as in the last run" if self.measured else "a guess until a run was measured"
+        more = f"; beside it {len(self.unplanned)} modules whose size depends on the data" if self.unplanned else ""
+        return [
+            ("batch", f"{self.B} × {self.S} tokens" + (f" + {self.new} new" if self.new else "")),
+            ("to keep", f"{shown(self.num_bytes)} on each host{more}"),
+            ("by rank", ", ".join(map(shown, self.by_rank))),
+            ("to copy", f"{self.seconds:.3g} s at {shown(self.bandwidth)}/s, {how}"),
+            ("budget", f"{shown(self.budget)}, of which {shown(self.room)} can be had"),
+            *((f"free on {host}", f"{shown(a)} for slabs, {shown(b)} of memory") for host, (a, b) in self.free.items()),
+            ("fits", self.problem or "yes"),
+        ]
+
+    def __repr__(self) -> str:
+        lines = [f"{what:<12}{value}" for what, value in self.rows()]
+        for hook, (count, num_bytes) in list(self.hooks.items())[:SHOWN]:
+            lines.append(f"  {hook:<48} {count:>5}  {shown(num_bytes):>10}")
+        if len(self.hooks) > SHOWN:
+            lines.append(f"  ... and {len(self.hooks) - SHOWN} more hooks")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        esc = html.escape
+        rows = "".join(f"<tr><th>{esc(what)}</th><td>{esc(value)}</td></tr>" for what, value in self.rows())
+        hooks = "".join(
+            f"<tr><td><code>{esc(hook)}</code></td><td>{count}</td><td>{shown(num_bytes)}</td></tr>"
+            for hook, (count, num_bytes) in list(self.hooks.items())[:SHOWN]
+        )
+        left = len(self.hooks) - SHOWN
+        more = f"<p>… and {left} more hooks</p>" if left > 0 else ""
+        head = "<tr><th>hook</th><th>captures</th><th>bytes</th></tr>"
+        return f"<div><table>{rows}</table><table>{head}{hooks}</table>{more}</div>"
+
+
+def preview(
+    cluster: Any,
+    store: Store,
+    info: ModelInfo,
+    where: Plan,
+    size: tuple[int, int, int],
+    bandwidth: float | None = None,
+) -> Preview:
+    """The preview of a planned run of (B, S, new tokens). It asks every engine for what is free on its host."""
+    free = dict(zip(store.hosts, cluster.call("memory.free"), strict=True))
+    held = store.held()
+    return Preview(
+        *size,
+        where.by_hook(),
+        where.num_bytes,
+        by_rank(info, where.entries, size[0]),
+        free,
+        store.budget,
+        max(store.budget - held, 0),
+        bandwidth or store.bandwidth or BANDWIDTH,
+        bandwidth is None and store.bandwidth is not None,
+        where.unplanned,
+        problem_of(store, where, free),
+    )
+
+
+def problem_of(store: Store, where: Plan, free: dict[str, tuple[int, int]]) -> str:
+    """Why there would be no room; "" if there would."""
+    refusal = store.refusal(where.num_bytes, costs=costliest(where))
+    if refusal is not None:
+        return str(refusal)
+    grows = store.growth(where.num_bytes)
+    for host, (slabs, _) in free.items():
+        if grows > slabs:
+            return f"a slab of {grows:,} bytes is needed and {slabs:,} are free for it on {host}{costliest(where)}"
+    return ""
+
+
+def by_rank(info: ModelInfo, entries: Sequence[Entry], B: int) -> tuple[int, ...]:
+    """Bytes that each rank copies: its rows of the batch, its part over tp, of what its stage holds. Ranks that hold
+    copies share the work, so that it is as if they held parts."""
+    modules = {module.name: module for module in info.modules}
+    total = [0.0] * info.layout.world
+    for entry in entries:
+        for rank in range(info.layout.world):
+            total[rank] += entry.num_bytes * part(info.layout, rank, entry, B, modules)
+    return tuple(map(round, total))
+
+
+def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, ModuleInfo]) -> float:
+    """Which share of a capture a rank copies."""
+    where = layout.coordinate(rank)
+    if where["pp"] != stage_of(entry, modules):
+        return 0.0
+    start, stop = share(B, layout.batch_groups, where["batch"])
+    rows = (stop - start) / B if entry.formula.dims_of("B", "B*S") else 1 / layout.batch_groups
+    return rows / layout.tp
+
+
+def stage_of(entry: Entry, modules: dict[str, ModuleInfo]) -> int:
+    """The stage that reads a value: the first that holds its module, for outputs that span stages the last."""
+    name = entry.key.module.rpartition(".@")[0] if ".@" in entry.key.module else entry.key.module
+    if entry.hook.of == "param":
+        name = name.rpartition(".")[0]
+    module = modules.get(name) or modules[""]
+    return module.stages[-1] if module.spans and entry.hook.of == "output" else module.stages[0]
+
+
+def shown(num_bytes: float) -> str:
+    """A number of bytes, to read.
+
+    >>> shown(1_234), shown(6_400_000_000)
+    ('1.2 kB', '6.4 GB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
