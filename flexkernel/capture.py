@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -217,6 +218,12 @@ class Capture:
     def hold(self) -> Callable[[], None]:
         """Keep its memory from being used again; call the result to let go."""
         return self._looked_into()
+
+    def move(self, slab: str, slab_bytes: int, base: int, looked_into: Callable[[], Callable[[], None]]) -> None:
+        """Its bytes lie elsewhere from now on, `base` bytes before where they lay; what was read before stays."""
+        if self._region is not None:
+            self._region = dataclasses.replace(self._region, slab=slab, offset=self._region.offset - base)
+            self._slab_bytes, self._looked_into = slab_bytes, looked_into
 
     def expire(self, why: str) -> None:
         """The store takes the memory back; what was read before stays readable."""

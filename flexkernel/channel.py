@@ -30,6 +30,7 @@ from zmq.utils.monitor import recv_monitor_message
 from . import reduce
 from .errors import CaptureError, ClusterError, FlexError, named
 from .reduce import Histogram
+from .slabs import on_disk
 from .wire import Region
 
 __all__ = ["Client", "Server", "new_keys"]
@@ -136,6 +137,7 @@ class _Slabs:
     """Read access to the slab files of one folder: regular files of this user, by name, never through a link."""
 
     folder: int  # descriptor
+    spilled: int | None = None  # of the folder on disk
     maps: collections.OrderedDict[str, tuple[tuple, torch.Tensor]] = field(default_factory=collections.OrderedDict)
 
     def raw(self, name: str, offset: int, num_bytes: int) -> torch.Tensor:
@@ -158,7 +160,7 @@ class _Slabs:
 
     def _stat(self, name: str) -> os.stat_result:
         try:
-            found = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+            found = os.stat(name, dir_fd=self._home(name), follow_symlinks=False)
         except FileNotFoundError:
             self.maps.pop(name, None)
             raise CaptureError(f"slab {name!r} is not there any more: its run was freed or has expired") from None
@@ -166,9 +168,12 @@ class _Slabs:
             raise CaptureError(f"{name!r} is not a slab of this user")
         return found
 
+    def _home(self, name: str) -> int:
+        return self.folder if self.spilled is None or not on_disk(name) else self.spilled
+
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.folder)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._home(name))
         try:
             yield fd
         finally:
@@ -361,6 +366,13 @@ class Server:
             header = {"status": "error", "id": request.get("id"), "type": type(error).__name__, "message": str(error)}
         self._router.send_multipart([frames[0], json.dumps(header).encode(), *buffers], copy=False)
 
+    def also(self, folder: str | os.PathLike[str]) -> None:
+        """Serve slabs that were moved to disk from this folder."""
+        before = self._slabs.spilled
+        self._slabs.spilled = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if before is not None:
+            os.close(before)
+
     def close(self) -> None:
         """Free the port, the thread and the maps. More than once does no harm."""
         with self._lock:
@@ -375,6 +387,8 @@ class Server:
         self._context.destroy(linger=0)
         self._slabs.maps.clear()
         os.close(self._slabs.folder)
+        if self._slabs.spilled is not None:
+            os.close(self._slabs.spilled)
 
     def __enter__(self) -> Server:
         return self

@@ -10,8 +10,7 @@ from typing import Any
 
 from .errors import HookError
 from .names import match, nearest
-from .reduce import NUM_PARTS
-from .wire import HookSet, HookSpec, Reduction
+from .wire import REDUCTIONS, HookSet, HookSpec, Reduction
 
 __all__ = ["AT", "Hooked", "Hooks", "reduction", "regrouped", "spec_of"]
 
@@ -94,10 +93,10 @@ def reduction(text: str) -> Reduction:
         found = tuple(int(dim) for dim in dims.split(",")) if colon else ()
     except ValueError:
         found, op = (), ""
-    if op not in NUM_PARTS:
+    if op not in REDUCTIONS:
         raise HookError(
             f"reduce={text!r} is not there; it is OP:DIMS, as norm:-1 or mean:0,1, OP alone for all dims, or last; "
-            f"OP is one of {', '.join(NUM_PARTS)}"
+            f"OP is one of {', '.join(REDUCTIONS)}"
         )
     return Reduction(op, found)
 

@@ -43,6 +43,7 @@ class Preview:
     measured: bool
     unplanned: tuple[str, ...]
     problem: str
+    on_disk: str  # the folder, if it is larger than the budget of memory and the user has said where
 
     @property
     def fits(self) -> bool:
@@ -64,7 +65,7 @@ class Preview:
             ("to copy", f"{self.seconds:.3g} s at {shown(self.bandwidth)}/s, {how}"),
             ("budget", f"{shown(self.budget)}, of which {shown(self.room)} can be had"),
             *((f"free on {host}", f"{shown(a)} for slabs, {shown(b)} of memory") for host, (a, b) in self.free.items()),
-            ("fits", self.problem or "yes"),
+            ("fits", self.problem or (f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes")),
         ]
 
     def __repr__(self) -> str:
@@ -111,14 +112,17 @@ def preview(
         bandwidth is None and store.bandwidth is not None,
         where.unplanned,
         problem_of(store, where, free),
+        str(store.spill.root) if store.beyond_memory(where.num_bytes) else "",
     )
 
 
 def problem_of(store: Store, where: Plan, free: dict[str, tuple[int, int]]) -> str:
     """Why there would be no room; "" if there would."""
-    refusal = store.refusal(where.num_bytes, costs=costliest(where))
+    refusal = store.refusal(where.num_bytes, costs=costliest(where), disk=True)
     if refusal is not None:
         return str(refusal)
+    if store.beyond_memory(where.num_bytes):
+        return ""
     grows = store.growth(where.num_bytes)
     for host, (slabs, _) in free.items():
         if grows > slabs:

@@ -19,6 +19,7 @@ __all__ = ["Reaper", "end"]
 
 GRACE_S = 3.0
 LEAVE = "leave"
+SWEEP = "sweep\t"
 
 
 class Reaper:
@@ -38,6 +39,10 @@ class Reaper:
         """Watch these too: the cluster has got new ones."""
         for process in processes:
             self._say(f"{process.pid} {process.create_time()!r}")
+
+    def sweeps(self, folder: Path) -> None:
+        """Remove that folder too."""
+        self._say(f"{SWEEP}{folder}")
 
     def _say(self, word: str) -> None:
         assert self._child.stdin is not None
@@ -80,10 +85,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     words = sys.stdin.read().split("\n")
     if LEAVE not in words:
-        known = [word.split() for word in words if word.count(" ") == 1]
+        folders = [folder, *(Path(word.removeprefix(SWEEP)) for word in words if word.startswith(SWEEP))]
+        known = [word.split() for word in words if not word.startswith(SWEEP) and word.count(" ") == 1]
         end([(int(pid), float(created)) for pid, created in known])
-        for path in folder.parent.glob(folder.name + "*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for each in folders:
+            for path in each.parent.glob(each.name + "*"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

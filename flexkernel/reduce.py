@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 
+from .wire import REDUCTIONS
+
 __all__ = [
     "HOWS",
-    "NUM_PARTS",
     "OPS",
     "Histogram",
     "Partial",
@@ -104,7 +105,6 @@ OPS: dict[str, _Op] = {
     "amin": _Op(lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only),
 }
 _EXACT = {"amax", "amin"}  # their value is one of the elements, so it keeps the dtype
-NUM_PARTS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}  # of each op's statistics
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
     tensor(5.)
     """
     fill = {"amax": -math.inf, "amin": math.inf}.get(op, 0.0)
-    parts = torch.full((NUM_PARTS[op], *shape), fill, dtype=torch.float64)
+    parts = torch.full((REDUCTIONS[op], *shape), fill, dtype=torch.float64)
     return Partial(op, tuple(parts), dtype)
 
 

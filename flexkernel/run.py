@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from .capture import Capture, Reduced, differing
-from .errors import CaptureError, FlexError, MemoryBudgetError
+from .errors import CaptureError, CaptureExpired, FlexError, MemoryBudgetError
 from .generation import Stream, generated
 from .names import match, nearest
 from .prompts import Batch, texts, token_strings
@@ -39,10 +39,12 @@ from .slabs import (
     kept_columns,
     kept_shape,
     left,
+    on_disk,
     pages,
     place,
     position_dim,
 )
+from .spill import Spill
 from .wire import CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store", "costliest"]
@@ -376,6 +378,7 @@ class Store:
         same = place(name).is_dir()
         self._cluster, self.here = cluster, (host or socket.gethostname()) if same else "elsewhere"
         self.folder, self._claim = claim(name)
+        self.spill = Spill(cluster, name, same)
         self.hosts: list[str] = list(cluster.hosts)
         free = psutil.disk_usage(str(self.folder)).free
         self.pool = Pool(secrets.token_hex(4), max(min(SLAB_BYTES, free // 8 // PAGE * PAGE), PAGE))
@@ -394,7 +397,11 @@ class Store:
     def slab(self, name: str, num_bytes: int, create: bool = False) -> Slab:
         """A slab of this host, mapped once and kept. create: it is written into here, where no engine may have yet."""
         if name not in self._slabs:
-            self._slabs[name] = Slab(self.folder / name, num_bytes, create)
+            home = self.spill.folder if on_disk(name) else self.folder
+            if home is None:
+                raise CaptureExpired(f"{name} was moved to disk by a session that has ended")
+            # A large one is not read at once: this process would be said to have all of it in memory
+            self._slabs[name] = Slab(home / name, num_bytes, create, create or num_bytes <= SLAB_BYTES)
         return self._slabs[name]
 
     def client(self, host: str) -> Any:
@@ -412,6 +419,7 @@ class Store:
         for run in list(self.runs.values()):
             self.free(run, "its session has ended, or has loaded another model")
         self._recall("its session has ended, or has loaded another model")
+        self.spill.close()
         for client in self._clients.values():
             client.close()
         self._clients.clear()
@@ -432,19 +440,45 @@ class Store:
         extent = self._extents.get(run.number)
         return not run.kept and not run.freed and extent is not None and extent.tensors <= 0
 
+    def _in_memory(self, run: Run) -> bool:
+        return not on_disk(self._extents[run.number].slab)
+
     def held(self) -> int:
         """Bytes that no newer run could have: of runs that are kept or looked into, and of parameters in use."""
-        self.pool.drain()
-        gone = [self._extents[run.number] for run in self.runs.values() if self._may_expire(run)]
+        free = [run for run in self.runs.values() if self._may_expire(run) and self._in_memory(run)]
+        gone = [self._extents[run.number] for run in free]
         gone += [extent for _, extent in self._lent if extent.tensors <= 1]
         return self.pool.num_bytes - sum(extent.num_bytes for extent in gone)
 
-    def refusal(self, num_bytes: int, what: str = "this run", costs: str = "") -> MemoryBudgetError | None:
-        """Why there cannot be room for so much; None: there can. costs: which hooks it is mostly for."""
-        if num_bytes > self.budget:
+    def spill_to(self, folder: str, budget: int | None = None) -> None:
+        """Move the oldest captures there when memory is short, up to so many bytes (budget=0: none, they expire), and
+        have there at once what alone is larger than the budget of memory. On every host."""
+        self.spill.to(folder, budget)
+
+    def beyond_memory(self, num_bytes: int) -> bool:
+        """Whether so much is put on disk at once: the user has said where, and it cannot be had in memory."""
+        return self.spill.given and num_bytes > self.budget
+
+    def refusal(
+        self, num_bytes: int, what: str = "this run", costs: str = "", disk: bool = False
+    ) -> MemoryBudgetError | None:
+        """Why there cannot be room for so much; None: there can. costs: which hooks it is mostly for. disk: it may lie
+        there."""
+        self.pool.drain()  # tensors that died since the last run count no more
+        if disk and self.beyond_memory(num_bytes):
+            there = [run for run in self.runs.values() if self._may_expire(run) and not self._in_memory(run)]
+            room = self.spill.room() + sum(self._extents[run.number].num_bytes for run in there)
+            if num_bytes <= room:
+                return None
             return MemoryBudgetError(
-                f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, "
-                f"use --positions, or raise session.store.budget{costs}"
+                f"{what} would keep {num_bytes:,} bytes; the session's budget of memory is {self.budget:,}, and of its "
+                f"budget on disk, in {self.spill.root}, {room:,} are free: free runs (run.free()) or hook less{costs}"
+            )
+        if num_bytes > self.budget:
+            instead = ", or have it on disk, session.store.spill_to(FOLDER)" if disk else ""
+            return MemoryBudgetError(
+                f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, use "
+                f"--positions or --reduce, raise session.store.budget{instead}{costs}"
             )
         held = self.held()
         if held + num_bytes > self.budget:
@@ -459,18 +493,56 @@ class Store:
         lacks = self.pool.num_bytes + num_bytes > self.budget
         return 0 if lacks else self.pool.growth(num_bytes)
 
-    def take(self, num_bytes: int, what: str = "this run", costs: str = "") -> Extent:
-        """Room for captures; older ones expire to make it, parameters first. MemoryBudgetError: that is not enough."""
-        problem = self.refusal(num_bytes, what, costs)
+    def take(self, num_bytes: int, what: str = "this run") -> Extent:
+        """Room for captures; older ones go to disk to make it, or expire, parameters first. MemoryBudgetError: that is
+        not enough."""
+        problem = self.refusal(num_bytes, what)
         if problem is not None:
             raise problem
         self._recall("it expired to make room; session.parameter(name) reads it again", num_bytes)
         for run in list(self.runs.values()):
-            if self.pool.num_bytes + num_bytes <= self.budget and len(self.runs) < self.most_runs:
+            few = len(self.runs) < self.most_runs
+            if self.pool.num_bytes + num_bytes <= self.budget and few:
                 break
-            if self._may_expire(run):
-                self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
+            if self._may_expire(run) and (not few or (self._in_memory(run) and not self._to_disk(run))):
+                self._expire(run)
         return self.pool.take(num_bytes)
+
+    def _expire(self, run: Run) -> None:
+        self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
+
+    def _room_on_disk(self, num_bytes: int) -> bool:
+        """Whether there is room on disk, once older runs there have expired."""
+        for run in list(self.runs.values()):
+            if self.spill.room() >= num_bytes:
+                return True
+            if self._may_expire(run) and not self._in_memory(run):
+                self._expire(run)
+        return self.spill.room() >= num_bytes
+
+    def _to_disk(self, run: Run) -> bool:
+        """Move what a run keeps to disk; False: there is no room."""
+        extent = self._extents[run.number]
+        if self.spill.budget == 0 or not self.spill.useful() or not self._room_on_disk(extent.num_bytes):
+            return False
+        target = self.spill.move(run.number, extent)
+        if target is None:
+            return False
+        run.plan = dataclasses.replace(run.plan, slab=target.slab, slab_bytes=target.slab_bytes, base=0)
+        for capture in run.captures.values():
+            capture.move(target.slab, target.slab_bytes, extent.base, lambda: self.pool.looked_into(target))
+        self._extents[run.number] = target
+        self.pool.release(extent)
+        return True
+
+    def give_back(self, extent: Extent, spoilt: bool = False) -> None:
+        """Bytes that nobody needs any more. spoilt: the slab could not be made."""
+        if on_disk(extent.slab):
+            self.spill.release(extent)
+        elif spoilt:
+            self.pool.abandon(extent)
+        else:
+            self.pool.release(extent)
 
     def lend(self, capture: Capture, extent: Extent) -> None:
         """Let a capture that belongs to no run have these bytes until it is freed or dies, or room is needed."""
@@ -497,16 +569,34 @@ class Store:
                 self._lent.remove((ref, extent))
 
     @contextlib.contextmanager
-    def room(self, num_bytes: int, what: str = "this run", costs: str = "") -> Iterator[Extent]:
-        """Room for a run while it is made; given back if the run fails."""
-        extent = self.take(num_bytes, what, costs)
+    def room(self, num_bytes: int, what: str = "this run") -> Iterator[Extent]:
+        """Room while something is made; given back if that fails."""
+        with self._unless_it_fails(self.take(num_bytes, what)) as extent:
+            yield extent
+
+    @contextlib.contextmanager
+    def room_for_run(self, number: int, num_bytes: int, costs: str) -> Iterator[Extent]:
+        """The same for what a run keeps, which lies on disk if it is larger than the budget of memory."""
+        problem = self.refusal(num_bytes, costs=costs, disk=True)
+        if problem is not None:
+            raise problem
+        if self.beyond_memory(num_bytes):
+            self._room_on_disk(num_bytes)
+            taken = self.spill.take(number, num_bytes)
+        else:
+            taken = self.take(num_bytes)
+        with self._unless_it_fails(taken, costs) as extent:
+            yield extent
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self, extent: Extent, costs: str = "") -> Iterator[Extent]:
         try:
             yield extent
         except MemoryBudgetError as error:
-            self.pool.abandon(extent)
+            self.give_back(extent, spoilt=True)
             raise MemoryBudgetError(f"{error}{costs}") from None
         except BaseException:
-            self.pool.release(extent)
+            self.give_back(extent)
             raise
 
     def run(
@@ -521,7 +611,7 @@ class Store:
         on_token(row, text): called with the text of a generation as it comes."""
         begin = time.perf_counter()
         number = self.next_number()
-        with self.room(where.num_bytes, costs=costliest(where)) as extent:
+        with self.room_for_run(number, where.num_bytes, costliest(where)) as extent:
             plan = RunPlan(
                 run=number,
                 ids=batch.ids,
@@ -586,8 +676,15 @@ class Store:
                 where = planner.plan(hooks, len(plan.ids), len(plan.ids[0]), new, plan.loss is not None)
                 tokens = [token_strings(row, tokenizer) for row in plan.ids]
                 extent = Extent(plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1)))
-                self.pool.adopt(extent)
+                self._adopt(extent)
                 self.add(plan, where, extent, reports, tokens, tokenizer)
+
+    def _adopt(self, extent: Extent) -> None:
+        if not on_disk(extent.slab):
+            self.pool.adopt(extent)
+            return
+        self.spill.recover()
+        self.spill.adopt(extent)
 
     def add(
         self, plan: RunPlan, where: Plan, extent: Extent, reports: Sequence[RunReport], tokens: Any, tokenizer: Any
@@ -644,13 +741,15 @@ class Store:
         run.freed = "freed"
         for region in [s.region for c in run.captures.values() for s in c.seen.values() if s.region is not None]:
             self._slabs.pop(region.slab, None)
+        if on_disk(run.plan.slab):
+            self._slabs.pop(run.plan.slab, None)
         for capture in run.captures.values():
             capture.expire(why)
         self.runs.pop(run.number, None)
         self._freed.append(run.number)
         extent = self._extents.pop(run.number, None)
         if extent is not None:
-            self.pool.release(extent)
+            self.give_back(extent)
 
 
 def costliest(where: Plan, most: int = 3) -> str:

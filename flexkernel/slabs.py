@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import stat
+import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,7 @@ import torch
 
 from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from .names import nearest, select
-from .reduce import NUM_PARTS
-from .wire import Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
+from .wire import REDUCTIONS, Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
 
 __all__ = [
     "Entry",
@@ -39,18 +39,23 @@ __all__ = [
     "check_positions",
     "claim",
     "cut",
+    "disk",
     "folder",
     "kept_columns",
     "kept_shape",
     "left",
     "left_of",
+    "on_disk",
     "pages",
     "place",
     "sweep",
+    "write_out",
 ]
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
+SPILLED = "spill-"  # how the name of a slab begins that lies on disk
+CHUNK = 16 << 20  # bytes that are written to disk at a time
 LOCK = ".lock"  # in each folder: whoever uses the folder holds a shared lock on it
 LOGITS_BYTES = 64 << 20  # above this a run keeps the last position's logits only
 
@@ -99,7 +104,7 @@ class Entry:
         """(shape, dtype) of what lies in the slab."""
         if self.hook.reduce is None:
             return self.shape, self.formula.dtype
-        return (NUM_PARTS[self.hook.reduce.op], self.slots, *self.kept), "float64"
+        return (REDUCTIONS[self.hook.reduce.op], self.slots, *self.kept), "float64"
 
     @property
     def num_bytes(self) -> int:
@@ -351,17 +356,30 @@ def position_dim(formula: ShapeFormula) -> int | None:
 # --- the files -------------------------------------------------------------------------------------
 
 
-def place(name: str) -> Path:
-    """Where this user's slab folder of that name is, or would be: in memory where the system has /dev/shm."""
-    root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
+def disk() -> Path:
+    """Under which folder captures are moved to disk, where the user names none."""
+    return Path(os.environ.get("FLEX_SPILL") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()))
+
+
+def on_disk(slab: str) -> bool:
+    return slab.startswith(SPILLED)
+
+
+def place(name: str, root: Path | None = None) -> Path:
+    """Where this user's slab folder of that name is, or would be: in memory where the system has /dev/shm, or under
+    that root."""
+    if root is None:
+        root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
+        if not root.is_dir():
+            raise CaptureError(f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there")
     if not root.is_dir():
-        raise CaptureError(f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there")
+        raise CaptureError(f"{root} is not a folder, no capture can be moved there: make it, or name another")
     return root / f"flexkernel-{os.getuid()}" / name
 
 
-def folder(name: str) -> Path:
+def folder(name: str, root: Path | None = None) -> Path:
     """This user's private folder of that name for slabs, 0700, made if it is not there."""
-    found_at = place(name)
+    found_at = place(name, root)
     for path in (found_at.parent, found_at):
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
@@ -371,11 +389,11 @@ def folder(name: str) -> Path:
     return found_at
 
 
-def claim(name: str) -> tuple[Path, IO[bytes]]:
+def claim(name: str, root: Path | None = None) -> tuple[Path, IO[bytes]]:
     """The folder of that name, and what claims it for as long as it is open, which ends with the process however that
     ends. Folders that nobody claims any more are removed: their slabs would hold memory for ever."""
     while True:
-        path = folder(name)
+        path = folder(name, root)
         with contextlib.suppress(FileNotFoundError):  # it was swept before it was claimed: once more
             lock = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -410,14 +428,16 @@ class _Bytes(np.ndarray):
 
 class Slab:
     """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past a full
-    /dev/shm would kill the process. create=False: for who only reads, and must not find zeros where nothing is."""
+    /dev/shm would kill the process. create=False: for who only reads, and must not find zeros where nothing is.
+    populate: have all its pages there at once; None: unless it lies on disk."""
 
-    def __init__(self, path: Path, num_bytes: int, create: bool = True):
+    def __init__(self, path: Path, num_bytes: int, create: bool = True, populate: bool | None = None):
         self.path, self.num_bytes = path, num_bytes
         fd = opened(path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW)
         try:
             allocate(fd, num_bytes, path)
-            self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+            there = getattr(mmap, "MAP_POPULATE", 0) if populate or (populate is None and not on_disk(path.name)) else 0
+            self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | there)
         finally:
             os.close(fd)
         self.bytes = torch.from_numpy(np.frombuffer(self.map, dtype=np.uint8))
@@ -455,6 +475,24 @@ def opened(path: Path, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         raise CaptureExpired(f"{path} is gone: the engines have ended, or have loaded another model") from None
+
+
+def write_out(source: torch.Tensor, path: Path) -> None:
+    """Bytes (uint8) into a new file, 0600, piece by piece: nothing of it is mapped. It is there whole or not at all.
+
+    MemoryBudgetError: the disk is full."""
+    fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+    try:
+        allocate(fd, source.numel(), path)
+        data = memoryview(source.numpy())
+        done = 0
+        while done < len(data):
+            done += os.pwrite(fd, data[done : done + CHUNK], done)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
 
 
 def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:

@@ -49,6 +49,14 @@ class Status:
                 f"{len(store.pool.slabs)} files, {sum(store.pool.slabs.values()) / 1e6:,.0f} MB, in {store.folder}",
             ),
         ]
+        if store.spill.extents:
+            self.rows.append(
+                (
+                    "on disk",
+                    f"{len(store.spill.extents)} runs, {store.spill.num_bytes / 1e6:,.1f} of "
+                    f"{store.spill.budget / 1e6:,.0f} MB budget, in {store.spill.root}",
+                )
+            )
 
     def __repr__(self) -> str:
         width = max(len(what) for what, _ in self.rows)

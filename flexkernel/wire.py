@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "AXES",
+    "REDUCTIONS",
     "Blob",
     "Box",
     "CaptureKey",
@@ -42,6 +43,8 @@ __all__ = [
 
 Box = tuple[tuple[int, int, int], ...]
 AXES = ("pp", "dp", "fsdp", "tp")
+# What a hook can keep of a value instead of it → of how many statistics a part of it is known
+REDUCTIONS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}
 
 
 def share(total: int, parts: int, index: int) -> tuple[int, int]:

@@ -18,21 +18,8 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 LAYERS = [
     {"errors", "wire", "names"},
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift"},
-    {
-        "channel",
-        "cluster",
-        "prompts",
-        "capture",
-        "run",
-        "parameters",
-        "hooks",
-        "edits",
-        "model",
-        "status",
-        "tree",
-        "preview",
-    }
-    | {"generation", "hookfile"},
+    {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
+    | {"generation", "hookfile", "preview", "spill"},
     {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]

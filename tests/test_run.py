@@ -250,7 +250,7 @@ def small(session, tiny):
     session.load(tiny("llama"))
     session.hook("model.layers.*.mlp")
     first = session.run(IDS)
-    session.store.budget = 3 * session.store.pool.num_bytes
+    session.store.budget, session.store.spill.budget = 3 * session.store.pool.num_bytes, 0
     first.free()
     return session
 

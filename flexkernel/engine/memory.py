@@ -1,16 +1,20 @@
-"""This rank's slabs: which it has mapped, and the files of its own for values that had no planned place."""
+"""This rank's slabs: which it has mapped, the files of its own for values that had no planned place, and what has been
+moved to disk.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ..slabs import PAGE, Slab, pages
+from ..slabs import PAGE, Slab, claim, on_disk, pages, write_out
 from ..wire import RunPlan
 
-__all__ = ["extra_slab", "forget", "free", "open_slab", "power"]
+__all__ = ["drop_spilled", "extra_slab", "forget", "free", "open_slab", "power", "spill", "spill_to"]
 
 
 def free(runtime: Any) -> tuple[int, int]:
@@ -21,8 +25,49 @@ def free(runtime: Any) -> tuple[int, int]:
 def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:
     """The slab of that name on this host, mapped once and kept."""
     if name not in runtime.slabs:
-        runtime.slabs[name] = Slab(runtime.run_folder / name, num_bytes)
+        runtime.slabs[name] = Slab(path_of(runtime, name), num_bytes)
     return runtime.slabs[name]
+
+
+def path_of(runtime: Any, name: str) -> Path:
+    return (runtime.spill_folder if on_disk(name) else runtime.run_folder) / name
+
+
+# --- on disk ------------------------------------------------------------------------------------------------
+
+
+def spill_to(runtime: Any, root: Path | None) -> tuple[Path | None, int]:
+    """Have a folder on disk for what the driver moves there: (its root, bytes that are free in it). root=None: that
+    which there is. The runs that lie in another one stay there no longer than the next load."""
+    if root is not None and root != runtime.spill_root:
+        found, held = claim(runtime.run_folder.name, root)
+        drop_spilled(runtime)
+        runtime.spill_root, runtime.spill_folder, runtime.spill_claim = root, found, held
+        if runtime.server is not None:
+            runtime.server.also(found)
+    if runtime.spill_folder is None:
+        return None, 0
+    return runtime.spill_root, shutil.disk_usage(runtime.spill_folder).free
+
+
+def spill(runtime: Any, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int) -> None:
+    """Move what a run keeps from a slab to a file of its own on disk; the first rank of each host does it."""
+    if runtime.seat.local_rank == 0:
+        source = open_slab(runtime, slab, slab_bytes).bytes[base : base + num_bytes]
+        write_out(source, path_of(runtime, name))
+    if number in runtime.runs:  # an engine that took a dead one's place may not know it
+        plan, hooks, report = runtime.runs[number]
+        plan = dataclasses.replace(plan, slab=name, slab_bytes=num_bytes, base=0)
+        runtime.runs[number] = plan, hooks, report
+
+
+def drop_spilled(runtime: Any, ending: str = ".slab") -> None:
+    """Remove the files on disk whose names end so."""
+    for name in [n for n in runtime.slabs if on_disk(n) and n.endswith(ending)]:
+        runtime.slabs.pop(name)
+    if runtime.spill_folder is not None and runtime.seat.local_rank == 0:
+        for path in runtime.spill_folder.glob(f"spill-*{ending}"):
+            path.unlink(missing_ok=True)
 
 
 def power(num_bytes: int) -> int:
@@ -47,3 +92,5 @@ def forget(runtime: Any, runs: tuple[int, ...]) -> None:
         runtime.runs.pop(number, None)
         for name in [n for n in runtime.slabs if n.startswith(extra_prefix(runtime.rank, number))]:
             runtime.slabs.pop(name).path.unlink(missing_ok=True)
+        if runtime.spill_folder is not None:
+            drop_spilled(runtime, f"-{number}.slab")

@@ -57,6 +57,9 @@ class Runtime:
         self.folder = ""  # the name that all hosts' run folders share
         self.run_folder: Path | None = None  # this host's
         self.claim: Any = None  # on it, or it is swept
+        self.spill_root: Path | None = None  # where captures are moved to disk, if they are
+        self.spill_folder: Path | None = None
+        self.spill_claim: Any = None
         self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}  # what lies in the slabs
         self.slabs: dict[str, slabs.Slab] = {}
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
@@ -132,6 +135,9 @@ class Runtime:
             leave()
         if self.run_folder is not None and self.seat.local_rank == 0:
             slabs.sweep(self.run_folder)
+            if self.spill_folder is not None:
+                slabs.sweep(self.spill_folder)
+        self.spill_root = self.spill_folder = self.spill_claim = None
         self.slabs, self.runs, self.run_folder, self.claim = {}, {}, None, None
 
     def serve(self, token: str, interface: str) -> tuple[str, str]:
@@ -141,6 +147,8 @@ class Runtime:
         assert self.run_folder is not None
         if self.server is None:
             self.server, self.token = Server(self.run_folder, token, interface), token
+            if self.spill_folder is not None:
+                self.server.also(self.spill_folder)
         return self.server.address, self.token
 
     def call(self, function: bytes, *args: Any) -> Any:
@@ -193,6 +201,8 @@ class Runtime:
             self.breaker.after_groups({self.store.port})
 
     def unload(self) -> None:
+        from .memory import drop_spilled
+
         if self.model is not None:
             from .compat import forget_meshes
 
@@ -204,6 +214,7 @@ class Runtime:
         self.watch.know([], {})
         self.hook_set = HookSet()
         self.modules, self.module_codes, self.optimizers = {}, {}, {}
+        drop_spilled(self)
         for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
             slab.path.unlink(missing_ok=True)
         self.slabs, self.runs, self.groups = {}, {}, {}
