@@ -16,11 +16,12 @@ from .errors import FlexError
 
 if TYPE_CHECKING:
     from .capture import Capture
+    from .dataset import open_dataset
     from .run import Run
     from .session import Session, attach, local, start
 
 __version__ = "0.1.0"
-__all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "start"]
+__all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "open_dataset", "start"]
 
 # The door is light: torch, ipyparallel and the widgets are imported when one of these names is first used.
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "Session": "session",
     "attach": "session",
     "local": "session",
+    "open_dataset": "dataset",
     "start": "session",
 }
 

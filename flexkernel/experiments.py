@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from . import dataset as collecting
 from . import preview as previewing
 from . import verify as verifying
+from .dataset import Dataset
 from .preview import Preview
 from .run import Run
 from .sweep import Sweep, modules_of
@@ -85,6 +88,28 @@ class Experiments:
         found = modules_of(session.planner, modules, at)
         options = {"edit": edit, "at": at}
         return Sweep(session, batch, found, positions, metric, options, value).resume(progress)
+
+    def collect(
+        self,
+        prompts: Iterable[Any],
+        hooks: str | Sequence[str] | None = None,
+        path: str | os.PathLike[str] = "dataset",
+        *,
+        at: str | None = None,
+        positions: Sequence[int] | int | None = None,
+        reduce: str | None = None,
+        batch_size: int = 16,
+        chat: bool = False,
+        progress: Progress | None = None,
+    ) -> Dataset:
+        """The activations of many prompts, into a folder: fk.open_dataset(path)[name] is a whole tensor, by token.
+
+        prompts: anything that yields them, text or ids; run batch_size at a time. hooks: globs, at these at=,
+        positions= and reduce=; None: your own hooks. Each rank writes its own shard. Ctrl-C or a kill ends it with what
+        there is so far; the same call again goes on, under another layout too. HookError, CaptureError: refused."""
+        options = {"at": at, "positions": positions, "reduce": reduce}
+        with self._telling(progress, "collect", "prompt") as told:
+            return collecting.collect(cast("Session", self), prompts, hooks, path, batch_size, chat, options, told)
 
     @contextlib.contextmanager
     def _telling(self, progress: Progress | None, name: str, unit: str) -> Iterator[Progress]:

@@ -20,7 +20,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "Plan",
     "Planner",
     "Pool",
+    "Rows",
     "Slab",
     "check_index",
     "check_positions",
@@ -48,6 +49,7 @@ __all__ = [
     "on_disk",
     "pages",
     "place",
+    "row_dims",
     "sweep",
     "write_out",
 ]
@@ -351,6 +353,60 @@ def cut(whole: torch.Tensor, shape: Sequence[int], folded: Sequence[int], B: int
 def position_dim(formula: ShapeFormula) -> int | None:
     """The dim along which the positions of a run lie, those of the queries first; None where no dim has them alone."""
     return next(iter(formula.dims_of("S") or formula.dims_of("P+S", "W+S")), None)
+
+
+# --- rows and tokens -------------------------------------------------------------------------------
+
+
+def row_dims(entry: Entry) -> tuple[int | None, int | None, int | None]:
+    """(the dim of a batch's rows, that of the positions, that in which both lie) of what is kept; None: there is none.
+
+    HookError: rows are not to be told apart, or another dim is as long as the prompt."""
+    formula, over = entry.formula, entry.over
+    rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
+    positions = None if folded is not None else position_dim(formula)
+    longer = [d for d in formula.dims_of("S", "P", "P+S", "W+S", "B", "B*S") if d not in (rows, positions, folded)]
+    if (rows is None and folded is None) or ({rows, folded} - {None}) & set(over) or set(longer) - set(over):
+        raise HookError(
+            f"{entry.key} is {formula}: prompts cannot be told apart in it, or more than one dim is as long as a "
+            "prompt; reduce such dims, or leave it out"
+        )
+
+    def now(dim: int | None) -> int | None:
+        return None if dim is None or dim in over else dim - sum(d < dim for d in over)
+
+    return now(rows), now(positions), now(folded)
+
+
+class Rows:
+    """A part of a value by rows, or by tokens without pads. dims: as row_dims() says; shape: the whole's; box: the
+    part's."""
+
+    def __init__(self, dims: tuple[int | None, ...], shape: Sequence[int], box: Box):
+        self.first = [dim for dim in dims if dim is not None]
+        self.by_token = dims[1] is not None or dims[2] is not None
+        self.rest = [dim for dim in range(len(shape)) if dim not in self.first]
+        self.spans = {dim: (0, size) for dim, size in enumerate(shape)} | {d: (a, b) for d, a, b in box}
+
+    def of(self, part: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(rows or tokens, the other dims) in memory of its own. mask: (rows, positions), of the whole."""
+        ordered = part.permute(*self.first, *self.rest)
+        return (ordered[self._own(mask)] if self.by_token else ordered).clone(memory_format=torch.contiguous_format)
+
+    def put(self, held: torch.Tensor, mask: torch.Tensor, into: torch.Tensor) -> None:
+        """The way back: `held` into its place in the whole's rows or tokens."""
+        index: list[Any] = [slice(*self.spans[self.first[0]])]
+        if self.by_token:
+            numbers = torch.full(mask.shape, -1)
+            numbers[mask] = torch.arange(int(mask.sum()))
+            index = [self._own(mask, numbers)[self._own(mask)]]
+        into[(*index, *(slice(*self.spans[dim]) for dim in self.rest))] = held
+
+    def _own(self, mask: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+        """The part of (rows, positions) that this is a part of."""
+        whole = mask if of is None else of
+        whole = whole if len(self.first) == 2 else whole.reshape(-1)
+        return whole[tuple(slice(*self.spans[dim]) for dim in self.first)]
 
 
 # --- the files -------------------------------------------------------------------------------------

@@ -425,9 +425,10 @@ def test_a_run_equals_its_twin(loaded):
 
 
 def test_a_preview_runs_nothing(loaded):
+    before = len(loaded.magics.session.runs)
     seen = loaded.do("%flex_run --preview --generate 5 The capital of France is")
     twin = loaded.magics.session.preview("The capital of France is", max_new_tokens=5)
-    assert seen.num_bytes == twin.num_bytes and seen.new == 5 and loaded.magics.session.runs == []
+    assert seen.num_bytes == twin.num_bytes and seen.new == 5 and len(loaded.magics.session.runs) == before
 
 
 def test_stop_at_ends_the_run_there(loaded):
@@ -631,7 +632,7 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         (
             "%flex_run --",
             [f"--{option}" for option in ["groups", "complement", "chat", "generate", "sample", "temperature"]]
-            + [f"--{option}" for option in ["top-k", "top-p", "seed", "stop-at", "backward", "var"]],
+            + [f"--{option}" for option in ["top-k", "top-p", "seed", "preview", "stop-at", "backward", "var"]],
         ),
         ("%flex_run --groups red,b", ["blue"]),
         ("%flex_run --stop-at model.layers.*.se", ["model.layers.*.self_attn"]),

@@ -18,7 +18,8 @@ from ..wire import ErrorReport, Owner
 
 __all__ = ["answer", "call", "open_runtime"]
 
-DOORS = ("memory", "parameters", "regroup", "train", "verify")  # files whose functions the driver may call: "train.add"
+# Files whose functions the driver may call: "train.add"
+DOORS = ("dataset", "memory", "parameters", "regroup", "train", "verify")
 _owner: Owner | None = None  # the driver that said hello last
 _let_go = False  # it has said goodbye
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it

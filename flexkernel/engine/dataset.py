@@ -1,0 +1,44 @@
+"""This rank's share of a dataset: what it wrote of a run's captures goes from its slab into a file of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..slabs import Rows, row_dims
+from ..wire import Box
+from .memory import open_slab
+from .placements import narrowed
+
+__all__ = ["write"]
+
+
+def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
+    """Write this rank's parts of a stored run's planned captures, without pads; the file appears whole or not at all.
+
+    names: index in the plan → the name in the file. Returns name → which part of the whole it is; what this rank wrote
+    nothing of is left out, and where that is all of it no file is made."""
+    plan, hooks, report = runtime.runs[number]
+    where = runtime.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
+    mask = torch.tensor(plan.mask).bool()
+    parts: dict[str, torch.Tensor] = {}
+    boxes: dict[str, Box] = {}
+    for i, name in names.items():
+        seen, entry = report.planned.get(i), where.entries[i]
+        if seen is not None and seen.error is None and seen.box is not None:
+            slab = open_slab(runtime, plan.slab, plan.slab_bytes)
+            local = narrowed(slab.tensor(where.region(entry, plan.slab, plan.base)), seen.box)
+            parts[name] = Rows(row_dims(entry), entry.shape, seen.box).of(local, kept(mask, entry.hook.kept_positions))
+            boxes[name] = seen.box
+    if parts:
+        save_file(parts, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    return boxes
+
+
+def kept(mask: torch.Tensor, positions: tuple[int, ...] | None) -> torch.Tensor:
+    return mask if positions is None else mask[:, [p % mask.shape[1] for p in positions]]
