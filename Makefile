@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check chaos lab venv chromium clean
+.PHONY: demo test long check chaos flat lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +28,10 @@ check: $(STAMP)
 N ?= 200
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --rounds $(N) $(if $(SEED),--seed $(SEED))
+
+# The same cell again and again in a real kernel: nothing grows. make flat N=1000
+flat: $(STAMP)
+	$(BIN)/python tests/flat.py --runs $(if $(filter command line,$(origin N)),$(N),1000)
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model
