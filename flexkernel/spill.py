@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import slabs
-from .errors import CaptureError, MemoryBudgetError
+from .errors import CaptureError, EngineError, MemoryBudgetError
 from .slabs import SPILLED, Extent, pages
 
 __all__ = ["Spill"]
@@ -23,7 +23,7 @@ class Spill:
     """One session's files on disk. near: the driver is on a host of the engines', and maps what they write.
 
     given: the user has said where; only then is a run that is larger than the budget of memory put there at once.
-    budget: bytes on disk; None: not looked at yet; 0: nothing is moved there."""
+    budget: bytes on disk; None: not looked at yet; 0: nothing is moved there. problem: why nothing can be."""
 
     def __init__(self, cluster: Any, name: str, near: bool):
         self._cluster, self._name, self._near = cluster, name, near
@@ -31,6 +31,7 @@ class Spill:
         self.budget: int | None = None
         self.folder: Path | None = None
         self._claim: IO[bytes] | None = None
+        self.problem = ""
         self._token = secrets.token_hex(4)
         self.extents: dict[str, Extent] = {}
 
@@ -52,7 +53,13 @@ class Spill:
         """Have the engines make their folders, once; the driver's is the one of its host."""
         if self.budget is not None:
             return
-        answers = self._cluster.call("memory.spill_to", self.root)
+        try:
+            answers = self._cluster.call("memory.spill_to", self.root)
+        except (CaptureError, EngineError) as error:
+            if self.given:
+                raise
+            self.budget, self.problem = 0, str(error)  # captures expire instead, and session.status() says why
+            return
         self.budget = min(free for _, free in answers) // (1 if self.given else SHARE) if budget is None else budget
         if self._near:
             self.folder, self._claim = slabs.claim(self._name, self.root)

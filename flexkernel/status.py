@@ -49,6 +49,8 @@ class Status:
                 f"{len(store.pool.slabs)} files, {sum(store.pool.slabs.values()) / 1e6:,.0f} MB, in {store.folder}",
             ),
         ]
+        if store.spill.problem:
+            self.rows.append(("on disk", f"nothing can be moved there: {store.spill.problem}"))
         if store.spill.extents:
             self.rows.append(
                 (

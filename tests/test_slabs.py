@@ -230,8 +230,8 @@ def test_a_claim_survives_that_its_folder_is_swept_meanwhile(folder, monkeypatch
     """Between making the folder and claiming it."""
     real, swept = slabs.folder, []
 
-    def made(name):
-        path = real(name)
+    def made(name, root=None):
+        path = real(name, root)
         if not swept:
             swept.append(slabs.sweep(path))
         return path

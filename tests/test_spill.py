@@ -102,6 +102,21 @@ def test_a_full_disk_lets_the_oldest_expire(small, monkeypatch):
     assert runs[1][MLP].tensor().shape == (1, 4, 64)
 
 
+def test_a_folder_that_engines_cannot_use_lets_the_oldest_expire(session, tiny, monkeypatch):
+    session.load(tiny("llama"))
+    session.hook(MLP)
+    session.store.spill.given = False  # as where the user names no folder
+
+    def refused(runtime, root):
+        raise CaptureError("it belongs to somebody else")
+
+    monkeypatch.setattr("flexkernel.engine.memory.spill_to", refused)
+    first = session.run(IDS)
+    session.store.budget = session.store.pool.num_bytes
+    assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64) and first.freed
+    assert "it belongs to somebody else" in dict(session.status().rows)["on disk"]
+
+
 def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tmp_path):
     long = [[5 + i % 200 for i in range(1024)]]
     size = small.preview(long).num_bytes
