@@ -169,7 +169,7 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
     tensor(2.)
     """
     if mask is None:
-        return partial(op, x, dims)
+        return _quick(op, x, tuple(dims))
     if op in ("var", "std"):
         real = mask.expand_as(x).double()
         num = real.sum(dims, keepdim=True)
@@ -181,6 +181,36 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
     if op == "mean":
         parts = parts[0], mask.expand_as(x).sum(dims, dtype=torch.float64)
     return Partial(op, parts, x.dtype)
+
+
+def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
+    """`partial` as a forward can wait for it: statistics of float32 and narrower in float32, as torch has them, which
+    takes a twentieth of the time. They are combined in float64 all the same."""
+    if not x.is_floating_point() or x.dtype == torch.float64 or op in _EXACT or not dims:
+        return partial(op, x, dims)
+    if op == "norm":
+        parts: Tensors = (_quick_norm(x, dims),)
+    elif op in ("var", "std"):
+        var, mean = torch.var_mean(x.float(), dims, correction=0)
+        num = _count(x, dims, mean)
+        parts = num, mean, var.double() * num
+    else:
+        total = x.sum(dims, dtype=torch.float32)
+        parts = (total, _count(x, dims, total)) if op == "mean" else (total,)
+    return Partial(op, parts, x.dtype)
+
+
+def _quick_norm(x: torch.Tensor, dims: Dims) -> torch.Tensor:
+    """Along the last dim by torch's own; over others a cache-sized block at a time, summed in float64: torch's would
+    add up millions of squares in float32, and strides through memory."""
+    along = x.dim() - 1
+    rest = tuple(d for d in dims if d != along)
+    if along in dims:
+        rows = torch.linalg.vector_norm(x, dim=along, keepdim=True, dtype=torch.float32).double()
+        return torch.linalg.vector_norm(rows, dim=rest, keepdim=True).squeeze(dims) if rest else rows.squeeze(along)
+    blocks = x.split(max(1, BLOCK_ELEMENTS * x.shape[rest[0]] // max(x.numel(), 1)), rest[0])
+    squares = [block.float().square().sum(dims, dtype=torch.float32).double() for block in blocks]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
