@@ -733,6 +733,7 @@ class Store:
         for client in self._clients.values():
             client.close()
         self._clients.clear()
+        self.spill.reopen()
 
     def free(self, run: Run, why: str) -> None:
         """Take a run's memory back."""

@@ -66,6 +66,11 @@ class Spill:
             if getattr(self._cluster, "reaper", None) is not None:
                 self._cluster.reaper.sweeps(self.folder)
 
+    def reopen(self) -> None:
+        """There are new engines, which have not heard of it."""
+        if self.budget is not None and not self.problem:
+            self._cluster.call("memory.spill_to", self.root)
+
     def useful(self) -> bool:
         """Whether moving captures there gives memory back: not where slabs lie on that disk already."""
         if self.given:
