@@ -168,26 +168,42 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
     >>> masked("mean", torch.tensor([9.0, 1.0, 3.0]), (0,), torch.tensor([False, True, True])).value()
     tensor(2.)
     """
-    if mask is None:
+    if mask is None or bool(mask.all()):
         return _quick(op, x, tuple(dims))
-    if op in ("var", "std"):
-        real = mask.expand_as(x).double()
-        num = real.sum(dims, keepdim=True)
-        wide = torch.where(mask, x.double(), 0)
-        mean = wide.sum(dims, keepdim=True) / num.clamp(min=1)
-        squares = ((wide - mean) * real).square().sum(dims)
-        return Partial(op, (num.squeeze(dims), mean.squeeze(dims), squares), x.dtype)
-    parts = OPS[op].first(x.masked_fill(~mask, _neutral(op, x.dtype)), tuple(dims), False)
-    if op == "mean":
-        parts = parts[0], mask.expand_as(x).sum(dims, dtype=torch.float64)
-    return Partial(op, parts, x.dtype)
+    long = [dim for dim, size in enumerate(mask.shape) if size > 1]
+    if len(long) < 2:
+        return _picked(op, x, tuple(dims), long[0] if long else 0, mask.flatten())
+    rows = [(x.narrow(long[0], i, 1), mask.narrow(long[0], i, 1)) for i in range(x.shape[long[0]])]
+    parts = [masked(op, row, dims, real) for row, real in rows]
+    if long[0] in dims:
+        return combine(parts)
+    at = long[0] - sum(dim < long[0] for dim in dims)
+    return Partial(op, tuple(torch.cat(part, at) for part in zip(*(p.parts for p in parts), strict=True)), x.dtype)
+
+
+def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor) -> Partial:
+    """The part of those that are real along one dim. They mostly lie together: pads are on one side."""
+    index = real.nonzero().flatten().to(x.device)
+    shape = [size for dim, size in enumerate(x.shape) if dim not in dims]
+    none = Partial(op, tuple(part.to(x.device) for part in nothing(op, shape, x.dtype).parts), x.dtype)
+    if not len(index):
+        return none
+    first, last = int(index[0]), int(index[-1])
+    together = last - first + 1 == len(index)
+    found = _quick(op, x.narrow(along, first, len(index)) if together else x.index_select(along, index), dims)
+    if along in dims:
+        return found
+    for into, part in zip(none.parts, found.parts, strict=True):
+        into.index_copy_(along - sum(dim < along for dim in dims), index, part)
+    return none
 
 
 def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
     """`partial` as a forward can wait for it: statistics of float32 and narrower in float32, as torch has them, which
     takes a twentieth of the time. They are combined in float64 all the same."""
     if not x.is_floating_point() or x.dtype == torch.float64 or op in _EXACT or not dims:
-        return partial(op, x, dims)
+        exact = partial(op, x, dims)
+        return Partial(op, tuple(part.double() for part in exact.parts), x.dtype)
     if op == "norm":
         parts: Tensors = (_quick_norm(x, dims),)
     elif op in ("var", "std"):
@@ -197,7 +213,7 @@ def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
     else:
         total = x.sum(dims, dtype=torch.float32)
         parts = (total, _count(x, dims, total)) if op == "mean" else (total,)
-    return Partial(op, parts, x.dtype)
+    return Partial(op, tuple(part.double() for part in parts), x.dtype)
 
 
 def _quick_norm(x: torch.Tensor, dims: Dims) -> torch.Tensor:
@@ -222,17 +238,6 @@ def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
     fill = {"amax": -math.inf, "amin": math.inf}.get(op, 0.0)
     parts = torch.full((REDUCTIONS[op], *shape), fill, dtype=torch.float64)
     return Partial(op, tuple(parts), dtype)
-
-
-def _neutral(op: str, dtype: torch.dtype) -> float | int | bool:
-    """What changes nothing of the op's value."""
-    if op not in _EXACT:
-        return 0
-    if dtype == torch.bool:
-        return op == "amin"
-    if dtype.is_floating_point:
-        return -math.inf if op == "amax" else math.inf
-    return torch.iinfo(dtype).min if op == "amax" else torch.iinfo(dtype).max
 
 
 def combine(partials: Sequence[Partial]) -> Partial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,31 @@ TORCH = {
     "amax": lambda x, dim, keepdim: x.amax(dim, keepdim=keepdim),
     "amin": lambda x, dim, keepdim: x.amin(dim, keepdim=keepdim),
 }
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("op", list(TORCH))
+def test_what_is_masked_has_no_say(op, dims):
+    """Not even NaN; and where nothing counts there is nothing."""
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)) + 0.5
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()[..., None]
+    real = np.ma.array(x.double().numpy(), mask=~mask.expand_as(x).numpy())
+    want = {
+        "sum": lambda: real.sum(dims),
+        "mean": lambda: real.mean(dims),
+        "var": lambda: real.var(dims, ddof=1),
+        "std": lambda: real.std(dims, ddof=1),
+        "norm": lambda: (real**2).sum(dims) ** 0.5,
+        "amax": lambda: real.max(dims),
+        "amin": lambda: real.min(dims),
+    }[op]()
+    have = reduce.masked(op, torch.where(mask, x, math.nan), dims, mask).value()
+    known = torch.as_tensor(~np.ma.getmaskarray(want)).broadcast_to(have.shape)
+    assert known.sum() > 0 and have.dtype == torch.float32
+    torch.testing.assert_close(have[known], torch.as_tensor(np.ma.filled(want, 0)).float()[known], rtol=1e-5, atol=1e-6)
+    nothing = reduce.masked(op, x, dims, torch.zeros_like(mask))
+    some = reduce.partial(op, x, dims)
+    assert torch.equal(reduce.combine([nothing, some]).value(), reduce.combine([some]).value())
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
