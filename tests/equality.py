@@ -162,6 +162,16 @@ def parameter_gradients(session: Any, folder: Path) -> float:
     return max(relative(c.tensor(), want.parameters[c.key.module]) for c in run)
 
 
+def edited_parameter_gradients(session: Any, folder: Path) -> float:
+    """Divided by the norm of the whole, which no shard knows."""
+    session.edit("unit")(lambda x, ctx: x / x.norm())
+    session.hook("model.layers.*.*.*.weight", at="param_grad", edit="unit")
+    run, want = session.run(ROWS, loss=weighed), gradients(folder)
+    edited = {c.key.module: c.tensor() for c in run if c.key.at == "param_grad"}
+    assert len(edited) == 28 and all((want.parameters[n].norm() - 1).abs() > 100 * TOLERANCE for n in edited)
+    return max(relative(got, want.parameters[n] / want.parameters[n].norm()) for n, got in edited.items())
+
+
 def generation(session: Any, folder: Path) -> float:
     """32 greedy tokens, equal to the unsharded model's for each row alone; the error is of the layers at each step."""
     model, want = reference.load(folder), []
@@ -230,6 +240,7 @@ ROWS_OF_TABLE: dict[str, Callable[[Any, Path], float]] = {
     "edit: patch": patch_error,
     "gradients of activations": activation_gradients,
     "gradients of parameters": parameter_gradients,
+    "edited gradients of parameters": edited_parameter_gradients,
     f"{NEW} generated tokens": generation,
     "parameters read": parameters,
     "a trainable module's step": trainable_step,
