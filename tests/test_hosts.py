@@ -186,8 +186,9 @@ def test_a_loss_over_hosts_sees_captures_of_all_of_them(apart, tiny):
     names = ["model.layers.0.mlp", "model.layers.3.mlp", "model.layers.1.self_attn.o_proj"]
     for name in names:
         apart.hook(name)
+    apart.hook("model.layers.*.mlp", reduce="norm:-1", name="reduced")
     run = apart.run(IDS, loss=lambda logits, batch: sum(batch.captures[name].double().square().sum() for name in names))
-    want = sum(run[name].tensor().double().square().sum().item() for name in names)
+    want = sum(run[name, "output"].tensor().double().square().sum().item() for name in names)
     assert want > 1e-3 and run.loss == pytest.approx(want, rel=1e-6)
 
 

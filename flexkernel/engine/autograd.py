@@ -332,7 +332,7 @@ def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) 
     hosts, entries = runtime.seat.hosts, recording.plan.entries
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0]]:
         for i, (state, _, _, size, *numbers) in enumerate(said[rank].tolist()):
-            if state != WRITTEN or not size or runtime.rank not in (0, rank):
+            if state != WRITTEN or not size or entries[i].hook.reduce is not None or runtime.rank not in (0, rank):
                 continue
             region, box = recording.region(entries[i]), box_of(numbers)
             part = narrowed(recording.slab.tensor(region), box)
