@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check chaos flat lab venv chromium clean
+.PHONY: demo test long check chaos flat fuzz lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,6 +32,11 @@ chaos: $(STAMP)
 # The same cell again and again in a real kernel: nothing grows. make flat N=1000
 flat: $(STAMP)
 	$(BIN)/python tests/flat.py --runs $(if $(filter command line,$(origin N)),$(N),1000)
+
+# Inputs at random: make fuzz SECONDS=600 SEED=7
+SECONDS ?= 600
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model

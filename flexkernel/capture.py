@@ -386,6 +386,7 @@ def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
     for rank, one in sorted(seen.items()):
         if one.error is not None:
             kind, message = one.error
+            message = message if key.module in message else f"{key}: {message}"
             return errors.named(kind)(f"{message} (rank {rank})" if "rank" not in message else message)
     return differing(key, seen) or _missing(key, seen, shape)
 

@@ -657,26 +657,43 @@ def _number(answer: list) -> int:
     """Which request an answer is to, 0 for none: answers to questions that nobody waits for any more come too."""
     try:
         return int(json.loads(answer[0].buffer.tobytes()).get("id"))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0
 
 
 def _buffers(answer: list) -> list[np.ndarray]:
     """An answer's raw buffers, not copied; raises the error that it tells of."""
-    header = json.loads(answer[0].buffer.tobytes())
+    header = _head(answer)
     if header.get("status") != "ok":
         raise _error(str(header.get("type")), str(header.get("message")))
     return [np.frombuffer(frame.buffer, dtype=np.uint8) for frame in answer[1:]]
 
 
+def _head(answer: list) -> dict[str, Any]:
+    """An answer's header. ClusterError: what answers there is no data server of ours."""
+    try:
+        header = json.loads(answer[0].buffer.tobytes())
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ClusterError(f"an answer of {answer[0].buffer.nbytes:,} bytes has no header: ask %flex_cluster status")
+    return header
+
+
 def _unpack(answer: list) -> Tensors:
     """The tensors of an answer, in memory of their own."""
     buffers = _buffers(answer)
-    forms = json.loads(answer[0].buffer.tobytes())["tensors"]
+    forms = _head(answer).get("tensors")
+    if not isinstance(forms, list) or len(forms) != len(buffers):
+        raise ClusterError(f"an answer says {str(forms)[:80]} and has {len(buffers)} buffers")
     tensors = []
     for form, raw in zip(forms, buffers, strict=True):
-        region = Region("answer", 0, tuple(form["shape"]), form["dtype"])
-        if _checked(region) != len(raw):
+        try:
+            region = Region("answer", 0, tuple(form["shape"]), form["dtype"])
+            fits = _checked(region) == len(raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ClusterError(f"an answer says {str(form)[:80]}, which is no tensor: {error}") from None
+        if not fits:
             raise ClusterError(f"an answer says {form} and has {len(raw):,} bytes")
         tensors.append(_typed(torch.from_numpy(raw.copy()), region))
     return tuple(tensors)

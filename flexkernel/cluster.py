@@ -8,7 +8,9 @@ raised.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -18,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import ipyparallel as ipp
+import numpy as np
 import psutil
+import torch
 from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
+from .privacy import check_encrypted, check_private
 from .pulse import Pulse
 from .reaper import Reaper
-from .vitals import Vitals, exit_code, tail
+from .vitals import Vitals, born, exit_code, tail
 from .wire import ErrorReport, Heritage, Owner, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
@@ -41,6 +46,7 @@ LATE_S = 15.0  # how much later than the engines' own watches this one acts
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
+PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
 
 
 class Cluster:
@@ -158,7 +164,8 @@ class Cluster:
         self.generation += 1
         where: tuple = ()
         if self.size > 1:
-            where = (*self.call("open_store", "127.0.0.1", ranks=[0])[0], self.timeout_s)
+            store = self.call("open_store", self.folder, self.generation, "127.0.0.1", ranks=[0])[0]
+            where = (*store, self.timeout_s)
         self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
         self.seated = True
 
@@ -172,11 +179,38 @@ def packed(function: Callable) -> bytes:
     """A user's function as it travels to engines: with its code, so that one typed into a notebook works."""
     import cloudpickle
 
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, torch.Tensor | np.ndarray):
+                file.need(obj.nbytes)  # before it is copied
+            return super().reducer_override(obj)
+
+    file = Bounded(PACKED_BYTES)
     try:
-        return cloudpickle.dumps(function)
+        Pickler(file).dump(function)
+        return file.getvalue()
     except Exception as error:
         name = getattr(function, "__name__", function)
         raise ClusterError(f"{name} cannot be sent to engines, it holds something that stays here: {error}") from None
+
+
+class Bounded(io.BytesIO):
+    """Bytes up to a limit."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most
+
+    def need(self, num_bytes: int) -> None:
+        if self.tell() + num_bytes > self._most:
+            raise ValueError(
+                f"it would be {self.tell() + num_bytes:,} bytes for each engine, and at most {self._most:,} travel; "
+                "read it there from a file, or patch it in as a capture"
+            )
+
+    def write(self, data: Any) -> int:
+        self.need(memoryview(data).nbytes)
+        return super().write(data)
 
 
 def chosen(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
@@ -292,8 +326,15 @@ class IPyParallel(Cluster):
         """Who these engines are. ClusterError: another driver has them, or they run another version of this package."""
         from . import __version__
 
-        me = Owner(DRIVER, socket.gethostname(), os.getpid(), psutil.Process().create_time(), time.time())
+        me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
         hellos = self.call("hello", me, take, ranks=ranks)
+        mine = platform.python_version_tuple()[:2]
+        pythons = {hello["python"] for hello in hellos}
+        if pythons != {mine}:
+            raise ClusterError(
+                f"engines run Python {', '.join(sorted('.'.join(python) for python in pythons))}, this notebook "
+                f"{'.'.join(mine)}: a function's code means nothing to another version; start both with the same"
+            )
         versions = {hello["version"] for hello in hellos}
         if versions != {__version__}:
             raise ClusterError(f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}")
@@ -773,11 +814,12 @@ def attach(
     if not where:
         where = only_one()
     try:
+        check_files(where)
         with quiet():
             cluster = ipp.Cluster.from_file(**where)
         if cluster.controller is None:
             raise ClusterError("its controller is not running any more")
-        client = cluster.connect_client_sync()
+        client = cluster.connect_client_sync(timeout=min(timeout_s, 10.0))
     except Exception as error:
         asked = ", ".join(f"{k}={v!r}" for k, v in where.items()) or "the default profile"
         raise ClusterError(
@@ -799,6 +841,18 @@ def attach(
     except ClusterError:
         client.close()
         raise
+
+
+def check_files(where: Mapping[str, str]) -> None:
+    """ClusterError unless the files of the cluster there are this user's alone: its own, which says what to import, and
+    those with its address and key."""
+    file = Path(ipp.Cluster(**{"cluster_id": "", **where}).cluster_file)
+    check_private(file)
+    for who in ("client", "engine"):
+        base = "-".join(filter(None, ["ipcontroller", where.get("cluster_id"), f"{who}.json"]))
+        check_private(file.with_name(base), key=True)
+        if who == "client":
+            check_encrypted(file.with_name(base))
 
 
 def only_one() -> dict[str, str]:

@@ -39,8 +39,14 @@ __all__ = [
 ]
 
 
+MOST = 8000  # characters of a message
+
+
 class FlexError(Exception):
     """Base of the tree. In a notebook it shows as one block: what was asked, what was found, what to do."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(shortened(str(message)))
 
     def _render_traceback_(self) -> list[str]:
         """Jupyter asks an exception for its own traceback; ours is the sentence, not our insides."""
@@ -119,6 +125,14 @@ class EditError(EngineError):
 
 class LossError(EngineError):
     pass
+
+
+def shortened(text: str, most: int = MOST) -> str:
+    """A text without its middle where it is very long: who asks with a megabyte is not answered with one."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [{len(text) - 2 * half:,} characters left out] {text[-half:]}"
 
 
 def named(name: str) -> type[FlexError]:

@@ -50,6 +50,8 @@ def spec_of(
     reduce: str | None = None,
 ) -> HookSpec:
     """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
+    if not isinstance(glob, str) or not isinstance(name, str):
+        raise HookError(f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}")
     if at not in AT:
         raise HookError(f"at={at!r} is not there; a hook is at {', '.join(AT[:-1])} or {AT[-1]}")
     if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):

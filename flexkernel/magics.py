@@ -84,7 +84,13 @@ def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
         raise UsageError(f"{name!r} cannot be the name of an edit: it is a Python name")
     head = f"def {name}(x, ctx):\n"
     source = head + (textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n")
-    return compiled(name, source, namespace)
+    try:
+        return compiled(name, source, namespace)
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise UsageError(f"edit {name!r}, line {(error.lineno or 1) - 1}: {error.msg}: {line}") from None
+    except ValueError as error:  # a NUL in it; a line that ends the function
+        raise UsageError(f"edit {name!r}: {error}") from None
 
 
 LOSS = """def loss(logits, batch):

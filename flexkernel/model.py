@@ -93,7 +93,8 @@ def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], 
             held.setdefault(module.name, module)
             stages.setdefault(module.name, set()).add(stage)
     lost = [m.name for m in info.modules if m.name not in stages]
-    strange = {name: m for name, m in held.items() if name not in {known.name for known in info.modules}}
+    known = {m.name for m in info.modules}
+    strange = {name: m for name, m in held.items() if name not in known}
     if foreign:
         info = as_built(info, lost, strange)
     elif lost or strange:

@@ -19,14 +19,18 @@ __all__ = ["match", "nearest", "select"]
 @functools.lru_cache(maxsize=4096)
 def _regex(glob: str) -> re.Pattern[str]:
     pattern = ""
-    for i, segment in enumerate(glob.split(".")):
+    while "**.**" in glob:  # zero or more segments twice: alike, and the matcher would try every way to share them out
+        glob = glob.replace("**.**", "**")
+    first = "(?:^)"
+    for segment in glob.split("."):
         if segment == "**":  # zero or more whole segments, none of them a virtual point
             pattern += r"(?:(?:^|\.)[^.@][^.]*)*"
+            first = r"(?:^|\.)" if first != r"\." else first
             continue
-        first = "(?:^)" if i == 0 else r"(?:^|\.)" if set(glob.split(".")[:i]) == {"**"} else r"\."
         virtual = segment.startswith("@")
-        body = "".join("[^.]*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", segment) if part)
+        body = "".join("[^.]*" if part[0] == "*" else re.escape(part) for part in re.split(r"(\*+)", segment) if part)
         pattern += first + ("" if virtual or not segment.startswith("*") else "(?!@)") + body
+        first = r"\."
     return re.compile(pattern + r"\Z")
 
 
@@ -36,7 +40,7 @@ def match(glob: str, name: str) -> bool:
     >>> match("model.layers.*.mlp", "model.layers.11.mlp"), match("**.mlp", "model.layers.0.mlp"), match("*", "")
     (True, True, False)
     """
-    if glob == "" or name == "":
+    if "*" not in glob or name == "":
         return glob == name
     return _regex(glob).match(name) is not None
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from .vitals import born
+
 __all__ = ["Reaper", "end"]
 
 GRACE_S = 3.0
@@ -38,7 +40,8 @@ class Reaper:
     def watch(self, processes: Iterable[psutil.Process]) -> None:
         """Watch these too: the cluster has got new ones."""
         for process in processes:
-            self._say(f"{process.pid} {process.create_time()!r}")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._say(f"{process.pid} {born(process.pid)!r}")
 
     def sweeps(self, folder: Path) -> None:
         """Remove that folder too."""
@@ -66,7 +69,7 @@ def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[in
     for pid, created in known:
         try:
             process = psutil.Process(pid)
-            if abs(process.create_time() - created) < 0.01:
+            if abs(born(pid) - created) < 0.01:
                 alive.update({p.pid: p for p in [process, *process.children(recursive=True)]})
         except psutil.NoSuchProcess:
             continue

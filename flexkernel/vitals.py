@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Vitals", "exit_code", "tail"]
+__all__ = ["Vitals", "born", "exit_code", "tail"]
 
 LOG_LINES = 20
 ROUTINE = re.compile(r"\[(IPEngine|KernelNanny)\S*\] (?!(ERROR|CRITICAL))")  # what an engine writes in good health
@@ -74,6 +75,17 @@ class Vitals:
         lines = [line for line in tail(Path(path), 50 * LOG_LINES) if not ROUTINE.search(line)] if path else []
         crashes = [i for i, line in enumerate(lines) if line.startswith("Fatal Python error")]
         return lines[crashes[-1] :][:LOG_LINES] if crashes else lines[-LOG_LINES:]
+
+
+def born(pid: int) -> float:
+    """When a process began, in seconds after the host's boot: with its pid that says which process it was.
+
+    Not by the clock, which can be set while it runs. psutil.NoSuchProcess: there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()  # of a system without /proc, or raises
 
 
 def exit_code(launcher: Any) -> int | None:

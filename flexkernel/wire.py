@@ -115,7 +115,8 @@ class Seat:
 
 @dataclass(frozen=True)
 class Owner:
-    """A driver process that has engines. born: when its process began, since: when it attached; seconds since 1970."""
+    """A driver process that has engines. born: when its process began, since: when it attached;
+    seconds, since the host's boot and since 1970."""
 
     driver: str
     host: str

@@ -22,6 +22,7 @@ if sys.version_info < (
 ):  # Megatron-core imports setuptools, which refuses if the library's distutils was met before
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")  # nothing is fetched with it: test_security looks
 
 from flexkernel import demo  # noqa: E402
 
@@ -50,6 +51,12 @@ LONG = (
     "test_train.py::test_a_lens_on_the_real_model_learns_the_same",
     "test_generate.py::test_an_edit_is_made_at_every_step[tp2xpp2]",
     "test_watch.py::test_an_engine_that_wakes_up_again_keeps_its_rank",
+    "04-ten-thousand",
+    "test_24_a_tensor_of_more_than_two_gigabytes",
+    "48-ten",
+    "test_69_few_open_files",
+    "70-five-times",
+    "71-hundred",
 )
 
 

@@ -1,6 +1,7 @@
 """Tiny random models, saved as safetensors folders: the same weights in every process and on every run.
 
-Importable on engines, so that a builder can be sent by name. No tokenizer: feed ids below `vocab`.
+Importable on engines, so that a builder can be sent by name. No tokenizer, but for `reading_bytes`: feed ids below
+`vocab`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ARCHS", "build", "ids_and_mask", "tiny"]
+__all__ = ["ARCHS", "build", "ids_and_mask", "reading_bytes", "tiny"]
 
 SEED = 20231203
 SMALL = {
@@ -82,6 +83,27 @@ def tiny(arch: str, folder: str | os.PathLike[str], vocab: int = 256) -> Path:
     except OSError:  # another process was first
         shutil.rmtree(part)
     return target
+
+
+def reading_bytes(arch: str, folder: str | os.PathLike[str]) -> Path:
+    """A folder with that model and a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    target = shutil.copytree(tiny(arch, Path(folder) / "plain"), Path(folder) / arch)
+    tokenizer = Tokenizer(kinds.BPE(byte_letters(), []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+    return target
+
+
+def byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level vocabularies."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def ids_and_mask(lengths: list[int], vocab: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:

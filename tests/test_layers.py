@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
     {"errors", "wire", "names"},
-    {"slabs", "reduce", "reaper", "pulse", "vitals", "drift"},
+    {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation", "hookfile", "preview", "spill"},
     {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},

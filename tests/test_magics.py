@@ -7,7 +7,6 @@ import doctest
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -23,10 +22,7 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from jupyter_client.manager import start_new_kernel
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as token_models
 from traitlets.config import Config
-from transformers import PreTrainedTokenizerFast
 
 import flexkernel as fk
 from flexkernel import magics
@@ -94,14 +90,7 @@ def fresh(shell):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The tiny Llama with a tokenizer whose tokens are bytes."""
-    target = shutil.copytree(
-        models.tiny("llama", tmp_path_factory.mktemp("models")), tmp_path_factory.mktemp("m") / "x"
-    )
-    tokenizer = Tokenizer(token_models.BPE(byte_letters(), []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
-    return target
+    return models.reading_bytes("llama", tmp_path_factory.mktemp("m"))
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +107,6 @@ def loaded(model, folder):
         model.do(f"%flex_load {folder}")
     model.do("%flex_unhook")
     return model
-
-
-def byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level vocabularies."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def ids_of(run) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import importlib
+import os
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from ..vitals import born
 from ..wire import ErrorReport, Owner
 
 __all__ = ["answer", "call", "open_runtime"]
@@ -70,7 +72,7 @@ def lives(owner: Owner) -> bool:
     if owner.host != socket.gethostname():
         return True
     try:
-        return abs(psutil.Process(owner.pid).create_time() - owner.born) < 1
+        return abs(born(owner.pid) - owner.born) < 1
     except psutil.NoSuchProcess:
         return False
 
@@ -83,10 +85,14 @@ def report_crashes() -> None:
 
 def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """The method's result, or an ErrorReport: nothing is ever raised through the control plane."""
+    pid = os.getpid()
     try:
         return found(runtime, method)(*args, **kwargs)
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
         return report(runtime, error)
+    finally:
+        if os.getpid() != pid:  # a user's function has forked: what it left here would answer in the engine's name
+            os._exit(0)
 
 
 def found(runtime: Any, method: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from ..errors import HookError, LossError
 from ..slabs import PAGE, Entry, Slab, pages, size_of
 from ..wire import CaptureKey, Region, RunPlan
 from .compat import stage_edges, without_gradient_sync
+from .confine import set_back
 from .gather import BOX, OtherRankFailed, box_of, boxed, fetched, gathered, header, numbers_of, post, receive, send
 from .gradients import parameter_of
 from .leaves import users_line
@@ -242,7 +243,8 @@ def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) 
     function = LOSSES[loss] if isinstance(loss, str) else pickle.loads(loss)
     try:
         takes = len(inspect.signature(function).parameters)
-        value = function(logits) if takes == 1 else function(logits, batch)
+        with set_back():
+            value = function(logits) if takes == 1 else function(logits, batch)
     except HookError as error:
         raise LossError(str(error)) from error
     except LossError:

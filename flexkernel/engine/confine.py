@@ -1,11 +1,12 @@
 """What an edit may not do: send to other ranks, run the model it is in, print without end. Each is refused when it is
-tried, before it could leave the other ranks waiting.
+tried, before it could leave the other ranks waiting. What it sets for the whole process is set back when it is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Container, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["confined"]
+__all__ = ["Drawn", "confined", "set_back"]
 
 MOST_PRINTED = 1 << 20  # characters an edit may print each time it runs
 
@@ -35,10 +36,58 @@ def confined(modules: Container[torch.nn.Module]) -> Iterator[None]:
     handle = register_module_forward_pre_hook(refuse)
     alone = contextlib.nullcontext() if not dist.is_initialized() else NoCollectives()
     try:
-        with contextlib.redirect_stdout(Limited(sys.stdout)), alone:
+        with set_back(), contextlib.redirect_stdout(Limited(sys.stdout)), alone:
             yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def set_back() -> Iterator[None]:
+    """Within it a user's function runs on one rank: afterwards torch's defaults are as they were. A process that it has
+    forked ends here: it would go on as this rank, over the same connections."""
+    pid, dtype, grad = os.getpid(), torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        if os.getpid() != pid:
+            os._exit(0)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+
+
+class Drawn:
+    """Random numbers for the edits of one generation, from a seed of their own. An edit runs on one rank: if it drew
+    from where tokens are drawn from, the ranks would draw different tokens after it."""
+
+    def __init__(self, seed: int):
+        self._seed = seed % (1 << 63)
+        self._states: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it torch's generators go on where they were at the end of the last time."""
+        before = states()
+        if self._states:
+            resume(self._states)
+        else:
+            torch.manual_seed(self._seed)
+        try:
+            yield
+        finally:
+            self._states = states()
+            resume(before)
+
+
+def states() -> list[torch.Tensor]:
+    """Of torch's generators: the CPU's, and the current GPU's where one is in use."""
+    gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if gpu else [])]
+
+
+def resume(states: list[torch.Tensor]) -> None:
+    for state, put in zip(states, (torch.set_rng_state, torch.cuda.set_rng_state), strict=False):
+        put(state)
 
 
 class NoCollectives(TorchDispatchMode):

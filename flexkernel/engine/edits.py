@@ -5,6 +5,7 @@ The presets that treat every element by itself run where the shards lie, without
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from ..errors import EditError, HookError, PlacementError
 from ..slabs import Slab, check_positions, position_dim
 from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
 from .autograd import differentiable
-from .confine import confined
+from .confine import Drawn, confined
 from .digest import digest, joined_digest
 from .gather import Exchange
 from .leaves import leaf, leaves, replaced, users_line
@@ -153,6 +154,7 @@ class Editor:
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
         self.text, self.generation, self.modules = text, plan.generation, modules
         self.of_the_model = frozenset(placer.modules.values())
+        self.drawn = Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
         self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
@@ -240,7 +242,8 @@ class Editor:
         spec, function = self.edits[hook.edit]
 
         def users(x: torch.Tensor, _value: Any, part: _Part) -> Any:
-            with confined(self.of_the_model):
+            apart = contextlib.nullcontext() if self.drawn is None else self.drawn.apart()
+            with apart, confined(self.of_the_model):
                 return function(x, part.context)
 
         return spec.per, users

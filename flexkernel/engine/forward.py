@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, FlexError, HookError, PlacementError
+from ..errors import EngineError, FlexError, HookError, LoadError, PlacementError
 from ..slabs import Plan, Slab
 from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate, train
@@ -26,6 +26,7 @@ from .generate import Steps
 from .gradients import edit_gradients, forget_gradients, sum_parameters, tied
 from .hooks import Recording, StopForward, spiller
 from .memory import extra_slab, forget, open_slab, power
+from .mesh import leave
 from .placements import Place
 from .text import Text
 
@@ -250,6 +251,19 @@ def broke_off(runtime: Any, error: BaseException) -> None:
         runtime.breaker.break_groups()
 
 
+def gave_up(runtime: Any, error: BaseException) -> None:
+    """This rank has not got its part of a model: say why, and leave the groups, those too that the load has made and
+    that no breaker knows of. What is left of the model holds them: it goes first."""
+    broke_off(runtime, error)
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
+    runtime.unload()
+    if runtime.seat.world > 1:
+        leave()
+
+
 @contextlib.contextmanager
 def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
     """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward at all.
@@ -289,7 +303,7 @@ def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bo
     name = type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
     message = str(error) if name != "EngineError" else f"{type(error).__name__} on rank {runtime.rank}: {error}"
     message += f" (rank {runtime.rank})" if name == "EditError" else ""
-    broke = isinstance(error, RuntimeError) and any(mark in message for mark in BROKEN)
+    broke = isinstance(error, RuntimeError | LoadError) and any(mark in message for mark in BROKEN)
     secondary = secondary or broke or isinstance(error, OtherRankFailed)
     stall, waited = runtime.watch.stall, ""
     if stall is not None and (broke or isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in message):

@@ -264,6 +264,7 @@ class Recording:
             raise PlacementError(
                 f"{entry.key}: the value has no tensor at {entry.key.index!r}, as the scan said it would"
             )
+        check_strided(entry.key.module, entry.key.at, value)
         seen = value if tape is not None and tape.graph else value.detach()
         placed = self.placer.place(entry.key.module, entry.hook.of, seen, entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
@@ -364,6 +365,7 @@ class Recording:
         if tensor is not None:
             key = CaptureKey(hook.key, name, at, path, call)
             try:
+                check_strided(name, at, tensor)
                 self.others[key] = self._described(hook, name, path, tensor.detach())
             except PlacementError as error:
                 self.others[key] = failed(error)
@@ -472,6 +474,20 @@ def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor |
     if any(size not in (1, entry.shape[dim]) for dim, size in enumerate(real.shape)):
         raise PlacementError(f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce")
     return narrowed(real, tuple((d, a, b) for d, a, b in box if real.shape[d] > 1))
+
+
+def check_strided(name: str, at: str, value: torch.Tensor) -> None:
+    """PlacementError for a tensor whose elements do not lie side by side in memory."""
+    odd = {
+        "nested": value.is_nested,
+        "quantised": value.is_quantized,
+        f"sparse ({value.layout})": not value.is_nested and value.layout != torch.strided,
+    }
+    for what, there in odd.items():
+        if there:
+            raise PlacementError(
+                f"{name or '(root)'} {at}: it is a {what} tensor; hook a module that puts out a plain one"
+            )
 
 
 def joined(holds: Box, piece: tuple[int, int, int]) -> Box:

@@ -15,6 +15,7 @@ from .. import slabs
 from ..errors import LayoutError, LoadError
 from ..names import select
 from ..wire import Layout, ModelInfo, ModuleInfo, Source
+from .checkpoint import check_files
 from .compat import distributed_config, is_placeholder, loading_under, sum_gradients, tp_styles
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
@@ -26,6 +27,8 @@ def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise LoadError(f"dtype {name!r} is not one of torch's floating point types, such as float32 or bfloat16")
+    if found.itemsize < 2:
+        raise LoadError(f"dtype {name!r} is one to keep weights in, torch computes no layer in it: take bfloat16")
     return found
 
 
@@ -119,8 +122,9 @@ def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> tuple[tor
     if source.builder is not None:
         if source.reference is None:
             return None, None
+        reference = pickle.loads(source.reference)  # imports the user's modules, whose own tensors are to be real
         with torch.device("meta"):
-            model = pickle.loads(source.reference)().eval()
+            model = reference().eval()
         config = copy.deepcopy(getattr(model, "config", None))
         return runnable_on_meta(model), config
     exists(source.path)
@@ -131,8 +135,17 @@ def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> tuple[tor
         raise LoadError(
             f"{source.path} is neither a model folder nor a model the hub knows: {first_line(error)}"
         ) from error
-    model = unsharded(config, dtype)
+    except Exception as error:  # what a config's own checks raise
+        raise LoadError(f"the config of {source.path} describes no model: {' '.join(str(error).split())}") from error
+    try:
+        model = unsharded(config, dtype)
+    except Exception as error:
+        raise LoadError(
+            f"no model can be made from the config of {source.path}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     check(config, model, layout)
+    if folder.is_dir():
+        check_files(folder)
     return model, config
 
 

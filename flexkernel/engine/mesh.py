@@ -5,9 +5,11 @@ A generation is one life of the groups. Each has a store prefix of its own, so t
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,16 @@ from .compat import abort_groups
 __all__ = ["join", "leave", "limit_threads", "open_store"]
 
 
-def open_store(interface: str = "127.0.0.1") -> tuple[str, int, dist.TCPStore]:
-    """A rendezvous store in this process: (address, port, store). It listens on that interface only: a TCPStore left
-    to itself listens on all of them, without a password."""
+def open_store(folder: Path, generation: int, interface: str = "127.0.0.1") -> tuple[str, int, dist.Store | None]:
+    """A rendezvous store: (address, port, what has to live as long as it).
+
+    On loopback a file in this user's private folder: a TCPStore has no password, and whoever is on this machine could
+    put his own addresses into it. Elsewhere a TCPStore in this process, which listens on that interface only: left to
+    itself it listens on all of them."""
+    if ipaddress.ip_address(interface).is_loopback:
+        for path in folder.glob("store-*"):  # of generations before
+            path.unlink(missing_ok=True)
+        return str(folder / f"store-{generation}"), 0, None
     listener = socket.socket(socket.AF_INET6 if ":" in interface else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((interface, 0))
@@ -32,13 +41,14 @@ def open_store(interface: str = "127.0.0.1") -> tuple[str, int, dist.TCPStore]:
     return interface, port, store
 
 
-def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.TCPStore:
+def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
     """Initialise this generation's default group. All ranks must call. Returns this rank's client of the store."""
     os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(seat.local_rank))
-    if address in ("127.0.0.1", "::1"):
+    if port == 0:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its default tears the process down, and the model with it
-    store = dist.TCPStore(address, port, None, is_master=False, timeout=timedelta(seconds=60))
+    store = dist.FileStore(address, seat.world) if port == 0 else dist.TCPStore(address, port, None, is_master=False)
+    store.set_timeout(timedelta(seconds=60))
     if device == "cuda":
         torch.cuda.set_device(seat.local_rank)
     dist.init_process_group(

@@ -34,7 +34,7 @@ def regroup(runtime: Any, seat: Seat, address: str, port: int, timeout_s: float,
     leave()
     reset_forward(runtime.model)
     runtime.breaker.before_groups()
-    runtime.store = join(seat, address, port, runtime.device, timeout_s)
+    runtime.store, runtime.store_port = join(seat, address, port, runtime.device, timeout_s), port
     layout = runtime.info.layout if runtime.info is not None else None
     if builder is not None:
         build_again(runtime, builder)

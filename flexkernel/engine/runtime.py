@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import platform
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ class Runtime:
         self.breaker = Breaker()
         self.watch = Watch(self.breaker)
         self.store: Any = None
+        self.store_port = 0  # where it is one that listens
         self.model: torch.nn.Module | None = None
         self.caller: Any = None  # how it is called with a batch
         self.named: dict[str, torch.nn.Module] = {}  # by the unsharded model's names, shared ones under each
@@ -83,6 +85,7 @@ class Runtime:
         """Who this engine is, and what it already holds: an attaching driver asks this first."""
         return {
             "version": flexkernel.__version__,
+            "python": platform.python_version_tuple()[:2],
             "pid": os.getpid(),
             "host": os.environ.get("FLEX_HOST") or socket.gethostname(),
             "machine": socket.gethostname(),
@@ -93,12 +96,18 @@ class Runtime:
             "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),  # asked for without importing torch
         }
 
-    def open_store(self, interface: str) -> tuple[str, int]:
-        """Begin a generation: a fresh rendezvous store in this process. On rank 0 only."""
+    def open_store(self, folder: str, generation: int, interface: str) -> tuple[str, int]:
+        """Begin a generation: a fresh rendezvous store. On rank 0 only."""
         from .mesh import open_store
 
-        address, port, self._master = open_store(interface)
+        address, port, self._master = open_store(self._claimed(folder), generation, interface)
         return address, port
+
+    def _claimed(self, folder: str) -> Path:
+        """This host's run folder of that name, which all hosts share."""
+        host = os.environ.get("FLEX_HOST")
+        self.run_folder, self.claim = slabs.claim(folder + (f"-{host}" if host else ""))
+        return self.run_folder
 
     def sit(
         self,
@@ -116,9 +125,7 @@ class Runtime:
 
         self.seat, self.device, self.folder = seat, device, folder
         limit_threads(seat)
-        name = folder + (f"-{os.environ['FLEX_HOST']}" if os.environ.get("FLEX_HOST") else "")
-        self.run_folder, self.claim = slabs.claim(name)
-        self.watch.pulse = Pulse(self.run_folder, seat.rank, write=True)
+        self.watch.pulse = Pulse(self._claimed(folder), seat.rank, write=True)
         if seat.world > 1:
             regroup(self, seat, address, port, timeout_s, builder)
             self.breaker.watch_interrupts()
@@ -169,20 +176,25 @@ class Runtime:
         """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
         from . import attention
         from .compat import is_placeholder, made_groups
+        from .forward import gave_up
         from .load import build, load, local_bytes, local_parameters, take
         from .naming import modules_of
 
         self.unload()
         self.source = source
-        if source.builder is not None:
-            self.model = build(source.builder)
-        else:
-            self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
+        try:
+            if source.builder is not None:
+                self.model = build(source.builder)
+            else:
+                self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
+        except BaseException as error:
+            gave_up(self, error)
+            raise
         take(self, source)
         attention.install()
         if self.seat.world > 1:
             self.made = made_groups()
-            self.breaker.after_groups({self.store.port})
+            self.breaker.after_groups({self.store_port})
         held = [
             ModuleInfo(name, type(module).__name__, local_parameters(module))
             for name, module in modules_of(self.model, source.names).items()
@@ -198,7 +210,7 @@ class Runtime:
         know(self, info)
         if self.seat.world > 1:
             self.groups = make_groups(info.layout, self.rank)
-            self.breaker.after_groups({self.store.port})
+            self.breaker.after_groups({self.store_port})
 
     def unload(self) -> None:
         from .memory import drop_spilled

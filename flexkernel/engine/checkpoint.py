@@ -1,0 +1,94 @@
+"""A checkpoint's files, looked at before any is read: a load that has to fail fails while the earlier model is there.
+
+Only headers are read. A file that is shorter than its header says would end an engine, where it is mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import LoadError
+
+__all__ = ["check_files"]
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADER_BYTES = 100_000_000  # safetensors' own limit
+OTHERS = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save writes", b"GGUF": "a GGUF file"}
+
+
+def check_files(folder: Path) -> None:
+    """LoadError unless the folder's weights are whole safetensors files that lie in it. Without any it says nothing:
+    whoever loads does."""
+    for path in weights(folder):
+        check_file(path)
+
+
+def weights(folder: Path) -> Iterable[Path]:
+    """The files that the weights of a model folder lie in."""
+    if os.path.lexists(folder / WHOLE):
+        return [folder / WHOLE]
+    if os.path.lexists(folder / INDEX):
+        return [folder / name for name in named(folder / INDEX)]
+    return []
+
+
+def named(index: Path) -> list[str]:
+    """The files that an index names, each once."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    except OSError as error:
+        raise LoadError(f"{index} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LoadError(f"{index} is no index of a checkpoint: {type(error).__name__}: {error}") from None
+    if outside:
+        raise LoadError(f"{index} names {outside[0]!r}, which is outside of its folder: do not trust this checkpoint")
+    return names
+
+
+def check_file(path: Path) -> None:
+    """LoadError unless it is a safetensors file, as long as its header says."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise LoadError(f"the checkpoint's {path} cannot be opened: {error.strerror}") from None
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise LoadError(f"the checkpoint's {path} is no regular file")
+    with open(fd, "rb") as file:
+        try:
+            start = file.read(8)
+            there = 8 + whole_bytes(header(start, found.st_size, file))
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OSError) as error:
+            looks = next((f"; it begins as {what} does" for mark, what in OTHERS.items() if start.startswith(mark)), "")
+            raise LoadError(f"{path} is no safetensors file: {error}{looks}. Nothing else is read") from None
+        there += int.from_bytes(start, "little")
+        if there != found.st_size:
+            raise LoadError(
+                f"{path} has {found.st_size:,} bytes and its header says {there:,}: it was cut off, or is still being "
+                "written; copy or fetch it again"
+            )
+
+
+def header(start: bytes, num_bytes: int, file: Any) -> dict[str, Any]:
+    """The parsed header of a file of that many bytes, of which the first eight are read."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(num_bytes - 8, HEADER_BYTES):
+        raise ValueError(f"it has {num_bytes:,} bytes, and a header of {length:,} would begin it")
+    parsed = json.loads(file.read(length))
+    if not isinstance(parsed, dict):
+        raise ValueError("its header is no JSON object")
+    return parsed
+
+
+def whole_bytes(header: dict[str, Any]) -> int:
+    """How many bytes of tensors a header describes."""
+    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    return max(ends, default=0)
