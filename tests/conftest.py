@@ -55,6 +55,7 @@ LONG = (
     "test_24_a_tensor_of_more_than_two_gigabytes",
     "48-ten",
     "test_69_few_open_files",
+    "test_a_cluster_that_encrypts",
     "70-five-times",
     "71-hundred",
 )

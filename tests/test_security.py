@@ -92,7 +92,7 @@ def served(session, tiny):
     session.hook("model.layers.1.mlp")
     run = session.run(bad.ROWS)
     address, token = session.cluster.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[0]
-    region = run["model.layers.1.mlp"].region
+    region = run["model.layers.1.mlp"]._region
     return session, address, token, region
 
 
@@ -114,7 +114,7 @@ def test_another_user_can_open_no_file_of_ours(served):
 @two
 @root
 def test_another_user_is_obeyed_by_nobody(served, tiny, tmp_path):
-    """He can connect, loopback is open to all. Without the key nothing is done for him; there is no store to write to."""
+    """He can connect, loopback is open to all. Without the key nothing is done for him; no store is there for him."""
     session, address, token, region = served
     tmp_path.chmod(0o777)
     tmp_path.parent.chmod(0o755)
