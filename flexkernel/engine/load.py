@@ -20,7 +20,18 @@ from .compat import distributed_config, is_placeholder, loading_under, sum_gradi
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
-__all__ = ["build", "check", "dtype_of", "inspect", "know", "load", "local_bytes", "local_parameters", "take"]
+__all__ = [
+    "build",
+    "check",
+    "dtype_of",
+    "inspect",
+    "know",
+    "load",
+    "local_bytes",
+    "local_parameters",
+    "part_of",
+    "take",
+]
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -215,6 +226,19 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
         raise LoadError(f"{path} cannot be loaded as {layout}: {error}") from error
     model.requires_grad_(False)
     return model
+
+
+def part_of(runtime: Any, info: ModelInfo) -> torch.nn.Module:
+    """This rank's part, loaded, or built by the user's function. A rank that fails leaves nobody waiting. All ranks."""
+    from .forward import gave_up
+
+    try:
+        if runtime.source.builder is not None:
+            return build(runtime.source.builder)
+        return load(info.path, info.layout, info.dtype, runtime.device, info.attention)
+    except BaseException as error:
+        gave_up(runtime, error)
+        raise
 
 
 def take(runtime: Any, source: Source) -> None:

@@ -176,20 +176,12 @@ class Runtime:
         """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
         from . import attention
         from .compat import is_placeholder, made_groups
-        from .forward import gave_up
-        from .load import build, load, local_bytes, local_parameters, take
+        from .load import local_bytes, local_parameters, part_of, take
         from .naming import modules_of
 
         self.unload()
         self.source = source
-        try:
-            if source.builder is not None:
-                self.model = build(source.builder)
-            else:
-                self.model = load(info.path, info.layout, info.dtype, self.device, info.attention)
-        except BaseException as error:
-            gave_up(self, error)
-            raise
+        self.model = part_of(self, info)
         take(self, source)
         attention.install()
         if self.seat.world > 1:
