@@ -54,6 +54,7 @@ LONG = (
     "04-ten-thousand",
     "test_24_a_tensor_of_more_than_two_gigabytes",
     "48-ten",
+    "test_67_68_a_host_without",
     "test_69_few_open_files",
     "test_a_cluster_that_encrypts",
     "70-five-times",
