@@ -19,10 +19,11 @@ __all__ = ["match", "nearest", "select"]
 @functools.lru_cache(maxsize=4096)
 def _regex(glob: str) -> re.Pattern[str]:
     pattern = ""
-    while "**.**" in glob:  # zero or more segments twice: alike, and the matcher would try every way to share them out
-        glob = glob.replace("**.**", "**")
-    first = "(?:^)"
+    first, before = "(?:^)", ""
     for segment in glob.split("."):
+        if segment == before == "**":  # twice is as once, and the matcher would try every way to share segments out
+            continue
+        before = segment
         if segment == "**":  # zero or more whole segments, none of them a virtual point
             pattern += r"(?:(?:^|\.)[^.@][^.]*)*"
             first = r"(?:^|\.)" if first != r"\." else first
