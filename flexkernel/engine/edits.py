@@ -39,7 +39,7 @@ class Context:
     """
 
     module: str
-    save: dict[str, Any]
+    save: dict[str, Any] = field()  # said, since nnsight gives every object a `save`, which would be its default
     tokens: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
