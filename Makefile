@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check chaos flat fuzz lab venv chromium clean
+.PHONY: demo test long check bench chaos flat fuzz lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,6 +23,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# What it costs beside what it would be done with otherwise: make bench ROWS="reads edit"
+bench: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ROWS)
 
 # Faults at random: make chaos N=200 SEED=7
 N ?= 200

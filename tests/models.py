@@ -40,11 +40,16 @@ ARCHS = {
     "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
 }
 
-# one layer whose MLP is 16384 wide, for a large activation of a small model
+# for benchmarks, and for large activations: one layer whose MLP is 16384 wide
 WIDE = {
     "llama_wide": (
         "LlamaConfig",
         dict(**(SMALL | {"intermediate_size": 16384, "num_hidden_layers": 1}), max_position_embeddings=8192),
+    ),
+    # a forward that takes as long as a small model's does, for what is measured against it
+    "llama_deep": (
+        "LlamaConfig",
+        dict(**(SMALL | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8})),
     ),
 }
 

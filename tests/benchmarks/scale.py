@@ -1,0 +1,209 @@
+"""Scale: what more engines cost the driver and the controller, and what that means for as many as a cluster has.
+
+The row `engines` measures it and writes SCALE.md."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import flexkernel as fk
+
+from . import ranks
+from .control import empty_call
+from .lab import Lab
+from .reads import constant
+from .timing import Figure, number
+
+__all__ = ["SCALE", "Size", "engines", "page"]
+
+SCALE = Path(__file__).parent / "SCALE.md"
+COUNTS = (1, 2, 4, 8, 16)
+FORESEEN = (64, 512)
+ROWS = [[3, 5, 7, 11, 13, 17, 19, 23]]
+HOOK = "model.layers.1.mlp"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a session over this many engines costs. Milliseconds are medians of runs of a tiny model with one hook, and
+    of empty calls; the driver's are of its own processor time, whatever else the machine does."""
+
+    engines: int
+    start_s: float
+    load_s: float
+    run_ms: float
+    control_ms: float  # of a run: all that is not spent on the slowest engine
+    empty_ms: float
+    driver_run_ms: float
+    driver_empty_ms: float
+    controller_mb: float
+    driver_mb: float
+    engine_mb: float
+
+
+def engines(lab: Lab) -> list[Figure]:
+    """How the control cost of a run grows with the engines, beside how an empty call does. Writes SCALE.md."""
+    counts = (1, 2) if lab.quick else COUNTS
+    lab.end()
+    load = os.getloadavg()[0]
+    sizes = [measured(lab, n) for n in counts]
+    if not lab.quick:
+        SCALE.write_text(page(sizes, (load, os.getloadavg()[0])))
+    first, last = sizes[0], sizes[-1]
+    return [
+        Figure(
+            f"growth of control 1 → {last.engines} / growth of an empty call",
+            constant((last.control_ms / first.control_ms) / (last.empty_ms / first.empty_ms)),
+            at_most=1.1,
+        ),
+        Figure("the same in the driver's processor time", constant(growth(sizes)), at_most=1.1),
+        *(Figure(f"control of {s.engines}", constant(s.control_ms), "ms") for s in (first, last)),
+        *(Figure(f"empty call of {s.engines}", constant(s.empty_ms), "ms") for s in (first, last)),
+    ]
+
+
+def growth(sizes: Sequence[Size]) -> float:
+    first, last = sizes[0], sizes[-1]
+    return (last.driver_run_ms / first.driver_run_ms) / (last.driver_empty_ms / first.driver_empty_ms)
+
+
+def measured(lab: Lab, n: int) -> Size:
+    """A session over n engines; a batch of one row, so that a run asks the same of the driver whatever n is."""
+    before = driver_mb()
+    begin = time.perf_counter()
+    with fk.start(n) as session:
+        started = time.perf_counter()
+        session.load(lab.tiny("llama"), dp=n)
+        loaded = time.perf_counter()
+        session.hook(HOOK)
+        repeats = lab.repeats * 3
+        for _ in range(3):
+            session.run(ROWS).free()
+            empty_call(session)
+        runs, empties = [], []
+        for _ in range(repeats):
+            runs.append(one_run(session))
+            empties.append(cost(lambda: empty_call(session)))
+        engine_mb = statistics.median(rss for _, rss in session.on_ranks(ranks.pid_and_memory)) / 1e6
+        controller = psutil.Process(session.cluster._cluster.controller.pid)
+        family = [controller, *controller.children(recursive=True)]
+        controller_mb = sum(process.memory_info().rss for process in family) / 1e6
+        grown = driver_mb() - before
+
+    def middle(values: Sequence[tuple[float, ...]], i: int) -> float:
+        return statistics.median(value[i] for value in values)
+
+    return Size(
+        n,
+        started - begin,
+        loaded - started,
+        middle(runs, 0),
+        middle(runs, 2),
+        middle(empties, 0),
+        middle(runs, 1),
+        middle(empties, 1),
+        controller_mb,
+        grown,
+        engine_mb,
+    )
+
+
+def one_run(session: Any) -> tuple[float, float, float]:
+    """(milliseconds of a run, of the driver's processor time, of all that is not the slowest engine's work)."""
+    found: list[Any] = []
+    wall, cpu = cost(lambda: found.append(session.run(ROWS)))
+    run = found[0]
+    assert run[HOOK].error is None
+    work = 1e3 * sum(run.seconds[part] for part in ("prepare", "forward", "copy"))
+    run.free()
+    return wall, cpu, max(wall - work, 0.0)
+
+
+def cost(call: Callable[[], Any]) -> tuple[float, float]:
+    """(milliseconds, milliseconds of this process's processor time) of a call."""
+    begin, cpu = time.perf_counter(), time.process_time()
+    call()
+    return 1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu)
+
+
+def driver_mb() -> float:
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def line(sizes: Sequence[Size], what: str) -> tuple[float, float]:
+    """(at no engine, for each engine more): the straight line through these sizes."""
+    points = [(size.engines, getattr(size, what)) for size in sizes]
+    fitted = statistics.linear_regression(*zip(*points, strict=True))
+    return fitted.intercept, fitted.slope
+
+
+def foreseen(sizes: Sequence[Size], what: str, engines: int) -> float:
+    base, each = line(sizes, what)
+    return max(base + each * engines, 0.0)
+
+
+COLUMNS = {
+    "start_s": "start, s",
+    "load_s": "load, s",
+    "run_ms": "run, ms",
+    "control_ms": "of it control, ms",
+    "empty_ms": "empty call, ms",
+    "driver_run_ms": "driver's CPU for a run, ms",
+    "driver_empty_ms": "for an empty call, ms",
+    "controller_mb": "controller, MB",
+    "driver_mb": "driver grew by, MB",
+    "engine_mb": "an engine, MB",
+}
+STRAIGHT = ("driver_run_ms", "driver_empty_ms", "controller_mb", "driver_mb")  # engines do not share their cores
+
+
+def page(sizes: Sequence[Size], loads: tuple[float, float]) -> str:
+    table = [
+        f"| engines | {' | '.join(COLUMNS.values())} |",
+        "| --- " * (len(COLUMNS) + 1) + "|",
+        *(f"| {s.engines} | {' | '.join(number(getattr(s, what)) for what in COLUMNS)} |" for s in sizes),
+    ]
+    ahead = [
+        f"| engines | {' | '.join(COLUMNS[what] for what in STRAIGHT)} |",
+        "| --- " * (len(STRAIGHT) + 1) + "|",
+        *(f"| {n} | {' | '.join(number(foreseen(sizes, what, n)) for what in STRAIGHT)} |" for n in FORESEEN),
+    ]
+    exponents = {what: exponent(sizes, what) for what in ("control_ms", "empty_ms", "driver_run_ms", "driver_empty_ms")}
+    grown = ", ".join(f"{COLUMNS[what]} n^{value:.2f}" for what, value in exponents.items())
+    when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores, load average {loads[0]:.1f} → {loads[1]:.1f}."
+    fitted = f"Growth, fitted over n ≥ 2: {grown}."
+    title = f"## {' and '.join(map(str, FORESEEN))} engines"
+    drawn = "The straight lines through the figures above, drawn on:"
+    return "\n".join([INTRODUCTION, when, "", *table, "", fitted, "", title, "", drawn, "", *ahead, "", MEANING])
+
+
+def exponent(sizes: Sequence[Size], what: str) -> float:
+    """e in n^e, over the sizes from 2 engines on."""
+    points = [(math.log(s.engines), math.log(max(getattr(s, what), 1e-6))) for s in sizes if s.engines > 1]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else float("nan")
+
+
+INTRODUCTION = """# More engines
+
+Written by `make bench ROWS=engines`; do not edit. A tiny model, replicated over n engines, one hook, a batch of one
+row; all engines of a trial share this machine's cores, so that from as many engines as cores on their own work, not
+ours, makes the times longer. The driver's processor time is what it would be elsewhere, too.
+"""
+
+MEANING = """On the driver one message to each engine and one answer from each are proportional to the
+engines, as in an empty call, and the joining of what the answers say of the captures. On a rank it is the header before
+a run, 16 numbers a rank, and what the model itself communicates. Captures take a host's memory once, however many ranks
+it has; the driver reads from other hosts only what is looked at.
+
+How long engines take to start is up to the scheduler of a cluster; here all of them import torch on the same cores at
+once. The controller relays each message once, as it does for any use of ipyparallel.
+"""
