@@ -162,8 +162,8 @@ def partial(
 
 
 def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | None) -> Partial:
-    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, to be broadcast over x; None:
-    all count. Where none counts it is what `nothing` is.
+    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, on the CPU, to be broadcast
+    over x; None: all count. Where none counts it is what `nothing` is.
 
     >>> masked("mean", torch.tensor([9.0, 1.0, 3.0]), (0,), torch.tensor([False, True, True])).value()
     tensor(2.)
@@ -183,13 +183,13 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
 
 def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor) -> Partial:
     """The part of those that are real along one dim. They mostly lie together: pads are on one side."""
-    index = real.nonzero().flatten().to(x.device)
+    index = real.nonzero().flatten()  # on the CPU: where x is on a GPU nobody waits for it
     shape = [size for dim, size in enumerate(x.shape) if dim not in dims]
     none = Partial(op, tuple(part.to(x.device) for part in nothing(op, shape, x.dtype).parts), x.dtype)
     if not len(index):
         return none
     first, last = int(index[0]), int(index[-1])
-    together = last - first + 1 == len(index)
+    together, index = last - first + 1 == len(index), index.to(x.device)
     found = _quick(op, x.narrow(along, first, len(index)) if together else x.index_select(along, index), dims)
     if along in dims:
         return found

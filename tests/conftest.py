@@ -59,6 +59,7 @@ LONG = (
     "test_a_cluster_that_encrypts",
     "70-five-times",
     "71-hundred",
+    "test_spill.py::test_a_killed_driver_leaves_nothing_on_disk",
 )
 
 

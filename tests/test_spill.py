@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +182,28 @@ def test_ranks_share_one_file_and_a_later_driver_finds_it(layout, session, tiny,
     again = later.runs[run.number]
     assert torch.equal(again[LAYER, "output"].tensor(), want[again[LAYER, "output"].key])
     later._claim.close()
+
+
+KILLED = """
+import os, signal, sys, flexkernel as fk
+session = fk.start(2)
+session.load(sys.argv[1], tp=2)
+session.store.spill_to(sys.argv[2])
+session.store.budget = 4096
+session.run([[5, 6, 7]])
+print(*session.store.spill.folder.glob("*.slab"), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tiny("llama")), str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ})
+    assert done.returncode == -signal.SIGKILL
+    file = Path(done.stdout.strip())
+    assert file.parent.parent.parent == tmp_path and file.name.startswith("spill-")
+    until = time.monotonic() + 60
+    while file.parent.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not file.parent.exists()

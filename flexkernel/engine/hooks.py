@@ -331,8 +331,7 @@ class Recording:
         assert entry.hook.reduce is not None
         if part.numel() == 0:
             return reduce.nothing(entry.hook.reduce.op, left(part.shape, entry.over), part.dtype)
-        real = None if mask is None else mask.to(part.device)
-        return reduce.masked(entry.hook.reduce.op, part.detach(), entry.over, real)
+        return reduce.masked(entry.hook.reduce.op, part.detach(), entry.over, mask)
 
     def _put_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
         target = place[:, entry.slot(self.here.layout, self.here.rank)]
