@@ -59,6 +59,7 @@ class Capture:
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
         self._looked_into = looked_into or (lambda: lambda: None)
         self._expired = ""
+        self._said: tuple[str, str] | None = None  # (placement, evidence), once it has expired
         self.verified = False
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
         self.error = _failure(key, self.seen, self.shape if covers is None else covers)
@@ -83,6 +84,8 @@ class Capture:
 
         verified: this value of this model was compared with the unsharded one's, and equal (session.verify())."""
         kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
+        if self._said is not None:
+            return self._said[1]
         if self.verified and kinds:
             return "verified"
         return "/".join("scan+digest" if kind == "scan" else kind for kind in kinds) or "none"
@@ -90,6 +93,8 @@ class Capture:
     @property
     def placement(self) -> str:
         """Over the tp axis, in torch's words."""
+        if self._said is not None:
+            return self._said[0]
         return "/".join(sorted({seen.placement for seen in self.seen.values() if seen.error is None})) or "unknown"
 
     @property
@@ -226,8 +231,10 @@ class Capture:
             self._slab_bytes, self._looked_into = slab_bytes, looked_into
 
     def expire(self, why: str) -> None:
-        """The store takes the memory back; what was read before stays readable."""
-        self._expired = why
+        """The store takes the memory back; what was read before stays readable. A notebook's Out[] keeps it for ever:
+        it keeps what its repr says, and nothing of what each rank saw."""
+        self._expired, self._said = why, (self.placement, self.evidence)
+        self.seen, self.mask, self._region, self._looked_into = {}, None, None, lambda: lambda: None
 
     # --- inside ------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the pr
 PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
+RESOLVE_S = 10.0  # a result is done() a moment before get() has it: the thread that brings it is between the two
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
@@ -595,7 +596,7 @@ class IPyParallel(Cluster):
 
     def _answer(self, result: Any, rank: int) -> Any:
         try:
-            return result.get(0)
+            return result.get(RESOLVE_S)
         except ipp.error.EngineError:
             return self._died(rank)
         except ipp.error.RemoteError as error:

@@ -189,7 +189,7 @@ import os, signal, sys, flexkernel as fk
 session = fk.start(2)
 session.load(sys.argv[1], tp=2)
 session.store.spill_to(sys.argv[2])
-session.store.budget = 4096
+session.store.budget = 1
 session.run([[5, 6, 7]])
 print(*session.store.spill.folder.glob("*.slab"), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
