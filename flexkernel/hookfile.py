@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str], packed: Callable[[Callable], bytes]) -> t
     """The hooks and edits of a file. HookError: it is no such file, or of a later flexkernel."""
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HookError(f"{path} cannot be read as a file of hooks: {error}") from None
     schema = content.get("flexkernel hooks") if isinstance(content, dict) else None
     if schema is None:
@@ -71,7 +71,7 @@ def read(path: str | os.PathLike[str], packed: Callable[[Callable], bytes]) -> t
     try:
         edits = {name: to_edit(name, entry, packed) for name, entry in content["edits"].items()}
         return HookSet(tuple(map(to_hook, content["hooks"])), frozenset(content["off"])), edits
-    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # its edits are code, which can raise anything where it is made
         raise HookError(f"{path} is not whole: {type(error).__name__}: {error}") from error
 
 
@@ -113,7 +113,18 @@ def to_hook(entry: dict[str, Any]) -> HookSpec:
         given["value"] = Blob(tuple(value["shape"]), value["dtype"], base64.b64decode(value["data"], validate=True))
     elif isinstance(value, list):
         given["value"] = tuple(map(float, value))
-    return HookSpec(**given)
+    spec = HookSpec(**given)
+    hash(spec)  # TypeError: a list or an object where there is text or a number
+    for name in ("glob", "at", "name", "capture"):
+        if not isinstance(getattr(spec, name), str):
+            raise TypeError(f"a hook's {name} is text, not {getattr(spec, name)!r}")
+    for name, kind in (("groups", str), ("positions", int), ("heads", int), ("neurons", int)):
+        if not all(isinstance(each, kind) for each in getattr(spec, name) or ()):
+            raise TypeError(f"a hook's {name} are not {getattr(spec, name)!r}")
+    for name in ("index", "edit"):
+        if not isinstance(getattr(spec, name), str | None):
+            raise TypeError(f"a hook's {name} is text, not {getattr(spec, name)!r}")
+    return spec
 
 
 # --- edits -----------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def check_file(path: Path) -> None:
         try:
             start = file.read(8)
             there = 8 + whole_bytes(header(start, found.st_size, file))
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError, OSError) as error:
             looks = next((f"; it begins as {what} does" for mark, what in OTHERS.items() if start.startswith(mark)), "")
             raise LoadError(f"{path} is no safetensors file: {error}{looks}. Nothing else is read") from None
         there += int.from_bytes(start, "little")
