@@ -87,6 +87,8 @@ ROWS = [
         "`apply_sync` round trip",
         "≤ 0.1 ms · ≤ 1 ms p50",
         moves.slices,
+        "Both engines compute: on two cores neither the serving thread nor the notebook has one to itself. Idle is "
+        "what the channel takes. Not profiled yet.",
     ),
     Row(
         "move-far",
@@ -94,6 +96,8 @@ ROWS = [
         "ipyparallel pull; raw zmq",
         "≥ 3 × pull; ≥ 0.8 of raw zmq",
         moves.from_far,
+        "Where raw zmq itself is not three times as fast as pull, no channel over it can be. What it takes beyond raw "
+        "zmq is not profiled yet.",
     ),
     Row(
         "one-process",

@@ -41,7 +41,7 @@ class Size:
     start_s: float
     load_s: float
     run_ms: float
-    control_ms: float  # of a run: all that is not spent on the slowest engine
+    control_ms: float  # of a run: all but the slowest engine's forward
     empty_ms: float
     driver_run_ms: float
     driver_empty_ms: float
@@ -118,12 +118,13 @@ def measured(lab: Lab, n: int) -> Size:
 
 
 def one_run(session: Any) -> tuple[float, float, float]:
-    """(milliseconds of a run, of the driver's processor time, of all that is not the slowest engine's work)."""
+    """(milliseconds of a run, of the driver's processor time, of all that is not the slowest engine's forward): the
+    header before it is control, too, and in it early ranks wait for those that the driver's call reaches last."""
     found: list[Any] = []
     wall, cpu = cost(lambda: found.append(session.run(ROWS)))
     run = found[0]
     assert run[HOOK].error is None
-    work = 1e3 * sum(run.seconds[part] for part in ("prepare", "forward", "copy"))
+    work = 1e3 * sum(run.seconds[part] for part in ("forward", "copy"))
     run.free()
     return wall, cpu, max(wall - work, 0.0)
 
