@@ -410,3 +410,19 @@ def test_what_was_compiled_can_run_as_it_is_written():
         with compat.as_written(True):
             model(torch.zeros(1, 2))
         assert fired == [1]
+
+
+# --- torch: where a parameter lies -------------------------------------------------------------------
+
+
+def test_the_inner_tensor_of_a_dtensor_parameter_can_be_given_other_memory(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+    with torch.no_grad():
+        compat.inner(parameter).set_(torch.full((3,), 2.0))
+    assert parameter.to_local().tolist() == [2.0, 2.0, 2.0]
+    plain = nn.Parameter(torch.ones(3))
+    assert compat.inner(plain) is plain

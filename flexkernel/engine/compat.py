@@ -35,6 +35,7 @@ __all__ = [
     "flat_shape",
     "forget_meshes",
     "in_fsdp1",
+    "inner",
     "is_compiled",
     "is_placeholder",
     "is_split",
@@ -269,6 +270,12 @@ def as_written(compiled: bool) -> Iterator[None]:
 
 
 # --- torch -----------------------------------------------------------------------------------------
+
+
+def inner(parameter: torch.Tensor) -> torch.Tensor:
+    """The very tensor in which this rank's part of a parameter lies, to be given other memory: of a DTensor parameter
+    to_local() is a view of it."""
+    return getattr(parameter, "_local_tensor", parameter)
 
 
 def waited(value: torch.Tensor) -> torch.Tensor:

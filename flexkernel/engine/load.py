@@ -17,6 +17,7 @@ from ..names import select
 from ..wire import Layout, ModelInfo, ModuleInfo, Source
 from .checkpoint import check_files
 from .compat import distributed_config, is_placeholder, loading_under, sum_gradients, tp_styles
+from .mapped import copied_out
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
@@ -166,6 +167,7 @@ def build(builder: bytes) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise LoadError(f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module")
     model.requires_grad_(False)  # the base is frozen unless a run asks for a gradient
+    copied_out(model.parameters())
     return model.eval()
 
 
@@ -225,6 +227,7 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise LoadError(f"{path} cannot be loaded as {layout}: {error}") from error
     model.requires_grad_(False)
+    copied_out(model.parameters())
     return model
 
 
@@ -266,7 +269,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
 
     def reads(name: str, at: str) -> bool:
         module = modules[name.rpartition(".@")[0] if ".@" in name else name]
-        return stage == (module.stages[-1] if module.spans and at == "output" else module.stages[0])
+        return stage == module.read_on(at)
 
     runtime.hooks = Hooks(runtime.named, reads)
     runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
