@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import torch
 
 from . import errors, reduce
 from .errors import CaptureError, CaptureExpired, PlacementError
+from .files import whole_file
 from .slabs import Entry, Slab, left_of, pages, size_of
 from .wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
@@ -186,19 +186,14 @@ class Capture:
         return getattr(reduce, op)(self._matrix(), **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as a safetensors file, under its name; the file appears whole or not at all."""
+        """Write it as a safetensors file, under its name; the file appears whole or not at all. CaptureError: it could
+        not be written."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        handle, part = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}-", suffix=".part")
-        os.close(handle)
-        try:
-            save_file({self.name: self.tensor().contiguous()}, part)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
-        return path
+        tensor = self.tensor().contiguous()
+        with whole_file(path, CaptureError) as part:
+            save_file({self.name: tensor}, part)
+        return Path(path)
 
     def show(self, as_: str = "map", **options: Any) -> Any:
         """An interactive view, with a static picture beside it."""

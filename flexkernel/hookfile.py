@@ -15,7 +15,6 @@ import json
 import linecache
 import os
 import pickle
-import tempfile
 import textwrap
 import types
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HookError
+from .files import whole_file
 from .hooks import reduction
 from .wire import Blob, EditSpec, HookSet, HookSpec, SlabValue
 
@@ -44,14 +44,8 @@ def write(path: str | os.PathLike[str], hook_set: HookSet, edits: dict[str, Edit
         "off": sorted(hook_set.off),
         "edits": {name: of_edit(edit) for name, edit in edits.items()},
     }
-    handle, part = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    with whole_file(path, HookError) as part, open(part, "w") as file:
+        json.dump(content, file, indent=1)
     return path
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
 from .cluster import Cluster, packed
-from .errors import CaptureError, HookError, LoadError
+from .errors import CaptureError, FlexError, HookError, LoadError
+from .files import whole_file
 from .names import select
 from .run import Run
 from .wire import ModelInfo, Training
@@ -103,24 +104,22 @@ class Trainable:
         return run.loss
 
     def save_modules(self, path: str | os.PathLike[str]) -> Path:
-        """Write the weights of all trainable modules as one safetensors file, which appears whole or not at all."""
+        """Write the weights of all trainable modules as one safetensors file, which appears whole or not at all.
+        FlexError: it could not be written."""
         tensors = {f"{n}.{k}": t for n in self._modules for k, t in self._tensors("train.state", n).items()}
-        path = Path(path)
-        handle, part = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}-", suffix=".part")
-        os.close(handle)
-        try:
+        with whole_file(path, FlexError) as part:
             save_file(tensors, part)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
-        return path
+        return Path(path)
 
     def load_modules(self, path: str | os.PathLike[str]) -> list[str]:
         """Read weights that save_modules wrote into the modules that are there; returns their names. LoadError: the
-        file has other shapes."""
+        file has other shapes, or is no whole safetensors file."""
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(path).items():
+        try:
+            tensors_of_file = load_file(path)
+        except SafetensorError as error:
+            raise LoadError(f"{path} is no whole safetensors file: {error}") from None
+        for key, tensor in tensors_of_file.items():
             name, _, rest = key.partition(".")
             found.setdefault(name, {})[rest] = tensor
         for name, tensors in found.items():
