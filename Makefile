@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check bench chaos flat fuzz lab venv chromium clean
+.PHONY: demo test long check bench chaos faults flat fuzz lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,11 @@ flat: $(STAMP)
 SECONDS ?= 600
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+# Thirty faults, each made on purpose, as a table: make faults TIMES=3
+TIMES ?= 3
+faults: $(STAMP)
+	$(BIN)/python tests/faults.py --times $(TIMES)
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model

@@ -8,7 +8,11 @@ raised.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
+import itertools
+import math
 import os
 import platform
 import secrets
@@ -27,24 +31,28 @@ from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLaun
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
+from .interrupts import Held
 from .privacy import check_encrypted, check_private
 from .pulse import Pulse
 from .reaper import Reaper
 from .vitals import Vitals, born, exit_code, tail
-from .wire import ErrorReport, Heritage, Owner, Seat
+from .wire import ErrorReport, Heritage, Owner, RunReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
+TURNS = itertools.count(1)  # number this process's calls
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
+SETTLED_S = 2.0  # how long interrupts may take to arrive
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
 RESOLVE_S = 10.0  # a result is done() a moment before get() has it: the thread that brings it is between the two
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
+AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose first sending it may have lost
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
 PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
@@ -74,10 +82,10 @@ class Cluster:
 
     # --- what a backend does -----------------------------------------------------------------------
 
-    def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
-        raise NotImplementedError
-
-    def _collect(self, pending: list[Any], ranks: Sequence[int], progress: Callable[[int], None] | None) -> list[Any]:
+    def _exchange(
+        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+    ) -> list[Any]:
+        """Each of these ranks' answer to a call, args[i] for ranks[i]."""
         raise NotImplementedError
 
     def close(self, end: bool | None = None) -> None:
@@ -110,11 +118,11 @@ class Cluster:
             if self.broken:
                 self._mend(())
         ranks = list(range(self.size)) if ranks is None else list(ranks)
-        answers = self._collect(self._send(method, each or [args] * len(ranks), ranks), ranks, progress)
+        answers = self._exchange(method, each or [args] * len(ranks), ranks, progress)
         reports = [a for a in answers if isinstance(a, ErrorReport)]
         if reports:
             self._mend(reports)
-            raise cause(reports)
+            raise with_partial(cause(reports), answers)
         return answers
 
     @contextlib.contextmanager
@@ -128,9 +136,10 @@ class Cluster:
 
     def _mend(self, answers: Iterable[Any]) -> None:
         """Make the groups anew if one of these answers says that they were broken, once all ranks can be reached."""
-        self.broken |= any(isinstance(answer, ErrorReport) and answer.broken for answer in answers)
-        if self.broken and all(self.answering()):
-            self.seat(self.device)
+        with Held():  # half of new groups would be worth nothing
+            self.broken |= any(isinstance(answer, ErrorReport) and answer.broken for answer in answers)
+            if self.broken and all(self.answering()):
+                self.seat(self.device)
 
     def alive(self) -> list[bool]:
         """Rank → whether its engine is there."""
@@ -231,6 +240,9 @@ def chosen(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
 def cause(reports: Sequence[ErrorReport]) -> BaseException:
     """The error that began it: a death, else the earliest that is not merely about another rank's."""
     first = min(reports, key=lambda r: (r.type != "EngineDied", r.secondary, r.time))
+    if first.secondary and all(r.broken and not r.waited for r in reports):
+        lost = "the ranks lost the connections between them in a run, and none says why; the next run makes new ones: "
+        first = dataclasses.replace(first, message=lost + first.message)
     if first.type == "KeyboardInterrupt":
         return KeyboardInterrupt()
     kind = errors.named(first.type)
@@ -246,6 +258,13 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
     return kind(first.message)
 
 
+def with_partial(error: BaseException, answers: Iterable[Any]) -> BaseException:
+    """The error, with what each rank that can say so had captured of a run before it: error.flex_partial."""
+    said = [(a,) if isinstance(a, RunReport) else a.partial for a in answers if isinstance(a, RunReport | ErrorReport)]
+    error.flex_partial = [reports for reports in said if reports]  # type: ignore[attr-defined]
+    return error
+
+
 def others_waited(reports: Sequence[ErrorReport], first: ErrorReport) -> str:
     return "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited and r is not first)
 
@@ -259,13 +278,13 @@ class InProcess(Cluster):
         self._runtime = engine.open_runtime()
         self.gpus = {self.hosts[0]: self._runtime.hello()["gpus"]}
 
-    def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
-        return [engine.answer(self._runtime, method, *args[0])]
-
-    def _collect(self, pending: list[Any], ranks: Sequence[int], progress: Callable[[int], None] | None) -> list[Any]:
+    def _exchange(
+        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+    ) -> list[Any]:
+        answers = [engine.answer(self._runtime, method, *args[0])]
         if progress:
             progress(1)
-        return pending
+        return answers
 
     @contextlib.contextmanager
     def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
@@ -295,9 +314,11 @@ class IPyParallel(Cluster):
         self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
         self._views: dict[int, Any] = {}
         self._deaf: dict[int, Any] = {}  # rank → what it answers once it is free
+        self._signals: dict[int, int] = {}  # rank → how many interrupts its engine has been sent
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
+        self._restored = -math.inf  # when a controller was started in the place of one that crashed
         self._know_controller()
         self._greet(take)
 
@@ -344,7 +365,7 @@ class IPyParallel(Cluster):
     def _meet(self, rank: int, hello: dict[str, Any]) -> None:
         """Know the engine that has this rank from here on."""
         self.hosts[rank], self.pids[rank] = hello["host"], hello["pid"]
-        self.gpus[hello["host"]] = hello["gpus"]
+        self.gpus[hello["host"]], self._signals[rank] = hello["gpus"], hello["signals"]
         self.vitals.pop(rank, None)
         if hello["machine"] == socket.gethostname() and psutil.pid_exists(hello["pid"]):
             started = [one for group in self._cluster.engines.values() for one in launchers(group)]
@@ -452,7 +473,8 @@ class IPyParallel(Cluster):
             self._views[engine_id] = self._client[engine_id]
         return self._views[engine_id]
 
-    def _send(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> list[Any]:
+    def _calls(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> dict[int, Callable[[], Any]]:
+        """Rank → what sends it the call. EngineDied: some rank could not answer it."""
         self._check_controller()
         alive = self.alive()
         gone = [rank for rank in ranks if not alive[rank]]
@@ -477,43 +499,76 @@ class IPyParallel(Cluster):
                 f"hangs or was stopped. %flex_cluster restart --rank {deaf[0]} ends it and puts another in its place",
                 deaf[0],
             )
-        return [
-            self._view(self.engines[rank]).apply_async(engine.call, DRIVER, method, *rest)
+        return {
+            rank: functools.partial(self._apply, rank, engine.call, DRIVER, next(TURNS), method, *rest)
             for rank, rest in zip(ranks, args, strict=True)
-        ]
+        }
 
-    def _collect(self, pending: list[Any], ranks: Sequence[int], progress: Callable[[int], None] | None) -> list[Any]:
-        calls, answers = dict(zip(ranks, pending, strict=True)), {}
+    def _apply(self, rank: int, *function_and_args: Any) -> Any:
+        return self._view(self.engines[rank]).apply_async(*function_and_args)
+
+    def _exchange(
+        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+    ) -> list[Any]:
+        with Held() as held:  # a call that only some ranks have got would leave these waiting for the others
+            return self._collect(self._calls(method, args, ranks), progress, held)
+
+    def _collect(
+        self, senders: dict[int, Callable[[], Any]], progress: Callable[[int], None] | None, held: Held
+    ) -> list[Any]:
+        calls, answers = {rank: send() for rank, send in senders.items()}, {}
+        pending, looked = list(calls.values()), time.monotonic()
         patience = Patience()
         for vitals in self.vitals.values():
             vitals.sample()
         while calls:
             try:
-                next(iter(calls.values())).wait(WATCH_S if self.poll is None else POLL_S)
+                with held.heard():
+                    next(iter(calls.values())).wait(WATCH_S if self.poll is None else POLL_S)
                 for rank in [rank for rank, call in calls.items() if call.done()]:
                     answers[rank] = self._answer(calls.pop(rank), rank)
                     patience.heard(answers[rank])
                     if progress and not patience.interrupted:
                         progress(len(answers))
                 if calls:
-                    self._poll()
+                    self._poll(held)
                     for vitals in self.vitals.values():
                         vitals.sample()
                     self._check_controller()
+                    if self._may_be_lost(looked):
+                        calls.update({rank: senders[rank]() for rank in calls})
+                        pending += calls.values()
+                    looked = time.monotonic()
                     self._press(calls, answers, patience)
             except KeyboardInterrupt:
                 patience.interrupted = True
         self._forget([*pending, *patience.pings.values()])
+        if patience.told:
+            self._settle(set(senders) - set(self._deaf))
         if patience.interrupted:
             self._mend(answers.values())
-            raise KeyboardInterrupt
-        return [answers[rank] for rank in ranks]
+            raise with_partial(KeyboardInterrupt(), answers.values())
+        return [answers[rank] for rank in senders]
 
-    def _poll(self) -> None:
+    def _may_be_lost(self, looked: float) -> bool:
+        """Whether it is time to send calls once more that are on their way: engines that had not found a new controller
+        yet have not got them. looked: when this was asked last."""
+        return any(looked < self._restored + after <= time.monotonic() for after in AGAIN_S)
+
+    def _settle(self, ranks: Iterable[int]) -> None:
+        """Wait for interrupts that are on their way to these ranks: they would meet the next call, or its answer."""
+        calls = [self._apply(rank, engine.settled, self._signals.get(rank, 0)) for rank in ranks if self.alive()[rank]]
+        end = time.monotonic() + SETTLED_S
+        for call in calls:
+            call.wait(max(end - time.monotonic(), 0))
+        self._forget(calls)
+
+    def _poll(self, held: Held) -> None:
         """Call whoever watches this call."""
         try:
             if self.poll is not None:
-                self.poll()
+                with held.heard():
+                    self.poll()
         except BaseException:  # it keeps what it raised; here it is one more way to be interrupted
             self.poll = None
             raise KeyboardInterrupt from None
@@ -551,7 +606,9 @@ class IPyParallel(Cluster):
 
     def _forget(self, done: list[Any]) -> None:
         """The client keeps what it knows of every call, and of what engines print after it, for ever."""
-        self._client.purge_local_results([result for result in done if result.done()])
+        over = [result for result in done if result.done()]
+        if over:  # purging none is an error to the client
+            self._client.purge_local_results(over)
         self._client.history.clear()
         for msg_id in set(self._client.metadata) - self._client.outstanding:
             self._client.metadata.pop(msg_id, None)
@@ -582,6 +639,7 @@ class IPyParallel(Cluster):
         with private_files(), quiet():
             self._cluster.start_controller_sync()
         time.sleep(RESTORE_S)
+        self._restored = time.monotonic()
         self._know_controller()
         if self.reaper is not None:
             self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
@@ -645,6 +703,8 @@ class IPyParallel(Cluster):
     def interrupt(self, ranks: Sequence[int]) -> None:
         """Send SIGINT to these engines, through their nannies."""
         ids = [self.engines[rank] for rank in ranks]
+        for rank in ranks:
+            self._signals[rank] = self._signals.get(rank, 0) + 1
         if ids:
             self._client.send_signal(signal.SIGINT, ids, block=False)
 
@@ -655,11 +715,15 @@ class IPyParallel(Cluster):
         end = self.owned and not self.kept if end is None else end
         if end:
             with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
-                for result in [self._view(i).apply_async(engine.call, DRIVER, "close") for i in self._client.ids]:
+                for result in [
+                    self._view(i).apply_async(engine.call, DRIVER, next(TURNS), "close") for i in self._client.ids
+                ]:
                     result.get(3.0)
         else:
             with contextlib.suppress(Exception):  # one that hangs learns that its owner has gone when it looks for it
-                for result in [self._view(i).apply_async(engine.call, DRIVER, "goodbye") for i in self._client.ids]:
+                for result in [
+                    self._view(i).apply_async(engine.call, DRIVER, next(TURNS), "goodbye") for i in self._client.ids
+                ]:
                     result.get(3.0)
         with quiet():
             self._client.close()

@@ -13,6 +13,7 @@ from . import edits, hookfile, slabs
 from .cluster import Cluster, packed
 from .errors import LoadError
 from .hooks import Hooked, Hooks, called, regrouped, spec_of
+from .interrupts import Held
 from .run import Store
 from .wire import EditSpec, HookSet, HookSpec, ModelInfo
 
@@ -29,12 +30,16 @@ class Hooking:
 
     def __init__(self) -> None:
         self.hook_set = HookSet()
+        self._hooks_sent = True  # and every engine has these
         self.edits: dict[str, EditSpec] = {}
         self._held = edits.Held()
 
     def _loaded(self) -> ModelInfo:
         if self.info is None:
             raise LoadError("no model is loaded: session.load(path, tp=, pp=, dp=, fsdp=), or %flex_load PATH")
+        if not self._hooks_sent:
+            self.cluster.call("set_hooks", self.hook_set)
+            self._hooks_sent = True
         return self.info
 
     @property
@@ -156,6 +161,8 @@ class Hooking:
 
     def _set_hooks(self, hook_set: HookSet) -> None:
         if hook_set != self.hook_set:
+            self._hooks_sent = False  # until all engines have them: an interrupt may leave some with the old ones
             self.cluster.call("set_hooks", hook_set)
-            self.hook_set = hook_set
+            with Held():
+                self.hook_set, self._hooks_sent = hook_set, True
         self._held.keep([hook.key for hook in self.hook_set.hooks])

@@ -20,8 +20,9 @@ import psutil
 import torch
 
 from .capture import Capture, Reduced, differing
-from .errors import CaptureError, CaptureExpired, FlexError, MemoryBudgetError
+from .errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from .generation import Stream, generated
+from .interrupts import Held
 from .names import match, nearest
 from .prompts import Batch, texts, token_strings
 from .reduce import result_dtype
@@ -45,7 +46,7 @@ from .slabs import (
     position_dim,
 )
 from .spill import Spill
-from .wire import CaptureKey, Layout, Region, RunPlan, RunReport, Seen
+from .wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store", "costliest"]
 
@@ -65,7 +66,8 @@ class Run:
     run.captures: all of them. run.logits: the model's output, whole or (where that would be large) its last position.
     A generation goes on after its prompt: run.generated is the new text, run.text and run.tokens have both. Captures
     cover the prompt and all new tokens but the last, which is never fed; run.mask says which of that is real.
-    run.warnings: what to know before believing it.
+    run.warnings: what to know before believing it. run.partial: why it did not come to its end, "" if it did. Then it
+    has those captures that every rank had whole by then, of a generation up to its last whole forward, and no others.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Run:
         self.globs: dict[str, str] = {}  # hook → the glob it was given
         self.warnings: tuple[str, ...] = ()
         self.stopped = False
+        self.partial = ""
         self.loss: float | None = None  # where the run had one
         self.kept = False
         self.freed = ""
@@ -110,6 +113,8 @@ class Run:
             return f"{wanted[0]!r} never fires in a forward of this model, so there is nothing to capture"
         beside = [_of(k) for k in self.captures if k.module == wanted[0] != ""]
         near = [str(key) for key in beside] or nearest(wanted[0], names) or names[:3]
+        if self.partial:
+            return f"run {self.number} ended before {wanted!r} was whole ({self.partial}); it has {len(self)} captures"
         return f"run {self.number} captured nothing at {wanted!r}" + (f"; it has {', '.join(near)}" if near else "")
 
     def _find(self, wanted: tuple) -> tuple[list[Capture], bool]:
@@ -144,7 +149,8 @@ class Run:
             if key.hook == "logits":
                 return capture
         raise CaptureError(
-            f"run {self.number} has no logits" + (": it was stopped before them" if self.stopped else "")
+            f"run {self.number} has no logits"
+            + (": it was stopped before them" if self.stopped else f": {self.partial}" if self.partial else "")
         )
 
     @property
@@ -291,6 +297,7 @@ class Run:
         B, S = len(self.plan.ids), len(self.plan.ids[0])
         state = f", {self.freed}" if self.freed else ""
         state = f", loss {self.loss:.6g}" + state if self.loss is not None else state
+        state = f", PARTIAL: {self.partial}" + state if self.partial else state
         new = f" + {self.forwards} new" if self.new_ids else ""
         if self.plan.stop_at is not None and not self.stopped:
             state += ", run to its end: under this layout the ranks cannot stop early"
@@ -596,7 +603,8 @@ class Store:
             self.give_back(extent, spoilt=True)
             raise MemoryBudgetError(f"{error}{costs}") from None
         except BaseException:
-            self.give_back(extent)
+            if not any(extent is held for held in self._extents.values()):  # else it is that of a partial run
+                self.give_back(extent)
             raise
 
     def run(
@@ -627,17 +635,33 @@ class Store:
                 **wanted,
             )
             self._freed.append(number)  # if it fails: what it left on the engines goes with the next run
-            if plan.generation is None:
-                reports = self._cluster.call("run", plan)
-            else:
-                reports = self._streamed(plan, where, tokenizer, on_token)
+            try:
+                if plan.generation is None:
+                    reports = self._cluster.call("run", plan)
+                else:
+                    reports = self._streamed(plan, where, tokenizer, on_token)
+            except BaseException as error:
+                self._keep_partial(error, plan, where, extent, batch, tokenizer)
+                raise
             check_edited(reports)
-            self._freed.remove(number)
-        run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
+            run = self.add(plan, where, extent, reports, batch.tokens, tokenizer)
         run.seconds["total"] = time.perf_counter() - begin
         if where.num_bytes >= MEASURED_BYTES and run.seconds["copy"] > 0:
             self.bandwidth = where.num_bytes / run.seconds["copy"]
         return run
+
+    def _keep_partial(
+        self, error: BaseException, plan: RunPlan, where: Plan, extent: Extent, batch: Batch, tokenizer: Any
+    ) -> None:
+        """Store what all ranks had captured of a run before it failed, if that is anything."""
+        reports = at_one_forward(getattr(error, "flex_partial", ()))
+        if not reports:
+            return
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else shorter(str(error).partition("\n")[0], 120)
+        whole = whole_everywhere(where, reports)
+        if any(where.entries[i].key.hook != "logits" for i in whole):
+            kept = [dataclasses.replace(r, planned={i: r.planned[i] for i in whole & set(r.planned)}) for r in reports]
+            self.add(plan, where, extent, kept, batch.tokens, tokenizer, partial=why)
 
     def _streamed(
         self, plan: RunPlan, where: Plan, tokenizer: Any, on_token: Callable[[int, str], Any] | None
@@ -665,6 +689,7 @@ class Store:
                 raised.add_note(f"generated before that: {made}")
             if raised is error:
                 raise
+            raised.flex_partial = getattr(error, "flex_partial", ())  # type: ignore[attr-defined]
             raise raised from None
 
     def recover(self, by_rank: Sequence[dict], planner: Planner, tokenizer: Any) -> None:
@@ -687,9 +712,16 @@ class Store:
         self.spill.adopt(extent)
 
     def add(
-        self, plan: RunPlan, where: Plan, extent: Extent, reports: Sequence[RunReport], tokens: Any, tokenizer: Any
+        self,
+        plan: RunPlan,
+        where: Plan,
+        extent: Extent,
+        reports: Sequence[RunReport],
+        tokens: Any,
+        tokenizer: Any,
+        partial: str = "",
     ) -> Run:
-        """The run that these reports describe."""
+        """The run that these reports describe. partial: why it ended early, if it did."""
         forwards = max(report.forwards for report in reports)
         new = generated(reports, len(plan.ids)) if plan.generation is not None else []
         longest = max(map(len, new), default=0)
@@ -701,11 +733,14 @@ class Store:
         run.globs = {entry.hook.key: entry.hook.glob for entry in where.entries}
         run.warnings = made_nan(reports)
         run.seconds = {k: max(r.seconds.get(k, 0.0) for r in reports) for k in ("prepare", "forward", "copy")}
+        run.partial = partial
         run.loss = next((r.loss for r in reports if r.loss is not None), None)
         run.captures = captures(run, where, extent, reports, self)
         run._store = self
-        self.runs[run.number] = run
-        self._extents[run.number] = extent
+        with Held():
+            self.runs[run.number] = run
+            self._extents[run.number] = extent
+            self._freed = [number for number in self._freed if number != run.number]
         return run
 
     def records(self, rank: int, of_another: Mapping[int, Any], planner: Planner) -> dict[int, Any]:
@@ -775,7 +810,7 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
     text = Positions(run)
     found: dict[CaptureKey, Capture] = {}
     for i, entry in enumerate(where.entries):
-        if i not in planned and run.stopped:
+        if i not in planned and (run.stopped or run.partial):
             continue
         region: Region = where.region(entry, extent.slab, extent.base)
         dtype = getattr(torch, entry.formula.dtype)
@@ -804,6 +839,24 @@ def captures(run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport]
     for key, capture in found.items():
         capture.verified = (key.module, key.at.removesuffix(" before"), key.index) in home.verified
     return found
+
+
+def at_one_forward(by_rank: Sequence[Sequence[RunReport]]) -> list[RunReport]:
+    """One report of each rank, all of after the same forward, the last that all have; none if there is no such one."""
+    each = [{report.forwards: report for report in reports} for reports in by_rank]
+    common = set.intersection(*map(set, each)) if each else set()
+    return [reports[max(common)] for reports in each] if common else []
+
+
+def whole_everywhere(where: Plan, reports: Sequence[RunReport]) -> set[int]:
+    """The planned captures of which every rank that sees them says that it has its part. Nothing is kept of others:
+    what lies in their place is partly of this run and partly of one before."""
+    by_rank = {report.rank: report.planned for report in reports}
+    return {
+        i
+        for i, entry in enumerate(where.entries)
+        if entry.ranks and all(r in by_rank and i in by_rank[r] and by_rank[r][i].error is None for r in entry.ranks)
+    }
 
 
 class Positions:
@@ -844,13 +897,20 @@ class Positions:
 
 
 def check_edited(reports: Sequence[RunReport]) -> None:
-    """PlacementError if ranks edited what they held as copies of one value, and these differed."""
+    """PlacementError if ranks edited what they held as copies of one value, and these differed. EditError: those were
+    equal, and what the edit made of them was not."""
     by_rank: dict[CaptureKey, dict[int, Seen]] = {}
     for report in reports:
         for key, seen in report.edited.items():
             by_rank.setdefault(key, {})[report.rank] = seen
     for key, ranks in by_rank.items():
         problem = differing(key, ranks)
+        if problem is not None and key.at.endswith(EDITED):
+            raise EditError(
+                f"the edit of hook {key.hook!r} made different values of the copies of {key.module} that ranks hold: "
+                "draw what is random in an edit that is per='whole', which runs once",
+                min(ranks),
+            )
         if problem is not None:
             raise problem
 

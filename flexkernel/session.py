@@ -10,7 +10,7 @@ from typing import Any
 from . import cluster as clusters
 from . import generation, model, parameters, prompts, slabs
 from .capture import Capture
-from .errors import HookError
+from .errors import CaptureError, HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
@@ -129,6 +129,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         if self.store is not None:
             self.store.close()
         self.info, self.store, self.hook_set, self._modules = None, None, HookSet(), {}
+        self._hooks_sent = True
         self._held.keep([])
 
     def _recover(self) -> None:
@@ -175,6 +176,13 @@ class Session(Hooking, Experiments, Trainable, Recovery):
     def runs(self) -> list[Run]:
         """The runs that are stored, oldest first."""
         return list(self.store.runs.values()) if self.store is not None else []
+
+    @property
+    def last(self) -> Run:
+        """The run that was made last: also one that was interrupted or failed, with what was whole (run.partial)."""
+        if not self.runs:
+            raise CaptureError("no run is stored: session.run(prompt)")
+        return self.runs[-1]
 
     def run(
         self,

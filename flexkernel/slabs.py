@@ -80,7 +80,8 @@ class Entry:
     """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base.
 
     newest: of a generation's forwards only the last is kept, each writes over the one before. over: the dims that are
-    reduced, of which `slots` ranks each keep what they know of their part, as float64 statistics."""
+    reduced, of which `slots` ranks each keep what they know of their part, as float64 statistics. ranks: which see it;
+    none where that is not known beforehand."""
 
     key: CaptureKey
     hook: HookSpec
@@ -90,6 +91,7 @@ class Entry:
     newest: bool = False
     over: tuple[int, ...] = ()
     slots: int = 0
+    ranks: tuple[int, ...] = ()
 
     @property
     def at(self) -> str:
@@ -154,7 +156,9 @@ class Planner:
     def __init__(self, info: ModelInfo):
         self.info = info
         self._plans: dict[tuple, Plan] = {}
+        self._modules = {module.name: module for module in info.modules}
         self.targets = functools.lru_cache(maxsize=4096)(self._targets)
+        self.ranks = functools.lru_cache(maxsize=4096)(self._ranks)
         self.parameters = functools.lru_cache(maxsize=256)(self._parameters)
 
     def names(self, hook: HookSpec) -> tuple[str, ...]:
@@ -171,6 +175,14 @@ class Planner:
             cls = self.info.cls
             raise HookError(f"{cls} does not compute attention through transformers' interface: it has no @ points")
         return tuple(select(glob, self.info.names))
+
+    def _ranks(self, name: str, of: str) -> tuple[int, ...]:
+        """Those that see this value of a module or virtual point."""
+        module = self._modules.get(name.rpartition(".@")[0] if ".@" in name else name)
+        if of == "param" or module is None:
+            return ()
+        layout, stage = self.info.layout, module.read_on(of)
+        return tuple(rank for rank in range(layout.world) if layout.coordinate(rank)["pp"] == stage)
 
     def plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False) -> Plan:
         """Where each capture of these hooks lies for B rows of S positions, and of those that at most `new` generated
@@ -209,7 +221,8 @@ class Planner:
                         slots = num_slots(self.info.layout, formula, over)
                     for at in hook.kept_at:
                         key = CaptureKey(hook.key, name, at + kind, formula.path, call)
-                        entries.append(Entry(key, hook, formula, shape, offset, newest, over, slots))
+                        ranks = self.ranks(name, hook.of)
+                        entries.append(Entry(key, hook, formula, shape, offset, newest, over, slots, ranks))
                         offset += pages(entries[-1].num_bytes)
         num_bytes = offset + pages(B * new * 8)
         text, text_shape = offset if new else 0, (B * bool(new), new)

@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "AXES",
+    "EDITED",
     "REDUCTIONS",
     "Blob",
     "Box",
@@ -339,6 +340,10 @@ class ModuleInfo:
     stages: tuple[int, ...] = (0,)
     spans: bool = False  # something beneath it lies on another set of stages
 
+    def read_on(self, at: str) -> int:
+        """The stage that reads its "output" or "input"."""
+        return self.stages[-1] if self.spans and at == "output" else self.stages[0]
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -369,6 +374,9 @@ class ModelInfo:
     def names(self) -> list[str]:
         """Every name a hook can have: modules, then virtual points."""
         return [m.name for m in self.modules] + [n for n, at in self.scan if ".@" in n and at == "output"]
+
+
+EDITED = " edited"  # after a CaptureKey's `at`: the value that an edit made
 
 
 @dataclass(frozen=True)
@@ -533,3 +541,4 @@ class ErrorReport:
     broken: bool = False
     secondary: bool = False  # it only says that another rank failed
     waited: str = ""
+    partial: tuple[RunReport, ...] = ()  # what the rank had done of the run, as it was after one forward or another

@@ -50,6 +50,7 @@ LONG = (
     "test_train.py::test_modules_train_as_beside_the_unsharded_model[pp2xfsdp2]",
     "test_train.py::test_a_lens_on_the_real_model_learns_the_same",
     "test_generate.py::test_an_edit_is_made_at_every_step[tp2xpp2]",
+    "-slow]",
     "test_watch.py::test_an_engine_that_wakes_up_again_keeps_its_rank",
     "04-ten-thousand",
     "test_24_a_tensor_of_more_than_two_gigabytes",

@@ -346,6 +346,8 @@ def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):
     with pytest.raises(EngineError, match="ValueError on rank 0: broken on purpose"):
         session.run(IDS)
     handle.remove()
+    assert session.last.partial.startswith("ValueError on rank 0: broken on purpose") and len(session.last) == 1
+    session.last.free()
     assert session.store.pool.num_bytes == taken and session.runs == []
     assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64)
 

@@ -120,6 +120,18 @@ def die_at(name: str, rank: int, of: int = signal.SIGKILL) -> None:
     once(name, rank, lambda: os.kill(os.getpid(), of))
 
 
+def slow_at(name: str, seconds: float) -> None:
+    """From now on this rank takes so long longer in that module, if it has it; until the next load."""
+    rt = runtime()
+    if name in rt.hooks.modules:
+        rt.hooks.modules[name].register_forward_pre_hook(lambda _module, _args: time.sleep(seconds))
+
+
+def act_at(name: str, rank: int, action: Callable[[], None]) -> None:
+    """Do that at the next forward on that rank, when the module has run."""
+    once(name, rank, action)
+
+
 def local_parameters() -> list[torch.Tensor]:
     """The tensors that this rank's parameters lie in; tied ones once."""
     from flexkernel.engine.load import own

@@ -22,8 +22,10 @@ __all__ = ["answer", "call", "open_runtime"]
 
 # Files whose functions the driver may call: "train.add"
 DOORS = ("dataset", "memory", "parameters", "regroup", "train", "verify")
+SETTLE_S = 0.5
 _owner: Owner | None = None  # the driver that said hello last
 _let_go = False  # it has said goodbye
+_last: tuple[str, int, Any] | None = None  # (driver, turn, answer) of the last call
 _runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
 
 
@@ -34,8 +36,28 @@ def open_runtime() -> Any:
     return Runtime()
 
 
-def call(driver: str, method: str, *args: Any) -> Any:
+def call(driver: str, turn: int, method: str, *args: Any) -> Any:
     """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
+
+    turn: tells a driver's calls apart. One that comes twice, because its driver cannot know whether a controller that
+    crashed had passed it on, is made once and answered twice."""
+    global _last
+    if _last is None or _last[:2] != (driver, turn):
+        _last = None  # nothing is kept of it while the next one runs
+        _last = driver, turn, called(driver, method, *args)
+    return _last[2]
+
+
+def settled(signals: int) -> None:
+    """Come back when so many interrupts have come to this engine, or when the last of them must have met it idle, which
+    leaves no trace. It takes whatever comes meanwhile; the driver does not ask what it says."""
+    end = time.monotonic() + SETTLE_S
+    while _runtime is not None and _runtime.breaker.signals < signals and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def called(driver: str, method: str, *args: Any) -> Any:
+    """The answer to a driver's call.
 
     driver: who asks. Whoever has said hello has the engine: two that take turns would read each other's slabs. Another
     is refused while that one lives, unless it asks to take the engine over; `goodbye` lets go of it."""
@@ -60,7 +82,8 @@ def call(driver: str, method: str, *args: Any) -> Any:
             f"another notebook (pid {_owner.pid} on {_owner.host}) has attached to these engines since; to take them "
             "back: %flex_cluster attach --take"
         )
-    return answer(_runtime, method, *args)
+    found = answer(_runtime, method, *args)
+    return found | {"signals": _runtime.breaker.signals} if method == "hello" and isinstance(found, dict) else found
 
 
 def refusal(message: str) -> ErrorReport:

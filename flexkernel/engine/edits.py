@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..errors import EditError, HookError, PlacementError
 from ..slabs import Slab, check_positions, position_dim
-from ..wire import Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
+from ..wire import EDITED, Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
 from .autograd import differentiable
 from .confine import Drawn, confined
 from .digest import digest, joined_digest
@@ -155,7 +155,7 @@ class Editor:
         self.text, self.generation, self.modules = text, plan.generation, modules
         self.of_the_model = frozenset(placer.modules.values())
         self.drawn = Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
-        self.edited: dict[CaptureKey, Seen] = {}  # what was there before each edit: copies must have been equal
+        self.edited: dict[CaptureKey, Seen] = {}  # before each edit, and after some: of which copies must be equal
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
         """The value with its tensor edited. EditError: the edit raised, or returned what cannot take its place."""
@@ -180,14 +180,12 @@ class Editor:
         if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
             return None  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
-        earlier = self.edited.get(key)  # in a generation, of the steps before
-        said = joined_digest(earlier.digest if earlier is not None else 0, digest(placed.local.detach()))
-        nan = earlier is not None and earlier.nan
-        before = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
-        self.edited[key] = before
+        before = self._note(key, placed, placed.local)
         if per == "element":
             part = self._part(hook, name, placed.holds, formula, own_rows=True, per=per)
             local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
+            if hook.edit not in PRESETS:  # it may draw at random, and copies would differ from here on
+                self._note(replace(key, at=f"{hook.at}{EDITED}"), placed, local)
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
         local = self._chosen(hook, name, placed, formula, local)
@@ -216,6 +214,14 @@ class Editor:
     def note(self, key: CaptureKey, before: Seen, nan: bool) -> None:
         """What was there before an edit, of which copies must have been equal; nan: the edit has made some."""
         self.edited[key] = replace(before, nan=nan)
+
+    def _note(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> Seen:
+        """Note a value of which all copies must be equal; in a generation after those of the steps before."""
+        earlier = self.edited.get(key)
+        said = joined_digest(earlier.digest if earlier is not None else 0, digest(value.detach()))
+        nan = earlier is not None and earlier.nan
+        self.edited[key] = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
+        return self.edited[key]
 
     def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:
         known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())

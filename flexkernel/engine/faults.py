@@ -33,6 +33,7 @@ class Breaker:
     def __init__(self) -> None:
         self.busy = False
         self.broken = False
+        self.signals = 0  # interrupts that came from outside
         self._ports: frozenset[int] = frozenset()
         self._before: frozenset[int] = frozenset()
         self._watching = False
@@ -78,6 +79,7 @@ class Breaker:
 
     def _watch(self, pipe: int) -> None:
         while os.read(pipe, 1):
+            self.signals += 1
             if self.busy:
                 self.break_groups()
 

@@ -9,6 +9,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     except StopForward:
         return True
     except BaseException as error:
-        broke_off(runtime, error)
+        broke_off(runtime, error, so_far(runtime, plan, recording))
         raise
     finally:
         runtime.hooks.recording = None
@@ -244,9 +245,28 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
         forget_gradients(runtime, names)
 
 
-def broke_off(runtime: Any, error: BaseException) -> None:
+def so_far(runtime: Any, plan: RunPlan, recording: Recording) -> tuple[RunReport, ...]:
+    """What a run that ends here has captured on this rank; of a generation, after each of its last forwards."""
+    done = recording.whole if isinstance(recording, Steps) else {1: recording.planned}
+    new = recording.text.new if isinstance(recording, Steps) else {}
+    return tuple(
+        RunReport(
+            runtime.rank,
+            plan.run,
+            dict(planned),
+            {},
+            {},
+            forwards=forwards,
+            generated={row: list(ids[:forwards]) for row, ids in new.items()},
+        )
+        for forwards, planned in done.items()
+    )
+
+
+def broke_off(runtime: Any, error: BaseException, partial: tuple[RunReport, ...] = ()) -> None:
     """This rank does not go on: say why, and let nobody wait for it."""
-    error.flex_report = told(runtime, error, broken=runtime.seat.world > 1)  # type: ignore[attr-defined]
+    report = told(runtime, error, broken=runtime.seat.world > 1)
+    error.flex_report = replace(report, partial=partial)  # type: ignore[attr-defined]
     if runtime.seat.world > 1:
         runtime.breaker.break_groups()
 

@@ -138,17 +138,28 @@ class Steps(Recording):
         self.prompt = self.here
         self.forwards = 0
         self.wrote: dict[int, int] = {}
+        self.whole: dict[int, dict[int, Seen]] = {}  # forwards → what was whole after so many; of the last two
         self._columns: dict[tuple[int, ...] | None, tuple[list[tuple[int, ...]], list[int]]] = {}
 
     def begin(self, num_positions: int) -> None:
         """The next forward, over that many positions. What fires in it is call 0 again."""
         past = self.here.past + self.here.S if self.forwards else 0
+        if self.forwards:
+            before = list(self.whole.items())[-1:]
+            self.whole = dict([*before, (self.forwards, self._whole_now())])
         self.here = dataclasses.replace(self.prompt, S=num_positions, past=past, step=self.forwards)
         self.forwards += 1
         self.calls.clear()
         self.edits.clear()
         if self.editor is not None:
             self.editor.here = self.here
+
+    def _whole_now(self) -> dict[int, Seen]:
+        """What came in every forward so far, each in a place of its own: ranks are at most one forward apart."""
+        entries = self.plan.entries
+        return {
+            i: seen for i, seen in self.planned.items() if self.wrote.get(i) == self.forwards and not entries[i].newest
+        }
 
     def finish(self) -> None:
         """What did not come in every forward is not whole."""

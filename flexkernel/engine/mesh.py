@@ -19,6 +19,8 @@ from .compat import abort_groups
 
 __all__ = ["join", "leave", "limit_threads", "open_store"]
 
+JOIN_S = 60.0  # what ranks have at least to meet
+
 
 def open_store(folder: Path, generation: int, interface: str = "127.0.0.1") -> tuple[str, int, dist.Store | None]:
     """A rendezvous store: (address, port, what has to live as long as it).
@@ -48,7 +50,7 @@ def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> 
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its default tears the process down, and the model with it
     store = dist.FileStore(address, seat.world) if port == 0 else dist.TCPStore(address, port, None, is_master=False)
-    store.set_timeout(timedelta(seconds=60))
+    store.set_timeout(timedelta(seconds=JOIN_S))
     if device == "cuda":
         torch.cuda.set_device(seat.local_rank)
     dist.init_process_group(
@@ -56,7 +58,8 @@ def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> 
         store=dist.PrefixStore(f"generation-{seat.generation}", store),
         rank=seat.rank,
         world_size=seat.world,
-        timeout=timedelta(seconds=timeout_s + 15),  # the watch, which knows more, comes first
+        # The watch, which knows more, comes first; and ranks may be slow to meet, whatever a run's timeout is
+        timeout=timedelta(seconds=max(timeout_s, JOIN_S) + 15),
     )
     return store
 

@@ -141,6 +141,7 @@ class Watch:
                 time.sleep(0.02)
             if self._turn != turn:
                 return
+            self.breaker.signals -= 1  # this one is not from outside
             signal.pthread_kill(self._main, signal.SIGINT)
         while self._turn == turn:
             time.sleep(0.1)
