@@ -16,7 +16,6 @@ import watched
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.manager import start_new_kernel
-from test_magics import byte_letters
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -514,7 +513,7 @@ def test_sampling_is_the_unsharded_models_where_rows_stay_together(session, tiny
 @pytest.fixture(scope="module")
 def told_model(tiny, tmp_path_factory):
     """The tiny Llama with a tokenizer whose tokens are bytes: most of what it says is no whole character."""
-    tokenizer = Tokenizer(token_models.BPE(byte_letters(), []))
+    tokenizer = Tokenizer(token_models.BPE(models.byte_letters(), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     target = shutil.copytree(tiny("llama"), tmp_path_factory.mktemp("told") / "model")
