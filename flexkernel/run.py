@@ -400,6 +400,7 @@ class Store:
         self._clients: dict[str, Any] = {}
         self._count = 0
         self.bandwidth: float | None = None  # bytes a second of the last run's copies, all ranks together
+        self._connect()
 
     def slab(self, name: str, num_bytes: int, create: bool = False) -> Slab:
         """A slab of this host, mapped once and kept. create: it is written into here, where no engine may have yet."""
@@ -410,6 +411,12 @@ class Store:
             # A large one is not read at once: this process would be said to have all of it in memory
             self._slabs[name] = Slab(home / name, num_bytes, create, create or num_bytes <= SLAB_BYTES)
         return self._slabs[name]
+
+    def _connect(self) -> None:
+        """Have every other host serve its slabs from here on: an engine that is busy later would not begin to."""
+        for host in dict.fromkeys(self.hosts):
+            if host != self.here:
+                self.client(host)
 
     def client(self, host: str) -> Any:
         """Who asks another host for its slabs: its first engine serves them from a thread."""
@@ -768,6 +775,7 @@ class Store:
         for client in self._clients.values():
             client.close()
         self._clients.clear()
+        self._connect()
         self.spill.reopen()
 
     def free(self, run: Run, why: str) -> None:

@@ -145,12 +145,14 @@ def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tm
         small.run(long)
 
 
-def test_a_failed_run_leaves_no_file(small, tmp_path):
+def test_a_failed_run_leaves_a_file_for_what_of_it_is_whole(small, tmp_path):
     small.store.budget = 4096
     handle = small.cluster._runtime.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(Exception, match="ZeroDivisionError"):
         small.run(IDS)
     handle.remove()
+    assert small.last.partial and len(files(small)) == 1
+    small.last.free()
     assert files(small) == [] and small.store.spill.num_bytes == 0
     assert small.run(IDS)[MLP].tensor().shape == (1, 4, 64) and len(files(small)) == 1
 
