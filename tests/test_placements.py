@@ -76,7 +76,7 @@ class Ranks:
             active = frozenset({self.hook.key})
             slab = self.home.slab("planned.slab", self.num_bytes)
             recording = Recording(
-                self.plan, active, slab, lambda _: self.region, self.placer, self.place(rank), self.spill(rank)
+                self.plan, active, slab, lambda _: self.region, self.placer, self.place(rank), self.spill(rank), None
             )
             recording.record(self.hook, self.hook.glob, lambda local=local: local)
             seen[rank] = recording.planned[0]
