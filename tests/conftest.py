@@ -28,6 +28,7 @@ from flexkernel import demo  # noqa: E402
 
 # What `make long` runs beside the rest: continuous integration has two cores and 25 minutes
 LONG = (
+    "test_74_random_bytes_to_every_port",  # once in a few times the next call's answer never comes: not understood
     "tp3xpp2",
     "tp2xpp2xdp2",
     "test_autograd.py::test_gradients_go_through_edits[pp2xfsdp2]",
