@@ -53,6 +53,7 @@ LATE_S = 15.0  # how much later than the engines' own watches this one acts
 RESOLVE_S = 10.0  # a result is done() a moment before get() has it: the thread that brings it is between the two
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
 AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose first sending it may have lost
+UNHEARD_S = tuple(30.0 * 2**i for i in range(12))  # calls without an answer, too: no message is sure to arrive
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
 PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
@@ -517,8 +518,8 @@ class IPyParallel(Cluster):
         self, senders: dict[int, Callable[[], Any]], progress: Callable[[int], None] | None, held: Held
     ) -> list[Any]:
         calls, answers = {rank: send() for rank, send in senders.items()}, {}
-        pending, looked = list(calls.values()), time.monotonic()
-        patience = Patience()
+        pending, sent = list(calls.values()), time.monotonic()
+        patience, looked = Patience(), sent
         for vitals in self.vitals.values():
             vitals.sample()
         while calls:
@@ -535,7 +536,7 @@ class IPyParallel(Cluster):
                     for vitals in self.vitals.values():
                         vitals.sample()
                     self._check_controller()
-                    if self._may_be_lost(looked):
+                    if self._may_be_lost(sent, looked):
                         calls.update({rank: senders[rank]() for rank in calls})
                         pending += calls.values()
                     looked = time.monotonic()
@@ -550,10 +551,12 @@ class IPyParallel(Cluster):
             raise with_partial(KeyboardInterrupt(), answers.values())
         return [answers[rank] for rank in senders]
 
-    def _may_be_lost(self, looked: float) -> bool:
+    def _may_be_lost(self, sent: float, looked: float) -> bool:
         """Whether it is time to send calls once more that are on their way: engines that had not found a new controller
-        yet have not got them. looked: when this was asked last."""
-        return any(looked < self._restored + after <= time.monotonic() for after in AGAIN_S)
+        yet have not got them, and who knows why others have no answer. An engine makes a call once, however often it
+        comes. sent: when they were first sent; looked: when this was asked last."""
+        times = [*(self._restored + after for after in AGAIN_S), *(sent + after for after in UNHEARD_S)]
+        return any(looked < at <= time.monotonic() for at in times)
 
     def _settle(self, ranks: Iterable[int]) -> None:
         """Wait for interrupts that are on their way to these ranks: they would meet the next call, or its answer."""

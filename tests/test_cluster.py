@@ -16,6 +16,7 @@ import torch
 import watched
 
 import flexkernel as fk
+import flexkernel.engine as door
 from flexkernel import cluster as clusters
 
 IDS = [[5, 6, 7, 8, 9]]
@@ -350,6 +351,35 @@ def lose_the_next_answer(rank: int) -> None:
         return send(stream, msg_or_type, *args, **kwargs)
 
     session.send = lost
+
+
+TIMES = [0]
+
+
+def once_more(rank: int) -> int:
+    """On an engine: how often it has been called there; the answer to this is lost."""
+    import test_cluster  # this one travels by its code: the module's list is the engine's
+
+    lose_the_next_answer(rank)
+    test_cluster.TIMES[0] += 1
+    return test_cluster.TIMES[0]
+
+
+@pytest.mark.engines(2)
+def test_a_call_whose_answer_is_lost_is_sent_again_and_made_once(session, monkeypatch):
+    monkeypatch.setattr(clusters, "UNHEARD_S", (0.5, 1.0))
+    assert session.on_ranks(once_more, 1) == [1, 1]
+    assert session.on_ranks(os.getpid) == session.cluster.pids
+
+
+def test_a_call_that_others_have_overtaken_is_not_made_any_more(monkeypatch):
+    made = []
+    for name in ("_last", "_runtime", "_owner"):
+        monkeypatch.setattr(door, name, None)
+    monkeypatch.setattr(door, "called", lambda driver, method, *args: made.append(method) or len(made))
+    assert [door.call("me", 1, "a"), door.call("me", 1, "a"), door.call("me", 2, "b")] == [1, 1, 2]
+    assert door.call("me", 1, "a") is None and door.call("other", 1, "c") == 3
+    assert made == ["a", "b", "c"]
 
 
 @pytest.mark.engines(2)

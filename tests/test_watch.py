@@ -118,3 +118,48 @@ def test_a_pulse_is_read_by_whoever_looks(tmp_path):
     with pytest.raises(FileNotFoundError):
         Pulse(tmp_path, 4)
     assert (tmp_path / "pulse-3").stat().st_mode & 0o777 == 0o600
+
+
+def test_nobody_is_freed_who_is_in_no_run(tmp_path):
+    """A run that is over before the watch's thread has looked leaves it nothing to watch."""
+    freed = []
+
+    class Breaker:
+        signals = 0
+
+        def break_groups(self):
+            freed.append(looking.module)
+
+    looking = watch.Watch(Breaker())
+    looking.pulse = Pulse(tmp_path, 0, write=True)
+    for _ in range(20):
+        with looking.over(0.03):
+            pass
+        time.sleep(0.1)  # more than the patience of a thread that looks
+    assert freed == [] and not looking.pulse.running
+    with pytest.raises(KeyboardInterrupt), looking.over(0.2):
+        time.sleep(30)
+    assert len(freed) == 1 and looking.stall is not None
+
+
+def test_an_interrupt_from_the_watch_never_leaves_the_run_that_it_was_for(tmp_path, monkeypatch):
+    """Whenever a run ends while it is being freed, what comes after it is left alone."""
+
+    class Breaker:
+        signals = 0
+
+        def break_groups(self):
+            pass
+
+    monkeypatch.setattr(watch, "AGAIN_S", 0.05)
+    looking = watch.Watch(Breaker())
+    looking.pulse = Pulse(tmp_path, 0, write=True)
+    heard = []
+    for i in range(20):
+        try:
+            with looking.over(0.02):
+                time.sleep(0.04 + i * 0.005)
+        except KeyboardInterrupt:
+            heard.append(i)
+        time.sleep(0.05)  # one that came here would end the test
+    assert heard and heard[-1] == 19

@@ -39,9 +39,11 @@ def open_runtime() -> Any:
 def call(driver: str, turn: int, method: str, *args: Any) -> Any:
     """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
 
-    turn: tells a driver's calls apart. One that comes twice, because its driver cannot know whether a controller that
-    crashed had passed it on, is made once and answered twice."""
+    turn: numbers a driver's calls. One that comes twice, because its driver cannot know whether it had arrived, is made
+    once and answered twice; one that others have overtaken is not made any more, its driver has gone on."""
     global _last
+    if _last is not None and _last[0] == driver and turn < _last[1]:
+        return None
     if _last is None or _last[:2] != (driver, turn):
         _last = None  # nothing is kept of it while the next one runs
         _last = driver, turn, called(driver, method, *args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import linecache
 import signal
 import sys
@@ -54,9 +55,12 @@ class Watch:
         self._names: list[str] = []
         self._of: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
-        self._turn = 0  # counts runs: the thread must not free a later one
+        self._turns = itertools.count(1)
+        self._turn = 0  # the number of the run that is watched; 0: none is, and there is nobody to free
         self._timeout_s = 0.0
         self._begun = threading.Event()
+        self._done = threading.Event()  # the thread frees nobody
+        self._done.set()
         self._thread: threading.Thread | None = None
         self._main = 0
 
@@ -102,16 +106,19 @@ class Watch:
             yield
             return
         self.stall, self._timeout_s, self._main = None, timeout_s, threading.get_ident()
-        self._turn += 1
         self.pulse.running = True
         self._ensure_thread()
+        self._turn = next(self._turns)
         self._begun.set()
         try:
             yield
         finally:
-            self._begun.clear()
-            self._turn += 1
-            self.pulse.running = False
+            self._turn = 0
+            try:
+                self._done.wait()  # an interrupt that is on its way comes here, not into what this engine does next
+            finally:
+                self._begun.clear()
+                self.pulse.running = False
 
     def _ensure_thread(self) -> None:
         if self._thread is None:
@@ -122,7 +129,7 @@ class Watch:
         while True:
             self._begun.wait()
             turn, last, since = self._turn, -1, time.monotonic()
-            while self._turn == turn:
+            while turn and self._turn == turn:
                 time.sleep(min(self._timeout_s / 10, 0.5))
                 count = self.pulse.count if self.pulse is not None else 0
                 if count != last:
@@ -133,16 +140,22 @@ class Watch:
 
     def _free(self, turn: int) -> None:
         """Break the groups; interrupt the main thread if it does not come back by itself."""
-        self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
-        self.breaker.break_groups()
-        for _ in range(TIMES):
-            end = time.monotonic() + AGAIN_S
-            while self._turn == turn and time.monotonic() < end:
-                time.sleep(0.02)
-            if self._turn != turn:
+        self._done.clear()
+        try:
+            if self._turn != turn:  # it came back before it could know that it has to wait for this
                 return
-            self.breaker.signals -= 1  # this one is not from outside
-            signal.pthread_kill(self._main, signal.SIGINT)
+            self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
+            self.breaker.break_groups()
+            for _ in range(TIMES):
+                end = time.monotonic() + AGAIN_S
+                while self._turn == turn and time.monotonic() < end:
+                    time.sleep(0.02)
+                if self._turn != turn:
+                    return
+                self.breaker.signals -= 1  # this one is not from outside
+                signal.pthread_kill(self._main, signal.SIGINT)
+        finally:
+            self._done.set()
         while self._turn == turn:
             time.sleep(0.1)
 
