@@ -1,4 +1,5 @@
-"""The engines as one thing to call: through ipyparallel, or in this process. Only this file knows ipyparallel.
+"""The engines as one thing to call: through ipyparallel, or in this process. Only this file and launchers.py
+know ipyparallel.
 
 A call goes to every rank and comes back with one answer a rank. Engines never raise through ipyparallel: an error is
 an ErrorReport, the earliest is the cause, and groups that were broken to free the others are made anew before it is
@@ -27,12 +28,13 @@ import ipyparallel as ipp
 import numpy as np
 import psutil
 import torch
-from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
 from .interrupts import Held
+from .launchers import KEPT, FlexEngineSetLauncher, kind_of, launchers
 from .privacy import check_encrypted, check_private
+from .promises import How
 from .pulse import Pulse
 from .reaper import Reaper
 from .vitals import Vitals, born, exit_code, tail
@@ -42,7 +44,6 @@ __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "atta
 
 TURNS = itertools.count(1)  # number this process's calls
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
-KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
@@ -92,6 +93,11 @@ class Cluster:
     def close(self, end: bool | None = None) -> None:
         """Let go of the engines. end: whether they stop, with their model; by default those that this driver owns."""
         raise NotImplementedError
+
+    @property
+    def how(self) -> How:
+        """How this session came to its engines, from which it follows what can be promised for them."""
+        return How("")
 
     def best_device(self) -> str:
         """ "cuda" where every host has a GPU for each of its engines, else "cpu"."""
@@ -327,6 +333,11 @@ class IPyParallel(Cluster):
     def cluster_id(self) -> str:
         return self._cluster.cluster_id
 
+    @property
+    def how(self) -> How:
+        controller = getattr(self._cluster.controller, "process", None)
+        return How(kind_of(self._cluster.engine_launcher_class), self.owned, self.kept, controller is not None)
+
     def _greet(self, take: bool) -> None:
         """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever has them now."""
         hellos = self._hello(range(self.size), take)
@@ -424,12 +435,11 @@ class IPyParallel(Cluster):
 
     def _may_start(self, n: int) -> None:
         """ClusterError if engines are to be started that only somebody else can start."""
-        kind = self._cluster.engine_launcher_class
-        controller = getattr(self._cluster.controller, "process", None)
-        if n <= 0 or self.owned or (issubclass(kind, LocalEngineSetLauncher) and controller is not None):
+        if n <= 0 or self.how.may_start:
             return
+        kind = self._cluster.engine_launcher_class.__name__
         raise ClusterError(
-            f"this cluster was attached, and its engines were started through {kind.__name__} by somebody else: no "
+            f"this cluster was attached, and its engines were started through {kind} by somebody else: no "
             f"engine can be started from here. Start {n} there, `ipcluster engines -n {n} --cluster-id "
             f"{self.cluster_id!r}`, and restart the rank again: the new engine is taken"
         )
@@ -779,11 +789,6 @@ class Patience:
         return "give up" if waited > INTERRUPT_S else ""
 
 
-def launchers(group: Any) -> list[Any]:
-    """The local engines of one of a cluster's engine sets; none where a batch system has them."""
-    return list(getattr(group, "launchers", {}).values())
-
-
 @contextlib.contextmanager
 def private_files() -> Iterator[None]:
     """What is made meanwhile, by started processes too, is readable by this user only."""
@@ -813,27 +818,6 @@ def quiet() -> Iterator[None]:
 
 
 # --- beginnings ------------------------------------------------------------------------------------
-
-
-class FlexEngineLauncher(LocalEngineLauncher):
-    """A local engine with one thread for torch. It waits for a controller that crashed for as long as its driver, which
-    starts it again, is there; when that goes the reaper ends it. A kept one, which has no reaper, leaves by itself."""
-
-    def find_args(self) -> list[str]:
-        kept = self.cluster_id.startswith(KEPT)
-        return [*super().find_args(), *([] if kept else ["--IPEngine.max_heartbeat_misses=0"])]
-
-    def get_env(self) -> dict[str, str]:
-        env = super().get_env()
-        env.setdefault("OMP_NUM_THREADS", "1")
-        env.update(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
-        return env
-
-
-class FlexEngineSetLauncher(LocalEngineSetLauncher):
-    """The engines of this machine; found by name through the entry point, so that a cluster file can be read back."""
-
-    launcher_class = FlexEngineLauncher
 
 
 def start(

@@ -1,9 +1,11 @@
-"""Status: engines, model, hooks and memory as they are now."""
+"""Status: engines, what is promised for them, model, hooks and memory as they are now."""
 
 from __future__ import annotations
 
 import html
 from typing import Any
+
+from .promises import promises
 
 __all__ = ["Status"]
 
@@ -27,6 +29,7 @@ class Status:
         ]
         if getattr(cluster, "cluster_id", ""):
             self.rows.append(("cluster id", cluster.cluster_id))
+        self.rows += promises(cluster.how)
         if info is None:
             self.rows.append(("model", "none loaded"))
             return

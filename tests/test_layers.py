@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
     {"errors", "wire", "names", "interrupts"},
-    {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy", "files"},
+    {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy", "files", "promises", "launchers"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation", "hookfile", "preview", "spill"},
     {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
@@ -34,7 +34,7 @@ SHOW_WIDGETS_INSIDE_A_FUNCTION = {"capture", "tree"}
 # Third parties that one file or folder keeps to itself; and who never sees torch at run time
 ONLY = {
     "zmq": "channel",
-    "ipyparallel": "cluster",
+    "ipyparallel": ("cluster", "launchers"),
     "IPython": "magics",
     "ipykernel": "kernel",
     "ipywidgets": "widgets",
@@ -167,8 +167,10 @@ def against_a_monopoly(found: Import) -> str | None:
     behind_the_door = found.importer == "engine" and found.lazy  # on an engine torch is there
     if found.target == "torch" and found.importer in WITHOUT_TORCH and not behind_the_door:
         return "it must not need torch"
-    owner = ONLY.get(found.target)
-    return None if owner in (None, found.importer.split(".")[0]) else f"only {owner} may"
+    owners = ONLY.get(found.target, ())
+    owners = (owners,) if isinstance(owners, str) else owners
+    allowed = not owners or found.importer.split(".")[0] in owners
+    return None if allowed else f"only {' and '.join(owners)} may"
 
 
 def cycles(files: dict[str, str]) -> list[str]:
@@ -234,7 +236,11 @@ MODULES |= dict.fromkeys(["engine", "engine.hooks", "engine.load", "widgets", "w
         ("capture", "from flexkernel import session", "capture:1 imports session: imports go down only"),
         ("session", "async def f():\n    from .magics import x", "session:2 imports magics: imports go down only"),
         ("session", "import zmq.asyncio", "session:1 imports zmq: only channel may"),
-        ("session", "try:\n    import ipyparallel as ipp\nfinally:\n    pass", "imports ipyparallel: only cluster may"),
+        (
+            "session",
+            "try:\n    import ipyparallel as ipp\nfinally:\n    pass",
+            "imports ipyparallel: only cluster and launchers may",
+        ),
         ("session", "from IPython.display import display", "session:1 imports IPython: only magics may"),
         ("magics", "from ipykernel.comm import Comm", "magics:1 imports ipykernel: only kernel may"),
         ("engine.hooks", "import zmq", "engine.hooks:1 imports zmq: only channel may"),

@@ -1,6 +1,6 @@
-"""README says what is true: its table of magics is the code's, its files exist.
+"""README says what is true: its tables of magics and promises are the code's, its files exist.
 
-`python tests/test_readme.py` writes the table.
+`python tests/test_readme.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ import re
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- magics: written by tests/test_readme.py, from the code -->\n"
+BEGIN = "<!-- {}: written by tests/test_readme.py, from the code -->\n"
 END = "<!-- end -->"
 
 
 def written(text: str) -> str:
-    """README with the table as the code has it."""
+    """README with its tables as the code has them."""
     from flexkernel.magics import magics_table
+    from flexkernel.promises import promises_table
 
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + magics_table().strip() + "\n" + END + rest.split(END, 1)[1]
+    for name, table in (("magics", magics_table), ("promises", promises_table)):
+        before, rest = text.split(BEGIN.format(name))
+        text = before + BEGIN.format(name) + table().strip() + "\n" + END + rest.split(END, 1)[1]
+    return text
 
 
-def test_the_table_of_magics_is_the_codes():
+def test_the_tables_are_the_codes():
     text = README.read_text()
-    assert "| `%flex_hook" in text, "there is a table"
+    assert "| `%flex_hook" in text and "| a dead engine |" in text, "there are tables"
     assert text == written(text), "run: python tests/test_readme.py"
 
 

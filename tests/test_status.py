@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flexkernel as fk
+from flexkernel.promises import How
 from flexkernel.status import Status
 
 IDS = [[5, 6, 7]]
@@ -46,6 +47,7 @@ class Evil:
     class cluster:
         size, owned, hosts, cluster_id = 1, False, ["<script>"], "<b>"
         alive = answering = staticmethod(lambda: [False])
+        how = How("other", owned=False)
 
 
 def test_names_of_hosts_and_clusters_are_text_in_html():

@@ -1,0 +1,104 @@
+"""Promises: what can be counted on for engines that came to be in this way. README's table is made of these, too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+__all__ = ["PROMISES", "How", "promises", "promises_table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a session came to its engines: the facts from which the promises follow.
+
+    launcher: "" they are this process; "local" processes of this machine, "slurm" jobs, or "other". owned: this session
+    started them; kept: to outlive it. controller: its process is known, and on this machine."""
+
+    launcher: str
+    owned: bool = True
+    kept: bool = False
+    controller: bool = True
+
+    @property
+    def may_start(self) -> bool:
+        """Whether engines can be started from here."""
+        return self.launcher != "" and (self.owned or (self.launcher in ("local", "slurm") and self.controller))
+
+
+def engines_end(how: How) -> str:
+    if not how.launcher:
+        return "with the session: they are this process"
+    if how.kept:
+        return "with %flex_cluster stop, or 3 minutes after their controller's end"
+    if not how.owned:
+        return "where they were started: this session only leaves them"
+    if how.launcher == "local":
+        return "with the session; within 30 s of its process, however that ends"
+    return "with the session; when its process is killed, 3 minutes after their controller's end"
+
+
+def a_dead_engine(how: How) -> str:
+    if not how.launcher:
+        return "is this process: restart the notebook's kernel"
+    if not how.may_start:
+        return "is replaced by restart() once you have started one by `ipcluster engines`"
+    return "is replaced by restart(), with its part of the model"
+
+
+def its_death_is_told(how: How) -> str:
+    if not how.launcher:
+        return "by Jupyter"
+    if how.launcher == "local":
+        return "with signal or exit code, and the end of its log" if how.owned else "with the end of its log"
+    return "by rank, host and pid"
+
+
+def a_dead_controller(how: How) -> str:
+    if not how.launcher:
+        return "there is none"
+    if how.owned:
+        return "is started again with the next call, which arrives"
+    return "ends the cluster: its engines leave after 3 minutes"
+
+
+def private_files(how: How) -> str:
+    if not how.launcher:
+        return "slabs"
+    if how.owned or how.kept:
+        return "slabs, logs and keys: readable by you only"
+    return "slabs; keys were looked at, logs are as whoever started the cluster made them"
+
+
+def an_interrupt(how: How) -> str:
+    return "reaches every engine, the model stays" if how.launcher else "ends the run, the model stays"
+
+
+# What is promised → how well, by how the engines came to be
+PROMISES: dict[str, Callable[[How], str]] = {
+    "engines end": engines_end,
+    "a dead engine": a_dead_engine,
+    "its death is told": its_death_is_told,
+    "a dead controller": a_dead_controller,
+    "private files": private_files,
+    "an interrupt": an_interrupt,
+}
+
+EXAMPLES = {
+    "`fk.start()`": How("local"),
+    "`fk.start(keep=True)`, attached again": How("local", owned=False, kept=True),
+    "`fk.attach()` to `ipcluster start` here": How("local", owned=False),
+    "`fk.attach()` to one begun elsewhere": How("other", owned=False, controller=False),
+}
+
+
+def promises(how: How) -> list[tuple[str, str]]:
+    """(what, how well) for each promise."""
+    return [(what, said(how)) for what, said in PROMISES.items()]
+
+
+def promises_table() -> str:
+    """The promises for the usual ways to come to engines, as Markdown."""
+    rows = [["", *EXAMPLES], ["---"] * (len(EXAMPLES) + 1)]
+    rows += [[what, *(said(how) for how in EXAMPLES.values())] for what, said in PROMISES.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
