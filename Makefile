@@ -42,10 +42,10 @@ SECONDS ?= 600
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
-# Thirty faults, each made on purpose, as a table: make faults TIMES=3
+# Thirty faults, each made on purpose, as a table in tests/FAULTS.md: make faults TIMES=3
 TIMES ?= 3
 faults: $(STAMP)
-	$(BIN)/python tests/faults.py --times $(TIMES)
+	$(BIN)/python tests/faults.py --times $(TIMES) --write tests/FAULTS.md
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model
