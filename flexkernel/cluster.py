@@ -49,6 +49,7 @@ FREED_S = 2.0  # how long ranks have to come back by themselves from groups that
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
 SETTLED_S = 2.0  # how long interrupts may take to arrive
+FAREWELL_S = 2.0  # how long engines have to let go of everything before they are ended
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
 RESOLVE_S = 10.0  # a result is done() a moment before get() has it: the thread that brings it is between the two
@@ -726,24 +727,28 @@ class IPyParallel(Cluster):
             return
         self.closed = True
         end = self.owned and not self.kept if end is None else end
-        if end:
-            with contextlib.suppress(Exception):  # engines that do not answer are ended below all the same
-                for result in [
-                    self._view(i).apply_async(engine.call, DRIVER, next(TURNS), "close") for i in self._client.ids
-                ]:
-                    result.get(3.0)
-        else:
-            with contextlib.suppress(Exception):  # one that hangs learns that its owner has gone when it looks for it
-                for result in [
-                    self._view(i).apply_async(engine.call, DRIVER, next(TURNS), "goodbye") for i in self._client.ids
-                ]:
-                    result.get(3.0)
+        hang = self._farewell("close" if end else "goodbye")  # one that is left alone looks for its owner by itself
         with quiet():
             self._client.close()
             if end:
+                for rank in hang & set(self.vitals):  # the cluster would wait for each that it may end by itself
+                    self.vitals[rank].kill()
                 self._cluster.stop_cluster_sync()
         if self.reaper is not None:
             self.reaper.leave()
+
+    def _farewell(self, word: str) -> set[int]:
+        """Tell it to every engine that can hear; the ranks that hang."""
+        hang = set(self._deaf)
+        with contextlib.suppress(Exception):  # the controller may have gone before us, with all that it carried
+            ids = {i: rank for rank, i in enumerate(self.engines)}
+            able = [i for i in self._client.ids if ids.get(i) not in hang]
+            calls = {i: self._view(i).apply_async(engine.call, DRIVER, next(TURNS), word) for i in able}
+            end = time.monotonic() + FAREWELL_S
+            for call in calls.values():
+                call.wait(max(end - time.monotonic(), 0))
+            hang |= {ids[i] for i, call in calls.items() if i in ids and not call.done()}
+        return hang
 
 
 class Patience:
