@@ -98,12 +98,12 @@ class Entry:
         """The key's, without what was kept instead."""
         return self.key.at.removesuffix(f" {self.hook.reduce}") if self.hook.reduce is not None else self.key.at
 
-    @property
+    @functools.cached_property
     def kept(self) -> tuple[int, ...]:
         """The shape of what is kept."""
         return left(self.shape, self.over)
 
-    @property
+    @functools.cached_property
     def lies(self) -> tuple[tuple[int, ...], str]:
         """(shape, dtype) of what lies in the slab."""
         if self.hook.reduce is None:

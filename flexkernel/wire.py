@@ -452,7 +452,7 @@ class Seen:
 
     holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds a part of.
     box: the part it wrote: ranks that hold the same part share the copying; None: it wrote nothing.
-    digest: of what it holds; ranks that hold the same part must have the same numbers.
+    digest: of what it holds, if others hold the same part: they must have the same numbers. 0 where none does.
     nan: an edit made NaN of it, which had none.
     region: where the value lies if not in its planned place. partial: it is one of that many addends of a sum over tp.
     """

@@ -21,7 +21,7 @@ from ..errors import CaptureError, GenerationError, PlacementError
 from ..slabs import Entry, kept_columns, left_of, position_dim
 from ..wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
 from .compat import StageCache, as_written
-from .digest import digest, joined_digest
+from .digest import joined_digest
 from .hooks import Recording, failed, joined, mask_of
 from .placements import Place, Placed, narrowed, shared_part
 from .text import Text
@@ -182,7 +182,7 @@ class Steps(Recording):
         self.wrote[i] = self.wrote.get(i, 0) + 1
         put = self._put if entry.hook.reduce is None else self._put_reduced
         kept, holds, box = put(entry, placed, here)
-        said = joined_digest(before.digest if before is not None else 0, digest(kept))
+        said = joined_digest(before.digest if before is not None else 0, self._digest(kept, placed, entry.formula))
         placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
         return Seen(placed.evidence, placement, said, holds, box)
 

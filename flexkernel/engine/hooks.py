@@ -284,7 +284,7 @@ class Recording:
             return Seen(evidence, placement, 0, placed.holds, None)
         if entry.hook.reduce is not None:
             box = self._reduce(entry, local, placed, self._place_of(i), self._mask(entry))
-            return Seen(evidence, placement, digest(local), placed.holds, box)
+            return Seen(evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box)
         if isinstance(placed.placement, Partial):
             copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0  # one group's addends are the sum
             region = None if copy else self.spill(local)
@@ -293,7 +293,11 @@ class Recording:
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
             narrowed(self._place_of(i), box).copy_(part)
-        return Seen(evidence, placement, digest(local), placed.holds, box)
+        return Seen(evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box)
+
+    def _digest(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> int:
+        """Of what other ranks hold too; what this one holds alone is compared with nothing."""
+        return digest(local) if self._copies(placed, formula)[0] > 1 else 0
 
     def _piece_of(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> tuple[torch.Tensor, Box | None]:
         """(what this rank copies of what it holds, its part of the whole): ranks that hold copies share the work, a
@@ -477,6 +481,8 @@ def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor |
 
 def check_strided(name: str, at: str, value: torch.Tensor) -> None:
     """PlacementError for a tensor whose elements do not lie side by side in memory."""
+    if value.layout == torch.strided and not value.is_nested and not value.is_quantized:
+        return
     odd = {
         "nested": value.is_nested,
         "quantised": value.is_quantized,

@@ -31,6 +31,7 @@ STYLES: dict[str, dict[str, Placement | None]] = {
     "moe_tp_experts": {"input": Replicate(), "output": Replicate()},
     "all_reduce": {"output": Replicate()},
 }
+MOST_DECIDED = 4096  # places that a Placer remembers
 STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}  # where a rank's columns do not lie together
 
 
@@ -99,9 +100,27 @@ class Placer:
     ):
         self.layout, self.styles, self.modules = layout, styles, modules or {}
         self.declared = [(*aimed(key), parse(text)) for key, text in declared.items()]
+        self._decided: dict[tuple, tuple[str, Placement, Box]] = {}
 
     def place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
-        """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown."""
+        """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown.
+
+        Decided once for plain tensors of one shape: what a model's layers leave in a processor's caches is not this
+        code, so that deciding it again took five times as long in a forward as beside one."""
+        if isinstance(value, DTensor):
+            return self._place(name, at, value, formula, here)
+        local = waited(value)
+        shapes = local.shape, here.whole(formula), here.own(formula)
+        key = (name, at, formula, *shapes, here.layout, here.rank, here.B, here.rows)
+        decided = self._decided.get(key)
+        if decided is None:
+            placed = self._place(name, at, local, formula, here)
+            if len(self._decided) >= MOST_DECIDED:
+                self._decided.clear()
+            decided = self._decided[key] = placed.evidence, placed.placement, placed.holds
+        return Placed(local, *decided)
+
+    def _place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
         evidence, placement, local = self.evidence(name, at, value, formula.path)
         name += " input" if at == "input" else ""  # as a declaration would name it
         whole = here.whole(formula)

@@ -7,7 +7,7 @@ from typing import Any
 from . import opponents, ranks
 from .lab import Lab
 from .moves import WIDE, wide
-from .reads import added, milliseconds, slowest
+from .reads import added, milliseconds, of_forward, slowest
 from .timing import Figure, Times, in_turns, of
 
 __all__ = ["gathered"]
@@ -52,7 +52,7 @@ def edited(lab: Lab, session: Any, rows: Any, module: str, size: int | None, whe
         session.hook(module, edit="bench_half", capture="none")
         run = session.run(rows)
         assert not run.warnings
-        seconds = run.seconds["forward"] + run.seconds["copy"]
+        seconds = of_forward(session, run)
         run.free()
         session.unhook()
         return seconds

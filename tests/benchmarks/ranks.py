@@ -17,7 +17,18 @@ import torch.distributed as dist
 
 import flexkernel.engine as door
 
-__all__ = ["bare", "busy", "flexmodel", "nothing", "pid_and_memory", "put", "raw_hooks", "send_raw", "slice_of"]
+__all__ = [
+    "bare",
+    "busy",
+    "flexmodel",
+    "nothing",
+    "pid_and_memory",
+    "put",
+    "raw_hooks",
+    "seconds_of",
+    "send_raw",
+    "slice_of",
+]
 
 Rows = Sequence[Sequence[int]]
 _kept: dict[str, Any] = {}  # what an engine holds for the next call
@@ -152,6 +163,11 @@ def pid_and_memory() -> tuple[int, int]:
 
     process = psutil.Process()
     return process.pid, process.memory_info().rss
+
+
+def seconds_of(run: int) -> dict[str, float]:
+    """How long this rank was at each part of a stored run."""
+    return door._runtime.runs[run][2].seconds
 
 
 def put(name: str, num_bytes: int) -> None:
