@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,9 @@ from .slabs import Entry, Slab, left_of, pages, size_of
 from .wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
 __all__ = ["Capture", "Home", "Reduced", "draw"]
+
+
+NOTHING_SEEN: Mapping[int, Seen] = MappingProxyType({})
 
 
 class Home(Protocol):
@@ -54,10 +58,11 @@ class Capture:
         cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
         covers: tuple[int, ...] | None = None,
     ):
-        self.key, self.shape, self.dtype, self.seen = key, tuple(shape), dtype, dict(seen)
+        self.key, self.shape, self.dtype = key, tuple(shape), dtype
+        self.seen: Mapping[int, Seen] = dict(seen)
         self.tokens, self.mask, self._cut = tokens, mask, cut
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
-        self._looked_into = looked_into or (lambda: lambda: None)
+        self._looked_into = looked_into or not_counted
         self._expired = ""
         self._said: tuple[str, str] | None = None  # (placement, evidence), once it has expired
         self.verified = False
@@ -229,7 +234,8 @@ class Capture:
         """The store takes the memory back; what was read before stays readable. A notebook's Out[] keeps it for ever:
         it keeps what its repr says, and nothing of what each rank saw."""
         self._expired, self._said = why, (self.placement, self.evidence)
-        self.seen, self.mask, self._region, self._looked_into = {}, None, None, lambda: lambda: None
+        self.seen, self.mask, self._region, self._cut = NOTHING_SEEN, None, None, None
+        self._looked_into = not_counted
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -372,6 +378,15 @@ def draw(source: Any, as_: str = "map", **options: Any) -> Any:
     from .widgets import show
 
     return show(source, as_, **options)
+
+
+def not_counted() -> Callable[[], None]:
+    """What is counted where nobody counts the tensors that look into a capture, and called when one has died."""
+    return nothing
+
+
+def nothing() -> None:
+    """There is nothing to do."""
 
 
 def index_of(box: Box, ndim: int) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -82,8 +83,10 @@ def texts(ids: Batch | Sequence[Sequence[int]], tokenizer: Any, skip_special: bo
 
 
 def token_strings(ids: Sequence[int], tokenizer: Any = None) -> list[str]:
-    """Each id by itself as readable text, its leading space kept. Half a character shows as U+FFFD, no text as <id>."""
-    shown = {i: _shown(i, tokenizer) for i in set(ids)}
+    """Each id by itself as readable text, its leading space kept. Half a character shows as U+FFFD, no text as <id>.
+
+    A notebook's Out[] keeps every run: all that have a token share its text."""
+    shown = {i: sys.intern(_shown(i, tokenizer)) for i in set(ids)}
     return [shown[i] for i in ids]
 
 
