@@ -7,6 +7,7 @@ runs and ends in the run; every tenth draws a view.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import queue
 import sys
@@ -98,13 +99,17 @@ class Watched:
         return found
 
 
-def repeated(folder: Path, runs: int, every: int) -> list[tuple[int, Sample]]:
-    """(how many runs, sample) after each `every` runs."""
-    samples = []
+def repeated(folder: Path, runs: int, every: int, limit_s: float = math.inf) -> list[tuple[int, Sample]]:
+    """(how many runs, sample) after each `every` runs. limit_s: after so many seconds it ends with the next sample."""
+    samples: list[tuple[int, Sample]] = []
+    begin = time.monotonic()
     with kernel() as client:
         execute(client, SETUP.format(folder=folder))
         watched = Watched(client)
         for i in range(1, runs + 1):
+            if len(samples) > 1 and samples[-1][0] == i - 1 and time.monotonic() - begin > limit_s:
+                runs = i - 1
+                break
             shown = execute(client, CELL.format(i=10 + i % 200, group=f"g{i % 2}", last=LAST[i % 10 == 0]))
             assert "text/plain" in shown, "the cell has a result"
             if i % every == 0:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 from benchmarks import __main__ as bench
 from benchmarks import scale, table
 from benchmarks.rows import ROWS
 from benchmarks.timing import Figure, Spread, in_turns, of, spread
+
+from flexkernel.errors import ClusterError
 
 DESIGN = {
     "reads", "reads-flexmodel", "move", "move-far", "slice", "control", "generate", "edit", "picture", "ten-views",
@@ -78,3 +83,24 @@ def test_growth_is_fitted_and_drawn_on():
     assert scale.growth(sizes) == 1.0
     page = scale.page(sizes, (0.0, 0.0))
     assert "| 512 | 1,024 |" in page and "| 8 | 16 |" in page
+
+
+def test_what_would_take_too_long_or_cannot_be_started_is_said_and_spoils_nothing(monkeypatch):
+    def measured(_lab, n, _limit_s):
+        if n == 4:
+            raise ClusterError("4 engines did not start: no room\nmore")
+        clock[0] += 10.0 * n
+        return scale.Size(n, *[float(n)] * 10)
+
+    clock = [0.0]
+    monkeypatch.setattr(scale, "measured", measured)
+    monkeypatch.setattr(scale, "time", SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime))
+    sizes, skipped = scale.within(None, (1, 2, 4, 8), 100.0)
+    assert [size.engines for size in sizes] == [1, 2]
+    assert skipped == {
+        4: "4 engines did not start: no room",
+        8: "it would take 80 s as the machine is, of which 70 s were left",
+    }
+    page = scale.page(sizes, (0.0, 0.0), skipped)
+    assert "\n4 engines were not measured: 4 engines did not start: no room.\n" in page
+    assert "Up to about 250 engines" in page

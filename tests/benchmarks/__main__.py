@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [--repeats N] [row ...]`: measures the rows, prints them, writes RESULTS.md.
+"""`python -m benchmarks [--quick] [--repeats N] [--runs N] [row ...]`: measures the rows, prints and writes them.
 
 Ends with 1 only if a row could not be run; a goal that is missed is a figure like any other."""
 
@@ -32,13 +32,14 @@ def main(asked: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="row", help=f"all by default; {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="as small as can be, to see that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each way that are counted")
+    parser.add_argument("--runs", type=int, default=1000, help="of the row `flat`")
     options = parser.parse_args(asked)
     unknown = set(options.rows) - set(names)
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     began, done = load(), []
     print(HEAD, flush=True)
-    with Lab(options.quick, options.repeats) as lab:
+    with Lab(options.quick, options.repeats, options.runs) as lab:
         for row in ROWS:
             if not options.rows or row.name in options.rows:
                 done.append(measured(row, lab))

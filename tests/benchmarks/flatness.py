@@ -8,14 +8,17 @@ from .timing import Figure
 
 __all__ = ["thousand"]
 
+LIMIT_S = 300.0  # then it ends with the runs that it has made
+
 
 def thousand(lab: Lab) -> list[Figure]:
-    """What has grown most between the 50th and the last of 1,000 runs, in any process; and slabs, descriptors and
-    threads."""
+    """What has grown most between the 50th and the last of 1,000 runs (--runs), in any process; and slabs,
+    descriptors and threads."""
     import flat
 
-    runs, every = (20, 5) if lab.quick else (1000, 50)
-    samples = flat.repeated(lab.tiny("llama"), runs, every)
+    lab.end()
+    runs, every = (20, 5) if lab.quick else (lab.runs, min(50, max(lab.runs // 4, 1)))
+    samples = flat.repeated(lab.tiny("llama"), runs, every, LIMIT_S)
     base, last = next(sample for n, sample in samples if n >= min(50, runs // 2)), samples[-1][1]
 
     def growth(what: str, names: list[str]) -> float:
@@ -24,6 +27,7 @@ def thousand(lab: Lab) -> list[Figure]:
     processes = [name for name in base if name != "slabs"]
     assert {"driver", "engine 0", "engine 1", "controller"} == set(processes)
     return [
+        Figure("runs", constant(samples[-1][0]), ""),
         *(Figure(f"{name} grew by", constant(growth("MB", [name])), "MB", at_most=20) for name in processes),
         Figure("slabs grew by", constant(growth("files", ["slabs"])), "files", at_most=0),
         Figure("descriptors of any process", constant(growth("fds", processes)), "", at_most=flat.FEW),

@@ -15,9 +15,11 @@ __all__ = ["Lab"]
 
 
 class Lab:
-    """quick: everything as small as it can be, to see that it runs; the figures mean nothing then."""
+    """quick: everything as small as it can be, to see that it runs; the figures mean nothing then. runs: of one cell,
+    to see that nothing grows."""
 
-    def __init__(self, quick: bool = False, repeats: int = 9):
+    def __init__(self, quick: bool = False, repeats: int = 9, runs: int = 1000):
+        self.runs = runs
         self.quick, self.repeats = quick, 2 if quick else repeats
         self._folder = tempfile.TemporaryDirectory(prefix="flexkernel-bench-")
         self._asked: tuple[int, str] | None = None

@@ -8,14 +8,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 
 import flexkernel as fk
+from flexkernel.errors import FlexError
 
 from . import ranks
 from .control import empty_call
@@ -27,7 +29,10 @@ __all__ = ["SCALE", "Size", "engines", "page"]
 
 SCALE = Path(__file__).parent / "SCALE.md"
 COUNTS = (1, 2, 4, 8, 16)
+LIMIT_S = 300.0  # of all of them together
+CALL_MS = 250.0  # of the driver's processor time: a call that takes more is felt
 FORESEEN = (64, 512)
+NOTHING: Mapping[int, str] = MappingProxyType({})
 ROWS = [[3, 5, 7, 11, 13, 17, 19, 23]]
 HOOK = "model.layers.1.mlp"
 
@@ -55,10 +60,11 @@ def engines(lab: Lab) -> list[Figure]:
     counts = (1, 2) if lab.quick else COUNTS
     lab.end()
     load = os.getloadavg()[0]
-    sizes = [measured(lab, n) for n in counts]
+    sizes, skipped = within(lab, counts, LIMIT_S)
     if not lab.quick:
-        SCALE.write_text(page(sizes, (load, os.getloadavg()[0])))
+        SCALE.write_text(page(sizes, (load, os.getloadavg()[0]), skipped))
     first, last = sizes[0], sizes[-1]
+    assert first is not last, f"only {first.engines} engine was measured: {skipped}"
     return [
         Figure(
             f"growth of control 1 → {last.engines} / growth of an empty call",
@@ -71,13 +77,34 @@ def engines(lab: Lab) -> list[Figure]:
     ]
 
 
+def within(lab: Lab, counts: Sequence[int], limit_s: float) -> tuple[list[Size], dict[int, str]]:
+    """(what each number of engines costs; those of which that is not known → why). One that would not be ready within
+    the limit, as the one before it went, is not begun; one that cannot be started here does not spoil the others."""
+    begin, last, sizes, skipped = time.monotonic(), 0.0, list[Size](), dict[int, str]()
+    for n in counts:
+        now = time.monotonic()
+        left, expected = begin + limit_s - now, last * n / sizes[-1].engines if sizes else 0.0
+        if left < expected:
+            skipped[n] = f"it would take {expected:.0f} s as the machine is, of which {max(left, 0):.0f} s were left"
+            continue
+        try:
+            sizes.append(measured(lab, n, left / 2))
+        except FlexError as error:
+            skipped[n] = str(error).splitlines()[0]
+        else:
+            last = time.monotonic() - now
+    return sizes, skipped
+
+
 def growth(sizes: Sequence[Size]) -> float:
     first, last = sizes[0], sizes[-1]
     return (last.driver_run_ms / first.driver_run_ms) / (last.driver_empty_ms / first.driver_empty_ms)
 
 
-def measured(lab: Lab, n: int) -> Size:
-    """A session over n engines; a batch of one row, so that a run asks the same of the driver whatever n is."""
+def measured(lab: Lab, n: int, limit_s: float) -> Size:
+    """A session over n engines; a batch of one row, so that a run asks the same of the driver whatever n is.
+
+    limit_s: how long runs and empty calls may be repeated; three times they are in any case."""
     before = driver_mb()
     begin = time.perf_counter()
     with fk.start(n) as session:
@@ -90,7 +117,8 @@ def measured(lab: Lab, n: int) -> Size:
             session.run(ROWS).free()
             empty_call(session)
         runs, empties = [], []
-        for _ in range(repeats):
+        until = time.monotonic() + limit_s
+        while len(runs) < 3 or (len(runs) < repeats and time.monotonic() < until):
             runs.append(one_run(session))
             empties.append(cost(lambda: empty_call(session)))
         engine_mb = statistics.median(rss for _, rss in session.on_ranks(ranks.pid_and_memory)) / 1e6
@@ -167,11 +195,12 @@ COLUMNS = {
 STRAIGHT = ("driver_run_ms", "driver_empty_ms", "controller_mb", "driver_mb")  # engines do not share their cores
 
 
-def page(sizes: Sequence[Size], loads: tuple[float, float]) -> str:
+def page(sizes: Sequence[Size], loads: tuple[float, float], skipped: Mapping[int, str] = NOTHING) -> str:
     table = [
         f"| engines | {' | '.join(COLUMNS.values())} |",
         "| --- " * (len(COLUMNS) + 1) + "|",
         *(f"| {s.engines} | {' | '.join(number(getattr(s, what)) for what in COLUMNS)} |" for s in sizes),
+        *(f"\n{n} engines were not measured: {why}." for n, why in skipped.items()),
     ]
     ahead = [
         f"| engines | {' | '.join(COLUMNS[what] for what in STRAIGHT)} |",
@@ -184,7 +213,14 @@ def page(sizes: Sequence[Size], loads: tuple[float, float]) -> str:
     fitted = f"Growth, fitted over n ≥ 2: {grown}."
     title = f"## {' and '.join(map(str, FORESEEN))} engines"
     drawn = "The straight lines through the figures above, drawn on:"
-    return "\n".join([INTRODUCTION, when, "", *table, "", fitted, "", title, "", drawn, "", *ahead, "", MEANING])
+    meaning = MEANING.format(each=number(line(sizes, "driver_run_ms")[1]), most=most(sizes), call=number(CALL_MS))
+    return "\n".join([INTRODUCTION, when, "", *table, "", fitted, "", title, "", drawn, "", *ahead, "", meaning])
+
+
+def most(sizes: Sequence[Size]) -> str:
+    """How many engines the driver calls within CALL_MS of its processor time."""
+    base, each = line(sizes, "driver_run_ms")
+    return f"{max((CALL_MS - base) / each, 1):,.0f}" if each > 0 else "any number of"
 
 
 def exponent(sizes: Sequence[Size], what: str) -> float:
@@ -201,10 +237,16 @@ ours, makes the times longer. The driver's processor time is what it would be el
 """
 
 MEANING = """On the driver one message to each engine and one answer from each are proportional to the
-engines, as in an empty call, and the joining of what the answers say of the captures. On a rank it is the header before
-a run, 16 numbers a rank, and what the model itself communicates. Captures take a host's memory once, however many ranks
-it has; the driver reads from other hosts only what is looked at.
+engines, as in an empty call, and the joining of what the answers say of the captures: {each} ms of its processor for
+each engine and run, most of it in ipyparallel's client. On a rank it is the header before a run, 16 numbers a rank, and
+what the model itself communicates. Captures take a host's memory once, however many ranks it has; the driver reads from
+other hosts only what is looked at.
+
+Up to about {most} engines a run's calls take the driver less than {call} ms. Beyond that they should go down a tree:
+from the driver to the first engine of each host, which calls and answers for the ranks of its host. That is not built:
+no cluster of that size was there to try it on. Until then the runs that are made should be larger, more prompts each.
 
 How long engines take to start is up to the scheduler of a cluster; here all of them import torch on the same cores at
-once. The controller relays each message once, as it does for any use of ipyparallel.
+once. The controller relays each message once, as it does for any use of ipyparallel: its memory grows by some
+connections an engine.
 """
