@@ -182,7 +182,9 @@ class Cluster:
         self.generation += 1
         where: tuple = ()
         if self.size > 1:
-            store = self.call("open_store", self.folder, self.generation, "127.0.0.1", ranks=[0])[0]
+            # on all ranks, though one opens it: they import what takes seconds at the same time
+            at = (self.folder, self.generation, "127.0.0.1")
+            store = self.call("open_store", each=[(rank == 0, *at) for rank in range(self.size)])[0]
             where = (*store, self.timeout_s)
         self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
         self.seated = True

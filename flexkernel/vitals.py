@@ -93,7 +93,7 @@ def exit_code(launcher: Any) -> int | None:
     thread, process = getattr(launcher, "_wait_thread", None), getattr(launcher, "process", None)
     if thread is None or process is None:
         return None
-    thread.join(2.0)  # it waits for the process, and keeps the code
+    thread.join(5.0)  # it waits for the process, and keeps the code: at once, but on a machine that is very busy
     if thread.is_alive():
         return None
     with contextlib.suppress(psutil.Error):

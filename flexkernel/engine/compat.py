@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import Placement, Shard, _redistribute, debug
+from torch.distributed.tensor import DTensor, Placement, Shard, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AttentionInterface, DynamicCache
 from transformers.distributed import DistributedConfig, mixin
@@ -330,7 +330,9 @@ def abort_groups() -> None:
 def forget_meshes() -> None:
     """Empty what DTensor remembers of its operations: every mesh that one was ever made on, with its groups, their
     threads and sockets, stays for as long as it does."""
-    debug._clear_sharding_prop_cache()
+    # as torch.distributed.tensor.debug does, which would bring torch's compiler in: a second, at each engine's start
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
     _redistribute.clear_redistribute_planner_cache()
     _redistribute._gen_transform_infos.cache_clear()
 

@@ -5,6 +5,7 @@ moved to disk.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import psutil
 from ..slabs import PAGE, Slab, claim, on_disk, pages, write_out
 from ..wire import RunPlan
 
-__all__ = ["drop_spilled", "extra_slab", "forget", "free", "open_slab", "power", "spill", "spill_to"]
+__all__ = ["drop_all", "extra_slab", "forget", "free", "freeze_imports", "open_slab", "power", "spill", "spill_to"]
 
 
 def free(runtime: Any) -> tuple[int, int]:
@@ -68,6 +69,22 @@ def drop_spilled(runtime: Any, ending: str = ".slab") -> None:
     if runtime.spill_folder is not None and runtime.seat.local_rank == 0:
         for path in runtime.spill_folder.glob(f"spill-*{ending}"):
             path.unlink(missing_ok=True)
+
+
+def drop_all(runtime: Any) -> None:
+    """Remove all runs and what they lie in; who looks into it still may."""
+    drop_spilled(runtime)
+    for slab in runtime.slabs.values():
+        slab.path.unlink(missing_ok=True)
+    runtime.slabs, runtime.runs = {}, {}
+
+
+def freeze_imports(runtime: Any) -> None:
+    """Have the garbage collector leave alone what an engine has imported before it has its first seat: a few hundred
+    thousand objects that never go, a fifth of a second each time that it looks through them."""
+    if runtime.seat.world == 1 and runtime.model is None:
+        gc.collect()
+        gc.freeze()
 
 
 def power(num_bytes: int) -> int:

@@ -33,6 +33,7 @@ from ..wire import (
     Source,
 )
 from .faults import Breaker
+from .memory import drop_all, freeze_imports
 from .watch import Watch
 
 __all__ = ["Runtime"]
@@ -96,12 +97,14 @@ class Runtime:
             "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),  # asked for without importing torch
         }
 
-    def open_store(self, folder: str, generation: int, interface: str) -> tuple[str, int]:
-        """Begin a generation: a fresh rendezvous store. On rank 0 only."""
+    def open_store(self, mine: bool, folder: str, generation: int, interface: str) -> tuple[str, int] | None:
+        """Begin a generation: a fresh rendezvous store, on the rank whose it is; and whatever takes long to import."""
         from .mesh import open_store
 
-        address, port, self._master = open_store(self._claimed(folder), generation, interface)
-        return address, port
+        freeze_imports(self)
+        if mine:
+            address, port, self._master = open_store(self._claimed(folder), generation, interface)
+        return (address, port) if mine else None
 
     def _claimed(self, folder: str) -> Path:
         """This host's run folder of that name, which all hosts share."""
@@ -205,8 +208,6 @@ class Runtime:
             self.breaker.after_groups({self.store_port})
 
     def unload(self) -> None:
-        from .memory import drop_spilled
-
         if self.model is not None:
             from .compat import forget_meshes
 
@@ -218,10 +219,8 @@ class Runtime:
         self.watch.know([], {})
         self.hook_set = HookSet()
         self.modules, self.module_codes, self.optimizers = {}, {}, {}
-        drop_spilled(self)
-        for slab in self.slabs.values():  # its runs were of this model; who looks into them still may
-            slab.path.unlink(missing_ok=True)
-        self.slabs, self.runs, self.groups = {}, {}, {}
+        drop_all(self)  # its runs were of this model
+        self.groups = {}
         gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
 
     # --- hooks -------------------------------------------------------------------------------------
