@@ -32,7 +32,18 @@ import torch
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError
 from .interrupts import Held
-from .launchers import KEPT, FlexEngineSetLauncher, kind_of, launchers
+from .launchers import (
+    KEPT,
+    FlexEngineSetLauncher,
+    again,
+    ended,
+    how_to_end,
+    in_queue,
+    job_of,
+    kind_of,
+    launcher_for,
+    launchers,
+)
 from .privacy import check_encrypted, check_private
 from .promises import How
 from .pulse import Pulse
@@ -58,6 +69,7 @@ AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose 
 UNHEARD_S = tuple(30.0 * 2**i for i in range(12))  # calls without an answer, too: no message is sure to arrive
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 START_S = 120.0  # how long a new engine may take to be there
+QUEUE_S = 86400.0  # how long a job may wait for its turn before that
 PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
 
 
@@ -322,6 +334,7 @@ class IPyParallel(Cluster):
         self.hosts = [""] * self.size
         self.pids = [0] * self.size
         self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
+        self._jobs: dict[int, Any] = {}  # rank → the batch system's job that its engine is part of
         self._views: dict[int, Any] = {}
         self._deaf: dict[int, Any] = {}  # rank → what it answers once it is free
         self._signals: dict[int, int] = {}  # rank → how many interrupts its engine has been sent
@@ -382,9 +395,16 @@ class IPyParallel(Cluster):
         self.hosts[rank], self.pids[rank] = hello["host"], hello["pid"]
         self.gpus[hello["host"]], self._signals[rank] = hello["gpus"], hello["signals"]
         self.vitals.pop(rank, None)
+        self._jobs[rank] = job_of(self._groups, hello["job"])
         if hello["machine"] == socket.gethostname() and psutil.pid_exists(hello["pid"]):
-            started = [one for group in self._cluster.engines.values() for one in launchers(group)]
-            self.vitals[rank] = Vitals(hello["pid"], next((o for o in started if o.pid == hello["pid"]), None))
+            started = [one for group in self._groups for one in launchers(group)]
+            mine = next((one for one in started if one.pid == hello["pid"]), self._jobs[rank])
+            self.vitals[rank] = Vitals(hello["pid"], mine)
+
+    @property
+    def _groups(self) -> list[Any]:
+        """The engine sets."""
+        return list(self._cluster.engines.values())
 
     def alive(self) -> list[bool]:
         ids = set() if self.closed else set(self._client.ids)
@@ -468,14 +488,10 @@ class IPyParallel(Cluster):
         known = set(self._client.ids)
         before = {p.pid for p in psutil.Process().children(recursive=True)}
         with private_files():
-            name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""})
-        end = time.monotonic() + START_S
-        while len(new := sorted(set(self._client.ids) - known)) < n:
-            ended = [one for one in launchers(self._cluster.engines[name]) if not psutil.pid_exists(one.pid)]
-            if ended or time.monotonic() > end:
-                lines = [line for one in ended for line in tail(Path(one.output_file), 20)]
-                raise ClusterError("\n".join([f"{n - len(new)} of {n} new engines did not start", *lines]))
-            time.sleep(0.05)
+            name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""}, **again(self._groups))
+        if self.reaper is not None:
+            self.reaper.runs(how_to_end([self._cluster.engines[name]]))
+        new = arrived(self._client, self._cluster.engines[name], known, n, START_S)
         if self.reaper is not None:
             self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
         return new
@@ -700,7 +716,7 @@ class IPyParallel(Cluster):
         said += f", last in {module}" if module else ""
         said += ". It comes back, with its part of the model only, "
         said += "with the next call" if self.revive else f"by %flex_cluster restart --rank {rank}"
-        lines = vitals.log() if vitals is not None else []
+        lines = (vitals or Vitals(self.pids[rank], self._jobs.get(rank))).log()
         return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
 
     def pulse(self, rank: int) -> Pulse | None:
@@ -828,39 +844,67 @@ def quiet() -> Iterator[None]:
 
 
 def start(
-    n: int, engines: str | None = None, cluster_id: str = "", keep: bool = False, timeout_s: float = 120.0
+    n: int, engines: str | None = None, cluster_id: str = "", keep: bool = False, timeout_s: float = START_S
 ) -> IPyParallel:
-    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs, ...).
+    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs, ...); after slurm options
+    of sbatch, "slurm --partition=gpu --time=04:00:00". timeout_s: from when a job has begun.
 
     keep: they stay, with their model, when this process ends; attach by their id, `%flex_cluster stop` ends them."""
     if not isinstance(n, int) or n < 1:
         raise ClusterError(f"n={n!r} engines cannot be started; n is a whole number from 1")
+    launcher, config = launcher_for(engines)
     cluster = ipp.Cluster(
         n=n,
-        engines=engines or "flexkernel",
+        engines=launcher,
         cluster_id=(KEPT if keep else "") + (cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"),
         controller_args=["--nodb"],
         delay=0,
         log_level=40,
         shutdown_atexit=not keep,
+        config=config,
     )
     before = {p.pid for p in psutil.Process().children(recursive=True)}
+    reaper = None
     try:
         with private_files():
             cluster.start_cluster_sync()
-            client = cluster.connect_client_sync()
-            client.wait_for_engines(n, timeout=timeout_s, block=True, interactive=False)
+        if not keep:
+            reaper = Reaper([p for p in psutil.Process().children(recursive=True) if p.pid not in before])
+            before.add(reaper.pid)
+            reaper.runs(how_to_end(list(cluster.engines.values())))
+        client = cluster.connect_client_sync()
+        arrived(client, cluster.engine_set, set(), n, timeout_s)
     except BaseException as error:
         with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
             cluster.stop_cluster_sync()
+        if reaper is not None:
+            reaper.leave()
         if isinstance(error, Exception):
-            raise ClusterError(f"{n} engines did not start: {first_line(error)}") from error
+            raise ClusterError(f"{n} engines did not start: {error}") from error
         raise
-    mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     found = IPyParallel(cluster, client, owned=True)
-    if not keep:
-        found.reaper = Reaper(mine, slabs.place(found.folder))
+    if reaper is not None:
+        reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
+        reaper.sweeps(slabs.place(found.folder))
+        found.reaper = reaper
     return found
+
+
+def arrived(client: Any, group: Any, known: set[int], n: int, timeout_s: float) -> list[int]:
+    """The ids of this engine set's n engines, beside those known, once they are there. ClusterError: some have ended,
+    or were not there after timeout_s, from the beginning of their job if they are one."""
+    queued = time.monotonic() + QUEUE_S
+    end = time.monotonic() + timeout_s
+    while len(new := sorted(set(client.ids) - known)) < n:
+        if in_queue(group) and time.monotonic() < queued:
+            end = time.monotonic() + timeout_s
+        logs = ended(group)
+        if logs or time.monotonic() > end:
+            why = "ended" if logs else f"were not there after {timeout_s:g} s"
+            lines = [line for log in logs for line in tail(log, 20)]
+            raise ClusterError("\n".join([f"{n - len(new)} of {n} new engines {why}", *lines]))
+        time.sleep(0.05)
+    return new
 
 
 def attach(

@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
-from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher, SlurmLauncher
+import psutil
+from ipyparallel.cluster.launcher import (
+    BatchSystemLauncher,
+    LocalEngineLauncher,
+    LocalEngineSetLauncher,
+    SlurmEngineSetLauncher,
+    SlurmLauncher,
+)
+from traitlets import default
+from traitlets.config import Config
 
-__all__ = ["KEPT", "FlexEngineSetLauncher", "kind_of", "launchers"]
+from .errors import ClusterError
+
+__all__ = [
+    "KEPT",
+    "FlexEngineSetLauncher",
+    "FlexSlurmLauncher",
+    "again",
+    "ended",
+    "how_to_end",
+    "in_queue",
+    "job_of",
+    "kind_of",
+    "launcher_for",
+    "launchers",
+]
 
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
+ASK_S = 60.0  # how long a command of the batch system may take
+LOOK_S = 1.0  # how often it is asked for a job
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+
+
+def for_engine(env: dict[str, str]) -> dict[str, str]:
+    """The environment of an engine: one thread for torch, unless its user has said how many."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **env, **ENVIRONMENT}
+
+
+# --- on this machine -------------------------------------------------------------------------------
 
 
 class FlexEngineLauncher(LocalEngineLauncher):
@@ -20,10 +63,7 @@ class FlexEngineLauncher(LocalEngineLauncher):
         return [*super().find_args(), *([] if kept else ["--IPEngine.max_heartbeat_misses=0"])]
 
     def get_env(self) -> dict[str, str]:
-        env = super().get_env()
-        env.setdefault("OMP_NUM_THREADS", "1")
-        env.update(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
-        return env
+        return for_engine(super().get_env())
 
 
 class FlexEngineSetLauncher(LocalEngineSetLauncher):
@@ -32,7 +72,95 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
     launcher_class = FlexEngineLauncher
 
 
+# --- as jobs ---------------------------------------------------------------------------------------
+
+# --kill-on-bad-exit=0: where an engine dies, the others and their part of the model stay
+TEMPLATE = """#!/bin/sh
+#SBATCH --job-name=flexkernel-{cluster_id}
+#SBATCH --export=ALL
+#OPTIONS
+umask 077
+exec srun --kill-on-bad-exit=0 {program_and_args}
+"""
+GPUS = "--gpus-per-task=1 --gpu-bind=none"  # on each host all of the job's are seen: an engine takes its own
+
+
+class FlexSlurmLauncher(SlurmEngineSetLauncher):
+    """n engines as one Slurm job. `options`: those of sbatch; unless they speak of GPUs, each engine has one.
+
+    The job ends with the session. When the driver is killed the reaper cancels it; if that is gone too its engines
+    leave when they have not heard of the controller for three minutes."""
+
+    @default("batch_file_name")
+    def _own_file(self) -> str:  # the base's is one for all clusters, in the folder where the notebook runs
+        return str(Path(self.profile_dir).absolute() / "log" / f"{self.identifier}.sbatch")
+
+    @default("default_template")
+    def _own_template(self) -> str:
+        words = shlex.split(self.options)
+        gpus = [] if any(word.startswith(("--gres", "--gpus", "-G")) for word in words) else [GPUS]
+        lines = [f"#SBATCH {line}" for line in (*gpus, *([shlex.join(words)] if words else []))]
+        return TEMPLATE.replace("#OPTIONS", "\n".join(lines).replace("{", "{{").replace("}", "}}"))
+
+    def get_env(self) -> dict[str, str]:
+        return for_engine(super().get_env())
+
+    def start(self, n: int = 1) -> str:
+        Path(self.batch_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return super().start(n)
+        except FileNotFoundError as error:
+            raise ClusterError(f"Slurm is not on this machine: there is no {error.filename} on PATH") from None
+        except subprocess.CalledProcessError as error:
+            raise ClusterError(f"sbatch refused the job (exit code {error.returncode}): {self.batch_file}") from None
+
+    def stop(self) -> str:
+        """Cancel the job, if it has not ended."""
+        there = self.job_id and state(self.job_id)
+        said = super().stop() if there else str(self.notify_stop({"job_id": self.job_id}))
+        Path(self.batch_file).unlink(missing_ok=True)
+        return said
+
+
+def state(job: str) -> str:
+    """A job's, in Slurm's words; "" if it has ended."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise ClusterError(f"Slurm cannot be asked for job {job}: {error}") from None
+    if asked.returncode and "invalid job id" not in asked.stderr.lower():  # what it says of one that is long over
+        raise ClusterError(f"Slurm cannot be asked for job {job}: {asked.stderr.strip() or asked.returncode}")
+    words = asked.stdout.split()
+    return words[0] if words and words[0] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else ""
+
+
+_looked: dict[str, tuple[float, str]] = {}  # job → (when it was asked for, its state)
+
+
+def looked_at(job: str) -> str:
+    """A job's state, not older than a second."""
+    if job not in _looked or time.monotonic() - _looked[job][0] > LOOK_S:
+        _looked[job] = time.monotonic(), state(job)
+    return _looked[job][1]
+
+
+# --- of any kind -----------------------------------------------------------------------------------
+
 KINDS = {LocalEngineSetLauncher: "local", SlurmLauncher: "slurm"}
+OURS: dict[str, Any] = {"local": FlexEngineSetLauncher, "slurm": FlexSlurmLauncher}
+
+
+def launcher_for(engines: str | None) -> tuple[Any, Config]:
+    """The launcher that the user means, and its configuration: a name of ipyparallel's, and for slurm the options of
+    sbatch after it, "slurm --partition=gpu --time=04:00:00"."""
+    name, *options = shlex.split(engines or "local")
+    if options and name != "slurm":
+        raise ClusterError(f"engines={engines!r}: only slurm takes options, those of sbatch")
+    config = Config()
+    if options:
+        config.FlexSlurmLauncher.options = shlex.join(options)
+    return OURS.get(name, name), config
 
 
 def kind_of(launcher: type) -> str:
@@ -43,3 +171,30 @@ def kind_of(launcher: type) -> str:
 def launchers(group: Any) -> list[Any]:
     """The local engines of one of a cluster's engine sets; none where a batch system has them."""
     return list(getattr(group, "launchers", {}).values())
+
+
+def again(groups: list[Any]) -> dict[str, Any]:
+    """What a further engine set has to be told to be as these are: a job of the same script."""
+    return next(({"batch_template": g.batch_template} for g in groups if isinstance(g, BatchSystemLauncher)), {})
+
+
+def in_queue(group: Any) -> bool:
+    """Whether its job has not begun yet."""
+    return isinstance(group, SlurmLauncher) and looked_at(group.job_id) in ("PENDING", "CONFIGURING")
+
+
+def ended(group: Any) -> list[Path]:
+    """The logs of those of its engines that have ended; of a job's, once all have."""
+    if isinstance(group, SlurmLauncher):
+        return [] if looked_at(group.job_id) else [Path(group.output_file)]
+    return [Path(one.output_file) for one in launchers(group) if not psutil.pid_exists(one.pid)]
+
+
+def job_of(groups: list[Any], job: str) -> Any:
+    """The engine set that is this job; None: there is none."""
+    return next((g for g in groups if isinstance(g, BatchSystemLauncher) and job and g.job_id == job), None)
+
+
+def how_to_end(groups: list[Any]) -> list[list[str]]:
+    """The commands that end those that are jobs."""
+    return [[*g.delete_command, g.job_id] for g in groups if isinstance(g, BatchSystemLauncher) and g.job_id]

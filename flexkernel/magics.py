@@ -300,7 +300,7 @@ class FlexMagics(Magics):
     @magic_arguments()
     @argument("action", nargs="?", default="status", choices=ACTIONS, metavar="|".join(ACTIONS), help="what to do")
     @argument("-n", type=int, metavar="N", help="start: how many engines (default: 2)")
-    @argument("--engines", metavar="NAME", help="start: an ipyparallel launcher: slurm, ssh, mpi, pbs, ...")
+    @argument("--engines", metavar="NAME", help='start: a launcher: slurm, ssh, ...; "slurm --time=1:00:00"')
     @argument("--keep", action="store_true", default=None, help="start: engines and model outlive this notebook")
     @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")

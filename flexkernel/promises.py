@@ -33,8 +33,9 @@ def engines_end(how: How) -> str:
         return "with %flex_cluster stop, or 3 minutes after their controller's end"
     if not how.owned:
         return "where they were started: this session only leaves them"
-    if how.launcher == "local":
-        return "with the session; within 30 s of its process, however that ends"
+    if how.launcher in ("local", "slurm"):
+        jobs = " (scancel), and at its walltime" if how.launcher == "slurm" else ""
+        return "with the session; within 30 s of its process, however that ends" + jobs
     return "with the session; when its process is killed, 3 minutes after their controller's end"
 
 
@@ -43,7 +44,8 @@ def a_dead_engine(how: How) -> str:
         return "is this process: restart the notebook's kernel"
     if not how.may_start:
         return "is replaced by restart() once you have started one by `ipcluster engines`"
-    return "is replaced by restart(), with its part of the model"
+    by = ", by another job," if how.launcher == "slurm" else ""
+    return f"is replaced{by} by restart(), with its part of the model"
 
 
 def its_death_is_told(how: How) -> str:
@@ -51,7 +53,7 @@ def its_death_is_told(how: How) -> str:
         return "by Jupyter"
     if how.launcher == "local":
         return "with signal or exit code, and the end of its log" if how.owned else "with the end of its log"
-    return "by rank, host and pid"
+    return "by rank, host and pid" + (", and the end of its job's log" if how.launcher == "slurm" else "")
 
 
 def a_dead_controller(how: How) -> str:
@@ -87,6 +89,7 @@ PROMISES: dict[str, Callable[[How], str]] = {
 EXAMPLES = {
     "`fk.start()`": How("local"),
     "`fk.start(keep=True)`, attached again": How("local", owned=False, kept=True),
+    "`fk.start(engines='slurm')`": How("slurm"),
     "`fk.attach()` to `ipcluster start` here": How("local", owned=False),
     "`fk.attach()` to one begun elsewhere": How("other", owned=False, controller=False),
 }

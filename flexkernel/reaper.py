@@ -1,16 +1,18 @@
 """The reaper: ends a cluster whose driver has gone without ending it, however it went.
 
-A process of its own beside the driver. It waits on a pipe, which names the cluster's processes: a last word means that
-all is well, its end without one that the driver was killed; then those processes go, and the memory of their slabs.
+A process of its own beside the driver. It waits on a pipe, which names the cluster's processes and how its jobs are
+ended: a last word means that all is well, its end without one that the driver was killed; then those processes and jobs
+go, and the memory of their slabs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,14 +24,16 @@ __all__ = ["Reaper", "end"]
 GRACE_S = 3.0
 LEAVE = "leave"
 SWEEP = "sweep\t"
+RUN = "run\t"
+COMMAND_S = 60.0  # how long a batch system may take to hear it
 
 
 class Reaper:
     """Watches these processes on the driver's behalf, until `leave()` or the driver's end."""
 
-    def __init__(self, processes: Iterable[psutil.Process], folder: Path):
+    def __init__(self, processes: Iterable[psutil.Process] = ()):
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "flexkernel.reaper", str(folder)],
+            [sys.executable, "-m", "flexkernel.reaper"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -37,11 +41,20 @@ class Reaper:
         )
         self.watch(processes)
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def watch(self, processes: Iterable[psutil.Process]) -> None:
         """Watch these too: the cluster has got new ones."""
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._say(f"{process.pid} {born(process.pid)!r}")
+
+    def runs(self, commands: Iterable[Sequence[str]]) -> None:
+        """Run these commands too: they end what a batch system has started."""
+        for command in commands:
+            self._say(f"{RUN}{json.dumps(command)}")
 
     def sweeps(self, folder: Path) -> None:
         """Remove that folder too."""
@@ -84,16 +97,23 @@ def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[in
     return list(alive)
 
 
+def said(words: Iterable[str], kind: str) -> list[str]:
+    """What follows the words of that kind."""
+    return [word.removeprefix(kind) for word in words if word.startswith(kind)]
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
     words = sys.stdin.read().split("\n")
-    if LEAVE not in words:
-        folders = [folder, *(Path(word.removeprefix(SWEEP)) for word in words if word.startswith(SWEEP))]
-        known = [word.split() for word in words if not word.startswith(SWEEP) and word.count(" ") == 1]
-        end([(int(pid), float(created)) for pid, created in known])
-        for each in folders:
-            for path in each.parent.glob(each.name + "*"):
-                shutil.rmtree(path, ignore_errors=True)
+    if LEAVE in words:
+        return
+    for command in said(words, RUN):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # nobody is left who could be told
+            subprocess.run(json.loads(command), timeout=COMMAND_S, check=False)
+    known = [word.split() for word in words if not word.startswith((SWEEP, RUN)) and word.count(" ") == 1]
+    end([(int(pid), float(created)) for pid, created in known])
+    for folder in map(Path, said(words, SWEEP)):
+        for path in folder.parent.glob(folder.name + "*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

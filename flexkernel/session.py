@@ -25,7 +25,8 @@ __all__ = ["Session", "attach", "local", "start"]
 
 
 def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
-    """A session over n new engines, which end with it. engines: an ipyparallel launcher (slurm, ssh, mpi, pbs)."""
+    """A session over n new engines, which end with it. engines: an ipyparallel launcher (slurm, ssh, mpi, pbs); after
+    slurm options of sbatch: "slurm --partition=gpu --time=04:00:00"."""
     return Session(clusters.start(n, engines, cluster_id, keep))
 
 

@@ -85,7 +85,9 @@ def called(driver: str, method: str, *args: Any) -> Any:
             "back: %flex_cluster attach --take"
         )
     found = answer(_runtime, method, *args)
-    return found | {"signals": _runtime.breaker.signals} if method == "hello" and isinstance(found, dict) else found
+    if method == "hello" and isinstance(found, dict):
+        found |= {"signals": _runtime.breaker.signals, "job": os.environ.get("SLURM_JOB_ID", "")}
+    return found
 
 
 def refusal(message: str) -> ErrorReport:
