@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import signal
 import socket
 import time
@@ -342,7 +343,6 @@ class IPyParallel(Cluster):
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
         self._restored = -math.inf  # when a controller was started in the place of one that crashed
-        self._know_controller()
         self._greet(take)
 
     @property
@@ -461,10 +461,12 @@ class IPyParallel(Cluster):
         if n <= 0 or self.how.may_start:
             return
         kind = self._cluster.engine_launcher_class.__name__
+        command = ["ipcluster", "engines", "-n", str(n), "--profile-dir", self._cluster.profile_dir]
+        command += ["--cluster-id", self.cluster_id] if self.cluster_id else []
         raise ClusterError(
             f"this cluster was attached, and its engines were started through {kind} by somebody else: no "
-            f"engine can be started from here. Start {n} there, `ipcluster engines -n {n} --cluster-id "
-            f"{self.cluster_id!r}`, and restart the rank again: the new engine is taken"
+            f"engine can be started from here. Start {n} there, `{shlex.join(command)}`, and restart the rank again: "
+            "the new engine is taken"
         )
 
     def _end(self, rank: int) -> None:
@@ -656,33 +658,21 @@ class IPyParallel(Cluster):
             self._restore_controller()
             return
         self.closed = True
+        if self.kept and living(self._cluster):
+            raise ClusterError(
+                "the cluster's controller has crashed; its engines have the model still: "
+                f"%flex_cluster attach --cluster-id {self.cluster_id} starts it again and finds them"
+            )
         raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
 
     def _restore_controller(self) -> None:
-        """A controller in the place of one that crashed, on the same ports: engines and this client find it there by
-        themselves, and what engines answered meanwhile arrives."""
-        for process in self._controller_children:  # they hold the ports
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self._controller_children, 5)
+        """A controller in the place of one that crashed."""
         before = {p.pid for p in psutil.Process().children(recursive=True)}
-        self._cluster.controller = None
-        self._cluster.controller_args = ["--nodb", "--restore"]
-        with private_files(), quiet():
-            self._cluster.start_controller_sync()
+        restore_controller(self._cluster)
         time.sleep(RESTORE_S)
         self._restored = time.monotonic()
-        self._know_controller()
         if self.reaper is not None:
             self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
-
-    def _know_controller(self) -> None:
-        """Remember the processes that it has begun: they outlive it when it crashes."""
-        self._controller_children: list[psutil.Process] = []
-        process = getattr(self._cluster.controller, "process", None)
-        if process is not None and self.owned:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._controller_children = process.children(recursive=True)
 
     def _answer(self, result: Any, rank: int) -> Any:
         try:
@@ -752,6 +742,7 @@ class IPyParallel(Cluster):
                 for rank in hang & set(self.vitals):  # the cluster would wait for each that it may end by itself
                     self.vitals[rank].kill()
                 self._cluster.stop_cluster_sync()
+                remove_keys(self._cluster)
         if self.reaper is not None:
             self.reaper.leave()
 
@@ -920,6 +911,8 @@ def attach(
         check_files(where)
         with quiet():
             cluster = ipp.Cluster.from_file(**where)
+        if cluster.controller is None and cluster.cluster_id.startswith(KEPT) and living(cluster):
+            restore_controller(cluster)
         if cluster.controller is None:
             raise ClusterError("its controller is not running any more")
         client = cluster.connect_client_sync(timeout=min(timeout_s, 10.0))
@@ -944,6 +937,43 @@ def attach(
     except ClusterError:
         client.close()
         raise
+
+
+def restore_controller(cluster: Any) -> None:
+    """Start a controller in the place of one that crashed, on the same ports: engines and clients find it there by
+    themselves, and what engines answered meanwhile arrives."""
+    left = controllers(cluster)  # what it had begun outlives it, and holds the ports
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, 5)
+    cluster.controller = None
+    cluster.controller_args = ["--nodb", "--restore"]
+    with private_files(), quiet():
+        cluster.start_controller_sync()
+
+
+def controllers(cluster: Any) -> list[psutil.Process]:
+    """The processes of a cluster's controller on this machine, by what they were told when they began."""
+    mine = {"IPP_CLUSTER_ID": cluster.cluster_id, "IPP_PROFILE_DIR": cluster.profile_dir}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "ipyparallel.controller" in process.cmdline() and mine.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
+def remove_keys(cluster: Any) -> None:
+    """The files with its address and key, which a controller that was started again leaves when it ends."""
+    for who in ("client", "engine"):
+        name = "-".join(filter(None, ["ipcontroller", cluster.cluster_id, f"{who}.json"]))
+        (Path(cluster.profile_dir) / "security" / name).unlink(missing_ok=True)
+
+
+def living(cluster: Any) -> bool:
+    """Whether engines of the cluster are there, as far as can be known without its controller."""
+    return any(not ended(group) or len(ended(group)) < len(launchers(group)) for group in cluster.engines.values())
 
 
 def check_files(where: Mapping[str, str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
+BEAT_S = 3.5  # how often an engine looks for its controller's
+MISSES = 50  # ipyparallel's own: three minutes
 ASK_S = 60.0  # how long a command of the batch system may take
 LOOK_S = 1.0  # how often it is asked for a job
 ENVIRONMENT = {
@@ -51,16 +55,39 @@ def for_engine(env: dict[str, str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **env, **ENVIRONMENT}
 
 
+def patience(cluster_id: str, misses: int) -> list[str]:
+    """The argument that says how many heartbeats of its controller an engine may miss before it leaves, 0: any number.
+
+    A kept one waits for FLEX_IDLE_TTL hours: nobody may be there who would start the controller again."""
+    if cluster_id.startswith(KEPT):
+        misses = math.ceil(idle_ttl_h() * 3600 / BEAT_S)
+    return [f"--IPEngine.max_heartbeat_misses={misses}"]
+
+
+def idle_ttl_h() -> float:
+    """ClusterError: what the environment says is no number of hours."""
+    said = os.environ.get("FLEX_IDLE_TTL", "24")
+    try:
+        hours = float(said)
+    except ValueError:
+        hours = math.nan
+    if not 0 < hours < math.inf:
+        raise ClusterError(f"FLEX_IDLE_TTL={said!r} is no number of hours above 0")
+    return hours
+
+
+ENGINE = [sys.executable, "-m", "flexkernel.environment", "-m", "ipyparallel.engine"]
+
+
 # --- on this machine -------------------------------------------------------------------------------
 
 
 class FlexEngineLauncher(LocalEngineLauncher):
     """A local engine with one thread for torch. It waits for a controller that crashed for as long as its driver, which
-    starts it again, is there; when that goes the reaper ends it. A kept one, which has no reaper, leaves by itself."""
+    starts it again, is there; when that goes the reaper ends it."""
 
     def find_args(self) -> list[str]:
-        kept = self.cluster_id.startswith(KEPT)
-        return [*super().find_args(), *([] if kept else ["--IPEngine.max_heartbeat_misses=0"])]
+        return [*super().find_args(), *patience(self.cluster_id, 0)]
 
     def get_env(self) -> dict[str, str]:
         return for_engine(super().get_env())
@@ -70,6 +97,10 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
     """The engines of this machine; found by name through the entry point, so that a cluster file can be read back."""
 
     launcher_class = FlexEngineLauncher
+
+    @default("engine_cmd")
+    def _without_secrets(self) -> list[str]:
+        return list(ENGINE)
 
 
 # --- as jobs ---------------------------------------------------------------------------------------
@@ -90,6 +121,14 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
 
     The job ends with the session. When the driver is killed the reaper cancels it; if that is gone too its engines
     leave when they have not heard of the controller for three minutes."""
+
+    @default("program")
+    def _default_program(self) -> list[str]:
+        return list(ENGINE)
+
+    @default("program_args")
+    def _default_program_args(self) -> list[str]:
+        return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, MISSES)]
 
     @default("batch_file_name")
     def _own_file(self) -> str:  # the base's is one for all clusters, in the folder where the notebook runs

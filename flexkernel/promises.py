@@ -30,7 +30,7 @@ def engines_end(how: How) -> str:
     if not how.launcher:
         return "with the session: they are this process"
     if how.kept:
-        return "with %flex_cluster stop, or 3 minutes after their controller's end"
+        return "with %flex_cluster stop; by themselves FLEX_IDLE_TTL hours (24) after their controller's end"
     if not how.owned:
         return "where they were started: this session only leaves them"
     if how.launcher in ("local", "slurm"):
@@ -61,6 +61,8 @@ def a_dead_controller(how: How) -> str:
         return "there is none"
     if how.owned:
         return "is started again with the next call, which arrives"
+    if how.kept:
+        return "is started again by attaching again, which finds the model"
     return "ends the cluster: its engines leave after 3 minutes"
 
 
@@ -70,6 +72,14 @@ def private_files(how: How) -> str:
     if how.owned or how.kept:
         return "slabs, logs and keys: readable by you only"
     return "slabs; keys were looked at, logs are as whoever started the cluster made them"
+
+
+def environment(how: How) -> str:
+    if not how.launcher:
+        return "the notebook's"
+    if how.launcher == "other" or not (how.owned or how.kept):
+        return "as their launcher has it"
+    return "of the notebook's what engines need; FLEX_ENV names more"
 
 
 def an_interrupt(how: How) -> str:
@@ -83,6 +93,7 @@ PROMISES: dict[str, Callable[[How], str]] = {
     "its death is told": its_death_is_told,
     "a dead controller": a_dead_controller,
     "private files": private_files,
+    "their environment": environment,
     "an interrupt": an_interrupt,
 }
 

@@ -23,6 +23,7 @@ if sys.version_info < (
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")  # nothing is fetched with it: test_security looks
+os.environ.setdefault("OF_NO_ENGINE", "a key that engines are not to have")  # test_environment looks
 
 from flexkernel import demo  # noqa: E402
 

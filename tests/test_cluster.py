@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -214,6 +215,16 @@ time.sleep(100)
 """
 
 
+def crash(cluster_id: str) -> None:
+    """End a cluster's controller by force, with the processes it has begun."""
+    cluster = clusters.ipp.Cluster(cluster_id=cluster_id)
+    found = clusters.controllers(cluster)
+    assert len(found) > 1
+    for process in found:
+        process.kill()
+    psutil.wait_procs(found, 10)
+
+
 @pytest.mark.slow
 def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
     driver = subprocess.Popen([sys.executable, "-c", KEEPER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True)
@@ -221,7 +232,8 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
     cluster_id, norm = driver.stdout.readline().split()
     driver.kill()
     driver.wait()
-    session = fk.attach(cluster_id=cluster_id)
+    crash(cluster_id)
+    session = fk.attach(cluster_id=cluster_id)  # which starts the controller again
     try:
         begin = time.monotonic()
         again = fk.attach(cluster_id=cluster_id)  # a second time, now that everything is imported
@@ -233,6 +245,11 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
         assert "kept: it stays" in repr(session.status())
         pids = session.on_ranks(os.getpid)
+        crash(cluster_id)
+        with pytest.raises(fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"):
+            session.run([[1, 2, 3]])
+        session = fk.attach(cluster_id=cluster_id)
+        assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
     finally:
         session.close(end=True)
     end = time.monotonic() + 20
@@ -394,3 +411,46 @@ def test_a_rank_whose_answer_is_lost_at_an_interrupt_is_back_at_once(session, ti
         session.on_ranks(lose_the_next_answer, 0)
     assert time.monotonic() - begin < 10 and session.cluster.answering() == [True, True]
     assert torch.equal(session.run(IDS).logits.tensor(), before)
+
+
+@pytest.mark.slow
+def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    with open(tmp_path / "log", "w") as log:
+        shell = {"stdout": log, "stderr": log, "start_new_session": True}
+        ipcluster = subprocess.Popen(["ipcluster", "start", "-n", "2"], **shell)
+        by_hand = None
+        try:
+            wait_for(lambda: list(tmp_path.glob("profile_default/security/cluster-*.json")))
+            session = fk.attach()
+            session.load(tiny("llama"), tp=2)
+            logits = session.run(IDS).logits.tensor().clone()
+
+            os.kill(session.cluster.pids[1], signal.SIGKILL)
+            wait_for(lambda: not session.cluster.alive()[1])
+            assert session.restart() == [1]
+            assert torch.equal(session.run(IDS).logits.tensor(), logits)
+
+            os.kill(session.cluster.pids[0], signal.SIGKILL)
+            wait_for(lambda: not session.cluster.alive()[0])
+            session.cluster._cluster.engine_launcher_class = "mpi"  # as if the engines were somewhere else
+            with pytest.raises(fk.errors.ClusterError, match=r"MPI\S+ by somebody else: .* Start 1 there") as refused:
+                session.restart()
+            command = re.findall("`(ipcluster .*)`", str(refused.value))
+            by_hand = subprocess.Popen(shlex.split(*command), **shell)
+            wait_for(lambda: len(session.cluster._client.ids) == 2)
+            assert session.restart() == [0]
+            assert torch.equal(session.run(IDS).logits.tensor(), logits)
+            session.close()
+        finally:
+            for process in filter(None, (by_hand, ipcluster)):
+                process.terminate()
+            for process in filter(None, (by_hand, ipcluster)):
+                process.wait(30)
+
+
+def wait_for(condition, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
