@@ -92,6 +92,7 @@ class Cluster:
         self.seated = False
         self.broken = False  # the groups were broken and could not be made anew: a rank is missing
         self.replacing = False
+        self.reader = False  # another notebook has the engines, this session only looks
         self.revive: Callable[[], Any] | None = None  # brings dead ranks back before the next call
         self.closed = False
         self.poll: Callable[[], None] | None = None  # called again and again while ranks work
@@ -133,6 +134,7 @@ class Cluster:
         Raises the cause if any rank raised; the engines are idle and usable again when it does."""
         if self.closed:
             raise ClusterError("this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)")
+        self.may(method)
         if ranks is None and not self.replacing:
             if self.revive is not None and not all(self.answering()):
                 self.revive()
@@ -145,6 +147,10 @@ class Cluster:
             self._mend(reports)
             raise with_partial(cause(reports), answers)
         return answers
+
+    def may(self, method: str) -> None:
+        """ClusterError if this session only reads, and the call would change something. For all that has an effect
+        here, or on a process, before the engines are called."""
 
     @contextlib.contextmanager
     def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
@@ -176,6 +182,7 @@ class Cluster:
 
     def ready(self, device: str) -> None:
         """Have the ranks seated for this device."""
+        self.may("sit")
         if not self.seated or self.device != device:
             self.seat(device)
             self.fresh = True
@@ -327,9 +334,10 @@ class InProcess(Cluster):
 class IPyParallel(Cluster):
     """Engines of an ipyparallel cluster: control only, an importable function and plain data."""
 
-    def __init__(self, cluster: Any, client: Any, owned: bool, take: bool = False):
+    def __init__(self, cluster: Any, client: Any, owned: bool, take: bool = False, read_only: bool = False):
         super().__init__()
-        self._cluster, self._client, self.owned = cluster, client, owned
+        self._cluster, self._client, self.owned, self.reader = cluster, client, owned, read_only
+        self.owner: Owner | None = None  # who has the engines that this session only looks at
         self.engines: list[int] = sorted(client.ids)  # rank → ipyparallel's engine id
         self.size = len(self.engines)
         self.hosts = [""] * self.size
@@ -341,7 +349,7 @@ class IPyParallel(Cluster):
         self._signals: dict[int, int] = {}  # rank → how many interrupts its engine has been sent
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
-        self.kept = cluster.cluster_id.startswith(KEPT)  # it was started to outlive its notebook
+        self.kept = cluster.cluster_id.startswith(KEPT) and not read_only  # it was started to outlive its notebook
         self._restored = -math.inf  # when a controller was started in the place of one that crashed
         self._greet(take)
 
@@ -352,7 +360,8 @@ class IPyParallel(Cluster):
     @property
     def how(self) -> How:
         controller = getattr(self._cluster.controller, "process", None)
-        return How(kind_of(self._cluster.engine_launcher_class), self.owned, self.kept, controller is not None)
+        kind = kind_of(self._cluster.engine_launcher_class)
+        return How(kind, self.owned, self.kept, controller is not None, self.reader)
 
     def _greet(self, take: bool) -> None:
         """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever has them now."""
@@ -377,7 +386,8 @@ class IPyParallel(Cluster):
         from . import __version__
 
         me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
-        hellos = self.call("hello", me, take, ranks=ranks)
+        hellos = self.call("look", ranks=ranks) if self.reader else self.call("hello", me, take, ranks=ranks)
+        self.owner = hellos[0].get("owner")
         mine = platform.python_version_tuple()[:2]
         pythons = {hello["python"] for hello in hellos}
         if pythons != {mine}:
@@ -421,6 +431,7 @@ class IPyParallel(Cluster):
     def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
         """Start new engines for these ranks, each with its rank's part of the model. heritage: by rank; empty while no
         model is loaded. The others keep their part where it is; all get new groups."""
+        self.may("sit")
         left = [r for r, answers in enumerate(self.answering()) if r not in ranks and not answers]
         if left:
             raise ClusterError(f"rank {left[0]} does not answer either: restart(rank={sorted([*ranks, *left])})")
@@ -542,8 +553,38 @@ class IPyParallel(Cluster):
     def _exchange(
         self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
     ) -> list[Any]:
+        if self.reader:
+            return self._look(self._calls(method, args, ranks))
         with Held() as held:  # a call that only some ranks have got would leave these waiting for the others
             return self._collect(self._calls(method, args, ranks), progress, held)
+
+    def _look(self, senders: dict[int, Callable[[], Any]]) -> list[Any]:
+        """The answers to a call that changes nothing. It waits behind what the owner has the engines do, and does not
+        disturb that, however it ends. ClusterError: that takes too long."""
+        calls, end = {rank: send() for rank, send in senders.items()}, time.monotonic() + self.timeout_s
+        for call in calls.values():
+            call.wait(max(end - time.monotonic(), 0))
+        self._forget(list(calls.values()))
+        late = [rank for rank, call in calls.items() if not call.done()]
+        if late:
+            raise ClusterError(
+                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.whose()} and "
+                "may have it run something; try again"
+            )
+        return [self._answer(call, rank) for rank, call in calls.items()]
+
+    def may(self, method: str) -> None:
+        if self.reader and method not in engine.READS:
+            raise ClusterError(
+                f"this session was joined read-only, and what you asked for would change things: {self.whose()}. "
+                "Hooks, runs and their captures can be looked at; to have the engines yourself: %flex_cluster attach"
+                + (" --take" if self.owner is not None else "")
+            )
+
+    def whose(self) -> str:
+        """Who has these engines, in words."""
+        who = self.owner
+        return f"pid {who.pid} on {who.host} has these engines" if who is not None else "nobody has these engines"
 
     def _collect(
         self, senders: dict[int, Callable[[], Any]], progress: Callable[[int], None] | None, held: Held
@@ -733,9 +774,13 @@ class IPyParallel(Cluster):
     def close(self, end: bool | None = None) -> None:
         if self.closed:
             return
+        if end:
+            self.may("close")
         self.closed = True
         end = self.owned and not self.kept if end is None else end
-        hang = self._farewell("close" if end else "goodbye")  # one that is left alone looks for its owner by itself
+        hang: set[int] = set()
+        if not self.reader:  # one that is left alone looks for its owner by itself
+            hang = self._farewell("close" if end else "goodbye")
         with quiet():
             self._client.close()
             if end:
@@ -899,11 +944,17 @@ def arrived(client: Any, group: Any, known: set[int], n: int, timeout_s: float) 
 
 
 def attach(
-    profile: str | None = None, cluster_id: str | None = None, take: bool = False, timeout_s: float = 60.0
+    profile: str | None = None,
+    cluster_id: str | None = None,
+    take: bool = False,
+    timeout_s: float = 60.0,
+    read_only: bool = False,
 ) -> IPyParallel:
-    """Attach to a cluster that runs already, ours or one that `ipcluster start` began.
+    """Attach to a cluster that runs already, ours or one that `ipcluster start` began. read_only: only to look at it.
 
     ClusterError: there is none, or another notebook has its engines and is not to be parted from them (take)."""
+    if take and read_only:
+        raise ClusterError("take=True has the engines, read_only=True leaves them to whoever has them: say one of them")
     where = {key: value for key, value in (("profile", profile), ("cluster_id", cluster_id)) if value is not None}
     if not where:
         where = only_one()
@@ -911,7 +962,7 @@ def attach(
         check_files(where)
         with quiet():
             cluster = ipp.Cluster.from_file(**where)
-        if cluster.controller is None and cluster.cluster_id.startswith(KEPT) and living(cluster):
+        if cluster.controller is None and cluster.cluster_id.startswith(KEPT) and living(cluster) and not read_only:
             restore_controller(cluster)
         if cluster.controller is None:
             raise ClusterError("its controller is not running any more")
@@ -933,7 +984,7 @@ def attach(
             f"({len(client.ids)} did): is it still running? {first_line(error)}"
         ) from None
     try:
-        return IPyParallel(cluster, client, owned=False, take=take)
+        return IPyParallel(cluster, client, owned=False, take=take, read_only=read_only)
     except ClusterError:
         client.close()
         raise

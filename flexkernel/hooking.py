@@ -161,6 +161,7 @@ class Hooking:
 
     def _set_hooks(self, hook_set: HookSet) -> None:
         if hook_set != self.hook_set:
+            self.cluster.may("set_hooks")
             self._hooks_sent = False  # until all engines have them: an interrupt may leave some with the old ones
             self.cluster.call("set_hooks", hook_set)
             with Held():

@@ -94,8 +94,9 @@ class FlexEngineLauncher(LocalEngineLauncher):
 
 
 class FlexEngineSetLauncher(LocalEngineSetLauncher):
-    """The engines of this machine; found by name through the entry point, so that a cluster file can be read back."""
+    """The engines of this machine."""
 
+    entrypoint_name = "flexkernel.launchers.FlexEngineSetLauncher"  # what a cluster's file has, to be read back by
     launcher_class = FlexEngineLauncher
 
     @default("engine_cmd")
@@ -129,6 +130,8 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
     @default("program_args")
     def _default_program_args(self) -> list[str]:
         return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, MISSES)]
+
+    entrypoint_name = "flexkernel.launchers.FlexSlurmLauncher"
 
     @default("batch_file_name")
     def _own_file(self) -> str:  # the base's is one for all clusters, in the folder where the notebook runs

@@ -51,6 +51,7 @@ ACTION_OF = {
     "profile": "attach",
     "cluster_id": "attach",
     "take": "attach",
+    "read_only": "attach",
     "rank": "restart",
 }
 
@@ -305,9 +306,10 @@ class FlexMagics(Magics):
     @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
     @argument("--take", action="store_true", default=None, help="attach: also if another notebook has the engines")
+    @argument("--read-only", action="store_true", default=None, help="attach: look at what another notebook has there")
     @argument("--rank", type=int, metavar="R", help="restart: only this rank's engine, with its part of the model")
     @twin(
-        "`fk.start(n=)`, `fk.attach(profile, cluster_id, take)`, `fk.local()`, `session.status()`, "
+        "`fk.start(n=)`, `fk.attach(profile, cluster_id, take, read_only)`, `fk.local()`, `session.status()`, "
         "`session.restart(rank)`, `session.close()`"
     )
     @line_magic
@@ -336,7 +338,7 @@ class FlexMagics(Magics):
     def _cluster_attach(self, args: argparse.Namespace) -> Session:
         from .session import attach
 
-        found, before = attach(args.profile, args.cluster_id, bool(args.take)), self.session
+        found, before = attach(args.profile, args.cluster_id, bool(args.take), bool(args.read_only)), self.session
         if before is not None and before.cluster.owned and same_engines(before, found):
             found.close()  # these engines end with the session that started them: it stays the one
             return before

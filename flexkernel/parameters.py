@@ -35,6 +35,9 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
     with store.room(size_of(shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, shape, dtype)
         each = [(name, region, extent.slab_bytes, rank in writers) for rank in held]
+        freed = store.take_freed()
+        if freed:  # who only reads asks the engines whether a run is still there, and this may lie where one was
+            cluster.call("memory.forget", freed)
         seen = dict(zip(held, cluster.call("parameters.write", ranks=list(held), each=each), strict=True))
         check_copies(name, held, seen)
         whole = Capture(

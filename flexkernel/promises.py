@@ -13,17 +13,21 @@ class How:
     """How a session came to its engines: the facts from which the promises follow.
 
     launcher: "" they are this process; "local" processes of this machine, "slurm" jobs, or "other". owned: this session
-    started them; kept: to outlive it. controller: its process is known, and on this machine."""
+    started them; kept: to outlive it. controller: its process is known, and on this machine. reader: another session
+    has them, this one looks."""
 
     launcher: str
     owned: bool = True
     kept: bool = False
     controller: bool = True
+    reader: bool = False
 
     @property
     def may_start(self) -> bool:
         """Whether engines can be started from here."""
-        return self.launcher != "" and (self.owned or (self.launcher in ("local", "slurm") and self.controller))
+        if self.reader or not self.launcher:
+            return False
+        return self.owned or (self.launcher in ("local", "slurm") and self.controller)
 
 
 def engines_end(how: How) -> str:
@@ -42,6 +46,8 @@ def engines_end(how: How) -> str:
 def a_dead_engine(how: How) -> str:
     if not how.launcher:
         return "is this process: restart the notebook's kernel"
+    if how.reader:
+        return "is replaced by the session that has them"
     if not how.may_start:
         return "is replaced by restart() once you have started one by `ipcluster engines`"
     by = ", by another job," if how.launcher == "slurm" else ""
@@ -83,6 +89,8 @@ def environment(how: How) -> str:
 
 
 def an_interrupt(how: How) -> str:
+    if how.reader:
+        return "ends what you wait for, and nothing on the engines"
     return "reaches every engine, the model stays" if how.launcher else "ends the run, the model stays"
 
 
@@ -103,6 +111,7 @@ EXAMPLES = {
     "`fk.start(engines='slurm')`": How("slurm"),
     "`fk.attach()` to `ipcluster start` here": How("local", owned=False),
     "`fk.attach()` to one begun elsewhere": How("other", owned=False, controller=False),
+    "`fk.attach(read_only=True)`": How("local", owned=False, reader=True),
 }
 
 

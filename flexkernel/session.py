@@ -14,6 +14,7 @@ from .errors import CaptureError, HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
+from .others import OthersStore
 from .recovery import Recovery
 from .run import Run, Store
 from .status import Status
@@ -25,16 +26,17 @@ __all__ = ["Session", "attach", "local", "start"]
 
 
 def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
-    """A session over n new engines, which end with it. engines: an ipyparallel launcher (slurm, ssh, mpi, pbs); after
-    slurm options of sbatch: "slurm --partition=gpu --time=04:00:00"."""
+    """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"), ssh, mpi, pbs, ..."""
     return Session(clusters.start(n, engines, cluster_id, keep))
 
 
-def attach(profile: str | None = None, cluster_id: str | None = None, take: bool = False) -> Session:
+def attach(
+    profile: str | None = None, cluster_id: str | None = None, take: bool = False, read_only: bool = False
+) -> Session:
     """A session over engines that run already; a model, hooks and runs that they hold are found again.
 
-    ClusterError: another notebook has them; take=True takes them from it."""
-    return Session(clusters.attach(profile, cluster_id, take))
+    ClusterError: another notebook has them; take=True takes them from it, read_only=True only looks at them."""
+    return Session(clusters.attach(profile, cluster_id, take, read_only=read_only))
 
 
 def local() -> Session:
@@ -69,6 +71,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
 
     def close(self, end: bool | None = None) -> None:
         """End the session. Engines it started stop; attached and kept ones stay with their model. end= overrides."""
+        self.cluster.may("close" if end else "look")
         self._forget()
         self.cluster.close(end)
 
@@ -124,18 +127,18 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
         self.info, self.planner = info, slabs.Planner(info)
         self.cluster.module_names = [module.name for module in info.modules]
-        self.store = Store(self.cluster, info.layout)
+        self.store = (OthersStore if self.cluster.reader else Store)(self.cluster, info.layout)
 
     def _forget(self) -> None:
         if self.store is not None:
             self.store.close()
-        self.info, self.store, self.hook_set, self._modules = None, None, HookSet(), {}
-        self._hooks_sent = True
+        self.info, self.store, self.hook_set, self._modules, self._hooks_sent = None, None, HookSet(), {}, True
         self._held.keep([])
 
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
-        self.cluster.call("parameters.restore")  # what an earlier driver had changed for a while
+        if not self.cluster.reader:
+            self.cluster.call("parameters.restore")  # what an earlier driver had changed for a while
         answers = self.cluster.call("regroup.describe")
         self._know(answers[0].info, answers[0].source)
         self.hook_set, self.edits = answers[0].hook_set, answers[0].edits

@@ -12,6 +12,8 @@ __all__ = ["Status"]
 
 def lifetime(cluster: Any) -> str:
     """What becomes of the engines when this session ends."""
+    if getattr(cluster, "reader", False):
+        return f"joined read-only: {cluster.whose()}"
     if getattr(cluster, "kept", False):
         return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
     return "owned: it ends with this session" if cluster.owned else "attached: it stays when this session ends"

@@ -15,6 +15,7 @@ import slurm
 import torch
 
 import flexkernel as fk
+from flexkernel import cluster as clusters
 from flexkernel import launchers
 
 IDS = [[5, 6, 7, 8]]
@@ -50,6 +51,8 @@ def test_engines_of_a_job_run_the_model_and_one_that_dies_comes_back_by_another_
         assert asked["gpus-per-task"] == "1" and asked["gpu-bind"] == "none"
         assert session.on_ranks(os.getenv, "SLURM_JOB_ID") == ["100", "100"]
         assert session.on_ranks(os.getenv, "OMP_NUM_THREADS") == ["1", "1"]
+        file = clusters.ipp.Cluster.from_file(cluster_id=session.cluster.cluster_id)  # as another notebook has it
+        assert file.engine_launcher_class is launchers.FlexSlurmLauncher and file.engine_set.job_id == "100"
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor()
         torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "wire", "names", "interrupts", "environment"},
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy", "files", "promises", "launchers"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
-    | {"generation", "hookfile", "preview", "spill"},
+    | {"generation", "hookfile", "preview", "spill", "others"},
     {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]

@@ -18,10 +18,12 @@ import psutil
 from ..vitals import born
 from ..wire import ErrorReport, Owner
 
-__all__ = ["answer", "call", "open_runtime"]
+__all__ = ["READS", "answer", "call", "open_runtime"]
 
 # Files whose functions the driver may call: "train.add"
 DOORS = ("dataset", "memory", "parameters", "regroup", "train", "verify")
+# What a driver may call that has not got the engines and only looks: it changes nothing
+READS = ("look", "memory.has", "regroup.describe", "saved_by")
 SETTLE_S = 0.5
 _owner: Owner | None = None  # the driver that said hello last
 _let_go = False  # it has said goodbye
@@ -42,6 +44,8 @@ def call(driver: str, turn: int, method: str, *args: Any) -> Any:
     turn: numbers a driver's calls. One that comes twice, because its driver cannot know whether it had arrived, is made
     once and answered twice; one that others have overtaken is not made any more, its driver has gone on."""
     global _last
+    if method in READS:  # made as often as it comes; the owner's last answer stays what it is
+        return called(driver, method, *args)
     if _last is not None and _last[0] == driver and turn < _last[1]:
         return None
     if _last is None or _last[:2] != (driver, turn):
@@ -62,7 +66,8 @@ def called(driver: str, method: str, *args: Any) -> Any:
     """The answer to a driver's call.
 
     driver: who asks. Whoever has said hello has the engine: two that take turns would read each other's slabs. Another
-    is refused while that one lives, unless it asks to take the engine over; `goodbye` lets go of it."""
+    is refused while that one lives, unless it asks to take the engine over; `goodbye` lets go of it. `look` is the
+    hello of one who changes nothing, and is told whose the engine is."""
     global _runtime, _owner, _let_go
     if _runtime is None:
         report_crashes()
@@ -79,13 +84,15 @@ def called(driver: str, method: str, *args: Any) -> Any:
                 "%flex_cluster attach --take, or fk.attach(take=True)"
             )
         _owner, _let_go, args = who, False, ()
-    if _owner is not None and _owner.driver != driver:
+    if _owner is not None and _owner.driver != driver and method not in READS:
         return refusal(
             f"another notebook (pid {_owner.pid} on {_owner.host}) has attached to these engines since; to take them "
             "back: %flex_cluster attach --take"
         )
-    found = answer(_runtime, method, *args)
-    if method == "hello" and isinstance(found, dict):
+    found = answer(_runtime, "hello" if method == "look" else method, *args)
+    if method == "look" and isinstance(found, dict):
+        found |= {"owner": _owner if _owner is not None and not _let_go and lives(_owner) else None}
+    if method in ("hello", "look") and isinstance(found, dict):
         found |= {"signals": _runtime.breaker.signals, "job": os.environ.get("SLURM_JOB_ID", "")}
     return found
 

@@ -103,6 +103,12 @@ def extra_prefix(rank: int, run: int) -> str:
     return f"extra-{rank}-{run}-"
 
 
+def has(runtime: Any, run: int, slab: str, base: int) -> bool:
+    """Whether what this run keeps lies there still: until its number is freed, nothing else is written there."""
+    plan = runtime.runs[run][0] if run in runtime.runs else None
+    return plan is not None and (plan.slab, plan.base) == (slab, base)
+
+
 def forget(runtime: Any, runs: tuple[int, ...]) -> None:
     """Let go of runs that the driver's store has freed."""
     for number in runs:
