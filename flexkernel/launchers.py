@@ -44,6 +44,7 @@ MISSES = 50  # ipyparallel's own: three minutes
 ASK_S = 60.0  # how long a command of the batch system may take
 LOOK_S = 1.0  # how often it is asked for a job
 ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -51,8 +52,8 @@ ENVIRONMENT = {
 
 
 def for_engine(env: dict[str, str]) -> dict[str, str]:
-    """The environment of an engine: one thread for torch, unless its user has said how many."""
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **env, **ENVIRONMENT}
+    """What an engine's environment has beside the notebook's: one thread for torch, no bars in its log."""
+    return {**ENVIRONMENT, **env}
 
 
 def patience(cluster_id: str, misses: int) -> list[str]:
@@ -229,7 +230,8 @@ def ended(group: Any) -> list[Path]:
     """The logs of those of its engines that have ended; of a job's, once all have."""
     if isinstance(group, SlurmLauncher):
         return [] if looked_at(group.job_id) else [Path(group.output_file)]
-    return [Path(one.output_file) for one in launchers(group) if not psutil.pid_exists(one.pid)]
+    started = launchers(group) or ([group] if getattr(group, "pid", -1) > 0 else [])  # by mpiexec: one for all
+    return [Path(one.output_file) for one in started if not psutil.pid_exists(one.pid)]
 
 
 def job_of(groups: list[Any], job: str) -> Any:

@@ -71,6 +71,8 @@ LONG = (
     "70-five-times",
     "71-hundred",
     "test_spill.py::test_a_killed_driver_leaves_nothing_on_disk",
+    "test_jobs_are_cancelled_when_their_driver_is_killed",
+    "test_a_dead_engine_of_an_attached_cluster",
 )
 
 
