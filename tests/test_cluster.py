@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -245,6 +246,8 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
         assert "kept: it stays" in repr(session.status())
         pids = session.on_ranks(os.getpid)
+        day = f"--IPEngine.max_heartbeat_misses={math.ceil(24 * 3600 / 3.5)}"  # FLEX_IDLE_TTL, of heartbeats
+        assert all(day in psutil.Process(pid).cmdline() for pid in pids)
         crash(cluster_id)
         with pytest.raises(fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"):
             session.run([[1, 2, 3]])

@@ -120,3 +120,11 @@ def test_each_engine_has_a_gpu_unless_the_options_speak_of_them(given, gpus):
 def test_only_slurm_takes_options():
     with pytest.raises(fk.errors.ClusterError, match="only slurm takes options"):
         fk.start(2, engines="mpi --oversubscribe")
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "a day"])
+def test_a_time_to_live_that_is_none_is_refused(monkeypatch, hours):
+    monkeypatch.setenv("FLEX_IDLE_TTL", hours)
+    with pytest.raises(fk.errors.ClusterError, match=f"FLEX_IDLE_TTL='{hours}' is no number of hours above 0"):
+        launchers.patience("kept-a", 0)
+    assert launchers.patience("a", 0) == ["--IPEngine.max_heartbeat_misses=0"]
