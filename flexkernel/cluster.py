@@ -650,7 +650,7 @@ class IPyParallel(Cluster):
 
     def _press(self, calls: dict[int, Any], answers: dict[int, Any], patience: Patience) -> None:
         """See that ranks come back which nobody needs to wait for any more."""
-        if patience.stalled(self._count(), self.timeout_s):
+        if patience.stalled(self._count(calls), self.timeout_s):
             patience.give_back()
         for rank in [r for r, ping in patience.pings.items() if r in calls and ping.done() and not calls[r].done()]:
             calls.pop(rank)  # it has come back, and the signal met it as it was about to say so
@@ -671,11 +671,12 @@ class IPyParallel(Cluster):
         """Rank → a call that an engine answers once it is done with those before."""
         return {rank: self._view(self.engines[rank]).apply_async(os.getpid) for rank in ranks}
 
-    def _count(self) -> int | None:
-        """How many modules all ranks have begun; None if no rank is in a run, or some are not on this host."""
-        pulses = [self.pulse(rank) for rank in range(self.size)]
+    def _count(self, ranks: Iterable[int]) -> int | None:
+        """How many modules these ranks have begun; None if none is in a run, or some are not on this host. What says so
+        of a rank that is being replaced is of an engine that has died: it may have been in one."""
+        pulses = [self.pulse(rank) for rank in ranks if rank not in self._unfit]
         there = [pulse for pulse in pulses if pulse is not None]
-        if len(there) < self.size or not any(pulse.running for pulse in there):
+        if len(there) < len(pulses) or not any(pulse.running for pulse in there):
             return None
         return sum(pulse.count for pulse in there)
 

@@ -12,6 +12,7 @@ import torch
 import watched
 
 import flexkernel as fk
+from flexkernel import cluster as clusters
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
@@ -61,11 +62,14 @@ def lost_and_found(session, rank: int, name: str, bring_back, of: int = signal.S
 
 @pytest.mark.parametrize(("layout", "rank"), [({"tp": 2}, 0), ({"pp": 2}, 1), ({"fsdp": 2}, 1)], ids=str)
 @pytest.mark.engines(2)
-def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank):
+def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank, monkeypatch):
     info = session.load(tiny("llama"), **layout)
 
     def bring_back():
-        assert session.restart(rank) == [rank]
+        with monkeypatch.context() as patch:  # what the dead one was in does not count as its heir's
+            patch.setattr(clusters, "LATE_S", 0.1 - session.timeout_s)
+            patch.setattr(clusters, "FREED_S", 0.3)
+            assert session.restart(rank) == [rank]
 
     lost_and_found(session, rank, f"model.layers.{3 * rank}.mlp", bring_back, signal.SIGABRT)
     loaded = session.on_ranks(lambda: sum(p.numel() for p in watched.local_parameters()))
