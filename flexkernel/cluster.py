@@ -31,7 +31,7 @@ import psutil
 import torch
 
 from . import engine, errors, slabs
-from .errors import ClusterError, EngineDied, EngineError
+from .errors import ClusterError, EngineDied, EngineError, LoadError
 from .interrupts import Held
 from .launchers import (
     KEPT,
@@ -58,6 +58,7 @@ TURNS = itertools.count(1)  # number this process's calls
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
+DEVICES = ("cpu", "cuda")
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
 PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
 SETTLED_S = 2.0  # how long interrupts may take to arrive
@@ -181,7 +182,15 @@ class Cluster:
         raise ClusterError("the engine is this process: it cannot be replaced, restart the notebook's kernel")
 
     def ready(self, device: str) -> None:
-        """Have the ranks seated for this device."""
+        """Have the ranks seated for this device. LoadError: there is none of that name, or none on some host."""
+        if device not in DEVICES:
+            raise LoadError(f"device={device!r} is not there; it is {' or '.join(DEVICES)}")
+        without = [host for host in self.hosts if not self.gpus.get(host)] if device == "cuda" else []
+        if without:
+            raise LoadError(
+                f"device='cuda': torch sees no GPU on {without[0]}; load with device='cpu', or install a torch for its "
+                "GPUs there"
+            )
         self.may("sit")
         if not self.seated or self.device != device:
             self.seat(device)

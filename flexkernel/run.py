@@ -385,6 +385,7 @@ class Store:
         same = place(name).is_dir()
         self._cluster, self.here = cluster, (host or socket.gethostname()) if same else "elsewhere"
         self.folder, self._claim = claim(name)
+        self.notes: dict[str, str] = {}  # rank → what made its copies of the last run slow
         self.spill = Spill(cluster, name, same)
         self.hosts: list[str] = list(cluster.hosts)
         free = psutil.disk_usage(str(self.folder)).free
@@ -739,6 +740,7 @@ class Store:
         run.silent, run.stopped = where.silent, any(report.stopped for report in reports)
         run.globs = {entry.hook.key: entry.hook.glob for entry in where.entries}
         run.warnings = made_nan(reports)
+        self.notes = {f"rank {report.rank}": report.note for report in reports if report.note}
         run.seconds = {k: max(r.seconds.get(k, 0.0) for r in reports) for k in ("prepare", "forward", "copy")}
         run.partial = partial
         run.loss = next((r.loss for r in reports if r.loss is not None), None)

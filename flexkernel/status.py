@@ -54,6 +54,7 @@ class Status:
                 f"{len(store.pool.slabs)} files, {sum(store.pool.slabs.values()) / 1e6:,.0f} MB, in {store.folder}",
             ),
         ]
+        self.rows += [("copies", f"{rank}: {note}") for rank, note in store.notes.items()]
         if store.spill.problem:
             self.rows.append(("on disk", f"nothing can be moved there: {store.spill.problem}"))
         if store.spill.extents:

@@ -494,6 +494,7 @@ class RunReport:
     forwards: int = 1
     generated: dict[int, list[int]] = field(default_factory=dict)  # row of the batch → its new tokens, up to its end
     loss: float | None = None  # of the rank that computed it
+    note: str = ""  # what makes this engine's copies slower than they could be
 
 
 @dataclass(frozen=True)

@@ -355,6 +355,37 @@ def test_the_meshes_are_made_by_transformers_in_one_call():
     assert parameters(initialize_distributed_mesh)[0] == "distributed_config"
 
 
+def test_meshes_are_on_the_device_asked_for_whatever_the_machine_has(monkeypatch):
+    """A machine with a GPU: transformers would bind it, and load there, though the groups are the CPU's."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    with compat.alone(0, 2):
+        with compat.meshes_on("cpu"):
+            meshes = compat.rebuild_meshes(Layout(tp=2))
+        assert meshes.get_mesh("tp").device_type == "cpu"
+    assert torch._C._get_accelerator().type == "cuda"
+
+
+def test_nothing_of_nccl_is_aborted_where_groups_send_otherwise(one_rank):
+    group = dist.new_group([0])
+    assert [compat.nccl_of(each) for each in c10d._world.pg_names] == [None, None]
+    compat.abort_nccl()
+    dist.all_reduce(torch.ones(2), group=group)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_nccl_is_aborted_in_all_groups_at_once():
+    compat.abort_groups()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    groups = [dist.group.WORLD, dist.new_group([0]), dist.new_group([0], backend="gloo")]
+    assert [compat.nccl_of(group) is not None for group in groups] == [True, True, False]
+    dist.all_reduce(torch.ones(2, device="cuda"))
+    compat.abort_nccl()
+    with pytest.raises(RuntimeError, match="NCCL communicator was aborted"):
+        dist.all_reduce(torch.ones(2, device="cuda"))
+    dist.all_reduce(torch.ones(2))
+    compat.abort_groups()
+
+
 def test_dtensor_can_be_made_to_forget_its_meshes():
     """Its caches hold every mesh that an operation was ever planned on."""
     forgotten = []

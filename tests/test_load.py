@@ -180,6 +180,21 @@ def test_the_attention_asked_for_is_loaded(attn, tiny, session):
     assert session.cluster._runtime.model.config._attn_implementation == attn
 
 
+# --- devices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:1", "device='cuda:1' is not there; it is cpu or cuda"), ("cuda", "device='cuda': torch sees no GPU on")],
+)
+def test_a_device_that_is_not_there_is_refused_and_the_loaded_model_stays(device, message, tiny, session, monkeypatch):
+    monkeypatch.setattr(session.cluster, "gpus", {})
+    session.load(tiny("llama"))
+    with pytest.raises(LoadError, match=message):
+        session.load(tiny("llama"), device=device)
+    assert session.cluster.device == "cpu" and session.run([[5, 6]]).logits.shape[1] == 2
+
+
 # --- what is known before, and what is loaded ------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from ..wire import Layout
 __all__ = [
     "StageCache",
     "abort_groups",
+    "abort_nccl",
     "all_gather_single",
     "alone",
     "as_written",
@@ -41,6 +42,7 @@ __all__ = [
     "is_split",
     "loading_under",
     "made_groups",
+    "meshes_on",
     "own_modules",
     "rebuild_meshes",
     "refresh_groups",
@@ -103,6 +105,21 @@ def loading_under(layout: Layout) -> Iterator[None]:
     finally:
         for name, function in original.items():
             setattr(mixin, name, function)
+
+
+@contextlib.contextmanager
+def meshes_on(device: str) -> Iterator[None]:
+    """While it is entered transformers makes its meshes, and loads, on such a device: it takes the machine's
+    accelerator, whatever one asks for."""
+    asked = torch._C._get_accelerator
+    if asked().type == device:
+        yield
+        return
+    torch._C._get_accelerator = lambda *_: torch.device(device)
+    try:
+        yield
+    finally:
+        torch._C._get_accelerator = asked
 
 
 def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
@@ -325,6 +342,26 @@ def abort_groups() -> None:
     if dist.is_initialized():
         c10d._abort_process_group()
     c10d._world.group_count = 0  # differs between ranks after an init that failed on some; the next would hang
+
+
+def abort_nccl() -> None:
+    """Abort what NCCL does in this process, in all groups at once: one after another they could wait for each other.
+    From any thread. The groups stay until abort_groups() drops them; whoever waits goes on with what is there."""
+    groups = sorted(c10d._world.pg_names, key=lambda group: c10d._world.pg_names[group], reverse=True)
+    backends = [backend for backend in map(nccl_of, groups) if backend is not None]
+    if backends:
+        backends[0]._group_start()
+        for backend in backends:
+            backend.abort()
+        backends[0]._group_end()
+
+
+def nccl_of(group: dist.ProcessGroup) -> Any:
+    """What a group sends by between GPUs; None where that is not NCCL."""
+    if not dist.is_nccl_available() or "cuda" not in {device.type for device in group._device_types}:
+        return None
+    backend = group._get_backend(torch.device("cuda"))
+    return backend if isinstance(backend, dist.ProcessGroupNCCL) else None
 
 
 def forget_meshes() -> None:

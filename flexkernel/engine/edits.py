@@ -35,7 +35,7 @@ class Context:
     module: its name. save: a dict that lives on between runs, on the rank where the edit runs. step: of the generation.
     tokens: ids (B, S) of the positions that x has: in a generation the prompt's, then at each step the newest token's;
     at @k and @v all so far. mask: (B, S) bool, False on pads and after a row's end. positions: (B, S), of each token in
-    its row.
+    its row. All on the activation's device.
     """
 
     module: str
@@ -149,7 +149,9 @@ class Editor:
         exchange: Exchange | None,
         open_slab: Callable[[str, int], Slab],
         modules: Mapping[str, torch.nn.Module],
+        device: str = "cpu",
     ):
+        self.device = device
         self.info, self.here, self.placer, self.edits = info, here, placer, edits
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
         self.text, self.generation, self.modules = text, plan.generation, modules
@@ -260,8 +262,10 @@ class Editor:
         saved = self.saved.setdefault(hook.edit or "", {})
         whole, dim = self.here.whole(formula), position_dim(formula)
         columns = self.here.columns(self.here.S if dim is None else whole[dim])
-        told = (self.text.ids(columns)[rows], self.text.mask(columns)[rows], self.text.positions(columns)[rows])
-        context = Context(name, saved, *told, step=self.here.step, modules=Modules(self.modules, hook.edit or "", per))
+        text = (self.text.ids(columns), self.text.mask(columns), self.text.positions(columns))
+        ids, mask, positions = (of_text[rows].to(self.device) for of_text in text)
+        modules = Modules(self.modules, hook.edit or "", per)
+        context = Context(name, saved, ids, mask, positions, step=self.here.step, modules=modules)
         seed = (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode())
         return _Part(whole, box, formula, context, seed, columns, self.generation is not None)
 

@@ -50,12 +50,17 @@ class Breaker:
         self._ports = frozenset(port for ports in everyone for port in ports)
 
     def break_groups(self) -> int:
-        """Shut the groups' connections down; returns how many. From any thread."""
+        """Shut the groups' connections down; returns how many. From any thread. What NCCL does is aborted: its peers
+        are freed when they are told, by the driver."""
         self.broken = True
         count = 0
         for connection in psutil.Process().net_connections(kind="tcp"):
             if connection.status == psutil.CONN_ESTABLISHED and self._is_pair(connection):
                 count += shut(connection.fd)
+        if dist.is_initialized():
+            from .compat import abort_nccl
+
+            abort_nccl()
         return count
 
     def _is_pair(self, connection) -> bool:

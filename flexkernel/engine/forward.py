@@ -20,6 +20,7 @@ from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 from . import generate, train
 from .autograd import Tape, backward, graph_of, trainable
 from .compat import in_fsdp1
+from .digest import landed
 from .edits import PRESETS, Editor, seen_by
 from .faults import fault
 from .gather import Exchange, OtherRankFailed, header
@@ -33,7 +34,8 @@ from .text import Text
 
 __all__ = ["run"]
 
-BROKEN = ("gloo/transport", "NCCL communicator was aborted")  # a collective says so when a peer has broken it
+ABORTED = "NCCL communicator was aborted"
+BROKEN = ("gloo/transport", ABORTED)  # a collective says so when a peer has broken it
 
 
 def run(runtime: Any, plan: RunPlan) -> RunReport:
@@ -67,6 +69,7 @@ def run(runtime: Any, plan: RunPlan) -> RunReport:
         edited=recording.editor.edited if recording.editor is not None else {},
         forwards=recording.forwards if isinstance(recording, Steps) else 1,
         generated=recording.text.new if isinstance(recording, Steps) else {},
+        note=runtime.copies.note,
     )
 
 
@@ -86,6 +89,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     where: Plan = runtime.planner.plan(active, B, S, new, plan.loss is not None)
     assert where.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
     slab = open_slab(runtime, plan.slab, plan.slab_bytes)
+    runtime.copies.begin(slab)
     rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
     here = Place(layout, runtime.rank, B, S, rows, info.window)
     text = Text(plan)
@@ -100,10 +104,11 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
         lambda entry: where.region(entry, plan.slab, plan.base),
         runtime.placer,
         here,
-        spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes)),
+        spiller(lambda num_bytes: extra_slab(runtime, plan, num_bytes), runtime.copies.write),
         text,
         editor(runtime, plan, active, here, text),
         tape(runtime, plan, active),
+        runtime.copies,
     )
     return recording, batch_of(plan, rows, runtime.device)
 
@@ -154,6 +159,7 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
         exchange,
         lambda name, num_bytes: open_slab(runtime, name, num_bytes),
         runtime.modules,
+        runtime.device,
     )
 
 
@@ -215,11 +221,9 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
     try:
         hurt = fault(runtime.rank, runtime.named)
         with graph_of(runtime, recording.tape, names), hurt, stopping(runtime, plan) as enters:
-            if isinstance(recording, Steps):
-                generate.generate(runtime, plan, recording, batch)
-            elif enters:
-                runtime.caller(batch, use_cache=False)
-            if recording.tape is not None:
+            stopped = enters and forward(runtime, plan, recording, batch)
+            land(runtime, recording)
+            if recording.tape is not None and not stopped:
                 slab_of = lambda name, size: open_slab(runtime, f"{name}-{power(size)}.slab", power(size))  # noqa: E731
                 for parameter in trainable(runtime.modules):
                     parameter.grad = None
@@ -231,13 +235,13 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
                 recording.keep_parameters(runtime)
                 if plan.training is not None:
                     train.step(runtime, plan)
-        return False
-    except StopForward:
-        return True
+                land(runtime, recording)
+        return stopped
     except BaseException as error:
         broke_off(runtime, error, so_far(runtime, plan, recording))
         raise
     finally:
+        runtime.copies.drop()
         runtime.hooks.recording = None
         runtime.breaker.busy = False
         if recording.tape is not None:
@@ -245,15 +249,39 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
         forget_gradients(runtime, names)
 
 
+def forward(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch.Tensor]) -> bool:
+    """This rank's forward, or its forwards; whether it was stopped early."""
+    try:
+        if isinstance(recording, Steps):
+            generate.generate(runtime, plan, recording, batch)
+        else:
+            runtime.caller(batch, use_cache=False)
+    except StopForward:
+        return True
+    return False
+
+
+def land(runtime: Any, recording: Recording) -> None:
+    """Have all captures be there. RuntimeError: the groups were aborted meanwhile; on a GPU nothing else would say so,
+    and what was computed since is not what it seems to be."""
+    recording.land()
+    if recording.copies.in_flight and runtime.seat.world > 1 and runtime.breaker.broken:
+        raise RuntimeError(f"{ABORTED} while this rank computed")
+
+
 def so_far(runtime: Any, plan: RunPlan, recording: Recording) -> tuple[RunReport, ...]:
-    """What a run that ends here has captured on this rank; of a generation, after each of its last forwards."""
+    """What a run that ends here has captured on this rank; of a generation, after each of its last forwards. Nothing
+    on a GPU beside others: it is on its way still, and what it waits for may not come, or be cut off."""
+    if recording.copies.in_flight and runtime.seat.world > 1:
+        return ()
+    recording.land()
     done = recording.whole if isinstance(recording, Steps) else {1: recording.planned}
     new = recording.text.new if isinstance(recording, Steps) else {}
     return tuple(
         RunReport(
             runtime.rank,
             plan.run,
-            dict(planned),
+            landed(planned),
             {},
             {},
             forwards=forwards,

@@ -206,7 +206,7 @@ class Steps(Recording):
         piece = self._piece(view, target.shape, copies, index)
         if piece is None:
             return local, view.box(holds, whole), None
-        view.copy(narrowed(target, piece), narrowed(local, piece), here)
+        view.put(narrowed(target, piece), narrowed(local, piece), here, self.copies.write)
         return local, view.box(holds, whole), view.box(joined(holds, piece[0]) if piece else holds, whole)
 
     def _put_reduced(self, entry: Entry, placed: Placed, here: Place) -> tuple[torch.Tensor, Box, Box | None]:
@@ -242,8 +242,10 @@ class Steps(Recording):
 
     def _add_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
         if self.here.step:
+            self.copies.land()
             before = place[:, entry.slot(self.here.layout, self.here.rank)]
-            parts = tuple(narrowed(part, left_of(box, entry.over)).clone() for part in before)
+            device = found.parts[0].device
+            parts = tuple(narrowed(part, left_of(box, entry.over)).to(device, copy=True) for part in before)
             found = reduce.combine([dataclasses.replace(found, parts=parts), found])
         self._put_parts(found, entry, place, box)
 
@@ -338,11 +340,11 @@ class Unfolded:
         each = whole.shape[self.folded] // self.B
         return tuple((d, a * each, b * each) if d == self.folded else (d - (d > self.folded), a, b) for d, a, b in box)
 
-    def copy(self, target: torch.Tensor, local: torch.Tensor, here: Place) -> None:
-        """Into the target; of a pattern each query has the keys so far, and zeros after them."""
+    def put(self, target: torch.Tensor, local: torch.Tensor, here: Place, write: Callable) -> None:
+        """Write it into the target; of a pattern each query has the keys so far, and zeros after them."""
         if self.keys is not None:
             columns = here.columns(local.shape[self.keys])
             target.narrow(self.keys, 0, columns.start).zero_()
             target.narrow(self.keys, columns.stop, target.shape[self.keys] - columns.stop).zero_()
             target = target.narrow(self.keys, columns.start, len(columns))
-        target.copy_(local)
+        write(target, local)

@@ -22,10 +22,11 @@ from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 from . import attention
 from .autograd import Tape, watched
 from .compat import waited
-from .digest import digest
+from .digest import landed
 from .gradients import write_gradient
 from .leaves import arguments, inputs, leaf, leaves, replaced
 from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
+from .staging import Copies
 from .text import Text
 
 __all__ = ["LOGITS", "Hooks", "Recording", "StopForward", "failed", "joined"]
@@ -155,8 +156,9 @@ class Recording:
         text: Text,
         editor: Any = None,
         tape: Tape | None = None,
+        copies: Copies | None = None,
     ):
-        self.text = text
+        self.text, self.copies = text, copies or Copies()
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
         self.placer, self.here, self.spill, self.editor, self.tape = placer, here, spill, editor, tape
         self.where = index_of(plan)
@@ -189,6 +191,12 @@ class Recording:
             else:
                 self.planned[i] = failed(error)
         self.seconds += time.perf_counter() - start
+
+    def land(self) -> None:
+        """Have everything that was written be there, and every digest a number. Before anybody is told of it."""
+        self.copies.land()
+        if self.copies.in_flight:
+            self.planned, self.others = landed(self.planned), landed(self.others)
 
     def edit(self, hook: HookSpec, name: str, value: Any) -> Any:
         """The value as the hook's edit makes it. Unlike a read it does raise: a forward without its edit is wrong."""
@@ -292,12 +300,12 @@ class Recording:
         assert self.slab is not None
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
-            narrowed(self._place_of(i), box).copy_(part)
+            self.copies.write(narrowed(self._place_of(i), box), part)
         return Seen(evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box)
 
-    def _digest(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> int:
+    def _digest(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Any:
         """Of what other ranks hold too; what this one holds alone is compared with nothing."""
-        return digest(local) if self._copies(placed, formula)[0] > 1 else 0
+        return self.copies.digest(local) if self._copies(placed, formula)[0] > 1 else 0
 
     def _piece_of(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> tuple[torch.Tensor, Box | None]:
         """(what this rank copies of what it holds, its part of the whole): ranks that hold copies share the work, a
@@ -340,7 +348,7 @@ class Recording:
     def _put_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
         target = place[:, entry.slot(self.here.layout, self.here.rank)]
         for statistic, into in zip(found.parts, target, strict=True):
-            narrowed(into, left_of(box, entry.over)).copy_(statistic)
+            self.copies.write(narrowed(into, left_of(box, entry.over)), statistic)
 
     def _mask(self, entry: Entry) -> torch.Tensor | None:
         """(B, positions that are kept), which are real; None: all of them."""
@@ -405,7 +413,7 @@ class Recording:
             keeps = False  # every group of ranks has the same
         region = self.spill(local) if keeps else None
         partial = layout.tp if isinstance(placement, Partial) else 0
-        return Seen(evidence, repr(placement), digest(local), holds, None, region, partial)
+        return Seen(evidence, repr(placement), self.copies.digest(local), holds, None, region, partial)
 
 
 def asked_for(value: Any, hook: HookSpec, path: str) -> torch.Tensor | None:
@@ -504,14 +512,18 @@ def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
     return tuple((d, *found[d]) for d in sorted(found))
 
 
-def spiller(slab_of: Callable[[int], tuple[Slab, str]]) -> Callable[[torch.Tensor], Region]:
-    """Keeps tensors one after another in slab files of this rank's own; slab_of(bytes) → (slab, its name)."""
+def spiller(
+    slab_of: Callable[[int], tuple[Slab, str]], write: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Callable[[torch.Tensor], Region]:
+    """Keeps tensors one after another in slab files of this rank's own; slab_of(bytes) → (slab, its name).
+
+    write: copies a tensor into its place."""
 
     def spill(tensor: torch.Tensor) -> Region:
         dtype = str(tensor.dtype).removeprefix("torch.")
         slab, name = slab_of(size_of(tensor.shape, dtype))
         region = Region(name, 0, tuple(tensor.shape), dtype)
-        slab.tensor(region).copy_(tensor)
+        write(slab.tensor(region), tensor)
         return region
 
     return spill

@@ -16,7 +16,7 @@ from ..errors import LayoutError, LoadError
 from ..names import select
 from ..wire import Layout, ModelInfo, ModuleInfo, Source
 from .checkpoint import check_files
-from .compat import distributed_config, is_placeholder, loading_under, sum_gradients, tp_styles
+from .compat import distributed_config, is_placeholder, loading_under, meshes_on, sum_gradients, tp_styles
 from .mapped import copied_out
 from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
@@ -220,9 +220,9 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
     if layout.world > 1:
         options["distributed_config"] = distributed_config(layout)
     elif device != "cpu":
-        options["device_map"] = device
+        options["device_map"] = torch.device(device, torch.cuda.current_device())
     try:
-        with loading_under(layout):
+        with loading_under(layout), meshes_on(device):
             model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise LoadError(f"{path} cannot be loaded as {layout}: {error}") from error
@@ -259,6 +259,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
     """Have hooks and plans of the model as it is on this rank."""
     from .hooks import LOGITS, Hooks
     from .placements import Placer
+    from .staging import copies_from
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} has no model")
@@ -273,6 +274,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
 
     runtime.hooks = Hooks(runtime.named, reads)
     runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
+    runtime.copies = copies_from(runtime.device)
     runtime.hooks.attach(LOGITS, ("",))
 
 

@@ -73,10 +73,12 @@ def drop_spilled(runtime: Any, ending: str = ".slab") -> None:
 
 def drop_all(runtime: Any) -> None:
     """Remove all runs and what they lie in; who looks into it still may."""
+    if runtime.copies is not None:
+        runtime.copies.close()
     drop_spilled(runtime)
     for slab in runtime.slabs.values():
         slab.path.unlink(missing_ok=True)
-    runtime.slabs, runtime.runs = {}, {}
+    runtime.slabs, runtime.runs, runtime.copies = {}, {}, None
 
 
 def freeze_imports(runtime: Any) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..errors import LoadError
 from ..wire import Seat
 from .compat import abort_groups
 
-__all__ = ["join", "leave", "limit_threads", "open_store"]
+__all__ = ["gpu_of", "join", "leave", "open_store", "settle_in"]
 
 JOIN_S = 60.0  # what ranks have at least to meet
 
@@ -45,14 +46,12 @@ def open_store(folder: Path, generation: int, interface: str = "127.0.0.1") -> t
 
 def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
     """Initialise this generation's default group. All ranks must call. Returns this rank's client of the store."""
-    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(seat.local_rank))
     if port == 0:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its default tears the process down, and the model with it
+    # Their defaults tear the process down, and the model with it, where a collective or its watcher hangs
+    os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     store = dist.FileStore(address, seat.world) if port == 0 else dist.TCPStore(address, port, None, is_master=False)
     store.set_timeout(timedelta(seconds=JOIN_S))
-    if device == "cuda":
-        torch.cuda.set_device(seat.local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"generation-{seat.generation}", store),
@@ -69,7 +68,26 @@ def leave() -> None:
     abort_groups()
 
 
-def limit_threads(seat: Seat) -> None:
-    """As many threads for torch as an engine may have; alone it is the user's own process, with threads of its own."""
-    if seat.world > 1:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+def settle_in(seat: Seat, device: str) -> None:
+    """Have as many threads as an engine may have, and its own GPU, before anything is put on one. Alone it is the
+    user's own process, with threads and a GPU of the user's choice. LoadError: there is no GPU for it."""
+    index = gpu_of(seat.local_rank, torch.cuda.device_count()) if device == "cuda" else seat.local_rank
+    if seat.world == 1:
+        return
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if device == "cuda":
+        torch.cuda.set_device(index)
+    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(index))
+
+
+def gpu_of(local_rank: int, count: int) -> int:
+    """Which of the GPUs that it sees is an engine's: that of its number on its host, or the only one where a launcher
+    shows each engine its own. LoadError."""
+    if local_rank < count:
+        return local_rank
+    if count == 1:
+        return 0
+    raise LoadError(
+        f"device='cuda': engine {local_rank} of its host, counted from 0, sees {count} GPUs; start no more than "
+        "there are in CUDA_VISIBLE_DEVICES, or load with device='cpu'"
+    )

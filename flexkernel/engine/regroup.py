@@ -13,13 +13,14 @@ from .compat import (
     alone,
     fix_cached_groups,
     made_groups,
+    meshes_on,
     rebuild_meshes,
     refresh_groups,
     remake_groups,
     reset_forward,
 )
 from .gather import make_groups
-from .mesh import join, leave, limit_threads
+from .mesh import join, leave, settle_in
 
 __all__ = ["describe", "inherit", "regroup", "settle"]
 
@@ -40,7 +41,8 @@ def regroup(runtime: Any, seat: Seat, address: str, port: int, timeout_s: float,
         build_again(runtime, builder)
     elif runtime.model is not None and layout is not None and layout.world > 1:
         if getattr(runtime.model, "_mesh_manager", None) is not None:
-            rebuild_meshes(layout)
+            with meshes_on(runtime.device):
+                rebuild_meshes(layout)
         else:
             remake_groups(runtime.made)
     if runtime.model is not None:
@@ -77,7 +79,7 @@ def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
 
     info = heritage.info
     runtime.seat, runtime.device, runtime.info, runtime.source = seat, device, info, heritage.source
-    limit_threads(seat)
+    settle_in(seat, device)
     attention.install()
     if heritage.source.builder is None:
         with alone(seat.rank, seat.world):

@@ -55,6 +55,7 @@ class Runtime:
         self.source: Source | None = None
         self.planner: Any = None
         self.hooks: Any = None
+        self.copies: Any = None  # what makes those into the slabs
         self.hook_set = HookSet()
         self.device = "cpu"
         self.folder = ""  # the name that all hosts' run folders share
@@ -94,7 +95,7 @@ class Runtime:
             "folder": self.folder,
             "device": self.device,
             "loaded": self.info is not None,
-            "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),  # asked for without importing torch
+            "gpus": torch.cuda.device_count(),
         }
 
     def open_store(self, mine: bool, folder: str, generation: int, interface: str) -> tuple[str, int] | None:
@@ -123,11 +124,11 @@ class Runtime:
         timeout_s: float = 60,
     ) -> None:
         """Take a seat among the ranks, and join their groups. builder: see regroup. All ranks."""
-        from .mesh import limit_threads
+        from .mesh import settle_in
         from .regroup import regroup
 
         self.seat, self.device, self.folder = seat, device, folder
-        limit_threads(seat)
+        settle_in(seat, device)
         self.watch.pulse = Pulse(self._claimed(folder), seat.rank, write=True)
         if seat.world > 1:
             regroup(self, seat, address, port, timeout_s, builder)
@@ -222,6 +223,7 @@ class Runtime:
         drop_all(self)  # its runs were of this model
         self.groups = {}
         gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
     # --- hooks -------------------------------------------------------------------------------------
 

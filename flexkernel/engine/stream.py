@@ -108,8 +108,8 @@ def fetch(unit: torch.nn.Module, lies: Whereabouts, device: str) -> None:
 
 
 def read(path: Path, name: str, device: str) -> torch.Tensor:
-    with safe_open(path, framework="pt", device=device) as file:
-        return file.get_tensor(name)
+    with safe_open(path, framework="pt") as file:  # it does not know which GPU is this rank's
+        return file.get_tensor(name).to(device)
 
 
 def drop(unit: torch.nn.Module) -> None:

@@ -87,11 +87,11 @@ def unsharded(
 
 
 def fits(runtime: Any, itemsize: int) -> bool:
-    """Whether the unsharded model fits into what is free on this rank's device."""
+    """Whether the unsharded model fits into what is free on this rank's device, or held by torch and unused."""
     needed = int(runtime.info.num_parameters * itemsize * ROOM)
     if runtime.device == "cpu":
         return needed < psutil.virtual_memory().available
-    return needed < torch.cuda.mem_get_info()[0]
+    return needed < torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:

@@ -28,7 +28,13 @@ __all__ = ["Stall", "Watch"]
 AGAIN_S = 1.0  # how long the main thread has to come back before it is interrupted (again)
 TIMES = 3
 LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
-COLLECTIVES = ("/torch/distributed/", "/transformers/distributed/", "/flexkernel/engine/gather.py")
+# In the last of them a rank waits for its GPU, which waits for the others'
+COLLECTIVES = (
+    "/torch/distributed/",
+    "/transformers/distributed/",
+    "/flexkernel/engine/gather.py",
+    "/flexkernel/engine/staging.py",
+)
 
 
 class Stall:
