@@ -50,38 +50,49 @@ def spec_of(
     reduce: str | None = None,
 ) -> HookSpec:
     """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
+    check_place(glob, at, name)
+    if reduce == "last":
+        if positions is not None:
+            raise HookError(f"reduce='last' keeps the last position, and positions={positions!r} others: say one")
+        positions, reduce = -1, None
+    spec = HookSpec(
+        glob=glob,
+        at=at,
+        index=None if index is None else str(index),
+        name=name,
+        groups=(groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups)),
+        positions=indices(positions, "positions"),
+        edit=edit,
+        value=value,
+        heads=indices(heads, "heads"),
+        neurons=indices(neurons, "neurons"),
+        capture=capture,
+        reduce=None if reduce is None else reduction(reduce),
+    )
+    check_parts(spec)
+    return spec
+
+
+def check_place(glob: Any, at: str, name: Any) -> None:
+    """HookError: there is no such place in any model."""
     if not isinstance(glob, str) or not isinstance(name, str):
         raise HookError(f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}")
     if at not in AT:
         raise HookError(f"at={at!r} is not there; a hook is at {', '.join(AT[:-1])} or {AT[-1]}")
     if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
         raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
-    groups = (groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups))
-    if reduce == "last":
-        if positions is not None:
-            raise HookError(f"reduce='last' keeps the last position, and positions={positions!r} others: say one")
-        positions, reduce = -1, None
-    spec = HookSpec(
-        glob,
-        at,
-        None if index is None else str(index),
-        name,
-        groups,
-        indices(positions, "positions"),
-        edit,
-        value,
-        indices(heads, "heads"),
-        indices(neurons, "neurons"),
-        capture,
-        None if reduce is None else reduction(reduce),
-    )
+
+
+def check_parts(spec: HookSpec) -> None:
+    """HookError: no value there has the parts that are asked for, or every run has a hook of that name."""
     if spec.key == "logits":
         raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
-    if at == "param_grad" and (edit == "mean" or positions is not None or heads is not None):
+    if spec.at != "param_grad":
+        return
+    if spec.edit == "mean" or spec.positions is not None or spec.heads is not None:
         raise HookError("the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons")
-    if at == "param_grad" and reduce is not None:
+    if spec.reduce is not None:
         raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
-    return spec
 
 
 def reduction(text: str) -> Reduction:
