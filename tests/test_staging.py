@@ -4,6 +4,7 @@ below the line need a real one, and run where there is one."""
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from models import ids_and_mask
 
 import flexkernel as fk
 from flexkernel.engine.digest import digest, digest_in_flight, joined_digest, landed
+from flexkernel.engine.hooks import Recording
 from flexkernel.engine.staging import Copies, Lane, Staged, copies_from
 from flexkernel.errors import FlexError
-from flexkernel.slabs import Slab
-from flexkernel.wire import Region, Seen
+from flexkernel.slabs import Plan, Slab
+from flexkernel.wire import CaptureKey, Region, Seen
 
 IDS = [[5, 6, 7, 8, 9], [3, 4, 5, 6, 2]]
 HOOKS = ("model.layers.*", "model.layers.*.mlp.gate_proj", "model.layers.*.self_attn.@pattern")
@@ -37,11 +39,14 @@ class Arrival:
 
 
 class Delayed:
-    """A lane for tensors of the CPU: what is sent travels, in order, until somebody waits for it. `most` bytes did."""
+    """A lane for tensors of the CPU: what is sent travels, in order, until somebody waits for it. `most` bytes did.
+    It carries to memory that is locked, and to no other."""
 
     def __init__(self, problem=""):
         self.travelling: deque[Arrival] = deque()
         self.problem, self.most, self.locks, self.unlocks = problem, 0, [], []
+        self.ours: list[int] = []
+        self.slabs: list[tuple[int, int]] = []
 
     def carries(self, value):
         return True
@@ -50,9 +55,13 @@ class Delayed:
         return torch.empty(value.shape, dtype=dtype).copy_(value)
 
     def locked(self, shape, dtype):
-        return torch.zeros(shape, dtype=dtype)
+        held = torch.zeros(shape, dtype=dtype)
+        self.ours.append(held.data_ptr())
+        return held
 
     def send(self, clone, held):
+        at = held.data_ptr()
+        assert held.is_contiguous() and (at in self.ours or any(a <= at < b for a, b in self.slabs)), "not locked"
         self.travelling.append(Arrival(self, clone, held))
         self.most = max(self.most, sum(one.clone.nbytes for one in self.travelling))
         return self.travelling[-1]
@@ -67,6 +76,8 @@ class Delayed:
 
     def lock(self, memory):
         self.locks.append(memory.data_ptr())
+        if not self.problem:
+            self.slabs.append((memory.data_ptr(), memory.data_ptr() + memory.numel()))
         return self.problem
 
     def unlock(self, memory):
@@ -218,6 +229,17 @@ def test_digests_in_flight_are_the_digests():
     assert isinstance(flying, torch.Tensor) and int(flying) == numbers != 0
 
 
+def test_a_recording_that_has_landed_tells_numbers():
+    value, text = torch.randn(9, 33), SimpleNamespace()
+    recording = Recording(Plan((), 0, (), False), frozenset(), None, None, None, None, None, text)
+    recording.copies = Staged(Delayed())
+    recording.planned = {0: Seen("scan", "whole", recording.copies.digest(value))}
+    recording.others = {CaptureKey("h", "m"): Seen("scan", "whole", recording.copies.digest(value))}
+    recording.land()
+    assert [one.digest for one in (*recording.planned.values(), *recording.others.values())] == [digest(value)] * 2
+    assert type(recording.planned[0].digest) is int
+
+
 @pytest.fixture
 def delayed(session, tiny):
     """A session whose copies travel. The bound is small: several are waited for within a forward."""
@@ -255,6 +277,19 @@ def test_a_run_whose_copies_travel_is_the_run(delayed, what):
     for key in there:
         assert torch.equal(travelled.captures[key].tensor(), at_once.captures[key].tensor()), key
         assert all(isinstance(one.digest, int) for one in travelled.captures[key].seen.values())
+
+
+def test_a_step_adds_to_what_the_step_before_it_wrote(delayed):
+    session, _ = delayed
+    for glob in HOOKS:
+        session.unhook(glob)
+    at_once = session.generate(IDS, max_new_tokens=4)
+    session.cluster._runtime.copies = Staged(Delayed())  # nothing of a forward has to land for another's sake
+    travelled = session.generate(IDS, max_new_tokens=4)
+    reduced = [key for key in at_once.captures if "norm" in key.at]
+    assert len(reduced) == 4
+    for key in reduced:
+        assert torch.equal(travelled.captures[key].tensor(), at_once.captures[key].tensor()), key
 
 
 class Full(Delayed):
