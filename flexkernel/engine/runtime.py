@@ -216,12 +216,11 @@ class Runtime:
         if self.hooks is not None:
             self.hooks.clear()
         self.model = self.info = self.hooks = self.caller = None
-        self.named, self.changed = {}, []
+        self.named, self.changed, self.groups = {}, [], {}
         self.watch.know([], {})
         self.hook_set = HookSet()
         self.modules, self.module_codes, self.optimizers = {}, {}, {}
         drop_all(self)  # its runs were of this model
-        self.groups = {}
         gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
         torch.cuda.empty_cache()  # nothing where there is no GPU
 
