@@ -52,6 +52,9 @@ class OthersStore(Store):
     def free(self, run: Run, why: str) -> None:
         self._cluster.may("memory.forget")
 
+    def may_keep(self) -> None:
+        self._cluster.may("memory.forget")
+
     def close(self) -> None:
         for run in self.runs.values():
             for capture in run.captures.values():

@@ -234,6 +234,8 @@ class Run:
 
     def keep(self) -> Run:
         """Never expire this run to make room for others."""
+        if self._store is not None:
+            self._store.may_keep()
         self.kept = True
         return self
 
@@ -779,6 +781,9 @@ class Store:
         self._clients.clear()
         self._connect()
         self.spill.reopen()
+
+    def may_keep(self) -> None:
+        """Refuse to keep a run where that is not in this session's hands."""
 
     def free(self, run: Run, why: str) -> None:
         """Take a run's memory back."""

@@ -35,6 +35,7 @@ refused = {
     "restart": lambda: session.restart(1),
     "parameter": lambda: session.parameter("lm_head.weight"),
     "free": lambda: run.free(),
+    "keep": lambda: run.keep(),
     "close": lambda: session.close(end=True),
 }
 for name, does in refused.items():
