@@ -923,6 +923,7 @@ def start(
     except BaseException as error:
         with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
             cluster.stop_cluster_sync()
+        end_controllers(cluster)  # one that is ended before it is up leaves what it has begun
         if reaper is not None:
             reaper.leave()
         if isinstance(error, Exception):
@@ -1003,15 +1004,20 @@ def attach(
 def restore_controller(cluster: Any) -> None:
     """Start a controller in the place of one that crashed, on the same ports: engines and clients find it there by
     themselves, and what engines answered meanwhile arrives."""
-    left = controllers(cluster)  # what it had begun outlives it, and holds the ports
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, 5)
+    end_controllers(cluster)  # what it had begun outlives it, and holds the ports
     cluster.controller = None
     cluster.controller_args = ["--nodb", "--restore"]
     with private_files(), quiet():
         cluster.start_controller_sync()
+
+
+def end_controllers(cluster: Any) -> None:
+    """End by force what is left of a cluster's controller on this machine."""
+    left = controllers(cluster)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, 5)
 
 
 def controllers(cluster: Any) -> list[psutil.Process]:

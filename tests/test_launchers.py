@@ -108,7 +108,8 @@ def test_a_job_that_ends_before_its_engines_are_there_is_an_error_with_its_log(j
 def test_without_slurm_it_is_said_to_be_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(fk.errors.ClusterError, match="Slurm is not on this machine: there is no sbatch on PATH"):
-        fk.start(2, engines="slurm")
+        fk.start(2, engines="slurm", cluster_id="of-this-test")
+    assert clusters.controllers(clusters.ipp.Cluster(cluster_id="of-this-test")) == []
 
 
 @pytest.mark.parametrize(("given", "gpus"), [("", True), ("--time=1:00", True), ("--gres=gpu:a100:2", False)])
