@@ -909,14 +909,12 @@ def start(
         shutdown_atexit=not keep,
         config=config,
     )
+    reaper = None if keep else Reaper(cluster.cluster_id)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    reaper = None
     try:
         with private_files():
             cluster.start_cluster_sync()
-        if not keep:
-            reaper = Reaper([p for p in psutil.Process().children(recursive=True) if p.pid not in before])
-            before.add(reaper.pid)
+        if reaper is not None:
             reaper.runs(how_to_end(list(cluster.engines.values())))
         client = cluster.connect_client_sync()
         arrived(client, cluster.engine_set, set(), n, timeout_s)

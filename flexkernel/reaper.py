@@ -2,7 +2,8 @@
 
 A process of its own beside the driver. It waits on a pipe, which names the cluster's processes and how its jobs are
 ended: a last word means that all is well, its end without one that the driver was killed; then those processes and jobs
-go, and the memory of their slabs.
+go, and the memory of their slabs. It knows the cluster's id from before anything of it is begun: what bears that in its
+environment goes, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,13 +27,15 @@ GRACE_S = 3.0
 LEAVE = "leave"
 SWEEP = "sweep\t"
 RUN = "run\t"
+CLUSTER = "cluster\t"
+LATER_S, TIMES = 1.0, 5
 COMMAND_S = 60.0  # how long a batch system may take to hear it
 
 
 class Reaper:
-    """Watches these processes on the driver's behalf, until `leave()` or the driver's end."""
+    """Watches a cluster on the driver's behalf, until `leave()` or the driver's end."""
 
-    def __init__(self, processes: Iterable[psutil.Process] = ()):
+    def __init__(self, cluster_id: str):
         self._child = subprocess.Popen(
             [sys.executable, "-m", "flexkernel.reaper"],
             stdin=subprocess.PIPE,
@@ -39,14 +43,10 @@ class Reaper:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C in the driver's terminal is not for it
         )
-        self.watch(processes)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+        self._say(f"{CLUSTER}{cluster_id}")
 
     def watch(self, processes: Iterable[psutil.Process]) -> None:
-        """Watch these too: the cluster has got new ones."""
+        """Watch these too: the cluster has got new ones, whose environment may not say whose they are."""
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._say(f"{process.pid} {born(process.pid)!r}")
@@ -97,6 +97,16 @@ def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[in
     return list(alive)
 
 
+def members(cluster_id: str) -> list[tuple[int, float]]:
+    """This user's processes that were started for a cluster: pid, and when each began."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("IPP_CLUSTER_ID") == cluster_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process.pid, born(process.pid)))
+    return found
+
+
 def said(words: Iterable[str], kind: str) -> list[str]:
     """What follows the words of that kind."""
     return [word.removeprefix(kind) for word in words if word.startswith(kind)]
@@ -109,8 +119,13 @@ def main() -> None:
     for command in said(words, RUN):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # nobody is left who could be told
             subprocess.run(json.loads(command), timeout=COMMAND_S, check=False)
-    known = [word.split() for word in words if not word.startswith((SWEEP, RUN)) and word.count(" ") == 1]
+    known = [word.split() for word in words if "\t" not in word and word.count(" ") == 1]
     end([(int(pid), float(created)) for pid, created in known])
+    for cluster_id in said(words, CLUSTER):
+        for _ in range(TIMES):  # one that was just begun may bear the id a moment later
+            if not end(members(cluster_id)):
+                break
+            time.sleep(LATER_S)
     for folder in map(Path, said(words, SWEEP)):
         for path in folder.parent.glob(folder.name + "*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -170,6 +171,28 @@ def test_an_owned_cluster_goes_when_its_driver_is_killed(tiny):
     finally:
         driver.kill()
         driver.wait()
+
+
+def test_a_cluster_goes_whose_driver_is_killed_while_it_starts_it():
+    driver = subprocess.Popen([sys.executable, "-c", "import flexkernel as fk; fk.start(2)"])
+    mine = f"flex-{driver.pid}-"
+    try:
+        wait_for(lambda: started_for(mine))
+        driver.kill()
+        wait_for(lambda: not started_for(mine), 30)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def started_for(prefix: str) -> list[psutil.Process]:
+    """The processes of clusters whose id begins so."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("IPP_CLUSTER_ID", "").startswith(prefix):
+                found.append(process)
+    return found
 
 
 def test_a_cluster_that_is_not_there_is_said_to_be_not_there(tmp_path, monkeypatch):
