@@ -75,6 +75,8 @@ def a_dead_controller(how: How) -> str:
 def private_files(how: How) -> str:
     if not how.launcher:
         return "slabs"
+    if how.launcher == "other" and (how.owned or how.kept):
+        return "slabs and keys: readable by you only; logs as their launcher makes them"
     if how.owned or how.kept:
         return "slabs, logs and keys: readable by you only"
     return "slabs; keys were looked at, logs are as whoever started the cluster made them"
@@ -109,6 +111,7 @@ EXAMPLES = {
     "`fk.start()`": How("local"),
     "`fk.start(keep=True)`, attached again": How("local", owned=False, kept=True),
     "`fk.start(engines='slurm')`": How("slurm"),
+    "`fk.start(engines='ssh')`, or mpi, pbs, ...": How("other"),
     "`fk.attach()` to `ipcluster start` here": How("local", owned=False),
     "`fk.attach()` to one begun elsewhere": How("other", owned=False, controller=False),
     "`fk.attach(read_only=True)`": How("local", owned=False, reader=True),
