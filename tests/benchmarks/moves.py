@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,7 +155,8 @@ def raw_socket(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
 
 
 def slices(lab: Lab) -> list[Figure]:
-    """256 KiB of the same activation: on this host; and from another while its engines compute."""
+    """256 KiB of the same activation: on this host; and from another while the engine that serves it computes. With
+    both at it two cores leave none to this process, which stands in for another host."""
     rounds = 20 if lab.quick else ROUNDS
     session, rows = wide(lab, 256)
     session.hook(WIDE)
@@ -171,12 +172,15 @@ def slices(lab: Lab) -> list[Figure]:
     session.hook(WIDE)
     capture = session.run(rows)[WIDE]
     sliced(capture)  # the first to ask has the engine open its socket, on its main thread
-    with computing(session):
+    with computing(session, session.cluster.engines[:1]):
         far = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
+    with computing(session, session.cluster.engines):
+        crowded = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     idle = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     return [
         Figure("same host", milliseconds(near), "ms", at_most=0.1),
-        Figure("other host, its engines computing", milliseconds(far), "ms", at_most=1),
+        Figure("other host, the engine that serves it computing", milliseconds(far), "ms", at_most=1),
+        Figure("both engines computing", milliseconds(crowded), "ms"),
         Figure("other host, idle", milliseconds(idle), "ms"),
         Figure("`apply_sync`, idle", milliseconds(trips), "ms"),
     ]
@@ -191,10 +195,10 @@ def sliced(capture: Any) -> float:
 
 
 @contextmanager
-def computing(session: Any) -> Iterator[None]:
-    """While it is entered the engines' main threads multiply matrices."""
+def computing(session: Any, engines: Sequence[int]) -> Iterator[None]:
+    """While it is entered these engines' main threads multiply matrices."""
     with tempfile.NamedTemporaryFile() as flag:
-        calls = [session.cluster._client[i].apply_async(ranks.busy, flag.name) for i in session.cluster.engines]
+        calls = [session.cluster._client[i].apply_async(ranks.busy, flag.name) for i in engines]
         time.sleep(0.5)
         yield
         assert not any(call.done() for call in calls), "the engines were at work all the time"

@@ -87,7 +87,8 @@ ROWS = [
         "`apply_sync` round trip",
         "≤ 0.1 ms · ≤ 1 ms p50",
         moves.slices,
-        "Both engines compute: on two cores neither the serving thread nor the notebook has one to itself. Idle is "
+        "With both engines computing two cores leave none to the notebook, which stands in for another host: from one "
+        "try to the next the median was 0.8 or 8 ms, by which core the kernel wakes the serving thread on. Idle is "
         "what the channel takes.",
     ),
     Row(
