@@ -191,7 +191,7 @@ class Editor:
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
         local = self._chosen(hook, name, placed, formula, local)
-        if bool(local.isnan().any()) and not bool(placed.local.isnan().any()):
+        if has_nan(local) and not has_nan(placed.local):
             self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
         return again_distributed(tensor, local)
 
@@ -414,6 +414,16 @@ def guarded(hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torc
             f"x is {tuple(shape)} {dtype} on {device}"
         )
     return new
+
+
+def has_nan(value: torch.Tensor) -> bool:
+    """One look at each number where their sum is one, as nearly always; infinities may make NaN of it, too.
+
+    >>> has_nan(torch.tensor([1.0, float("nan")])), has_nan(torch.tensor([float("inf"), -float("inf")]))
+    (True, False)
+    """
+    value = value.detach()
+    return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
 def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
