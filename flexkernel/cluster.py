@@ -29,6 +29,7 @@ import ipyparallel as ipp
 import numpy as np
 import psutil
 import torch
+from ipyparallel.serialize import PrePickled
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError, LoadError
@@ -551,8 +552,9 @@ class IPyParallel(Cluster):
                 f"hangs or was stopped. %flex_cluster restart --rank {deaf[0]} ends it and puts another in its place",
                 deaf[0],
             )
+        shared = {id(rest): tuple(map(PrePickled, rest)) for rest in args}  # what all are told is written once
         return {
-            rank: functools.partial(self._apply, rank, engine.call, DRIVER, next(TURNS), method, *rest)
+            rank: functools.partial(self._apply, rank, engine.call, DRIVER, next(TURNS), method, *shared[id(rest)])
             for rank, rest in zip(ranks, args, strict=True)
         }
 
@@ -659,7 +661,7 @@ class IPyParallel(Cluster):
 
     def _press(self, calls: dict[int, Any], answers: dict[int, Any], patience: Patience) -> None:
         """See that ranks come back which nobody needs to wait for any more."""
-        if patience.stalled(self._count(calls), self.timeout_s):
+        if patience.stalled(lambda: self._count(calls), self.timeout_s):
             patience.give_back()
         for rank in [r for r, ping in patience.pings.items() if r in calls and ping.done() and not calls[r].done()]:
             calls.pop(rank)  # it has come back, and the signal met it as it was about to say so
@@ -825,13 +827,18 @@ class Patience:
         self.pings: dict[int, Any] = {}  # rank → what it answers once it is free, also if its answer was lost
         self._since: float | None = None
         self._count: int | None = None
-        self._moved = time.monotonic()
+        self._moved = self._looked = time.monotonic()
 
-    def stalled(self, count: int | None, timeout_s: float) -> bool:
-        """Whether nothing has moved for so long that the engines' own watches must have failed."""
-        if count is None or count != self._count:
-            self._count, self._moved = count, time.monotonic()
-        return time.monotonic() - self._moved > timeout_s + LATE_S
+    def stalled(self, count: Callable[[], int | None], timeout_s: float) -> bool:
+        """Whether nothing has moved for so long that the engines' own watches must have failed. count: looks at every
+        rank, and is asked once in WATCH_S only, not after each answer."""
+        now = time.monotonic()
+        if now < self._looked + WATCH_S:
+            return False
+        self._looked, found = now, count()
+        if found is None or found != self._count:
+            self._count, self._moved = found, now
+        return now - self._moved > timeout_s + LATE_S
 
     def give_back(self) -> None:
         """From here on the ranks are to come back."""

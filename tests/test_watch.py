@@ -152,6 +152,7 @@ def test_an_interrupt_from_the_watch_never_leaves_the_run_that_it_was_for(tmp_pa
             pass
 
     monkeypatch.setattr(watch, "AGAIN_S", 0.05)
+    monkeypatch.setattr(watch, "NOTE_S", 0.0)
     looking = watch.Watch(Breaker())
     looking.pulse = Pulse(tmp_path, 0, write=True)
     heard = []

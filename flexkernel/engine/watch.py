@@ -27,6 +27,7 @@ __all__ = ["Stall", "Watch"]
 
 AGAIN_S = 1.0  # how long the main thread has to come back before it is interrupted (again)
 TIMES = 3
+NOTE_S = 0.3  # by how much ranks may be apart in seeing that nothing moves
 LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
 # In the last of them a rank waits for its GPU, which waits for the others'
 COLLECTIVES = (
@@ -151,6 +152,9 @@ class Watch:
             if self._turn != turn:  # it came back before it could know that it has to wait for this
                 return
             self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
+            time.sleep(NOTE_S)  # the others note where they wait: once they are free nobody can tell any more
+            if self._turn != turn:
+                return
             self.breaker.break_groups()
             for _ in range(TIMES):
                 end = time.monotonic() + AGAIN_S
