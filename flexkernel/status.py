@@ -31,9 +31,9 @@ class Status:
         ]
         if getattr(cluster, "cluster_id", ""):
             self.rows.append(("cluster id", cluster.cluster_id))
-        self.rows += promises(cluster.how)
+        promised = promises(cluster.how)
         if info is None:
-            self.rows.append(("model", "none loaded"))
+            self.rows += [("model", "none loaded"), *promised]
             return
         self.rows += [
             ("model", f"{info.cls} from {info.path}"),
@@ -65,6 +65,7 @@ class Status:
                     f"{store.spill.budget / 1e6:,.0f} MB budget, in {store.spill.root}",
                 )
             )
+        self.rows += promised
 
     def __repr__(self) -> str:
         width = max(len(what) for what, _ in self.rows)

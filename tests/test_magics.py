@@ -234,7 +234,7 @@ def test_a_new_session_ends_the_one_before(fresh, folder):
 def test_a_session_shows_its_status(fresh):
     fresh.do("%flex_cluster local")
     fresh.do("flex")
-    assert "engines  1 of 1 alive" in fresh.shown
+    assert re.search(r"engines +1 of 1 alive", fresh.shown)
     html = fresh.shell.display_formatter.format(fresh.do("flex"))[0]["text/html"]
     assert html.startswith("<table>") and "alive" in html
 
