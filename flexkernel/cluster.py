@@ -45,6 +45,7 @@ from .launchers import (
     kind_of,
     launcher_for,
     launchers,
+    read_back,
 )
 from .privacy import check_encrypted, check_private
 from .promises import How
@@ -976,7 +977,7 @@ def attach(
         where = only_one()
     try:
         check_files(where)
-        with quiet():
+        with quiet(), read_back():
             cluster = ipp.Cluster.from_file(**where)
         if cluster.controller is None and cluster.cluster_id.startswith(KEPT) and living(cluster) and not read_only:
             restore_controller(cluster)
@@ -1062,7 +1063,7 @@ def check_files(where: Mapping[str, str]) -> None:
 
 def only_one() -> dict[str, str]:
     """Where the cluster is that is meant when none is named: the only one that runs, if the default one does not."""
-    with quiet():
+    with quiet(), read_back():
         running = [c for c in ipp.ClusterManager().load_clusters().values() if c.controller is not None]
     if len(running) == 1 and running[0].cluster_id:
         return {"profile_dir": running[0].profile_dir, "cluster_id": running[0].cluster_id}
@@ -1071,6 +1072,6 @@ def only_one() -> dict[str, str]:
 
 def running_clusters() -> list[str]:
     """The ids of the clusters that have a file, in any profile, and a controller that runs."""
-    with quiet():
+    with quiet(), read_back():
         found = ipp.ClusterManager().load_clusters().values()
     return [repr(c.cluster_id) if c.cluster_id else "the default one" for c in found if c.controller is not None]

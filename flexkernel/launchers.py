@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ipyparallel.cluster.launcher import (
     BatchSystemLauncher,
     LocalEngineLauncher,
     LocalEngineSetLauncher,
+    LocalProcessLauncher,
     SlurmEngineSetLauncher,
     SlurmLauncher,
 )
@@ -36,6 +40,7 @@ __all__ = [
     "kind_of",
     "launcher_for",
     "launchers",
+    "read_back",
 ]
 
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
@@ -78,6 +83,34 @@ def idle_ttl_h() -> float:
 
 
 ENGINE = [sys.executable, "-m", "flexkernel.environment", "-m", "ipyparallel.engine"]
+
+
+@contextlib.contextmanager
+def read_back() -> Iterator[None]:
+    """Within it clusters may be read from their files. For each process in one, ipyparallel has a thread that waits for
+    its end; where this process has started it, whoever waits second finds nothing, and how it ended may be lost to the
+    launcher that is asked for it. So those only look."""
+    begin = LocalProcessLauncher._start_waiting
+
+    def start_waiting(launcher: LocalProcessLauncher) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(launcher.pid).ppid() == os.getpid():
+                launcher._wait = functools.partial(look_on, launcher)
+        begin(launcher)
+
+    LocalProcessLauncher._start_waiting = start_waiting
+    try:
+        yield
+    finally:
+        LocalProcessLauncher._start_waiting = begin
+
+
+def look_on(launcher: LocalProcessLauncher) -> None:
+    """Until its process has ended, whose exit code is left for another."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
+    ended = {"exit_code": None, "pid": launcher.pid, "identifier": launcher.identifier}
+    launcher.loop.add_callback(lambda: launcher.notify_stop(ended))
 
 
 # --- on this machine -------------------------------------------------------------------------------
