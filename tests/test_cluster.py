@@ -271,17 +271,27 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         pids = session.on_ranks(os.getpid)
         day = f"--IPEngine.max_heartbeat_misses={math.ceil(24 * 3600 / 3.5)}"  # FLEX_IDLE_TTL, of heartbeats
         assert all(day in psutil.Process(pid).cmdline() for pid in pids)
-        crash(cluster_id)
-        with pytest.raises(fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"):
-            session.run([[1, 2, 3]])
-        session = fk.attach(cluster_id=cluster_id)
-        assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
     finally:
         session.close(end=True)
-    end = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20)
+
+
+@pytest.mark.slow
+def test_a_session_of_a_kept_cluster_says_how_its_controller_comes_back(tiny):
+    session = fk.start(2, keep=True)
+    cluster_id = session.cluster.cluster_id
+    try:
+        session.load(tiny("llama"), tp=2)
+        logits = session.run(IDS).logits.tensor().clone()
+        session.close()
+        session = fk.attach(cluster_id=cluster_id)
+        crash(cluster_id)
+        with pytest.raises(fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"):
+            session.run(IDS)
+        session = fk.attach(cluster_id=cluster_id)
+        assert torch.equal(session.run(IDS).logits.tensor(), logits)
+    finally:
+        session.close(end=True)
 
 
 @pytest.mark.engines(2)
