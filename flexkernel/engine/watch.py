@@ -25,7 +25,7 @@ from ..pulse import Pulse
 
 __all__ = ["Stall", "Watch"]
 
-AGAIN_S = 1.0  # how long the main thread has to come back before it is interrupted (again)
+AGAIN_S = 0.7  # how long the main thread has to come back before it is interrupted (again)
 TIMES = 3
 NOTE_S = 0.3  # by how much ranks may be apart in seeing that nothing moves
 LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
