@@ -783,7 +783,7 @@ def row(fault: Fault, outcomes: list[Outcome], wrong: list[str]) -> str:
         "no" if not ranks else "all" if len(ranks) > 1 else f"rank {ranks[0]}'s part",
         "equal" if all(o.equal for o in outcomes) else "DIFFERS",
         ", ".join(dict.fromkeys(thing for o in outcomes for thing in o.left)) or "nothing",
-        outcomes[0].said[:90].replace("|", "\\|"),
+        re.sub(rf"{tempfile.gettempdir()}/\w+", "...", outcomes[0].said)[:90].replace("|", "\\|"),
     ]
     return "| " + " | ".join(cells) + " |" + (f" <!-- {'; '.join(wrong)} -->" if wrong else "")
 
