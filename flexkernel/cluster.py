@@ -801,9 +801,10 @@ class IPyParallel(Cluster):
                     self.vitals[rank].kill()
                 self._cluster.stop_cluster_sync()
                 remove_keys(self._cluster)
-                place = slabs.place(self.folder)
-                for folder in place.parent.glob(f"{place.name}*"):  # engines that hung have left theirs
-                    slabs.sweep(folder)
+                with contextlib.suppress(OSError, errors.CaptureError):  # where they were, nothing is any more
+                    place = slabs.place(self.folder)
+                    for folder in place.parent.glob(f"{place.name}*"):  # engines that hung have left theirs
+                        slabs.sweep(folder)
         if self.reaper is not None:
             self.reaper.leave()
 
