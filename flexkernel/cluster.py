@@ -38,6 +38,8 @@ from .launchers import (
     KEPT,
     FlexEngineSetLauncher,
     again,
+    beats,
+    breed,
     ended,
     how_to_end,
     in_queue,
@@ -72,6 +74,8 @@ RESTORE_S = 1.0  # what engines and clients take to find a controller that was s
 AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose first sending it may have lost
 UNHEARD_S = tuple(30.0 * 2**i for i in range(12))  # calls without an answer, too: no message is sure to arrive
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
+PARTS_S = 5.0  # how often a call that lasts looks whether the controller has all its parts
+STARTS = 3  # how often one is begun whose controller does not get all its parts
 START_S = 120.0  # how long a new engine may take to be there
 QUEUE_S = 86400.0  # how long a job may wait for its turn before that
 PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
@@ -362,6 +366,7 @@ class IPyParallel(Cluster):
         self.reaper: Reaper | None = None
         self.kept = cluster.cluster_id.startswith(KEPT) and not read_only  # it was started to outlive its notebook
         self._restored = -math.inf  # when a controller was started in the place of one that crashed
+        self._inspected = time.monotonic()  # when it was last looked whether the controller is all there
         self._greet(take)
 
     @property
@@ -510,6 +515,7 @@ class IPyParallel(Cluster):
         if n <= 0:
             return []
         known = set(self._client.ids)
+        breed(self._cluster.engine_launcher_class)  # which is none of the cluster's own
         before = {p.pid for p in psutil.Process().children(recursive=True)}
         with private_files():
             name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""}, **again(self._groups))
@@ -705,7 +711,10 @@ class IPyParallel(Cluster):
         """Start the controller again if it crashed. ClusterError when nobody is left who could bring an answer."""
         launcher = self._cluster.controller
         process = getattr(launcher, "process", None)
-        if process is None or psutil.pid_exists(process.pid):
+        if process is None:
+            return
+        if psutil.pid_exists(process.pid):
+            self._check_its_parts()
             return
         code = exit_code(launcher) if self.owned else None
         if code is not None and -code in CRASHES:
@@ -718,6 +727,20 @@ class IPyParallel(Cluster):
                 f"%flex_cluster attach --cluster-id {self.cluster_id} starts it again and finds them"
             )
         raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
+
+    def _check_its_parts(self) -> None:
+        """The same for the processes that a controller consists of, each of which is a way to the engines."""
+        now = time.monotonic()
+        if now < self._inspected + PARTS_S:
+            return
+        self._inspected = now
+        if lame(self._cluster):
+            if not self.owned or now < self._restored + 4 * PARTS_S:
+                raise ClusterError(
+                    "a part of the cluster's controller has ended, and with it a way to the engines: its log, "
+                    f"{self._cluster.controller.output_file}"
+                )
+            self._restore_controller()
 
     def _restore_controller(self) -> None:
         """A controller in the place of one that crashed."""
@@ -910,18 +933,30 @@ def start(
     keep: they stay, with their model, when this process ends; attach by their id, `%flex_cluster stop` ends them."""
     if not isinstance(n, int) or n < 1:
         raise ClusterError(f"n={n!r} engines cannot be started; n is a whole number from 1")
+    for _ in range(STARTS - 1):
+        with contextlib.suppress(Lame):
+            return begin(n, engines, cluster_id, keep, timeout_s)
+    return begin(n, engines, cluster_id, keep, timeout_s)
+
+
+class Lame(ClusterError):
+    """A controller has lost a part, and with it a way to the engines, before anything was done through it."""
+
+
+def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: float) -> IPyParallel:
     launcher, config = launcher_for(engines)
     cluster = ipp.Cluster(
         n=n,
         engines=launcher,
         cluster_id=(KEPT if keep else "") + (cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"),
-        controller_args=["--nodb"],
+        controller_args=["--nodb", *beats(launcher)],
         delay=0,
         log_level=40,
         shutdown_atexit=not keep,
         config=config,
     )
     reaper = None if keep else Reaper(cluster.cluster_id)
+    breed(launcher)  # which is none of the cluster's own
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     try:
         with private_files():
@@ -930,6 +965,8 @@ def start(
             reaper.runs(how_to_end(list(cluster.engines.values())))
         client = cluster.connect_client_sync()
         arrived(client, cluster.engine_set, set(), n, timeout_s)
+        if lame(cluster):
+            raise Lame(f"a part of the controller has ended: its log, {cluster.controller.output_file}")
     except BaseException as error:
         with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
             cluster.stop_cluster_sync()
@@ -937,7 +974,7 @@ def start(
         if reaper is not None:
             reaper.leave()
         if isinstance(error, Exception):
-            raise ClusterError(f"{n} engines did not start: {error}") from error
+            raise (Lame if isinstance(error, Lame) else ClusterError)(f"{n} engines did not start: {error}") from error
         raise
     found = IPyParallel(cluster, client, owned=True)
     if reaper is not None:
@@ -1016,9 +1053,18 @@ def restore_controller(cluster: Any) -> None:
     themselves, and what engines answered meanwhile arrives."""
     end_controllers(cluster)  # what it had begun outlives it, and holds the ports
     cluster.controller = None
-    cluster.controller_args = ["--nodb", "--restore"]
+    cluster.controller_args = ["--nodb", "--restore", *beats(cluster.engine_launcher_class)]
     with private_files(), quiet():
         cluster.start_controller_sync()
+
+
+def lame(cluster: Any) -> bool:
+    """Whether one of the processes of a cluster's controller has ended on this machine: it was killed, or another
+    program had taken the port that it was to have. What goes through it would never arrive."""
+    process = getattr(cluster.controller, "process", None)
+    with contextlib.suppress(psutil.Error):
+        return process is not None and any(part.status() == psutil.STATUS_ZOMBIE for part in process.children())
+    return False
 
 
 def end_controllers(cluster: Any) -> None:

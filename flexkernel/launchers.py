@@ -26,13 +26,17 @@ from ipyparallel.cluster.launcher import (
 from traitlets import default
 from traitlets.config import Config
 
+from .environment import inherited
 from .errors import ClusterError
+from .nursery import Nursery, Order, nursery
 
 __all__ = [
     "KEPT",
     "FlexEngineSetLauncher",
     "FlexSlurmLauncher",
     "again",
+    "beats",
+    "breed",
     "ended",
     "how_to_end",
     "in_queue",
@@ -44,8 +48,10 @@ __all__ = [
 ]
 
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
-BEAT_S = 3.5  # how often an engine looks for its controller's
-MISSES = 50  # ipyparallel's own: three minutes
+BEAT_S = 0.5  # how often a controller looks for its engines; a new one is taken in at the second beat
+LOST_S = 33.0  # ipyparallel's own: when one that does not answer is taken to be gone
+CHECK_S = BEAT_S + 0.5  # how often an engine looks for its controller's beat
+LEAVE_S = 180.0  # ipyparallel's own: when one that finds none leaves
 ASK_S = 60.0  # how long a command of the batch system may take
 LOOK_S = 1.0  # how often it is asked for a job
 ENVIRONMENT = {
@@ -61,13 +67,22 @@ def for_engine(env: dict[str, str]) -> dict[str, str]:
     return {**ENVIRONMENT, **env}
 
 
-def patience(cluster_id: str, misses: int) -> list[str]:
-    """The argument that says how many heartbeats of its controller an engine may miss before it leaves, 0: any number.
+def beats(launcher: Any) -> list[str]:
+    """The arguments that tell a controller how often to look for engines of this launcher. ipyparallel's 3 s would be
+    most of what a start takes; engines that are not told of it by us would leave after fewer seconds."""
+    if launcher not in OURS.values():
+        return []
+    misses = round(LOST_S / BEAT_S)
+    return [f"--HeartMonitor.period={BEAT_S * 1000:.0f}", f"--HeartMonitor.max_heartmonitor_misses={misses}"]
+
+
+def patience(cluster_id: str, seconds: float) -> list[str]:
+    """The argument that says how long an engine waits for a heartbeat of its controller before it leaves, 0: for ever.
 
     A kept one waits for FLEX_IDLE_TTL hours: nobody may be there who would start the controller again."""
     if cluster_id.startswith(KEPT):
-        misses = math.ceil(idle_ttl_h() * 3600 / BEAT_S)
-    return [f"--IPEngine.max_heartbeat_misses={misses}"]
+        seconds = idle_ttl_h() * 3600
+    return [f"--IPEngine.max_heartbeat_misses={math.ceil(seconds / CHECK_S)}"]
 
 
 def idle_ttl_h() -> float:
@@ -82,7 +97,15 @@ def idle_ttl_h() -> float:
     return hours
 
 
-ENGINE = [sys.executable, "-m", "flexkernel.environment", "-m", "ipyparallel.engine"]
+PROGRAM = "ipyparallel.engine"
+ENGINE = [sys.executable, "-m", "flexkernel.environment", "-m", PROGRAM]
+# What takes them longest to import, until they have run a model
+IMPORTS = (
+    f"{PROGRAM}.app",
+    "accelerate",
+    *(f"flexkernel.engine.{name}" for name in ("runtime", "load", "forward", "regroup")),
+    "transformers.models.llama.modeling_llama",  # and so what others are made of, too
+)
 
 
 @contextlib.contextmanager
@@ -118,7 +141,30 @@ def look_on(launcher: LocalProcessLauncher) -> None:
 
 class FlexEngineLauncher(LocalEngineLauncher):
     """A local engine with one thread for torch. It waits for a controller that crashed for as long as its driver, which
-    starts it again, is there; when that goes the reaper ends it."""
+    starts it again, is there; when that goes the reaper ends it.
+
+    It is forked from this driver's nursery where that can be."""
+
+    code: int | None = None  # its exit code, where it was forked
+    _nursery: Nursery | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, **self.get_env()}
+        arguments, kept = self.args[len(self.engine_cmd) :], self.cluster_id.startswith(KEPT)
+        order = Order(PROGRAM, arguments, inherited(environment), str(self.work_dir), self.output_file, kept)
+        found = breed(FlexEngineSetLauncher)
+        pid = found.fork(order) if found is not None else None
+        if pid is None:
+            super().start()
+        else:
+            self.pid, self.process, self._nursery = pid, psutil.Process(pid), found
+            self.notify_start(pid)
+            self._start_waiting()
+
+    def _wait(self) -> None:
+        if self._nursery is not None:
+            self.code = self._nursery.wait(self.pid, self._stop_waiting.is_set)
+        super()._wait()
 
     def find_args(self) -> list[str]:
         return [*super().find_args(), *patience(self.cluster_id, 0)]
@@ -136,6 +182,12 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
     @default("engine_cmd")
     def _without_secrets(self) -> list[str]:
         return list(ENGINE)
+
+
+def breed(launcher: Any) -> Nursery | None:
+    """The nursery of the engines that this launcher starts here and now; None: they have none. Begun early, it imports
+    while other things begin."""
+    return nursery(IMPORTS, {**os.environ, **for_engine({})}) if launcher is FlexEngineSetLauncher else None
 
 
 # --- as jobs ---------------------------------------------------------------------------------------
@@ -163,7 +215,7 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
 
     @default("program_args")
     def _default_program_args(self) -> list[str]:
-        return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, MISSES)]
+        return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, LEAVE_S)]
 
     entrypoint_name = "flexkernel.launchers.FlexSlurmLauncher"
 

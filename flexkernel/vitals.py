@@ -96,6 +96,8 @@ def exit_code(launcher: Any) -> int | None:
     thread.join(5.0)  # it waits for the process, and keeps the code: at once, but on a machine that is very busy
     if thread.is_alive():
         return None
+    if getattr(launcher, "code", None) is not None:  # whose child it was has told
+        return launcher.code
     with contextlib.suppress(psutil.Error):
         return process.wait(0)
     return None

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 
 # A driver file may import its own layer and those above it in this list; nothing may be part of a cycle.
 LAYERS = [
-    {"errors", "wire", "names", "interrupts", "environment"},
+    {"errors", "wire", "names", "interrupts", "environment", "nursery"},
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy", "files", "promises", "launchers"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation", "hookfile", "preview", "spill", "others"},
@@ -41,7 +41,7 @@ ONLY = {
     "anywidget": "widgets",
     "plotly": "widgets",
 }
-WITHOUT_TORCH = {"", "errors", "wire", "names", "interrupts", "environment", "engine"}
+WITHOUT_TORCH = {"", "errors", "wire", "names", "interrupts", "environment", "nursery", "engine"}
 
 MAX_LINES = {"session.py": 250, "engine/runtime.py": 250}
 HEAVY = ["torch", "transformers", "IPython", "ipykernel", "ipyparallel", "zmq", "plotly", "ipywidgets"]

@@ -25,6 +25,14 @@ def runtime():
     return door._runtime
 
 
+def waits_for_a_controller_s() -> float:
+    """How long this engine waits for its controller before it leaves."""
+    from ipyparallel.engine.app import IPEngine
+
+    app = IPEngine.instance()
+    return app.max_heartbeat_misses * app.hb_check_period / 1000
+
+
 @contextmanager
 def counting() -> Iterator[list[str]]:
     """What this process sends while it is entered: every function of torch.distributed that communicates, point to
