@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -125,7 +126,11 @@ class Clusters:
     """One session over n engines at a time; asking for another number ends the last."""
 
     def __init__(self) -> None:
+        import flexkernel as fk
+
         self.n, self.session = 0, None
+        fk.local().close()
+        gc.freeze()  # each load collects garbage: what was imported, and the thousands of tests, is none
 
     def get(self, n: int) -> Any:
         import flexkernel as fk

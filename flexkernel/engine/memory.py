@@ -11,11 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from ..slabs import PAGE, Slab, claim, on_disk, pages, write_out
 from ..wire import RunPlan
 
-__all__ = ["drop_all", "extra_slab", "forget", "free", "freeze_imports", "open_slab", "power", "spill", "spill_to"]
+__all__ = [
+    "drop_all",
+    "extra_slab",
+    "forget",
+    "free",
+    "freeze_imports",
+    "let_go",
+    "open_slab",
+    "power",
+    "spill",
+    "spill_to",
+]
 
 
 def free(runtime: Any) -> tuple[int, int]:
@@ -79,6 +91,17 @@ def drop_all(runtime: Any) -> None:
     for slab in runtime.slabs.values():
         slab.path.unlink(missing_ok=True)
     runtime.slabs, runtime.runs, runtime.copies = {}, {}, None
+
+
+def let_go(runtime: Any) -> None:
+    """Forget the model, if there is one, so that its memory is free."""
+    if runtime.model is not None:
+        from .compat import forget_meshes
+
+        forget_meshes()
+        runtime.model = runtime.info = runtime.hooks = runtime.caller = None
+        gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def freeze_imports(runtime: Any) -> None:

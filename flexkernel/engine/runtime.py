@@ -5,7 +5,6 @@ Methods marked "all ranks" contain a collective: the driver calls them on every 
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import platform
@@ -33,7 +32,7 @@ from ..wire import (
     Source,
 )
 from .faults import Breaker
-from .memory import drop_all, freeze_imports
+from .memory import drop_all, freeze_imports, let_go
 from .watch import Watch
 
 __all__ = ["Runtime"]
@@ -209,20 +208,14 @@ class Runtime:
             self.breaker.after_groups({self.store_port})
 
     def unload(self) -> None:
-        if self.model is not None:
-            from .compat import forget_meshes
-
-            forget_meshes()
         if self.hooks is not None:
             self.hooks.clear()
-        self.model = self.info = self.hooks = self.caller = None
         self.named, self.changed, self.groups = {}, [], {}
         self.watch.know([], {})
         self.hook_set = HookSet()
         self.modules, self.module_codes, self.optimizers = {}, {}, {}
         drop_all(self)  # its runs were of this model
-        gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
-        torch.cuda.empty_cache()  # nothing where there is no GPU
+        let_go(self)
 
     # --- hooks -------------------------------------------------------------------------------------
 
