@@ -149,9 +149,9 @@ class FlexEngineLauncher(LocalEngineLauncher):
     _nursery: Nursery | None = None
 
     def start(self) -> None:
-        environment = {**os.environ, **self.get_env()}
+        environment, folder = inherited({**os.environ, **self.get_env()}), os.path.abspath(self.work_dir)
         arguments, kept = self.args[len(self.engine_cmd) :], self.cluster_id.startswith(KEPT)
-        order = Order(PROGRAM, arguments, inherited(environment), str(self.work_dir), self.output_file, kept)
+        order = Order(PROGRAM, arguments, environment, folder, self.output_file, kept)
         found = breed(FlexEngineSetLauncher)
         pid = found.fork(order) if found is not None else None
         if pid is None:

@@ -75,6 +75,7 @@ class Nursery:
             start_new_session=True,  # a Ctrl-C in the driver's terminal is not for it
         )
         theirs.close()
+        self.driver = os.getpid()
         self._turn = threading.Lock()
         self._heard = threading.Condition()
         self._ready: bool | None = None
@@ -150,6 +151,8 @@ def nursery(modules: Sequence[str], environment: Mapping[str, str]) -> Nursery |
     global _nursery
     if sys.platform != "linux":  # elsewhere the system's own libraries forbid it
         return None
+    if _nursery is not None and _nursery.driver != os.getpid():  # that of the process that this one was forked from
+        _nursery = None
     if _nursery is None or not _nursery.serves(environment):
         if _nursery is not None:
             _nursery.retire()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import reference
@@ -236,3 +237,16 @@ def test_a_builder_must_return_a_module():
     with pytest.raises(LoadError, match=r"the builder returned str on this rank; it should return an nn.Module"):
         build(cloudpickle.dumps(lambda: "model"))
     assert not build(cloudpickle.dumps(lambda: nn.Dropout())).training
+
+
+def test_a_model_is_scanned_once_for_each_config_and_dtype(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    first, again, half = (
+        inspect(Source(str(folder)), Layout(), dtype, None, {}).scan for dtype in ("float32", "float32", "bfloat16")
+    )
+    assert again is first and {f.dtype for calls in half.values() for call in calls for f in call} >= {"bfloat16"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    other = inspect(Source(str(folder)), Layout(), "float32", None, {}).scan
+    assert ("model.layers.1", "output") in first and ("model.layers.1", "output") not in other

@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+NUM_SCANS = 8  # are kept
+
+
 def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -58,7 +61,7 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
         dtype=dtype,
         attention=implementation(attention, model),
         modules=described(model),
-        scan=scanned(model, source.forward) if model is not None else {},
+        scan=known(model, source, config, dtype) if model is not None else {},
         num_parameters=sum(p.numel() for p in model.parameters()) if model is not None else 0,
         rank_parameters=(),
         rank_bytes=(),
@@ -90,6 +93,21 @@ def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(name)
     return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+
+_scans: dict[tuple[Any, ...], Scan] = {}  # of the models seen last
+
+
+def known(model: torch.nn.Module, source: Source, config: Any, dtype: str) -> Scan:
+    """The model's scan, made once for each class, config and dtype; a user's own model may depend on anything."""
+    if source.builder is not None:
+        return scanned(model, source.forward)
+    key = type(model), config.to_json_string(use_diff=False), dtype, source.forward
+    found = _scans.pop(key, None) or scanned(model, source.forward)
+    _scans[key] = found
+    while len(_scans) > NUM_SCANS:
+        _scans.pop(next(iter(_scans)))
+    return found
 
 
 def scanned(model: torch.nn.Module, forward: bytes | None) -> Scan:

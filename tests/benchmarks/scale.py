@@ -248,7 +248,9 @@ Up to about {most} engines a run's calls take the driver less than {call} ms. Be
 from the driver to the first engine of each host, which calls and answers for the ranks of its host. That is not built:
 no cluster of that size was there to try it on. Until then the runs that are made should be larger, more prompts each.
 
-How long engines take to start is up to the scheduler of a cluster; here all of them import torch on the same cores at
-once. The controller relays each message once, as it does for any use of ipyparallel: its memory grows by some
-connections an engine.
+Here engines are forked from one process that has imported torch and what else they need, and share its memory: an
+engine's, above, counts that part for each. Jobs of a batch system import it themselves; how soon they begin is up to
+its scheduler. The controller takes an engine in at its second heartbeat, of which there are two a second for engines
+that we start (ipyparallel's own: one in 3 s). It relays each message once, as it does for any use of ipyparallel: its
+memory grows by some connections an engine.
 """
