@@ -17,8 +17,9 @@ from .errors import FlexError
 if TYPE_CHECKING:
     from .capture import Capture
     from .dataset import open_dataset
+    from .door import start
     from .run import Run
-    from .session import Session, attach, local, start
+    from .session import Session, attach, local
 
 __version__ = "0.1.0"
 __all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "open_dataset", "start"]
@@ -31,7 +32,7 @@ _HOMES = {
     "attach": "session",
     "local": "session",
     "open_dataset": "dataset",
-    "start": "session",
+    "start": "door",
 }
 
 

@@ -329,7 +329,7 @@ class FlexMagics(Magics):
         return getattr(self, f"_cluster_{args.action}")(args)
 
     def _cluster_start(self, args: argparse.Namespace) -> Session:
-        from .session import start
+        from .door import start
 
         session = self._use(start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep)))
         self._engines = args.engines
@@ -353,7 +353,8 @@ class FlexMagics(Magics):
         return self.needed().status()
 
     def _cluster_restart(self, args: argparse.Namespace) -> Session:
-        from .session import local, start
+        from .door import start
+        from .session import local
 
         cluster = self.needed().cluster
         if args.rank is not None:

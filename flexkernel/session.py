@@ -22,12 +22,7 @@ from .training import Trainable
 from .tree import Tree
 from .wire import HookSet, Layout, ModelInfo, Source, Training
 
-__all__ = ["Session", "attach", "local", "start"]
-
-
-def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
-    """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"), ssh, mpi, pbs, ..."""
-    return Session(clusters.start(n, engines, cluster_id, keep))
+__all__ = ["Session", "attach", "local"]
 
 
 def attach(

@@ -237,7 +237,7 @@ def fails(_x, _ctx):
 
 
 def differs(x, _ctx):
-    return x + time.perf_counter_ns() % 1000 + watched.runtime().rank
+    return x + 1 + watched.runtime().rank
 
 
 def each_bad_value(bench: Bench) -> None:

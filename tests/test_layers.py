@@ -20,7 +20,7 @@ LAYERS = [
     {"slabs", "reduce", "reaper", "pulse", "vitals", "drift", "privacy", "files", "promises", "launchers"},
     {"channel", "cluster", "prompts", "capture", "run", "parameters", "hooks", "edits", "model", "status", "tree"}
     | {"generation", "hookfile", "preview", "spill", "others"},
-    {"hooking", "recovery", "experiments", "training", "session", "sweep", "dataset", "verify"},
+    {"hooking", "recovery", "experiments", "training", "session", "door", "sweep", "dataset", "verify"},
     {"magics", "kernel", "demo", "__main__"},
 ]
 PACKAGES = {"", "engine", "widgets"}
@@ -277,7 +277,7 @@ def test_the_check_can_fail(module, source, says):
     ("module", "source"),
     [
         ("", "from .errors import FlexError"),
-        ("", "def __getattr__(name):\n    from .session import start"),
+        ("", "def __getattr__(name):\n    from .door import start"),
         ("wire", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("session", "if typing.TYPE_CHECKING:\n    from .magics import x"),
         ("session", "from .engine import call\nfrom . import __version__, errors\nimport flexkernel"),
