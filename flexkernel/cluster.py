@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import math
@@ -21,7 +20,7 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ import ipyparallel as ipp
 import numpy as np
 import psutil
 import torch
-from ipyparallel.serialize import PrePickled
 
 from . import engine, errors, slabs
 from .errors import ClusterError, EngineDied, EngineError, LoadError
@@ -58,6 +56,7 @@ from .wire import ErrorReport, Heritage, Owner, RunReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
+Send = Callable[[Collection[int]], dict[int, Any]]  # to these ranks → rank: its answer to come
 TURNS = itertools.count(1)  # number this process's calls
 DRIVER = secrets.token_hex(8)  # this process, as engines know it
 POLL_S = 0.03  # how often a call that is watched looks at what the ranks have made so far
@@ -359,7 +358,7 @@ class IPyParallel(Cluster):
         self.pids = [0] * self.size
         self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
         self._jobs: dict[int, Any] = {}  # rank → the batch system's job that its engine is part of
-        self._views: dict[int, Any] = {}
+        self._views: dict[tuple[int, ...], Any] = {}  # engines → what sends to them
         self._deaf: dict[int, Any] = {}  # rank → what it answers once it is free
         self._signals: dict[int, int] = {}  # rank → how many interrupts its engine has been sent
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
@@ -528,13 +527,15 @@ class IPyParallel(Cluster):
 
     # --- calling -------------------------------------------------------------------------------------
 
-    def _view(self, engine_id: int) -> Any:
-        if engine_id not in self._views:
-            self._views[engine_id] = self._client[engine_id]
-        return self._views[engine_id]
+    def _send(self, ranks: Sequence[int], *function_and_args: Any) -> dict[int, Any]:
+        """Rank → its answer to come. What all are told is written once."""
+        ids = tuple(self.engines[rank] for rank in ranks)
+        if ids not in self._views:
+            self._views[ids] = self._client[list(ids) if len(ids) > 1 else ids[0]]  # a list of one answers with a list
+        return dict(zip(ranks, self._views[ids].apply_async(*function_and_args).split(), strict=True))
 
-    def _calls(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> dict[int, Callable[[], Any]]:
-        """Rank → what sends it the call. EngineDied: some rank could not answer it."""
+    def _caller(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> Send:
+        """What sends these ranks the call, or some of them once more. EngineDied: some rank could not answer it."""
         self._check_controller()
         alive = self.alive()
         gone = [rank for rank in ranks if not alive[rank]]
@@ -559,27 +560,30 @@ class IPyParallel(Cluster):
                 f"hangs or was stopped. %flex_cluster restart --rank {deaf[0]} ends it and puts another in its place",
                 deaf[0],
             )
-        shared = {id(rest): tuple(map(PrePickled, rest)) for rest in args}  # what all are told is written once
-        return {
-            rank: functools.partial(self._apply, rank, engine.call, DRIVER, next(TURNS), method, *shared[id(rest)])
-            for rank, rest in zip(ranks, args, strict=True)
-        }
+        alike: dict[int, list[int]] = {}  # arguments → the ranks that get them
+        for rank, rest in zip(ranks, args, strict=True):
+            alike.setdefault(id(rest), []).append(rank)
+        told, turn = dict(zip(ranks, args, strict=True)), next(TURNS)
 
-    def _apply(self, rank: int, *function_and_args: Any) -> Any:
-        return self._view(self.engines[rank]).apply_async(*function_and_args)
+        def send(to: Collection[int]) -> dict[int, Any]:
+            some = [[rank for rank in group if rank in to] for group in alike.values()]
+            sent = [self._send(g, engine.call, DRIVER, turn, method, *told[g[0]]) for g in some if g]
+            return {rank: one for group in sent for rank, one in group.items()}
+
+        return send
 
     def _exchange(
         self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
     ) -> list[Any]:
         if self.reader:
-            return self._look(self._calls(method, args, ranks))
+            return self._look(self._caller(method, args, ranks), ranks)
         with Held() as held:  # a call that only some ranks have got would leave these waiting for the others
-            return self._collect(self._calls(method, args, ranks), progress, held)
+            return self._collect(self._caller(method, args, ranks), ranks, progress, held)
 
-    def _look(self, senders: dict[int, Callable[[], Any]]) -> list[Any]:
+    def _look(self, send: Send, ranks: Sequence[int]) -> list[Any]:
         """The answers to a call that changes nothing. It waits behind what the owner has the engines do, and does not
         disturb that, however it ends. ClusterError: that takes too long."""
-        calls, end = {rank: send() for rank, send in senders.items()}, time.monotonic() + self.timeout_s
+        calls, end = send(ranks), time.monotonic() + self.timeout_s
         for call in calls.values():
             call.wait(max(end - time.monotonic(), 0))
         self._forget(list(calls.values()))
@@ -589,7 +593,7 @@ class IPyParallel(Cluster):
                 f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.whose()} and "
                 "may have it run something; try again"
             )
-        return [self._answer(call, rank) for rank, call in calls.items()]
+        return [self._answer(calls[rank], rank) for rank in ranks]
 
     def may(self, method: str) -> None:
         if self.reader and method not in engine.READS:
@@ -605,9 +609,9 @@ class IPyParallel(Cluster):
         return f"pid {who.pid} on {who.host} has these engines" if who is not None else "nobody has these engines"
 
     def _collect(
-        self, senders: dict[int, Callable[[], Any]], progress: Callable[[int], None] | None, held: Held
+        self, send: Send, ranks: Sequence[int], progress: Callable[[int], None] | None, held: Held
     ) -> list[Any]:
-        calls, answers = {rank: send() for rank, send in senders.items()}, {}
+        calls, answers = send(ranks), dict[int, Any]()
         pending, sent = list(calls.values()), time.monotonic()
         patience, looked = Patience(), sent
         for vitals in self.vitals.values():
@@ -627,7 +631,7 @@ class IPyParallel(Cluster):
                         vitals.sample()
                     self._check_controller()
                     if self._may_be_lost(sent, looked):
-                        calls.update({rank: senders[rank]() for rank in calls})
+                        calls.update(send(calls))
                         pending += calls.values()
                     looked = time.monotonic()
                     self._press(calls, answers, patience)
@@ -635,11 +639,11 @@ class IPyParallel(Cluster):
                 patience.interrupted = True
         self._forget([*pending, *patience.pings.values()])
         if patience.told:
-            self._settle(set(senders) - set(self._deaf))
+            self._settle(set(ranks) - set(self._deaf))
         if patience.interrupted:
             self._mend(answers.values())
             raise with_partial(KeyboardInterrupt(), answers.values())
-        return [answers[rank] for rank in senders]
+        return [answers[rank] for rank in ranks]
 
     def _may_be_lost(self, sent: float, looked: float) -> bool:
         """Whether it is time to send calls once more that are on their way: engines that had not found a new controller
@@ -650,7 +654,13 @@ class IPyParallel(Cluster):
 
     def _settle(self, ranks: Iterable[int]) -> None:
         """Wait for interrupts that are on their way to these ranks: they would meet the next call, or its answer."""
-        calls = [self._apply(rank, engine.settled, self._signals.get(rank, 0)) for rank in ranks if self.alive()[rank]]
+        alive = self.alive()
+        calls = [
+            call
+            for rank in ranks
+            if alive[rank]
+            for call in self._send([rank], engine.settled, self._signals.get(rank, 0)).values()
+        ]
         end = time.monotonic() + SETTLED_S
         for call in calls:
             call.wait(max(end - time.monotonic(), 0))
@@ -687,7 +697,7 @@ class IPyParallel(Cluster):
 
     def _ping(self, ranks: Sequence[int]) -> dict[int, Any]:
         """Rank → a call that an engine answers once it is done with those before."""
-        return {rank: self._view(self.engines[rank]).apply_async(os.getpid) for rank in ranks}
+        return self._send(ranks, os.getpid) if ranks else {}
 
     def _count(self, ranks: Iterable[int]) -> int | None:
         """How many modules these ranks have begun; None if none is in a run, or some are not on this host. What says so
@@ -837,7 +847,7 @@ class IPyParallel(Cluster):
         with contextlib.suppress(Exception):  # the controller may have gone before us, with all that it carried
             ids = {i: rank for rank, i in enumerate(self.engines)}
             able = [i for i in self._client.ids if ids.get(i) not in hang]
-            calls = {i: self._view(i).apply_async(engine.call, DRIVER, next(TURNS), word) for i in able}
+            calls = {i: self._client[i].apply_async(engine.call, DRIVER, next(TURNS), word) for i in able}
             end = time.monotonic() + FAREWELL_S
             for call in calls.values():
                 call.wait(max(end - time.monotonic(), 0))
