@@ -41,6 +41,9 @@ __all__ = [
 
 HEADER = 16  # numbers in a header
 BOX = 24  # numbers for a box: up to eight pieces of three
+# Up to so many ranks a header goes around their ring. Through the first of more it takes the more a fraction of the
+# steps: 9 ms and not 42 for 16 on two cores
+FEW = 2
 LATE_S = 15.0  # what our collectives wait longer than a run may stand still
 POLL_S = 2e-4  # a third of the CPU that polling without a pause takes, and faster with more ranks than cores
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
@@ -59,7 +62,14 @@ def gathered(
     """What every rank of the group says: (ranks, *numbers) int64. Every one must call, with as many numbers."""
     mine = torch.as_tensor(numbers, dtype=torch.int64)
     every = torch.empty(dist.get_world_size(group), *mine.shape, dtype=torch.int64)
-    wait(all_gather_single(every.view(-1), mine.reshape(-1), group), timeout_s, "a header")
+    if len(every) > FEW:
+        first, parts = dist.get_process_group_ranks(group)[0], None
+        if dist.get_rank(group) == 0:
+            parts = list(every)
+        wait(dist.gather(mine, parts, first, group, async_op=True), timeout_s, "a header")
+        wait(dist.broadcast(every, first, group, async_op=True), timeout_s, "a header")
+    else:
+        wait(all_gather_single(every.view(-1), mine.reshape(-1), group), timeout_s, "a header")
     return every
 
 
