@@ -242,8 +242,8 @@ MEANING = """On the driver one message to each engine and one answer from each a
 engines, as in an empty call, and the joining of what the answers say of the captures: {each} ms of its processor for
 each engine and run, most of it in ipyparallel's client. On a rank it is the header before a run, 16 numbers a rank, and
 what the model itself communicates. The header went around a ring, of n - 1 steps: 42 ms for 16 engines here. It is
-gathered by the first rank and broadcast now: 9 ms. Captures take a host's memory once, however many ranks it has; the driver reads from
-other hosts only what is looked at.
+gathered by the first rank and broadcast now: 9 ms. Captures take a host's memory once, however many ranks it has; the
+driver reads from other hosts only what is looked at.
 
 Up to about {most} engines a run's calls take the driver less than {call} ms. Beyond that they should go down a tree:
 from the driver to the first engine of each host, which calls and answers for the ranks of its host. That is not built:
