@@ -79,6 +79,7 @@ class Nursery:
         self._turn = threading.Lock()
         self._heard = threading.Condition()
         self._ready: bool | None = None
+        self._asked: set[int] = set()  # the orders whose pids are waited for
         self._forked: dict[int, int] = {}  # order → pid
         self._ended: dict[int, int] = {}  # pid → exit code
         self._numbers = itertools.count()
@@ -98,12 +99,17 @@ class Nursery:
             if not self._heard.wait_for(lambda: self._ready is not None, READY_S) or not self._ready:
                 return None
         number = next(self._numbers)
-        with self._turn, contextlib.suppress(OSError):
-            self._control.sendall(json.dumps({"number": number, **asdict(order)}).encode() + b"\n")
+        with self._heard:
+            self._asked.add(number)
+        try:
+            with self._turn, contextlib.suppress(OSError):
+                self._control.sendall(json.dumps({"number": number, **asdict(order)}).encode() + b"\n")
             with self._heard:
                 self._heard.wait_for(lambda: number in self._forked or not self._ready, FORK_S)
-                return self._forked.pop(number, None)
-        return None
+        finally:  # of an interrupt, too
+            with self._heard:
+                self._asked.discard(number)
+        return self._forked.pop(number, None)
 
     def wait(self, pid: int, given_up: Callable[[], bool]) -> int | None:
         """The exit code of what it has forked, once that has ended, minus a signal's number. None: the nursery has gone
@@ -127,6 +133,9 @@ class Nursery:
                         self._ready = said["ready"]
                     elif "number" in said:
                         self._forked[said["number"]] = said["pid"]
+                        if said["number"] not in self._asked:  # nobody would know that it is there
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(self._forked.pop(said["number"]), signal.SIGKILL)
                     else:
                         self._ended[said["pid"]] = said["code"]
                     self._heard.notify_all()

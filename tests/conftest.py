@@ -33,6 +33,7 @@ SMALL = ("mixtral", "qwen3", "llama_untied")
 # What `make long` runs beside the rest: continuous integration has two cores and 25 minutes
 LONG = (
     "test_74_random_bytes_to_every_port",
+    "test_six_gigabytes_are",
     "real_model_equals_the_unsharded_one[fsdp2-sdpa",
     "test_edits_of_the_real_model_give_the_unsharded_next_token[fsdp2]",
     "test_a_dead_rank_comes_back_alone[{'pp': 2}-1]",

@@ -74,6 +74,19 @@ def test_it_tells_how_they_ended(bred, tmp_path):
     assert bred.wait(bred.fork(order(tmp_path, "sleep")), lambda: True) is None, "who waits may give up"
 
 
+def test_what_comes_too_late_is_ended(bred, tmp_path, monkeypatch):
+    assert bred.wait(bred.fork(order(tmp_path, "exit")), never) == 7
+    monkeypatch.setattr("flexkernel.nursery.FORK_S", 0.0)
+    process = psutil.Process(bred.pid)
+    process.suspend()
+    assert bred.fork(order(tmp_path, "sleep")) is None, "who waits has given up"
+    process.resume()
+    end = time.monotonic() + 10
+    while not bred._ended and time.monotonic() < end:
+        time.sleep(0.02)
+    assert list(bred._ended.values()) == [-signal.SIGKILL] and not process.children()
+
+
 @pytest.mark.parametrize("why", ["threads", "fails"])
 def test_where_it_cannot_fork_it_says_so_and_goes(why, tmp_path):
     found = Nursery(MODULES, {**os.environ, "FLEX_ENV": "NURSLING", "NURSLING": why})

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -209,3 +210,35 @@ def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
     while file.parent.exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not file.parent.exists()
+
+
+@pytest.mark.engines(2)
+def test_six_gigabytes_are_foreseen_and_refused_or_on_disk(session, tiny, tmp_path):
+    """As the user says; the driver never holds more than it is asked for."""
+    session.load(tiny("llama_wide"), tp=2)
+    points = {"gate_proj": "output", "up_proj": "output", "act_fn": "output", "down_proj": "input"}
+    for name, at in points.items():
+        session.hook(f"model.layers.0.mlp.{name}", at=at)
+    rows = [[3 + (b + s) % 250 for s in range(4096)] for b in range(6)]
+    session.store.budget = 2 << 30
+    me = psutil.Process()
+    before = me.memory_info().rss
+    said = session.preview(rows)
+    assert said.num_bytes > 6e9 and not said.fits and "the session's budget is 2,147,483,648" in said.problem
+    begin = time.monotonic()
+    with pytest.raises(MemoryBudgetError, match=r"would keep 6,\d{3},\d{3},\d{3} bytes"):
+        session.run(rows)
+    assert time.monotonic() - begin < 5, "before the forward"
+
+    session.store.spill_to(tmp_path)
+    assert session.preview(rows).fits and session.preview(rows).on_disk
+    run = session.run(rows)
+    assert run.num_bytes > 6e9 and run.plan.slab.startswith("spill-") and len(run) == len(points) + 1
+    gate, up = run["model.layers.0.mlp.gate_proj"], run["model.layers.0.mlp.up_proj"]
+    product = torch.nn.functional.silu(gate[5, 4000:, 8000:8400]) * up[5, 4000:, 8000:8400]
+    torch.testing.assert_close(run["model.layers.0.mlp.down_proj"][5, 4000:, 8000:8400], product)
+    first = session.run(rows[:1])["model.layers.0.mlp.gate_proj"]
+    torch.testing.assert_close(gate[0, :, 7000:9400], first[0, :, 7000:9400], atol=1e-5, rtol=1e-5)
+    whole = gate.tensor()  # mapped, not read
+    assert whole.shape == (6, 4096, 16384)
+    assert me.memory_info().rss - before < 300e6
