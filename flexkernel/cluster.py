@@ -74,6 +74,7 @@ AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose 
 UNHEARD_S = tuple(30.0 * 2**i for i in range(12))  # calls without an answer, too: no message is sure to arrive
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
 PARTS_S = 5.0  # how often a call that lasts looks whether the controller has all its parts
+PARTING_S = 1.5  # what the parts of one that is stopped may end before it
 STARTS = 3  # how often one is begun whose controller does not get all its parts
 START_S = 120.0  # how long a new engine may take to be there
 QUEUE_S = 86400.0  # how long a job may wait for its turn before that
@@ -520,7 +521,8 @@ class IPyParallel(Cluster):
             name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""}, **again(self._groups))
         if self.reaper is not None:
             self.reaper.runs(how_to_end([self._cluster.engines[name]]))
-        new = arrived(self._client, self._cluster.engines[name], known, n, START_S)
+            self.reaper.watch(engines_of(self._cluster.engines[name]))
+        new = arrived(self._client, self._cluster, self._cluster.engines[name], known, n, START_S)
         if self.reaper is not None:
             self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
         return new
@@ -532,7 +534,13 @@ class IPyParallel(Cluster):
         ids = tuple(self.engines[rank] for rank in ranks)
         if ids not in self._views:
             self._views[ids] = self._client[list(ids) if len(ids) > 1 else ids[0]]  # a list of one answers with a list
-        return dict(zip(ranks, self._views[ids].apply_async(*function_and_args).split(), strict=True))
+        try:
+            sent = self._views[ids].apply_async(*function_and_args)
+        except (KeyError, IndexError):  # one has left since it was looked at
+            rank = next((rank for rank, alive in zip(ranks, self.alive(), strict=False) if not alive), ranks[0])
+            raise EngineDied(f"rank {rank}'s engine left as it was called: session.restart()", rank) from None
+        split = type(sent).split  # which the client keeps for ever, with the answers, if it may
+        return dict(zip(ranks, getattr(split, "__wrapped__", split)(sent), strict=True))
 
     def _caller(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> Send:
         """What sends these ranks the call, or some of them once more. EngineDied: some rank could not answer it."""
@@ -744,13 +752,17 @@ class IPyParallel(Cluster):
         if now < self._inspected + PARTS_S:
             return
         self._inspected = now
-        if lame(self._cluster):
-            if not self.owned or now < self._restored + 4 * PARTS_S:
-                raise ClusterError(
-                    "a part of the cluster's controller has ended, and with it a way to the engines: its log, "
-                    f"{self._cluster.controller.output_file}"
-                )
-            self._restore_controller()
+        if not lame(self._cluster):
+            return
+        time.sleep(PARTING_S)
+        if not lame(self._cluster):  # it was being stopped
+            return
+        if not self.owned or now < self._restored + 4 * PARTS_S:
+            raise ClusterError(
+                "a part of the cluster's controller has ended, and with it a way to the engines: its log, "
+                f"{self._cluster.controller.output_file}"
+            )
+        self._restore_controller()
 
     def _restore_controller(self) -> None:
         """A controller in the place of one that crashed."""
@@ -967,26 +979,28 @@ def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: f
     )
     reaper = None if keep else Reaper(cluster.cluster_id)
     breed(launcher)  # which is none of the cluster's own
-    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    before, client = {p.pid for p in psutil.Process().children(recursive=True)}, None
     try:
         with private_files():
             cluster.start_cluster_sync()
         if reaper is not None:
+            reaper.watch(engines_of(cluster.engine_set))
             reaper.runs(how_to_end(list(cluster.engines.values())))
         client = cluster.connect_client_sync()
-        arrived(client, cluster.engine_set, set(), n, timeout_s)
-        if lame(cluster):
-            raise Lame(f"a part of the controller has ended: its log, {cluster.controller.output_file}")
+        arrived(client, cluster, cluster.engine_set, set(), n, timeout_s)
+        found = IPyParallel(cluster, client, owned=True)
     except BaseException as error:
+        kind = Lame if isinstance(error, Lame) or lame(cluster) else ClusterError
+        if client is not None:
+            client.close()
         with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
             cluster.stop_cluster_sync()
         end_controllers(cluster)  # one that is ended before it is up leaves what it has begun
         if reaper is not None:
             reaper.leave()
         if isinstance(error, Exception):
-            raise (Lame if isinstance(error, Lame) else ClusterError)(f"{n} engines did not start: {error}") from error
+            raise kind(f"{n} engines did not start: {error}") from error
         raise
-    found = IPyParallel(cluster, client, owned=True)
     if reaper is not None:
         reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
         reaper.sweeps(slabs.place(found.folder))
@@ -994,12 +1008,21 @@ def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: f
     return found
 
 
-def arrived(client: Any, group: Any, known: set[int], n: int, timeout_s: float) -> list[int]:
+def engines_of(group: Any) -> list[psutil.Process]:
+    """The processes of an engine set that are on this machine, and there."""
+    return [one.process for one in launchers(group) if getattr(one, "process", None) is not None]
+
+
+def arrived(client: Any, cluster: Any, group: Any, known: set[int], n: int, timeout_s: float) -> list[int]:
     """The ids of this engine set's n engines, beside those known, once they are there. ClusterError: some have ended,
-    or were not there after timeout_s, from the beginning of their job if they are one."""
+    or were not there after timeout_s, from the beginning of their job if they are one. Lame: they may never come, or
+    could not be called."""
     queued = time.monotonic() + QUEUE_S
-    end = time.monotonic() + timeout_s
+    end, look = time.monotonic() + timeout_s, time.monotonic() + PARTS_S
     while len(new := sorted(set(client.ids) - known)) < n:
+        if time.monotonic() > look:
+            check_parts(cluster)
+            look = time.monotonic() + PARTS_S
         if in_queue(group) and time.monotonic() < queued:
             end = time.monotonic() + timeout_s
         logs = ended(group)
@@ -1008,6 +1031,7 @@ def arrived(client: Any, group: Any, known: set[int], n: int, timeout_s: float) 
             lines = [line for log in logs for line in tail(log, 20)]
             raise ClusterError("\n".join([f"{n - len(new)} of {n} new engines {why}", *lines]))
         time.sleep(0.05)
+    check_parts(cluster)
     return new
 
 
@@ -1030,7 +1054,8 @@ def attach(
         check_files(where)
         with quiet(), read_back():
             cluster = ipp.Cluster.from_file(**where)
-        if cluster.controller is None and cluster.cluster_id.startswith(KEPT) and living(cluster) and not read_only:
+        gone = lame(cluster) if cluster.controller is not None else living(cluster)
+        if gone and cluster.cluster_id.startswith(KEPT) and not read_only:
             restore_controller(cluster)
         if cluster.controller is None:
             raise ClusterError("its controller is not running any more")
@@ -1075,6 +1100,12 @@ def lame(cluster: Any) -> bool:
     with contextlib.suppress(psutil.Error):
         return process is not None and any(part.status() == psutil.STATUS_ZOMBIE for part in process.children())
     return False
+
+
+def check_parts(cluster: Any) -> None:
+    """Lame if the controller is."""
+    if lame(cluster):
+        raise Lame(f"a part of the controller has ended: its log, {cluster.controller.output_file}")
 
 
 def end_controllers(cluster: Any) -> None:

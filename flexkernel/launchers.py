@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from traitlets.config import Config
 from .environment import inherited
 from .errors import ClusterError
 from .nursery import Nursery, Order, nursery
+from .vitals import tail
 
 __all__ = [
     "KEPT",
@@ -150,16 +152,24 @@ class FlexEngineLauncher(LocalEngineLauncher):
 
     def start(self) -> None:
         environment, folder = inherited({**os.environ, **self.get_env()}), os.path.abspath(self.work_dir)
-        arguments, kept = self.args[len(self.engine_cmd) :], self.cluster_id.startswith(KEPT)
-        order = Order(PROGRAM, arguments, environment, folder, self.output_file, kept)
-        found = breed(FlexEngineSetLauncher)
-        pid = found.fork(order) if found is not None else None
+        arguments = self.args[len(self.engine_cmd) :]
+        stays = not getattr(getattr(self.parent, "parent", None), "shutdown_atexit", True)
+        order = Order(PROGRAM, arguments, environment, folder, self.output_file, stays)
+        found, pid = breed(FlexEngineSetLauncher), None
+        if found is not None and found.suits(environment) and self.engine_cmd == ENGINE:
+            pid = found.fork(order)
         if pid is None:
             super().start()
-        else:
+            return
+        try:
             self.pid, self.process, self._nursery = pid, psutil.Process(pid), found
             self.notify_start(pid)
             self._start_waiting()
+        except psutil.NoSuchProcess:
+            raise ClusterError("\n".join(["an engine ended as it began", *tail(Path(order.log), 20)])) from None
+        except KeyboardInterrupt:
+            os.kill(pid, signal.SIGKILL)  # nobody else knows of it yet
+            raise
 
     def _wait(self) -> None:
         if self._nursery is not None:

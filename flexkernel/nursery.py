@@ -33,12 +33,13 @@ from typing import Any
 
 from .environment import inherited
 
-__all__ = ["Nursery", "Order", "nursery"]
+__all__ = ["FORKED", "Nursery", "Order", "nursery"]
 
 READY_S = 120.0  # what the imports may take; then each engine makes its own
 FORK_S = 30.0
 GIVEN_UP_S = 30.0  # how often who waits for an end is asked whether he still does
 IDLE_S = 600.0
+FORKED = "flex-engine"  # the name of what was forked
 # What may differ between two engines of one nursery: nothing reads it while it is imported
 LATER = ("FLEX_", "IPP_", "TORCHINDUCTOR_")
 
@@ -79,8 +80,9 @@ class Nursery:
         self._turn = threading.Lock()
         self._heard = threading.Condition()
         self._ready: bool | None = None
+        self._forks = self.unfit = False  # it has been ready; it never was, and another would not be either
         self._asked: set[int] = set()  # the orders whose pids are waited for
-        self._forked: dict[int, int] = {}  # order → pid
+        self._forked: dict[int, int | None] = {}  # order → pid
         self._ended: dict[int, int] = {}  # pid → exit code
         self._numbers = itertools.count()
         threading.Thread(target=self._listen, name="flexkernel-nursery", daemon=True).start()
@@ -89,27 +91,35 @@ class Nursery:
     def pid(self) -> int:
         return self._process.pid
 
-    def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether it is there, and what it forks is as if it had been started with this environment."""
-        return self._process.poll() is None and self._ready is not False and same(self.environment, environment)
+    @property
+    def there(self) -> bool:
+        return self._process.poll() is None and self._ready is not False
+
+    def suits(self, environment: Mapping[str, str]) -> bool:
+        """Whether what it forks is as if it had been started with this environment."""
+        return same(self.environment, environment)
 
     def fork(self, order: Order) -> int | None:
         """The pid of a process that runs this. None: it cannot fork, and the process has to be started by itself."""
         with self._heard:
-            if not self._heard.wait_for(lambda: self._ready is not None, READY_S) or not self._ready:
+            if not self._heard.wait_for(lambda: self._ready is not None, READY_S):
+                self._process.kill()
+                self._ready = False
+            if not self._ready:
+                self.unfit |= not self._forks
                 return None
-        number = next(self._numbers)
-        with self._heard:
+            self._forks, number = True, next(self._numbers)
             self._asked.add(number)
         try:
             with self._turn, contextlib.suppress(OSError):
                 self._control.sendall(json.dumps({"number": number, **asdict(order)}).encode() + b"\n")
             with self._heard:
                 self._heard.wait_for(lambda: number in self._forked or not self._ready, FORK_S)
-        finally:  # of an interrupt, too
+                return self._forked.pop(number, None)
+        finally:
             with self._heard:
                 self._asked.discard(number)
-        return self._forked.pop(number, None)
+                _end(self._forked.pop(number, None))  # of an interrupt
 
     def wait(self, pid: int, given_up: Callable[[], bool]) -> int | None:
         """The exit code of what it has forked, once that has ended, minus a signal's number. None: the nursery has gone
@@ -125,24 +135,33 @@ class Nursery:
             self._control.sendall(b"{}\n")
 
     def _listen(self) -> None:
-        with contextlib.suppress(OSError), self._control.makefile("r") as lines:
-            for line in lines:
-                said = json.loads(line)
-                with self._heard:
-                    if "ready" in said:
-                        self._ready = said["ready"]
-                    elif "number" in said:
-                        self._forked[said["number"]] = said["pid"]
-                        if said["number"] not in self._asked:  # nobody would know that it is there
-                            with contextlib.suppress(ProcessLookupError):
-                                os.kill(self._forked.pop(said["number"]), signal.SIGKILL)
-                    else:
-                        self._ended[said["pid"]] = said["code"]
-                    self._heard.notify_all()
-        with self._heard:
-            self._ready = False
-            self._heard.notify_all()
+        try:
+            with contextlib.suppress(OSError), self._control.makefile("r") as lines:
+                for line in lines:
+                    with self._heard:
+                        self._note(json.loads(line))
+                        self._heard.notify_all()
+        finally:
+            with self._heard:
+                self._ready = False
+                self._heard.notify_all()
         self._process.wait()
+
+    def _note(self, said: dict[str, Any]) -> None:
+        if "ready" in said:
+            self._ready = said["ready"]
+        elif "number" not in said:
+            self._ended[said["pid"]] = said["code"]
+        elif said["number"] in self._asked:
+            self._forked[said["number"]] = said["pid"]
+        else:  # nobody would know that it is there
+            _end(said["pid"])
+
+
+def _end(pid: int | None) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -156,15 +175,19 @@ _nursery: Nursery | None = None
 
 
 def nursery(modules: Sequence[str], environment: Mapping[str, str]) -> Nursery | None:
-    """This driver's, begun if there is none for that environment. None: this system's processes cannot be forked."""
+    """This driver's, begun if there is none for that environment. None: processes cannot be forked here."""
     global _nursery
     if sys.platform != "linux":  # elsewhere the system's own libraries forbid it
         return None
     if _nursery is not None and _nursery.driver != os.getpid():  # that of the process that this one was forked from
         _nursery = None
-    if _nursery is None or not _nursery.serves(environment):
+    if _nursery is None or not _nursery.suits(environment):
         if _nursery is not None:
             _nursery.retire()
+        _nursery = Nursery(modules, environment)
+    elif _nursery.unfit:
+        return None
+    elif not _nursery.there:
         _nursery = Nursery(modules, environment)
     return _nursery
 
@@ -227,7 +250,10 @@ def serve(control: socket.socket) -> Order | None:
     selector.register(alarm, selectors.EVENT_READ)
     while children or time.monotonic() < idle_since + idle_s:
         for key, _ in selector.select(idle_s or None):
-            news = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+            try:
+                news = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+            except ConnectionError:  # it was killed before it had read all that it was told
+                news = b""
             if key.fileobj is alarm:
                 for pid, code in ended():
                     children.pop(pid, None)
@@ -245,7 +271,11 @@ def serve(control: socket.socket) -> Order | None:
                     idle_s = 0.0
                     continue
                 number, order = asked.pop("number"), Order(**asked)
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except OSError:  # for want of memory or processes
+                    tell(control, number=number, pid=None)
+                    continue
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -260,7 +290,7 @@ def serve(control: socket.socket) -> Order | None:
 
 def tell(control: socket.socket, **what: Any) -> None:
     control.setblocking(True)
-    with contextlib.suppress(BrokenPipeError):  # the driver has gone, which is met next
+    with contextlib.suppress(ConnectionError):  # the driver has gone, which is met next
         control.sendall(json.dumps(what).encode() + b"\n")
     control.setblocking(False)
 
@@ -278,12 +308,12 @@ def become(order: Order) -> None:
     """Be the process that was ordered, in a session of its own, as if it had been started."""
     os.setsid()
     os.chdir(order.folder)
-    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text("flex-engine")  # what tools show beside the command, which is the nursery's
+        Path("/proc/self/comm").write_text(FORKED)  # what tools show beside the command, which is the nursery's
     os.environ.clear()
     os.environ.update(order.environment)
     if "numpy" in sys.modules:  # `random` does it by itself

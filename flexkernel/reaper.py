@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from .nursery import FORKED
 from .vitals import born
 
 __all__ = ["Reaper", "end"]
@@ -102,9 +103,16 @@ def members(cluster_id: str) -> list[tuple[int, float]]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("IPP_CLUSTER_ID") == cluster_id and process.status() != psutil.STATUS_ZOMBIE:
+            if bears(process, cluster_id) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append((process.pid, born(process.pid)))
     return found
+
+
+def bears(process: psutil.Process, cluster_id: str) -> bool:
+    """Whether it was started for that cluster: its environment says so, or of one that was forked its log."""
+    if process.environ().get("IPP_CLUSTER_ID") == cluster_id:
+        return True
+    return process.name() == FORKED and any(f"-{cluster_id}-" in Path(file.path).name for file in process.open_files())
 
 
 def said(words: Iterable[str], kind: str) -> list[str]:

@@ -42,7 +42,8 @@ IDS = chaos.IDS
 TIMEOUT_S = 2.0  # of the sessions while faults are made
 PROMPT_S = 2.0  # bounds: until the error
 AGAIN_S = 2.0  # until the next run has worked, where no process has ended
-REPLACED_S = 15.0  # and where a new one starts: nearly all of that is importing torch and transformers
+REPLACED_S = 5.0  # and where a new one starts: it is forked, and taken in at the second beat of the controller
+STARTED_S = 15.0  # where a whole cluster does, by a process that has imported nothing yet
 SILENT_S = TIMEOUT_S + 27.0  # until an engine that answers nothing any more is given up
 FACTOR = 5  # how far a machine that is busy with other things may be beyond a bound
 MORE_FDS, MORE_THREADS = 6, 3  # what may come and go by itself: connections are made when they are first needed
@@ -726,7 +727,7 @@ FAULTS = [
     Fault("17", "the kernel of a kept cluster restarts", alone=kernel_restarts, raises=None, usable_s=2.0, times=1),
     Fault("18", "a second notebook attaches", second_notebook, raises=errors.ClusterError, says="another notebook has"),
     Fault("19", "the controller is killed", controller_dies, raises=None, usable_s=5.0),
-    Fault("20", "the driver is killed", alone=driver_goes, error_s=6.0, usable_s=REPLACED_S, times=1),
+    Fault("20", "the driver is killed", alone=driver_goes, error_s=6.0, usable_s=STARTED_S, times=1),
     Fault("21", "the network between ranks goes", broken_off, says="lost the connections between them"),
     Fault(
         "22",
@@ -735,7 +736,7 @@ FAULTS = [
         says="SIGKILL",
         **(ENDS_1 | {"rank": 0, "ends": (0,)}),
     ),
-    Fault("23", "a file of a cluster that is gone", alone=stale_file, usable_s=REPLACED_S, times=1),
+    Fault("23", "a file of a cluster that is gone", alone=stale_file, usable_s=STARTED_S, times=1),
     Fault("24", "the disk is full while captures, modules and hooks are saved", disk_full, raises=errors.FlexError),
     Fault("25", "half of a file of modules or hooks", half_written, raises=errors.FlexError),
     Fault("26", "memory for slabs runs out", alone=slabs_full, times=1),

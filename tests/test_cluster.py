@@ -189,7 +189,9 @@ def started_for(prefix: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("IPP_CLUSTER_ID", "").startswith(prefix):
+            if process.environ().get("IPP_CLUSTER_ID", "").startswith(prefix) or (
+                process.name() == "flex-engine" and any(f"-{prefix}" in file.path for file in process.open_files())
+            ):
                 found.append(process)
     return found
 

@@ -102,7 +102,10 @@ def known(model: torch.nn.Module, source: Source, config: Any, dtype: str) -> Sc
     """The model's scan, made once for each class, config and dtype; a user's own model may depend on anything."""
     if source.builder is not None:
         return scanned(model, source.forward)
-    key = type(model), config.to_json_string(use_diff=False), dtype, source.forward
+    try:
+        key = type(model), config.to_json_string(use_diff=False), dtype, source.forward
+    except TypeError:  # a config that is no JSON
+        return scanned(model, source.forward)
     found = _scans.pop(key, None) or scanned(model, source.forward)
     _scans[key] = found
     while len(_scans) > NUM_SCANS:

@@ -94,12 +94,12 @@ def drop_all(runtime: Any) -> None:
 
 
 def let_go(runtime: Any) -> None:
-    """Forget the model, if there is one, so that its memory is free."""
-    if runtime.model is not None:
+    """Forget the model, if there is one or was to be one, so that its memory is free."""
+    if runtime.source is not None:
         from .compat import forget_meshes
 
         forget_meshes()
-        runtime.model = runtime.info = runtime.hooks = runtime.caller = None
+        runtime.model = runtime.info = runtime.hooks = runtime.caller = runtime.source = None
         gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
         torch.cuda.empty_cache()  # nothing where there is no GPU
 
