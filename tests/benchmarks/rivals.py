@@ -9,7 +9,7 @@ import torch
 
 from . import opponents, ranks
 from .lab import Lab
-from .reads import milliseconds, ratio
+from .reads import TURNS, milliseconds, ratio
 from .timing import Figure, in_turns, of
 
 __all__ = ["one_process"]
@@ -54,7 +54,7 @@ def one_process(lab: Lab) -> list[Figure]:
     session.hook(LAYERS)
     traced = nnsight_of(runtime.model, batch, num_layers, seen)
     ways = {"bare": forward, "ours": ours, "torch hooks": hooked}
-    times = in_turns({**ways, "output_hidden_states": hidden_states, "nnsight": traced}, lab.repeats)
+    times = in_turns({**ways, "output_hidden_states": hidden_states, "nnsight": traced}, TURNS * lab.repeats)
     check(seen, num_layers)
     names = ("ours", "torch hooks", "output_hidden_states", "nnsight")
     return [
