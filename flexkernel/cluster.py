@@ -216,12 +216,16 @@ class Cluster:
         self.device, self.broken = device, False
         self.generation += 1
         where: tuple = ()
-        if self.size > 1:
-            # on all ranks, though one opens it: they import what takes seconds at the same time
-            at = (self.folder, self.generation, "127.0.0.1")
-            store = self.call("open_store", each=[(rank == 0, *at) for rank in range(self.size)])[0]
-            where = (*store, self.timeout_s)
-        self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
+        try:
+            if self.size > 1:
+                # on all ranks, though one opens it: they import what takes seconds at the same time
+                at = (self.folder, self.generation, "127.0.0.1")
+                store = self.call("open_store", each=[(rank == 0, *at) for rank in range(self.size)])[0]
+                where = (*store, self.timeout_s)
+            self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
+        except BaseException:  # an interrupt may meet a rank that has its new groups already, and break those
+            self.broken = True
+            raise
         self.seated = True
 
     def seats(self) -> list[Seat]:
