@@ -970,6 +970,7 @@ class Lame(ClusterError):
 
 
 def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: float) -> IPyParallel:
+    """One try of start(). Lame: another may do."""
     launcher, config = launcher_for(engines)
     cluster = ipp.Cluster(
         n=n,

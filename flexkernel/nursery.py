@@ -230,10 +230,16 @@ def unfit() -> str:
     num_threads = len(os.listdir("/proc/self/task"))
     if num_threads > 1:
         return f"{num_threads} threads"
-    with contextlib.suppress(OSError):
-        files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir()]
-        return next((f"{file} is open" for file in files if file.startswith("/dev/nvidia")), "")
-    return ""
+    return next((f"{file} is open" for file in opened() if file.startswith("/dev/nvidia")), "")
+
+
+def opened() -> list[str]:
+    """The files that this process has open."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the look itself has gone already
+            found.append(os.readlink(path))
+    return found
 
 
 def serve(control: socket.socket) -> Order | None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flexkernel import launchers
-from flexkernel.nursery import Nursery, Order, nursery
+from flexkernel.nursery import Nursery, Order, nursery, opened, unfit
 from flexkernel.vitals import exit_code
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no nursery")
@@ -64,6 +64,14 @@ def test_what_it_forks_is_as_if_it_had_been_started(bred, tmp_path):
     assert "socket" not in said[0]["files"] and {"/dev/null", orders[0].log} <= set(said[0]["files"])
     assert said[0]["drawn"] != said[1]["drawn"], "each draws its own random numbers"
     assert Path(orders[0].log).stat().st_mode & 0o077 == 0
+
+
+def test_it_sees_what_it_has_open(tmp_path, monkeypatch):
+    with (tmp_path / "here").open("w"):
+        assert str(tmp_path / "here") in opened()
+    monkeypatch.setattr("os.listdir", lambda path: ["one thread"])
+    monkeypatch.setattr("flexkernel.nursery.opened", lambda: ["/dev/null", "/dev/nvidiactl"])
+    assert unfit() == "/dev/nvidiactl is open"
 
 
 def test_it_tells_how_they_ended(bred, tmp_path):
