@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from . import errors, reduce
+from flexkernel.memory.slabs import Entry, Slab, left_of, pages, size_of
+
+from . import errors
 from .errors import CaptureError, CaptureExpired, PlacementError
 from .files import whole_file
-from .slabs import Entry, Slab, left_of, pages, size_of
+from .memory import reduce
 from .wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
 __all__ = ["Capture", "Home", "Reduced", "draw"]

@@ -29,7 +29,9 @@ import numpy as np
 import psutil
 import torch
 
-from . import engine, errors, slabs
+from flexkernel.memory.pulse import Pulse
+
+from . import engine, errors
 from .errors import ClusterError, EngineDied, EngineError, LoadError
 from .interrupts import Held
 from .launchers import (
@@ -47,9 +49,9 @@ from .launchers import (
     launchers,
     read_back,
 )
+from .memory import slabs
 from .privacy import check_encrypted, check_private
 from .promises import How
-from .pulse import Pulse
 from .reaper import Reaper
 from .vitals import Vitals, born, exit_code, tail
 from .wire import ErrorReport, Heritage, Owner, RunReport, Seat

@@ -21,13 +21,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flexkernel.memory.slabs import Entry, Rows, row_dims
+
 from .capture import Capture
 from .errors import CaptureError, HookError
 from .hooks import spec_of
 from .names import nearest
 from .prompts import Batch
 from .run import Run
-from .slabs import Entry, Rows, row_dims
 from .wire import Box, HookSpec
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from flexkernel.memory.slabs import Extent, Slab, on_disk
+
 from .errors import CaptureExpired, ClusterError
 from .run import Run, Store
-from .slabs import Extent, Slab, on_disk
 from .wire import Region
 
 __all__ = ["OthersStore"]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexkernel.memory.slabs import size_of
+
 from .capture import Capture, ranks_text
 from .errors import EditError, HookError, PlacementError
 from .names import nearest
-from .slabs import size_of
 from .wire import Blob, Box, CaptureKey, Held, ModelInfo, Region, Seen, SlabValue, boxes
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexkernel.memory.slabs import Entry, Plan
+
 from .run import costliest
-from .slabs import Entry, Plan
 from .wire import Layout, ModelInfo, ModuleInfo, share
 
 if TYPE_CHECKING:

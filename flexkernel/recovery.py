@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from flexkernel.memory.slabs import Planner
+
 from .cluster import Cluster, chosen
 from .run import Store
-from .slabs import Planner
 from .wire import EditSpec, Heritage, HookSet, ModelInfo, Source
 
 __all__ = ["Recovery"]

@@ -19,14 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from .capture import Capture, Reduced, differing
-from .errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
-from .generation import Stream, generated
-from .interrupts import Held
-from .names import match, nearest
-from .prompts import Batch, texts, token_strings
-from .reduce import result_dtype
-from .slabs import (
+from flexkernel.memory.reduce import result_dtype
+from flexkernel.memory.slabs import (
     PAGE,
     SLAB_BYTES,
     Entry,
@@ -45,6 +39,13 @@ from .slabs import (
     place,
     position_dim,
 )
+
+from .capture import Capture, Reduced, differing
+from .errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
+from .generation import Stream, generated
+from .interrupts import Held
+from .names import match, nearest
+from .prompts import Batch, texts, token_strings
 from .spill import Spill
 from .wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
@@ -424,7 +425,7 @@ class Store:
     def client(self, host: str) -> Any:
         """Who asks another host for its slabs: its first engine serves them from a thread."""
         if host not in self._clients:
-            from .channel import Client
+            from flexkernel.memory.channel import Client
 
             token = secrets.token_hex(16)
             address, token = self._cluster.call("serve", token, "127.0.0.1", ranks=[self.hosts.index(host)])[0]

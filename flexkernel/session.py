@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from . import cluster as clusters
-from . import generation, model, parameters, prompts, slabs
+from . import generation, model, parameters, prompts
 from .capture import Capture
 from .errors import CaptureError, HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
+from .memory import slabs
 from .others import OthersStore
 from .recovery import Recovery
 from .run import Run, Store

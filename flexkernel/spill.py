@@ -10,9 +10,10 @@ import secrets
 from pathlib import Path
 from typing import IO, Any
 
-from . import slabs
+from flexkernel.memory.slabs import SPILLED, Extent, pages
+
 from .errors import CaptureError, EngineError, MemoryBudgetError
-from .slabs import SPILLED, Extent, pages
+from .memory import slabs
 
 __all__ = ["Spill"]
 

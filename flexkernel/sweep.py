@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flexkernel.memory.slabs import Planner
+
 from .capture import Capture, draw
 from .errors import CaptureError, HookError
 from .prompts import Batch
 from .run import Run
-from .slabs import Planner
 
 if TYPE_CHECKING:
     from .session import Session

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexkernel.memory.drift import drift, real_part
+from flexkernel.memory.slabs import Entry, Extent, Plan
+
 from . import parameters
 from .capture import Capture
-from .drift import drift, real_part
 from .errors import HookError, LoadError, PlacementError, PromptError
 from .run import Run, Store
-from .slabs import Entry, Extent, Plan
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, Seen, Unsharded
 
 if TYPE_CHECKING:

@@ -31,9 +31,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import flexkernel as fk
-from flexkernel import channel, hookfile, magics
+from flexkernel import hookfile, magics
 from flexkernel.engine import checkpoint
 from flexkernel.errors import FlexError, HookError, LoadError
+from flexkernel.memory import channel
 from flexkernel.names import match, nearest, select
 from flexkernel.wire import Region
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flexkernel.capture import Capture
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
-from flexkernel.slabs import PAGE, Pool, Slab, pages
+from flexkernel.memory.slabs import PAGE, Pool, Slab, pages
 from flexkernel.wire import Box, CaptureKey, Region, Seen
 
 KEY = CaptureKey("m", "m")

@@ -19,9 +19,9 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexkernel import channel, reduce
-from flexkernel.channel import CHUNK_BYTES, DTYPES, Client, Server
 from flexkernel.errors import CaptureError, ClusterError, FlexError
+from flexkernel.memory import channel, reduce
+from flexkernel.memory.channel import CHUNK_BYTES, DTYPES, Client, Server
 from flexkernel.wire import Region
 
 TOKEN = "a-token"
@@ -492,7 +492,7 @@ def test_a_read_goes_on_after_the_server_came_back(folder):
 def test_the_server_answers_while_the_main_thread_computes(folder, server):
     region = put(folder, torch.ones(65536), "busy.slab")
     script = (
-        "import sys, torch; from flexkernel.channel import Client; from flexkernel.wire import Region;"
+        "import sys, torch; from flexkernel.memory.channel import Client; from flexkernel.wire import Region;"
         "c = Client(sys.argv[1], sys.argv[2], timeout_s=10);"
         "print(sum(c.slice(Region('busy.slab', 0, (65536,), 'float32'), slice(None)).sum().item() for _ in range(20)))"
     )
@@ -550,7 +550,7 @@ def test_a_closed_client_says_so(server):
 @pytest.mark.slow
 def test_a_process_that_closes_nothing_still_ends(folder):
     script = (
-        "import sys; from flexkernel.channel import Client, Server; from flexkernel.wire import Region;"
+        "import sys; from flexkernel.memory.channel import Client, Server; from flexkernel.wire import Region;"
         "s = Server(sys.argv[1], 't'); c = Client(s.address, 't');"
         "print(c.read(Region('end.slab', 0, (3,), 'float32')).sum().item())"
     )

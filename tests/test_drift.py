@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from flexkernel.drift import drift, real_part
+from flexkernel.memory.drift import drift, real_part
 from flexkernel.wire import ShapeFormula
 
 MASK = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()

@@ -21,7 +21,6 @@ from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import flexkernel as fk
-from flexkernel import slabs
 from flexkernel.errors import (
     CaptureError,
     EditError,
@@ -33,6 +32,7 @@ from flexkernel.errors import (
     PromptError,
 )
 from flexkernel.generation import Detokenizer, generated
+from flexkernel.memory import slabs
 from flexkernel.run import Store
 from flexkernel.wire import RunReport
 

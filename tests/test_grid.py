@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexkernel import reduce
+from flexkernel.memory import reduce
 from flexkernel.widgets.grid import Grid, exact, ticks_in, visible
 
 

@@ -13,7 +13,7 @@ import torch
 from test_edits import CASES, MASK, ROWS, TOLERANCE
 
 import flexkernel as fk
-from flexkernel import reduce
+from flexkernel.memory import reduce
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 NAMES = ["model.layers.0.mlp.gate_proj", "model.layers.3.mlp", "model.layers.1.self_attn.@pattern"]

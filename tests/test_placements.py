@@ -19,7 +19,7 @@ from flexkernel.engine.digest import digest
 from flexkernel.engine.hooks import Recording, failed
 from flexkernel.engine.placements import Declared, Place, Placer, chunk, parse, shared_part
 from flexkernel.errors import HookError, PlacementError
-from flexkernel.slabs import PAGE, Entry, Plan, Slab, pages, size_of
+from flexkernel.memory.slabs import PAGE, Entry, Plan, Slab, pages, size_of
 from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula, share
 
 TERMS = ("", "B", "S", "B*S", "P+S")

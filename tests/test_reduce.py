@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexkernel import reduce
+from flexkernel.memory import reduce
 
 SHAPE = (5, 7, 24)
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from flexkernel.errors import CaptureError, CaptureExpired, EngineError, MemoryBudgetError, PlacementError
+from flexkernel.memory.slabs import PAGE
 from flexkernel.run import Run, Store, described
-from flexkernel.slabs import PAGE
 from flexkernel.wire import CaptureKey, Region, RunPlan, Seen
 
 IDS = [[5, 6, 7, 8]]
@@ -388,7 +388,7 @@ def test_loading_again_leaves_no_slab_behind(session, tiny):
 
 def test_a_slab_that_does_not_fit_does_not_end_the_session(session, tiny, monkeypatch):
     """The pool must not offer it again."""
-    from flexkernel import slabs
+    from flexkernel.memory import slabs
 
     session.load(tiny("llama"))
     allocate = slabs.allocate

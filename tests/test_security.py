@@ -23,9 +23,10 @@ import zmq
 from torch import nn
 
 import flexkernel as fk
-from flexkernel import channel, prompts, slabs
+from flexkernel import prompts
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
 from flexkernel.magics import as_html
+from flexkernel.memory import channel, slabs
 
 two = pytest.mark.engines(2)
 root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another user takes root")

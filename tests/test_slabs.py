@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexkernel import slabs
 from flexkernel.errors import CaptureError, CaptureExpired, HookError
-from flexkernel.slabs import PAGE, Planner, Pool, Slab, first_gap, pages, size_of
+from flexkernel.memory import slabs
+from flexkernel.memory.slabs import PAGE, Planner, Pool, Slab, first_gap, pages, size_of
 from flexkernel.wire import CaptureKey, HookSpec, Layout, ModelInfo, ModuleInfo, Region, ShapeFormula
 
 WIDTH = 8

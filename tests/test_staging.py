@@ -17,7 +17,7 @@ from flexkernel.engine.digest import digest, digest_in_flight, joined_digest, la
 from flexkernel.engine.hooks import Recording
 from flexkernel.engine.staging import Copies, Lane, Staged, copies_from
 from flexkernel.errors import FlexError
-from flexkernel.slabs import Plan, Slab
+from flexkernel.memory.slabs import Plan, Slab
 from flexkernel.wire import CaptureKey, Region, Seen
 
 IDS = [[5, 6, 7, 8, 9], [3, 4, 5, 6, 2]]

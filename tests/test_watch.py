@@ -13,7 +13,7 @@ import watched
 
 import flexkernel as fk
 from flexkernel.engine import watch
-from flexkernel.pulse import Pulse
+from flexkernel.memory.pulse import Pulse
 
 IDS = [[5, 6, 7, 8, 9]]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from ..vitals import born
-from ..wire import ErrorReport, Owner
+from flexkernel.vitals import born
+from flexkernel.wire import ErrorReport, Owner
 
 __all__ = ["READS", "answer", "call", "open_runtime"]
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from ..errors import HookError, LossError
-from ..slabs import PAGE, Entry, Slab, pages, size_of
-from ..wire import CaptureKey, Region, RunPlan
+from flexkernel.errors import HookError, LossError
+from flexkernel.memory.slabs import PAGE, Entry, Slab, pages, size_of
+from flexkernel.wire import CaptureKey, Region, RunPlan
+
 from .compat import stage_edges, without_gradient_sync
 from .confine import set_back
 from .gather import BOX, OtherRankFailed, box_of, boxed, fetched, gathered, header, numbers_of, post, receive, send

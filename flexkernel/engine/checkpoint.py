@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import LoadError
+from flexkernel.errors import LoadError
 
 __all__ = ["check_files"]
 

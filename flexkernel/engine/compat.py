@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from transformers.distributed.utils import initialize_distributed_mesh
 
-from ..wire import Layout
+from flexkernel.wire import Layout
 
 __all__ = [
     "StageCache",

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..slabs import Rows, row_dims
-from ..wire import Box
+from flexkernel.memory.slabs import Rows, row_dims
+from flexkernel.wire import Box
+
 from .memory import open_slab
 from .placements import narrowed
 

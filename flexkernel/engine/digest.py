@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..wire import Seen
+from flexkernel.wire import Seen
 
 __all__ = ["digest", "digest_in_flight", "joined_digest", "landed"]
 

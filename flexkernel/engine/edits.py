@@ -14,9 +14,22 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from ..errors import EditError, HookError, PlacementError
-from ..slabs import Slab, check_positions, position_dim
-from ..wire import EDITED, Blob, Box, CaptureKey, EditSpec, HookSpec, ModelInfo, RunPlan, Seen, ShapeFormula, SlabValue
+from flexkernel.errors import EditError, HookError, PlacementError
+from flexkernel.memory.slabs import Slab, check_positions, position_dim
+from flexkernel.wire import (
+    EDITED,
+    Blob,
+    Box,
+    CaptureKey,
+    EditSpec,
+    HookSpec,
+    ModelInfo,
+    RunPlan,
+    Seen,
+    ShapeFormula,
+    SlabValue,
+)
+
 from .autograd import differentiable
 from .confine import Drawn, confined
 from .digest import digest, joined_digest

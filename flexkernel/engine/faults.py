@@ -22,7 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..errors import HookError
+from flexkernel.errors import HookError
 
 __all__ = ["FAULT", "KINDS", "Breaker", "fault"]
 

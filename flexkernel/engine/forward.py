@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, FlexError, HookError, LoadError, PlacementError
-from ..slabs import Plan, Slab
-from ..wire import ErrorReport, HookSpec, RunPlan, RunReport, share
+from flexkernel.errors import EngineError, FlexError, HookError, LoadError, PlacementError
+from flexkernel.memory.slabs import Plan, Slab
+from flexkernel.wire import ErrorReport, HookSpec, RunPlan, RunReport, share
+
 from . import generate, train
 from .autograd import Tape, backward, graph_of, trainable
 from .compat import in_fsdp1

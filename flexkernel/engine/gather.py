@@ -15,9 +15,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import EditError, EngineError
-from ..slabs import PAGE, Slab, pages, size_of
-from ..wire import Box, Layout, Region
+from flexkernel.errors import EditError, EngineError
+from flexkernel.memory.slabs import PAGE, Slab, pages, size_of
+from flexkernel.wire import Box, Layout, Region
+
 from .compat import all_gather_single, stage_peer
 from .placements import narrowed, pieces
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial
 
-from .. import reduce
-from ..errors import CaptureError, GenerationError, PlacementError
-from ..slabs import Entry, kept_columns, left_of, position_dim
-from ..wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
+from flexkernel.errors import CaptureError, GenerationError, PlacementError
+from flexkernel.memory import reduce
+from flexkernel.memory.slabs import Entry, kept_columns, left_of, position_dim
+from flexkernel.wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
+
 from .compat import StageCache, as_written
 from .digest import joined_digest
 from .hooks import Recording, failed, joined, mask_of

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ..errors import CaptureError, PlacementError
-from ..wire import Box, CaptureKey, HookSpec, Seen
+from flexkernel.errors import CaptureError, PlacementError
+from flexkernel.wire import Box, CaptureKey, HookSpec, Seen
+
 from .digest import digest
 from .gather import put_together, receive, send, wait
 from .parameters import owner_of, placed

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from .. import reduce
-from ..errors import HookError, PlacementError
-from ..slabs import Entry, Plan, Slab, left, left_of, logits_path, position_dim, size_of
-from ..wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
+from flexkernel.errors import HookError, PlacementError
+from flexkernel.memory import reduce
+from flexkernel.memory.slabs import Entry, Plan, Slab, left, left_of, logits_path, position_dim, size_of
+from flexkernel.wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
+
 from . import attention
 from .autograd import Tape, watched
 from .compat import waited

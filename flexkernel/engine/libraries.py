@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ..errors import PlacementError
+from flexkernel.errors import PlacementError
 
 __all__ = ["Known", "known", "weight_placement"]
 

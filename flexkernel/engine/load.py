@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from .. import slabs
-from ..errors import LayoutError, LoadError
-from ..names import select
-from ..wire import Layout, ModelInfo, ModuleInfo, Source
+from flexkernel.errors import LayoutError, LoadError
+from flexkernel.memory import slabs
+from flexkernel.names import select
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
+
 from .checkpoint import check_files
 from .compat import distributed_config, is_placeholder, loading_under, meshes_on, sum_gradients, tp_styles
 from .mapped import copied_out

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from ..slabs import PAGE, Slab, claim, on_disk, pages, write_out
-from ..wire import RunPlan
+from flexkernel.memory.slabs import PAGE, Slab, claim, on_disk, pages, write_out
+from flexkernel.wire import RunPlan
 
 __all__ = [
     "drop_all",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import LoadError
+from flexkernel.errors import LoadError
+
 from .compat import own_modules
 
 __all__ = ["modules_of", "renamed"]

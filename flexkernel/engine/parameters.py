@@ -15,19 +15,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..errors import HookError, PlacementError
-from ..names import match, nearest
-from ..wire import Blob, Box, Held, Region, Seen, SlabValue
-from .compat import (
-    flat_local,
-    flat_shape,
-    is_placeholder,
-    is_split,
-    reshard,
-    split_factor,
-    split_index,
-    unflattened,
-)
+from flexkernel.errors import HookError, PlacementError
+from flexkernel.names import match, nearest
+from flexkernel.wire import Blob, Box, Held, Region, Seen, SlabValue
+
+from .compat import flat_local, flat_shape, is_placeholder, is_split, reshard, split_factor, split_index, unflattened
 from .digest import digest
 from .libraries import weight_placement
 from .memory import open_slab

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..errors import PlacementError
-from ..names import match
-from ..wire import Box, Layout, ShapeFormula, boxes, share
+from flexkernel.errors import PlacementError
+from flexkernel.names import match
+from flexkernel.wire import Box, Layout, ShapeFormula, boxes, share
+
 from .compat import waited
 from .libraries import Known, known
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import LoadError
-from ..wire import Heritage, Seat
+from flexkernel.errors import LoadError
+from flexkernel.wire import Heritage, Seat
+
 from .compat import (
     alone,
     fix_cached_groups,

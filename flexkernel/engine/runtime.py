@@ -16,21 +16,10 @@ from typing import Any
 import torch
 
 import flexkernel
+from flexkernel.memory import slabs
+from flexkernel.memory.pulse import Pulse
+from flexkernel.wire import EditSpec, HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, RunPlan, RunReport, Seat, Source
 
-from .. import slabs
-from ..pulse import Pulse
-from ..wire import (
-    EditSpec,
-    HookSet,
-    HookSpec,
-    Layout,
-    ModelInfo,
-    ModuleInfo,
-    RunPlan,
-    RunReport,
-    Seat,
-    Source,
-)
 from .faults import Breaker
 from .memory import drop_all, freeze_imports, let_go
 from .watch import Watch
@@ -152,7 +141,7 @@ class Runtime:
 
     def serve(self, token: str, interface: str) -> tuple[str, str]:
         """Serve this host's slabs to a driver on another host: (address, token). On a host's first engine."""
-        from ..channel import Server
+        from flexkernel.memory.channel import Server
 
         assert self.run_folder is not None
         if self.server is None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ..wire import ShapeFormula
+from flexkernel.wire import ShapeFormula
+
 from . import attention
 from .calling import Caller
 from .leaves import inputs, leaves

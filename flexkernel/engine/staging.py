@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ..slabs import Slab, on_disk
+from flexkernel.memory.slabs import Slab, on_disk
+
 from .digest import digest, digest_in_flight
 
 __all__ = ["Copies", "Lane", "Staged", "copies_from"]

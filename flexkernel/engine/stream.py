@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from ..errors import LoadError
+from flexkernel.errors import LoadError
+
 from .compat import fill_buffers
 from .scan import read_config
 

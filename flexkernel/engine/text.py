@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..wire import RunPlan
+from flexkernel.wire import RunPlan
 
 __all__ = ["Text"]
 

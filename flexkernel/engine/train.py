@@ -17,8 +17,9 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch.distributed.tensor import DTensor
 
-from ..errors import HookError, LossError
-from ..wire import RunPlan, Training
+from flexkernel.errors import HookError, LossError
+from flexkernel.wire import RunPlan, Training
+
 from .autograd import trainable
 from .digest import digest
 from .gather import header, wait

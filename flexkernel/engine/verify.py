@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import torch
 
-from ..drift import drift, real_part
-from ..errors import LoadError, MemoryBudgetError
-from ..slabs import Entry, Plan
-from ..wire import HookSpec, Layout, Region, Unsharded
+from flexkernel.errors import LoadError, MemoryBudgetError
+from flexkernel.memory.drift import drift, real_part
+from flexkernel.memory.slabs import Entry, Plan
+from flexkernel.wire import HookSpec, Layout, Region, Unsharded
+
 from . import attention
 from .calling import Caller
 from .forward import open_slab

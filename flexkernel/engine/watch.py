@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..pulse import Pulse
+from flexkernel.memory.pulse import Pulse
 
 __all__ = ["Stall", "Watch"]
 

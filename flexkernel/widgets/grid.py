@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import reduce
+from flexkernel.memory import reduce
+
 from . import png
 
 __all__ = ["Grid", "Span", "exact", "ticks_in", "visible"]

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import traitlets
 
-from .. import reduce
-from ..errors import CaptureExpired
+from flexkernel.errors import CaptureExpired
+from flexkernel.memory import reduce
+
 from . import png
 from .grid import Grid, Span, exact
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .wire import REDUCTIONS
+from flexkernel.wire import REDUCTIONS
 
 __all__ = [
     "HOWS",

@@ -27,11 +27,12 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from flexkernel.errors import CaptureError, ClusterError, FlexError, named
+from flexkernel.wire import Region
+
 from . import reduce
-from .errors import CaptureError, ClusterError, FlexError, named
 from .reduce import Histogram
 from .slabs import on_disk
-from .wire import Region
 
 __all__ = ["Client", "Server", "new_keys"]
 
@@ -493,12 +494,12 @@ class Client:
         return whole
 
     def reduce(self, region: Region, name: str, dims: int | Sequence[int] | None = None, keepdim: bool = False, **more):
-        """flexkernel.reduce.partial(name, region, dims, keepdim, ...).value(), computed over there."""
+        """flexkernel.memory.reduce.partial(name, region, dims, keepdim, ...).value(), computed over there."""
         found = self._tensors("reduce", region, name=name, dims=_plain(dims), keepdim=keepdim, **more)
         return found[0] if len(found) == 1 else found
 
     def tiles(self, region: Region, rows=None, cols=None, height=256, width=512, how="extreme", index=None):
-        """flexkernel.reduce.tiles of the region, or of region[index], seen as rows of its last dim."""
+        """flexkernel.memory.reduce.tiles of the region, or of region[index], seen as rows of its last dim."""
         packed = None if index is None else _pack_index(index)
         place = {"index": packed, "rows": rows, "cols": cols}
         return self._tensors("tiles", region, **place, height=height, width=width, how=how)[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from flexkernel.wire import ShapeFormula
+
 from .slabs import position_dim
-from .wire import ShapeFormula
 
 __all__ = ["drift", "real_part"]
 

@@ -25,9 +25,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from .errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
-from .names import nearest, select
-from .wire import REDUCTIONS, Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
+from flexkernel.errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
+from flexkernel.names import nearest, select
+from flexkernel.wire import REDUCTIONS, Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
 
 __all__ = [
     "Entry",
