@@ -32,7 +32,7 @@ from traitlets.config import Config
 
 import flexkernel as fk
 from flexkernel import hookfile, magics
-from flexkernel.engine import checkpoint
+from flexkernel.engine.model import checkpoint
 from flexkernel.errors import FlexError, HookError, LoadError
 from flexkernel.memory import channel
 from flexkernel.names import match, nearest, select

@@ -8,8 +8,8 @@ import reference
 import torch
 import transformers
 
-from flexkernel.engine import attention
-from flexkernel.engine.attention import additive_mask
+from flexkernel.engine.model import attention
+from flexkernel.engine.model.attention import additive_mask
 from flexkernel.errors import CaptureError, HookError
 
 LENGTHS = [5, 12, 9]  # longer than the window of the models that have one

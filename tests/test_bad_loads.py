@@ -16,7 +16,7 @@ import reference
 import torch
 from safetensors.torch import save
 
-from flexkernel.engine.checkpoint import check_files
+from flexkernel.engine.model.checkpoint import check_files
 from flexkernel.errors import LayoutError, LoadError, PromptError
 
 two = pytest.mark.engines(2)

@@ -11,7 +11,7 @@ from torch import nn
 
 import flexkernel as fk
 from flexkernel.cluster import packed
-from flexkernel.engine.calling import Caller
+from flexkernel.engine.model.caller import Caller
 from flexkernel.errors import LoadError, PromptError
 
 IDS, MASK, PLACES = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long), torch.tensor([[0, 1, 2]])

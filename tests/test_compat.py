@@ -177,14 +177,14 @@ def test_buffers_that_no_checkpoint_has_are_filled_as_from_pretrained_does(arch)
 
 
 def test_attention_functions_are_those_of_transformers_whatever_stands_in():
-    from flexkernel.engine import attention
+    from flexkernel.engine.model import attention
 
     before = dict(compat.attention_functions())
     attention.install()
     attention.install()
     assert compat.attention_functions() == before and "sdpa" in before
     assert all("flexkernel" not in function.__module__ for function in before.values())
-    assert AttentionInterface()["sdpa"].__module__ == "flexkernel.engine.attention"
+    assert AttentionInterface()["sdpa"].__module__ == "flexkernel.engine.model.attention"
 
 
 def test_attention_is_looked_up_by_name_with_eager_as_the_default():

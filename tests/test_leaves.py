@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from flexkernel.engine.leaves import inputs, leaf, leaves
+from flexkernel.engine.model.pytree import inputs, leaf, leaves
 
 A, B, C = (torch.full((1,), float(i)) for i in range(3))
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from flexkernel.engine.libraries import known, weight_placement
+from flexkernel.engine.place.layers import known, weight_placement
 from flexkernel.errors import PlacementError
 
 

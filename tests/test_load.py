@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from flexkernel.engine.load import (
+from flexkernel.engine.model.load import (
     build,
     check,
     dtype_of,

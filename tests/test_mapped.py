@@ -10,7 +10,7 @@ import torch
 import watched
 from transformers import AutoModelForCausalLM
 
-from flexkernel.engine.mapped import copied_out, files_in_memory
+from flexkernel.engine.model.mapped import copied_out, files_in_memory
 
 IDS = [[5, 6, 7, 8, 9]]
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from flexkernel.engine.mesh import gpu_of, settle_in
+from flexkernel.engine.ranks.mesh import gpu_of, settle_in
 from flexkernel.errors import LoadError
 from flexkernel.wire import Seat
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import flexkernel as fk
 from flexkernel import parameters
 from flexkernel.engine import compat
-from flexkernel.engine import parameters as on_rank
+from flexkernel.engine.run import parameters as on_rank
 from flexkernel.errors import (
     CaptureError,
     CaptureExpired,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from flexkernel.engine import attention
-from flexkernel.engine.scan import SIZES, TERMS, WINDOW, dim_of, formula, scan, unsharded
+from flexkernel.engine.model import attention
+from flexkernel.engine.model.scan import SIZES, TERMS, WINDOW, dim_of, formula, scan, unsharded
 from flexkernel.errors import LoadError
 from flexkernel.wire import ShapeFormula
 

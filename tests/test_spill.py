@@ -101,7 +101,7 @@ def test_a_full_disk_lets_the_oldest_expire(small, monkeypatch):
     def full(source, path):
         raise MemoryBudgetError("full")
 
-    monkeypatch.setattr("flexkernel.engine.memory.write_out", full)
+    monkeypatch.setattr("flexkernel.engine.place.slabs.write_out", full)
     runs = [small.run(ids(i)) for i in range(3)]
     assert files(small) == [] and small.store.spill.num_bytes == 0
     with pytest.raises(CaptureExpired, match="expired to make room"):
@@ -117,7 +117,7 @@ def test_a_folder_that_engines_cannot_use_lets_the_oldest_expire(session, tiny, 
     def refused(runtime, root):
         raise CaptureError("it belongs to somebody else")
 
-    monkeypatch.setattr("flexkernel.engine.memory.spill_to", refused)
+    monkeypatch.setattr("flexkernel.engine.place.slabs.spill_to", refused)
     first = session.run(IDS)
     session.store.budget = session.store.pool.num_bytes
     assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64) and first.freed

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from models import ids_and_mask
 
 import flexkernel as fk
-from flexkernel.engine.digest import digest, digest_in_flight, joined_digest, landed
-from flexkernel.engine.hooks import Recording
-from flexkernel.engine.staging import Copies, Lane, Staged, copies_from
+from flexkernel.engine.place.digest import digest, digest_in_flight, joined_digest, landed
+from flexkernel.engine.place.staging import Copies, Lane, Staged, copies_from
+from flexkernel.engine.run.hooks import Recording
 from flexkernel.errors import FlexError
 from flexkernel.memory.slabs import Plan, Slab
 from flexkernel.wire import CaptureKey, Region, Seen

@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 
-from flexkernel.engine.stream import streamed, units
+from flexkernel.engine.model.layerwise import streamed, units
 from flexkernel.errors import LoadError
 
 BATCH = models.ids_and_mask([5, 8])

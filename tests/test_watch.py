@@ -12,7 +12,7 @@ import torch
 import watched
 
 import flexkernel as fk
-from flexkernel.engine import watch
+from flexkernel.engine.ranks import watch
 from flexkernel.memory.pulse import Pulse
 
 IDS = [[5, 6, 7, 8, 9]]

@@ -67,7 +67,7 @@ def counting() -> Iterator[list[str]]:
 
 def count_in_runs() -> None:
     """From now on every run of this engine notes what it sends, in `sent_in_run`."""
-    import flexkernel.engine.forward as forward
+    import flexkernel.engine.run.forward as forward
 
     if not hasattr(forward, "_counted_run"):
         forward._counted_run = forward.run
@@ -86,7 +86,7 @@ def sent_in_run() -> list[str]:
 
 
 def stop_counting() -> None:
-    import flexkernel.engine.forward as forward
+    import flexkernel.engine.run.forward as forward
 
     forward.run = forward._counted_run
 
@@ -142,7 +142,7 @@ def act_at(name: str, rank: int, action: Callable[[], None]) -> None:
 
 def local_parameters() -> list[torch.Tensor]:
     """The tensors that this rank's parameters lie in; tied ones once."""
-    from flexkernel.engine.load import own
+    from flexkernel.engine.model.load import own
 
     return list({tensor.data_ptr(): tensor for tensor in own(runtime().model)}.values())
 

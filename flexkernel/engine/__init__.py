@@ -20,8 +20,15 @@ from flexkernel.wire import ErrorReport, Owner
 
 __all__ = ["READS", "answer", "call", "open_runtime"]
 
-# Files whose functions the driver may call: "train.add"
-DOORS = ("dataset", "memory", "parameters", "regroup", "train", "verify")
+# Files whose functions the driver may call, by the name that it calls them: "train.add"
+DOORS = {
+    "dataset": "dataset",
+    "memory": "place.slabs",
+    "parameters": "run.parameters",
+    "regroup": "ranks.recover",
+    "train": "run.train",
+    "verify": "verify",
+}
 # What a driver may call that has not got the engines and only looks: it changes nothing
 READS = ("look", "memory.has", "regroup.describe", "saved_by")
 SETTLE_S = 0.5
@@ -136,7 +143,7 @@ def found(runtime: Any, method: str) -> Callable[..., Any]:
         return getattr(runtime, name)
     if module not in DOORS:
         raise AttributeError(f"{method!r} is no method of an engine")
-    return functools.partial(getattr(importlib.import_module(f"{__name__}.{module}"), name), runtime)
+    return functools.partial(getattr(importlib.import_module(f"{__name__}.{DOORS[module]}"), name), runtime)
 
 
 def report(runtime: Any, error: BaseException) -> ErrorReport:

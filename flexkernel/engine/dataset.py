@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from flexkernel.engine.place.placements import narrowed
+from flexkernel.engine.place.slabs import open_slab
 from flexkernel.memory.slabs import Rows, row_dims
 from flexkernel.wire import Box
-
-from .memory import open_slab
-from .placements import narrowed
 
 __all__ = ["write"]
 

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 import flexkernel
+from flexkernel.engine.place.slabs import drop_all, freeze_imports, let_go
+from flexkernel.engine.ranks.breaker import Breaker
+from flexkernel.engine.ranks.watch import Watch
 from flexkernel.memory import slabs
 from flexkernel.memory.pulse import Pulse
 from flexkernel.wire import EditSpec, HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, RunPlan, RunReport, Seat, Source
-
-from .faults import Breaker
-from .memory import drop_all, freeze_imports, let_go
-from .watch import Watch
 
 __all__ = ["Runtime"]
 
@@ -88,7 +87,7 @@ class Runtime:
 
     def open_store(self, mine: bool, folder: str, generation: int, interface: str) -> tuple[str, int] | None:
         """Begin a generation: a fresh rendezvous store, on the rank whose it is; and whatever takes long to import."""
-        from .mesh import open_store
+        from flexkernel.engine.ranks.mesh import open_store
 
         freeze_imports(self)
         if mine:
@@ -112,8 +111,8 @@ class Runtime:
         timeout_s: float = 60,
     ) -> None:
         """Take a seat among the ranks, and join their groups. builder: see regroup. All ranks."""
-        from .mesh import settle_in
-        from .regroup import regroup
+        from flexkernel.engine.ranks.mesh import settle_in
+        from flexkernel.engine.ranks.recover import regroup
 
         self.seat, self.device, self.folder = seat, device, folder
         settle_in(seat, device)
@@ -124,7 +123,7 @@ class Runtime:
 
     def close(self) -> None:
         """Forget everything: the model, the groups, the slabs."""
-        from .mesh import leave
+        from flexkernel.engine.ranks.mesh import leave
 
         self.unload()
         if self.server is not None:
@@ -160,16 +159,17 @@ class Runtime:
         self, source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]
     ) -> Any:
         """Everything that can be known before anything is loaded: refusals, and the scan. The answer is rank 0's."""
-        from .load import inspect
+        from flexkernel.engine.model.load import inspect
 
         return inspect(source, layout, dtype, attention, placements) if self.rank == 0 else None
 
     def load(self, info: ModelInfo, source: Source) -> tuple[list[ModuleInfo], int, int]:
         """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
-        from . import attention
+        from flexkernel.engine.model.load import local_bytes, local_parameters, part_of, take
+        from flexkernel.engine.model.naming import modules_of
+
         from .compat import is_placeholder, made_groups
-        from .load import local_bytes, local_parameters, part_of, take
-        from .naming import modules_of
+        from .model import attention
 
         self.unload()
         self.source = source
@@ -188,8 +188,8 @@ class Runtime:
 
     def adopt(self, info: ModelInfo) -> None:
         """The model as all ranks together know it: from here on there can be hooks. All ranks."""
-        from .gather import make_groups
-        from .load import know
+        from flexkernel.engine.model.load import know
+        from flexkernel.engine.ranks.gather import make_groups
 
         know(self, info)
         if self.seat.world > 1:
@@ -225,7 +225,7 @@ class Runtime:
 
     def run(self, plan: RunPlan) -> RunReport:
         """One forward. All ranks. Everything that can be refused is refused before it, on all ranks alike."""
-        from .forward import run
+        from flexkernel.engine.run.forward import run
 
         report = run(self, plan)
         self.runs[plan.run] = (plan, tuple(self.hook_set.active(plan.groups, plan.complement)), report)

@@ -15,18 +15,18 @@ from typing import Any
 import psutil
 import torch
 
+from flexkernel.engine.model.caller import Caller
+from flexkernel.engine.model.layerwise import streamed
+from flexkernel.engine.model.load import dtype_of, load
+from flexkernel.engine.model.naming import modules_of
+from flexkernel.engine.model.pytree import inputs, leaf
+from flexkernel.engine.run.forward import open_slab
 from flexkernel.errors import LoadError, MemoryBudgetError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.slabs import Entry, Plan
 from flexkernel.wire import HookSpec, Layout, Region, Unsharded
 
-from . import attention
-from .calling import Caller
-from .forward import open_slab
-from .leaves import inputs, leaf
-from .load import dtype_of, load
-from .naming import modules_of
-from .stream import streamed
+from .model import attention
 
 __all__ = ["samples", "unsharded"]
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
+from flexkernel.engine.compat import as_written, is_compiled, unwrapped
 from flexkernel.errors import LoadError, PromptError
-
-from .compat import as_written, is_compiled, unwrapped
 
 __all__ = ["Caller"]
 

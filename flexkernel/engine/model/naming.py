@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from flexkernel.engine.compat import own_modules
 from flexkernel.errors import LoadError
-
-from .compat import own_modules
 
 __all__ = ["modules_of", "renamed"]
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from flexkernel.wire import ShapeFormula
 
 from . import attention
-from .calling import Caller
-from .leaves import inputs, leaves
+from .caller import Caller
+from .pytree import inputs, leaves
 
 __all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
 

@@ -15,12 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flexkernel.engine.compat import all_gather_single, stage_peer
+from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.errors import EditError, EngineError
 from flexkernel.memory.slabs import PAGE, Slab, pages, size_of
 from flexkernel.wire import Box, Layout, Region
-
-from .compat import all_gather_single, stage_peer
-from .placements import narrowed, pieces
 
 __all__ = [
     "BOX",

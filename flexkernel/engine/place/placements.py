@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from flexkernel.engine.compat import waited
 from flexkernel.errors import PlacementError
 from flexkernel.names import match
 from flexkernel.wire import Box, Layout, ShapeFormula, boxes, share
 
-from .compat import waited
-from .libraries import Known, known
+from .layers import Known, known
 
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "chunk", "rows_held"]
 

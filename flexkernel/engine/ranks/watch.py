@@ -33,8 +33,8 @@ LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
 COLLECTIVES = (
     "/torch/distributed/",
     "/transformers/distributed/",
-    "/flexkernel/engine/gather.py",
-    "/flexkernel/engine/staging.py",
+    "/flexkernel/engine/ranks/gather.py",
+    "/flexkernel/engine/place/staging.py",
 )
 
 

@@ -96,7 +96,7 @@ def drop_all(runtime: Any) -> None:
 def let_go(runtime: Any) -> None:
     """Forget the model, if there is one or was to be one, so that its memory is free."""
     if runtime.source is not None:
-        from .compat import forget_meshes
+        from flexkernel.engine.compat import forget_meshes
 
         forget_meshes()
         runtime.model = runtime.info = runtime.hooks = runtime.caller = runtime.source = None

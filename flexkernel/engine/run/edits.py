@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from flexkernel.engine.model.pytree import leaf, leaves, replaced, users_line
+from flexkernel.engine.place.digest import digest, joined_digest
+from flexkernel.engine.place.placements import Place, Placed, Placer, narrowed
+from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slabs import Slab, check_positions, position_dim
 from flexkernel.wire import (
@@ -31,12 +35,8 @@ from flexkernel.wire import (
 )
 
 from .autograd import differentiable
-from .confine import Drawn, confined
-from .digest import digest, joined_digest
-from .gather import Exchange
-from .leaves import leaf, leaves, replaced, users_line
-from .placements import Place, Placed, Placer, narrowed
-from .text import Text
+from .sandbox import Drawn, confined
+from .tokens import Text
 
 __all__ = ["PRESETS", "Context", "Editor"]
 

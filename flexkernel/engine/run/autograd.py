@@ -20,16 +20,28 @@ from typing import Any
 
 import torch
 
+from flexkernel.engine.compat import stage_edges, without_gradient_sync
+from flexkernel.engine.model.pytree import users_line
+from flexkernel.engine.place.placements import Place, Placed, narrowed
+from flexkernel.engine.ranks.gather import (
+    BOX,
+    OtherRankFailed,
+    box_of,
+    boxed,
+    fetched,
+    gathered,
+    header,
+    numbers_of,
+    post,
+    receive,
+    send,
+)
 from flexkernel.errors import HookError, LossError
 from flexkernel.memory.slabs import PAGE, Entry, Slab, pages, size_of
 from flexkernel.wire import CaptureKey, Region, RunPlan
 
-from .compat import stage_edges, without_gradient_sync
-from .confine import set_back
-from .gather import BOX, OtherRankFailed, box_of, boxed, fetched, gathered, header, numbers_of, post, receive, send
 from .gradients import parameter_of
-from .leaves import users_line
-from .placements import Place, Placed, narrowed
+from .sandbox import set_back
 
 __all__ = [
     "Batch",

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial
 
+from flexkernel.engine.compat import StageCache, as_written
+from flexkernel.engine.place.digest import joined_digest
+from flexkernel.engine.place.placements import Place, Placed, narrowed, shared_part
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.slabs import Entry, kept_columns, left_of, position_dim
 from flexkernel.wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
 
-from .compat import StageCache, as_written
-from .digest import joined_digest
 from .hooks import Recording, failed, joined, mask_of
-from .placements import Place, Placed, narrowed, shared_part
-from .text import Text
+from .tokens import Text
 
 __all__ = ["Steps", "check", "ends", "generate"]
 

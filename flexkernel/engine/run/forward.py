@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
+from flexkernel.engine.compat import in_fsdp1
+from flexkernel.engine.place.digest import landed
+from flexkernel.engine.place.placements import Place
+from flexkernel.engine.place.slabs import extra_slab, forget, open_slab, power
+from flexkernel.engine.ranks.breaker import fault
+from flexkernel.engine.ranks.gather import Exchange, OtherRankFailed, header
+from flexkernel.engine.ranks.mesh import leave
 from flexkernel.errors import EngineError, FlexError, HookError, LoadError, PlacementError
 from flexkernel.memory.slabs import Plan, Slab
 from flexkernel.wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 
 from . import generate, train
 from .autograd import Tape, backward, graph_of, trainable
-from .compat import in_fsdp1
-from .digest import landed
 from .edits import PRESETS, Editor, seen_by
-from .faults import fault
-from .gather import Exchange, OtherRankFailed, header
 from .generate import Steps
 from .gradients import edit_gradients, forget_gradients, sum_parameters, tied
 from .hooks import Recording, StopForward, spiller
-from .memory import extra_slab, forget, open_slab, power
-from .mesh import leave
-from .placements import Place
-from .text import Text
+from .tokens import Text
 
 __all__ = ["run"]
 

@@ -15,15 +15,23 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from flexkernel.engine.compat import (
+    flat_local,
+    flat_shape,
+    is_placeholder,
+    is_split,
+    reshard,
+    split_factor,
+    split_index,
+    unflattened,
+)
+from flexkernel.engine.place.digest import digest
+from flexkernel.engine.place.layers import weight_placement
+from flexkernel.engine.place.placements import narrowed, pieces
+from flexkernel.engine.place.slabs import open_slab
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.names import match, nearest
 from flexkernel.wire import Blob, Box, Held, Region, Seen, SlabValue
-
-from .compat import flat_local, flat_shape, is_placeholder, is_split, reshard, split_factor, split_index, unflattened
-from .digest import digest
-from .libraries import weight_placement
-from .memory import open_slab
-from .placements import narrowed, pieces
 
 __all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 

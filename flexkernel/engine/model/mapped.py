@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .compat import inner
+from flexkernel.engine.compat import inner
 
 __all__ = ["copied_out", "files_in_memory"]
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from flexkernel.engine.compat import abort_groups
 from flexkernel.errors import LoadError
 from flexkernel.wire import Seat
-
-from .compat import abort_groups
 
 __all__ = ["gpu_of", "join", "leave", "open_store", "settle_in"]
 

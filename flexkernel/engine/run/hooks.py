@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from flexkernel.engine.compat import waited
+from flexkernel.engine.model import attention
+from flexkernel.engine.model.pytree import arguments, inputs, leaf, leaves, replaced
+from flexkernel.engine.place.digest import landed
+from flexkernel.engine.place.placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
+from flexkernel.engine.place.staging import Copies
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.slabs import Entry, Plan, Slab, left, left_of, logits_path, position_dim, size_of
 from flexkernel.wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 
-from . import attention
 from .autograd import Tape, watched
-from .compat import waited
-from .digest import landed
 from .gradients import write_gradient
-from .leaves import arguments, inputs, leaf, leaves, replaced
-from .placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
-from .staging import Copies
-from .text import Text
+from .tokens import Text
 
 __all__ = ["LOGITS", "Hooks", "Recording", "StopForward", "failed", "joined"]
 

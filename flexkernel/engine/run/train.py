@@ -17,12 +17,12 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch.distributed.tensor import DTensor
 
+from flexkernel.engine.place.digest import digest
+from flexkernel.engine.ranks.gather import header, wait
 from flexkernel.errors import HookError, LossError
 from flexkernel.wire import RunPlan, Training
 
 from .autograd import trainable
-from .digest import digest
-from .gather import header, wait
 from .gradients import parameter_of
 
 __all__ = ["add", "forget_steps", "gradients", "held", "remove", "set_state", "state", "step", "sum_modules"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .compat import attention_functions, eager_attention, set_attention
+from flexkernel.engine.compat import attention_functions, eager_attention, set_attention
 
 __all__ = ["POINTS", "install", "tap", "untap"]
 

@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from flexkernel.engine.compat import (
+    distributed_config,
+    is_placeholder,
+    loading_under,
+    meshes_on,
+    sum_gradients,
+    tp_styles,
+)
+from flexkernel.engine.place.placements import aimed, parse
 from flexkernel.errors import LayoutError, LoadError
 from flexkernel.memory import slabs
 from flexkernel.names import select
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
 from .checkpoint import check_files
-from .compat import distributed_config, is_placeholder, loading_under, meshes_on, sum_gradients, tp_styles
 from .mapped import copied_out
-from .placements import aimed, parse
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
 __all__ = [
@@ -255,7 +262,7 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
 
 def part_of(runtime: Any, info: ModelInfo) -> torch.nn.Module:
     """This rank's part, loaded, or built by the user's function. A rank that fails leaves nobody waiting. All ranks."""
-    from .forward import gave_up
+    from flexkernel.engine.run.forward import gave_up
 
     try:
         if runtime.source.builder is not None:
@@ -268,7 +275,7 @@ def part_of(runtime: Any, info: ModelInfo) -> torch.nn.Module:
 
 def take(runtime: Any, source: Source) -> None:
     """Have this rank's model, which is there, called and named as its source says."""
-    from .calling import Caller
+    from .caller import Caller
     from .naming import modules_of
 
     sum_gradients(runtime.model)
@@ -279,9 +286,9 @@ def take(runtime: Any, source: Source) -> None:
 
 def know(runtime: Any, info: ModelInfo) -> None:
     """Have hooks and plans of the model as it is on this rank."""
-    from .hooks import LOGITS, Hooks
-    from .placements import Placer
-    from .staging import copies_from
+    from flexkernel.engine.place.placements import Placer
+    from flexkernel.engine.place.staging import copies_from
+    from flexkernel.engine.run.hooks import LOGITS, Hooks
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} has no model")

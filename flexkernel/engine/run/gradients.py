@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from flexkernel.engine.place.digest import digest
+from flexkernel.engine.ranks.gather import put_together, receive, send, wait
 from flexkernel.errors import CaptureError, PlacementError
 from flexkernel.wire import Box, CaptureKey, HookSpec, Seen
 
-from .digest import digest
-from .gather import put_together, receive, send, wait
 from .parameters import owner_of, placed
 
 __all__ = ["edit_gradients", "forget_gradients", "parameter_of", "sum_parameters", "tied", "write_gradient"]

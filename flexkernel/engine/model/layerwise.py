@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from flexkernel.engine.compat import fill_buffers
 from flexkernel.errors import LoadError
 
-from .compat import fill_buffers
 from .scan import read_config
 
 __all__ = ["streamed"]

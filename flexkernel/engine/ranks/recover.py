@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexkernel.errors import LoadError
-from flexkernel.wire import Heritage, Seat
-
-from .compat import (
+from flexkernel.engine.compat import (
     alone,
     fix_cached_groups,
     made_groups,
@@ -20,6 +17,9 @@ from .compat import (
     remake_groups,
     reset_forward,
 )
+from flexkernel.errors import LoadError
+from flexkernel.wire import Heritage, Seat
+
 from .gather import make_groups
 from .mesh import join, leave, settle_in
 
@@ -54,7 +54,7 @@ def regroup(runtime: Any, seat: Seat, address: str, port: int, timeout_s: float,
 
 
 def build_again(runtime: Any, builder: bytes) -> None:
-    from .load import build, know, take
+    from flexkernel.engine.model.load import build, know, take
 
     fresh = build(builder)
     runtime.made = made_groups()
@@ -66,7 +66,7 @@ def build_again(runtime: Any, builder: bytes) -> None:
 
 def describe(runtime: Any) -> Heritage:
     """What an attaching driver needs to go on where the last one stopped, and a new engine to take a rank."""
-    from . import train
+    from flexkernel.engine.run import train
 
     edits = {name: spec for name, (spec, _) in runtime.edits.items()}
     return Heritage(runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs, train.held(runtime))
@@ -75,8 +75,8 @@ def describe(runtime: Any) -> Heritage:
 def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
     """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on all ranks, and a
     builder's model with them."""
-    from . import attention
-    from .load import know, load, take
+    from flexkernel.engine.model import attention
+    from flexkernel.engine.model.load import know, load, take
 
     info = heritage.info
     runtime.seat, runtime.device, runtime.info, runtime.source = seat, device, info, heritage.source
@@ -91,8 +91,8 @@ def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
 
 def settle(runtime: Any, heritage: Heritage) -> int:
     """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were loaded for it."""
-    from . import train
-    from .load import local_bytes
+    from flexkernel.engine.model.load import local_bytes
+    from flexkernel.engine.run import train
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} came back without a model")

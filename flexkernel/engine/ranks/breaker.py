@@ -58,7 +58,7 @@ class Breaker:
             if connection.status == psutil.CONN_ESTABLISHED and self._is_pair(connection):
                 count += shut(connection.fd)
         if dist.is_initialized():
-            from .compat import abort_nccl
+            from flexkernel.engine.compat import abort_nccl
 
             abort_nccl()
         return count

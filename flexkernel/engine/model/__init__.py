@@ -1,0 +1,1 @@
+"""A model on this rank: loaded, scanned and called."""

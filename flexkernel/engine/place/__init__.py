@@ -1,0 +1,1 @@
+"""Where this rank's values go: placements, digests and copies into slabs."""

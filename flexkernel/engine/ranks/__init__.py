@@ -1,0 +1,1 @@
+"""The ranks together: their mesh, their exchanges, how a stuck one is broken off and brought back."""

@@ -1,0 +1,1 @@
+"""One run on this rank: the forward, its hooks, edits and gradients."""
