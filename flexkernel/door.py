@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .launchers import breed, launcher_for
+from flexkernel.cluster.launchers import breed, launcher_for
 
 if TYPE_CHECKING:
     from .session import Session
@@ -15,7 +15,7 @@ __all__ = ["start"]
 def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
     """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"), ssh, mpi, pbs, ..."""
     breed(launcher_for(engines)[0])  # it imports torch while this process does
-    from . import cluster
+    from .cluster import cluster
     from .session import Session
 
     return Session(cluster.start(n, engines, cluster_id, keep))

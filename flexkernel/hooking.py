@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexkernel.cluster.cluster import Cluster, packed
+from flexkernel.cluster.interrupts import Held
+
 from . import edits, hookfile
-from .cluster import Cluster, packed
 from .errors import LoadError
 from .hooks import Hooked, Hooks, called, regrouped, spec_of
-from .interrupts import Held
 from .memory import slabs
 from .run import Store
 from .wire import EditSpec, HookSet, HookSpec, ModelInfo

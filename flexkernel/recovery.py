@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from flexkernel.cluster.cluster import Cluster, chosen
 from flexkernel.memory.slabs import Planner
 
-from .cluster import Cluster, chosen
 from .run import Store
 from .wire import EditSpec, Heritage, HookSet, ModelInfo, Source
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from flexkernel.cluster.interrupts import Held
 from flexkernel.memory.reduce import result_dtype
 from flexkernel.memory.slabs import (
     PAGE,
@@ -43,7 +44,6 @@ from flexkernel.memory.slabs import (
 from .capture import Capture, Reduced, differing
 from .errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from .generation import Stream, generated
-from .interrupts import Held
 from .names import match, nearest
 from .prompts import Batch, texts, token_strings
 from .spill import Spill

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from . import cluster as clusters
 from . import generation, model, parameters, prompts
 from .capture import Capture
+from .cluster import cluster as clusters
 from .errors import CaptureError, HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from .promises import promises
+from flexkernel.cluster.guarantees import promises
 
 __all__ = ["Status"]
 

@@ -14,7 +14,8 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
-from .cluster import Cluster, packed
+from flexkernel.cluster.cluster import Cluster, packed
+
 from .errors import CaptureError, FlexError, HookError, LoadError
 from .files import whole_file
 from .names import select

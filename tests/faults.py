@@ -516,7 +516,7 @@ def other_driver(folder: Path, how: str) -> Iterator[tuple[subprocess.Popen, lis
         assert driver.stdout is not None
         words = driver.stdout.readline().split()
         assert words, "the other driver did not start"
-        processes = [p for p in family(psutil.Process(driver.pid)) if "flexkernel.reaper" not in p.cmdline()]
+        processes = [p for p in family(psutil.Process(driver.pid)) if "flexkernel.cluster.reaper" not in p.cmdline()]
         assert len(processes) >= 4
         yield driver, processes, words
     finally:

@@ -389,7 +389,7 @@ def test_an_edit_in_another_syntax(case, body, says):
 
 
 def test_40_engines_of_another_python_are_refused(monkeypatch):
-    from flexkernel import cluster as clusters
+    from flexkernel.cluster import cluster as clusters
 
     hellos = [{"version": fk.__version__, "python": ("3", "9")}]
     monkeypatch.setattr(clusters.Cluster, "call", lambda *_args, **_more: hellos)

@@ -23,12 +23,12 @@ import pytest
 import zmq
 
 import flexkernel as fk
-from flexkernel import cluster as clusters
 from flexkernel import engine
+from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster.private import check_private
+from flexkernel.cluster.process import born
+from flexkernel.cluster.reaper import end
 from flexkernel.errors import ClusterError
-from flexkernel.privacy import check_private
-from flexkernel.reaper import end
-from flexkernel.vitals import born
 from flexkernel.wire import Owner
 
 two = pytest.mark.engines(2)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flexkernel as fk
-from flexkernel.cluster import packed
+from flexkernel.cluster.cluster import packed
 from flexkernel.engine.model.caller import Caller
 from flexkernel.errors import LoadError, PromptError
 

@@ -19,7 +19,7 @@ import watched
 
 import flexkernel as fk
 import flexkernel.engine as door
-from flexkernel import cluster as clusters
+from flexkernel.cluster import cluster as clusters
 
 IDS = [[5, 6, 7, 8, 9]]
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"fsdp": 2}]

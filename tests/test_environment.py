@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexkernel.environment import inherited
+from flexkernel.cluster.environment import inherited
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY",
@@ -33,7 +33,7 @@ def test_the_user_names_what_else_there_is():
 
 def test_the_process_itself_gives_up_what_it_had():
     script = "import pathlib; print(pathlib.Path('/proc/self/environ').read_text().split(chr(0)))"
-    command = [sys.executable, "-m", "flexkernel.environment", "-c", script]
+    command = [sys.executable, "-m", "flexkernel.cluster.environment", "-c", script]
     env = {**os.environ, "GITHUB_TOKEN": "ghp_of-this-test", "LC_ALL": "C.UTF-8"}
     said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     assert "LC_ALL=C.UTF-8" in said and "ghp_of-this-test" not in said

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import flexkernel as fk
 from flexkernel import hookfile
-from flexkernel.cluster import packed
+from flexkernel.cluster.cluster import packed
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
 IDS = [[5, 6, 7, 8, 9]]
@@ -96,7 +96,7 @@ def test_another_process_can_read_it(tmp_path):
     code = f"""
 import pickle, torch
 from flexkernel import hookfile
-from flexkernel.cluster import packed
+from flexkernel.cluster.cluster import packed
 hooks, edits = hookfile.read({str(path)!r}, packed)
 x = torch.tensor([-1.0, 2.0])
 print(hooks, [pickle.loads(e.code)(x, None).tolist() for e in edits.values()], flush=True)

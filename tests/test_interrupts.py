@@ -11,8 +11,8 @@ import pytest
 import torch
 import watched
 
+from flexkernel.cluster.interrupts import INSISTS, Held
 from flexkernel.errors import CaptureError, EngineError
-from flexkernel.interrupts import INSISTS, Held
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 MLPS = [f"model.layers.{i}.mlp" for i in range(4)]

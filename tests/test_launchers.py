@@ -15,8 +15,8 @@ import slurm
 import torch
 
 import flexkernel as fk
-from flexkernel import cluster as clusters
-from flexkernel import launchers
+from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster import launchers
 
 IDS = [[5, 6, 7, 8]]
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flexkernel import launchers
-from flexkernel.nursery import Nursery, Order, nursery, opened, unfit
-from flexkernel.vitals import exit_code
+from flexkernel.cluster import launchers
+from flexkernel.cluster.forkserver import Nursery, Order, nursery, opened, unfit
+from flexkernel.cluster.process import exit_code
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no nursery")
 MODULES = ("numpy", "nursling")
@@ -70,7 +70,7 @@ def test_it_sees_what_it_has_open(tmp_path, monkeypatch):
     with (tmp_path / "here").open("w"):
         assert str(tmp_path / "here") in opened()
     monkeypatch.setattr("os.listdir", lambda path: ["one thread"])
-    monkeypatch.setattr("flexkernel.nursery.opened", lambda: ["/dev/null", "/dev/nvidiactl"])
+    monkeypatch.setattr("flexkernel.cluster.forkserver.opened", lambda: ["/dev/null", "/dev/nvidiactl"])
     assert unfit() == "/dev/nvidiactl is open"
 
 
@@ -84,7 +84,7 @@ def test_it_tells_how_they_ended(bred, tmp_path):
 
 def test_what_comes_too_late_is_ended(bred, tmp_path, monkeypatch):
     assert bred.wait(bred.fork(order(tmp_path, "exit")), never) == 7
-    monkeypatch.setattr("flexkernel.nursery.FORK_S", 0.0)
+    monkeypatch.setattr("flexkernel.cluster.forkserver.FORK_S", 0.0)
     process = psutil.Process(bred.pid)
     process.suspend()
     assert bred.fork(order(tmp_path, "sleep")) is None, "who waits has given up"
@@ -100,7 +100,7 @@ def test_where_it_cannot_fork_it_says_so_and_goes(why, tmp_path, monkeypatch):
     found = Nursery(MODULES, {**os.environ, "FLEX_ENV": "NURSLING", "NURSLING": why})
     assert found.fork(order(tmp_path, "say")) is None
     assert found._process.wait(10) is not None and not found.there and found.unfit
-    monkeypatch.setattr("flexkernel.nursery._nursery", found)
+    monkeypatch.setattr("flexkernel.cluster.forkserver._nursery", found)
     assert nursery(MODULES, found.environment) is None, "another would not be fit either"
 
 
@@ -114,7 +114,7 @@ def test_engines_are_started_where_it_cannot_fork(monkeypatch, tmp_path):
 
 
 def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last(monkeypatch, tmp_path):
-    monkeypatch.setattr("flexkernel.nursery._nursery", None)
+    monkeypatch.setattr("flexkernel.cluster.forkserver._nursery", None)
     first = nursery(MODULES, os.environ)
     pid = first.fork(order(tmp_path, "sleep"))
     assert nursery(MODULES, {**os.environ, "FLEX_FAULT": "x", "OF_NO_ENGINE": "y"}) is first
@@ -130,7 +130,7 @@ def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last
 
 DRIVER = """
 import sys, time, os
-from flexkernel.nursery import Nursery, Order
+from flexkernel.cluster.forkserver import Nursery, Order
 found = Nursery(sys.argv[2:], os.environ)
 orders = [Order("nursling", ["sleep"], dict(os.environ), ".", sys.argv[1], stays) for stays in (False, True)]
 print(found.pid, *([found.fork(order) for order in orders] if "numpy" in sys.argv else []), flush=True)

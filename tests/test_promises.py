@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from flexkernel.promises import EXAMPLES, PROMISES, How, promises, promises_table
+from flexkernel.cluster.guarantees import EXAMPLES, PROMISES, How, promises, promises_table
 
 
 def test_every_way_to_come_to_engines_has_every_promise_in_words():

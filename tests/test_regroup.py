@@ -12,7 +12,7 @@ import torch
 import watched
 
 import flexkernel as fk
-from flexkernel import cluster as clusters
+from flexkernel.cluster import cluster as clusters
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 

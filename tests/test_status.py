@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import flexkernel as fk
-from flexkernel.promises import How
+from flexkernel.cluster.guarantees import How
 from flexkernel.status import Status
 
 IDS = [[5, 6, 7]]

@@ -12,7 +12,7 @@ import types
 import psutil
 import pytest
 
-from flexkernel.vitals import LOG_LINES, Vitals
+from flexkernel.cluster.process import LOG_LINES, Vitals
 
 
 def started(code: str, log):

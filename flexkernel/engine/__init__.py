@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from flexkernel.vitals import born
+from flexkernel.cluster.process import born
 from flexkernel.wire import ErrorReport, Owner
 
 __all__ = ["READS", "answer", "call", "open_runtime"]

@@ -67,7 +67,7 @@ class Nursery:
         self.environment = inherited(environment)
         self._control, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flexkernel.environment", "-m", __name__, str(theirs.fileno()), *modules],
+            [sys.executable, "-m", "flexkernel.cluster.environment", "-m", __name__, str(theirs.fileno()), *modules],
             env=self.environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from .errors import ClusterError
+from flexkernel.errors import ClusterError
 
 __all__ = ["check_encrypted", "check_private"]
 

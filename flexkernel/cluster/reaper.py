@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from .nursery import FORKED
-from .vitals import born
+from .forkserver import FORKED
+from .process import born
 
 __all__ = ["Reaper", "end"]
 
@@ -38,7 +38,7 @@ class Reaper:
 
     def __init__(self, cluster_id: str):
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "flexkernel.reaper"],
+            [sys.executable, "-m", "flexkernel.cluster.reaper"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

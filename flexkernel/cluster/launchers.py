@@ -27,10 +27,11 @@ from ipyparallel.cluster.launcher import (
 from traitlets import default
 from traitlets.config import Config
 
+from flexkernel.errors import ClusterError
+
 from .environment import inherited
-from .errors import ClusterError
-from .nursery import Nursery, Order, nursery
-from .vitals import tail
+from .forkserver import Nursery, Order, nursery
+from .process import tail
 
 __all__ = [
     "KEPT",
@@ -100,7 +101,7 @@ def idle_ttl_h() -> float:
 
 
 PROGRAM = "ipyparallel.engine"
-ENGINE = [sys.executable, "-m", "flexkernel.environment", "-m", PROGRAM]
+ENGINE = [sys.executable, "-m", "flexkernel.cluster.environment", "-m", PROGRAM]
 # What takes them longest to import, until they have run a model
 IMPORTS = (
     f"{PROGRAM}.app",
@@ -186,7 +187,9 @@ class FlexEngineLauncher(LocalEngineLauncher):
 class FlexEngineSetLauncher(LocalEngineSetLauncher):
     """The engines of this machine."""
 
-    entrypoint_name = "flexkernel.launchers.FlexEngineSetLauncher"  # what a cluster's file has, to be read back by
+    entrypoint_name = (
+        "flexkernel.cluster.launchers.FlexEngineSetLauncher"  # what a cluster's file has, to be read back by
+    )
     launcher_class = FlexEngineLauncher
 
     @default("engine_cmd")
@@ -227,7 +230,7 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
     def _default_program_args(self) -> list[str]:
         return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, LEAVE_S)]
 
-    entrypoint_name = "flexkernel.launchers.FlexSlurmLauncher"
+    entrypoint_name = "flexkernel.cluster.launchers.FlexSlurmLauncher"
 
     @default("batch_file_name")
     def _own_file(self) -> str:  # the base's is one for all clusters, in the folder where the notebook runs

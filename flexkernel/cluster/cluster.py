@@ -29,10 +29,13 @@ import numpy as np
 import psutil
 import torch
 
+from flexkernel import engine, errors
+from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
+from flexkernel.memory import slabs
 from flexkernel.memory.pulse import Pulse
+from flexkernel.wire import ErrorReport, Heritage, Owner, RunReport, Seat
 
-from . import engine, errors
-from .errors import ClusterError, EngineDied, EngineError, LoadError
+from .guarantees import How
 from .interrupts import Held
 from .launchers import (
     KEPT,
@@ -49,12 +52,9 @@ from .launchers import (
     launchers,
     read_back,
 )
-from .memory import slabs
-from .privacy import check_encrypted, check_private
-from .promises import How
+from .private import check_encrypted, check_private
+from .process import Vitals, born, exit_code, tail
 from .reaper import Reaper
-from .vitals import Vitals, born, exit_code, tail
-from .wire import ErrorReport, Heritage, Owner, RunReport, Seat
 
 __all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
 
@@ -405,7 +405,7 @@ class IPyParallel(Cluster):
 
     def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
         """Who these engines are. ClusterError: another driver has them, or they run another version of this package."""
-        from . import __version__
+        from flexkernel import __version__
 
         me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
         hellos = self.call("look", ranks=ranks) if self.reader else self.call("hello", me, take, ranks=ranks)

@@ -1,0 +1,1 @@
+"""Processes: started, called, watched and ended."""
