@@ -22,17 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flexkernel.memory.slabs import Entry, Rows, row_dims
+from flexkernel.session.capture import Capture
+from flexkernel.session.hooks import spec_of
+from flexkernel.session.prompts import Batch
+from flexkernel.session.run import Run
 
-from .capture import Capture
 from .errors import CaptureError, HookError
-from .hooks import spec_of
 from .names import nearest
-from .prompts import Batch
-from .run import Run
 from .wire import Box, HookSpec
 
 if TYPE_CHECKING:
-    from .session import Session
+    from flexkernel.session.session import Session
 
 __all__ = ["Dataset", "collect", "open_dataset"]
 

@@ -26,15 +26,17 @@ from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, 
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
+from flexkernel.session.hookfile import compiled
+from flexkernel.session.hooks import AT
+
 from .errors import CaptureError, ClusterError
-from .hookfile import compiled
-from .hooks import AT
 
 if TYPE_CHECKING:
-    from .capture import Capture
+    from flexkernel.session.capture import Capture
+    from flexkernel.session.run import Run
+    from flexkernel.session.session import Session
+
     from .preview import Preview
-    from .run import Run
-    from .session import Session
     from .verify import Verification
     from .wire import ModelInfo
 
@@ -65,7 +67,7 @@ def register(shell: Any) -> None:
     shell.input_transformer_manager.token_transformers.append(Question)
     for mime, draw in {"text/plain": plain, "text/html": as_html}.items():
         formatter = shell.display_formatter.formatters[mime]
-        formatter.for_type_by_name("flexkernel.session", "Session", draw)
+        formatter.for_type_by_name("flexkernel.session.session", "Session", draw)
         formatter.for_type_by_name("flexkernel.wire", "ModelInfo", draw)
 
 
@@ -276,7 +278,7 @@ class FlexMagics(Magics):
         return self.session
 
     def _by_hand(self) -> Session | None:
-        module = sys.modules.get("flexkernel.session")  # not there: nobody can have made one
+        module = sys.modules.get("flexkernel.session.session")  # not there: nobody can have made one
         if module is None:
             return None
         there = [v for v in list(self.shell.user_ns.values()) if isinstance(v, module.Session)]
@@ -329,14 +331,14 @@ class FlexMagics(Magics):
         return getattr(self, f"_cluster_{args.action}")(args)
 
     def _cluster_start(self, args: argparse.Namespace) -> Session:
-        from .door import start
+        from flexkernel.session.start import start
 
         session = self._use(start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep)))
         self._engines = args.engines
         return session
 
     def _cluster_attach(self, args: argparse.Namespace) -> Session:
-        from .session import attach
+        from flexkernel.session.session import attach
 
         found, before = attach(args.profile, args.cluster_id, bool(args.take), bool(args.read_only)), self.session
         if before is not None and before.cluster.owned and same_engines(before, found):
@@ -345,7 +347,7 @@ class FlexMagics(Magics):
         return self._use(found)
 
     def _cluster_local(self, _args: argparse.Namespace) -> Session:
-        from .session import local
+        from flexkernel.session.session import local
 
         return self._use(local())
 
@@ -353,8 +355,8 @@ class FlexMagics(Magics):
         return self.needed().status()
 
     def _cluster_restart(self, args: argparse.Namespace) -> Session:
-        from .door import start
-        from .session import local
+        from flexkernel.session.session import local
+        from flexkernel.session.start import start
 
         cluster = self.needed().cluster
         if args.rank is not None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexkernel.memory.slabs import Entry, Plan
+from flexkernel.session.run import costliest
 
-from .run import costliest
 from .wire import Layout, ModelInfo, ModuleInfo, share
 
 if TYPE_CHECKING:
-    from .run import Store
+    from flexkernel.session.run import Store
 
 __all__ = ["Preview", "preview"]
 

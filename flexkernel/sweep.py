@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from flexkernel.memory.slabs import Planner
+from flexkernel.session.capture import Capture, draw
+from flexkernel.session.prompts import Batch
+from flexkernel.session.run import Run
 
-from .capture import Capture, draw
 from .errors import CaptureError, HookError
-from .prompts import Batch
-from .run import Run
 
 if TYPE_CHECKING:
-    from .session import Session
+    from flexkernel.session.session import Session
 
 __all__ = ["Sweep", "modules_of"]
 

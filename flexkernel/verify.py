@@ -19,15 +19,15 @@ import torch
 
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.slabs import Entry, Extent, Plan
+from flexkernel.session.capture import Capture
+from flexkernel.session.run import Run, Store
 
-from . import parameters
-from .capture import Capture
 from .errors import HookError, LoadError, PlacementError, PromptError
-from .run import Run, Store
+from .session import parameters
 from .wire import CaptureKey, HookSpec, ModelInfo, Region, Seen, Unsharded
 
 if TYPE_CHECKING:
-    from .session import Session
+    from flexkernel.session.session import Session
 
 __all__ = ["Verification", "verify"]
 

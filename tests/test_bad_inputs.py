@@ -18,7 +18,7 @@ import reference
 import torch
 
 import flexkernel as fk
-from flexkernel import prompts, widgets
+from flexkernel import widgets
 from flexkernel.errors import (
     CaptureError,
     ClusterError,
@@ -30,6 +30,7 @@ from flexkernel.errors import (
     PlacementError,
     PromptError,
 )
+from flexkernel.session import prompts
 
 MLP = "model.layers.1.mlp"
 TESTS = Path(__file__).parent

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flexkernel.capture import Capture
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory.slabs import PAGE, Pool, Slab, pages
+from flexkernel.session.capture import Capture
 from flexkernel.wire import Box, CaptureKey, Region, Seen
 
 KEY = CaptureKey("m", "m")

@@ -31,9 +31,9 @@ from flexkernel.errors import (
     PlacementError,
     PromptError,
 )
-from flexkernel.generation import Detokenizer, generated
 from flexkernel.memory import slabs
-from flexkernel.run import Store
+from flexkernel.session.generation import Detokenizer, generated
+from flexkernel.session.run import Store
 from flexkernel.wire import RunReport
 
 TOLERANCE = 2e-5

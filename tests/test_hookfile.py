@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import flexkernel as fk
-from flexkernel import hookfile
 from flexkernel.cluster.cluster import packed
+from flexkernel.session import hookfile
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
 IDS = [[5, 6, 7, 8, 9]]

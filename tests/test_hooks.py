@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexkernel.errors import HookError
-from flexkernel.hooks import Hooked, Hooks, indices, regrouped, some, spec_of
+from flexkernel.session.hooks import Hooked, Hooks, indices, regrouped, some, spec_of
 from flexkernel.wire import HookSet, HookSpec
 
 MLP, ATTN, HEAD = (

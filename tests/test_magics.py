@@ -124,7 +124,7 @@ shell = InteractiveShell.instance()
 shell.run_line_magic("load_ext", "flexkernel")
 shell.complete("x", "%flex_hook model.", 17)
 assert "flex_hook" in shell.magics_manager.magics["line"]
-heavy = ["torch", "transformers", "ipyparallel", "zmq", "plotly", "ipywidgets", "flexkernel.session"]
+heavy = ["torch", "transformers", "ipyparallel", "zmq", "plotly", "ipywidgets", "flexkernel.session.session"]
 print(json.dumps([name for name in heavy if name in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from flexkernel.errors import HookError, LayoutError, LoadError
-from flexkernel.model import check_sharded, check_stop, check_world, merged, source
+from flexkernel.session.model import check_sharded, check_stop, check_world, merged, source
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, ShapeFormula
 
 NAMES = ("", "model", "model.embed", "model.layers", "model.layers.0", "model.layers.1", "head")

@@ -19,7 +19,6 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import flexkernel as fk
-from flexkernel import parameters
 from flexkernel.engine import compat
 from flexkernel.engine.run import parameters as on_rank
 from flexkernel.errors import (
@@ -31,6 +30,7 @@ from flexkernel.errors import (
     MemoryBudgetError,
     PlacementError,
 )
+from flexkernel.session import parameters
 from flexkernel.wire import Held
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from flexkernel.capture import Capture
 from flexkernel.engine.place import placements
 from flexkernel.engine.place.digest import digest
 from flexkernel.engine.place.placements import Declared, Place, Placer, chunk, parse, shared_part
 from flexkernel.engine.run.hooks import Recording, failed
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.slabs import PAGE, Entry, Plan, Slab, pages, size_of
+from flexkernel.session.capture import Capture
 from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula, share
 
 TERMS = ("", "B", "S", "B*S", "P+S")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from flexkernel.errors import HookError, MemoryBudgetError, PromptError
-from flexkernel.parameters import volume
+from flexkernel.session.parameters import volume
 from flexkernel.wire import boxes
 
 MLP, GATE, UP = "model.layers.*.mlp", "model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexkernel.errors import PromptError
-from flexkernel.prompts import batch, texts, token_strings
+from flexkernel.session.prompts import batch, texts, token_strings
 
 
 @pytest.fixture(scope="module")
@@ -213,5 +213,5 @@ def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(tokenizer):
 
 
 def test_prompts_import_neither_torch_nor_transformers():
-    code = "import sys, flexkernel.prompts; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, flexkernel.session.prompts; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,7 +12,7 @@ from torch import nn
 
 from flexkernel.errors import CaptureError, CaptureExpired, EngineError, MemoryBudgetError, PlacementError
 from flexkernel.memory.slabs import PAGE
-from flexkernel.run import Run, Store, described
+from flexkernel.session.run import Run, Store, described
 from flexkernel.wire import CaptureKey, Region, RunPlan, Seen
 
 IDS = [[5, 6, 7, 8]]

@@ -23,10 +23,10 @@ import zmq
 from torch import nn
 
 import flexkernel as fk
-from flexkernel import prompts
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
 from flexkernel.magics import as_html
 from flexkernel.memory import channel, slabs
+from flexkernel.session import prompts
 
 two = pytest.mark.engines(2)
 root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another user takes root")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import flexkernel as fk
 from flexkernel.cluster.guarantees import How
-from flexkernel.status import Status
+from flexkernel.session.status import Status
 
 IDS = [[5, 6, 7]]
 

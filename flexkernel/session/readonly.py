@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from flexkernel.errors import CaptureExpired, ClusterError
 from flexkernel.memory.slabs import Extent, Slab, on_disk
+from flexkernel.wire import Region
 
-from .errors import CaptureExpired, ClusterError
 from .run import Run, Store
-from .wire import Region
 
 __all__ = ["OthersStore"]
 

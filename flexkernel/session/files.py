@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import FlexError
+from flexkernel.errors import FlexError
 
 __all__ = ["whole_file"]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from flexkernel.errors import HookError
+from flexkernel.names import nearest
+from flexkernel.wire import Blob, EditSpec, HookSpec, SlabValue
+
 from .capture import Capture
-from .errors import HookError
-from .names import nearest
-from .wire import Blob, EditSpec, HookSpec, SlabValue
 
 __all__ = ["PER", "PRESETS", "Held", "check", "defined", "value_of"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import HookError
-from .names import match, nearest
-from .wire import HookSet, ModelInfo, ModuleInfo
+from flexkernel.errors import HookError
+from flexkernel.names import match, nearest
+from flexkernel.wire import HookSet, ModelInfo, ModuleInfo
 
 __all__ = ["Tree", "TreeRow"]
 

@@ -8,9 +8,9 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .errors import HookError
-from .names import match, nearest
-from .wire import REDUCTIONS, HookSet, HookSpec, Reduction
+from flexkernel.errors import HookError
+from flexkernel.names import match, nearest
+from flexkernel.wire import REDUCTIONS, HookSet, HookSpec, Reduction
 
 __all__ = ["AT", "Hooked", "Hooks", "reduction", "regrouped", "spec_of"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from .errors import LoadError, PromptError
+from flexkernel.errors import LoadError, PromptError
 
 __all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
 

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
+from flexkernel import errors
+from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
+from flexkernel.memory import reduce
 from flexkernel.memory.slabs import Entry, Slab, left_of, pages, size_of
+from flexkernel.wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
-from . import errors
-from .errors import CaptureError, CaptureExpired, PlacementError
 from .files import whole_file
-from .memory import reduce
-from .wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
 
 __all__ = ["Capture", "Home", "Reduced", "draw"]
 
@@ -377,7 +377,7 @@ class Reduced(Capture):
 
 def draw(source: Any, as_: str = "map", **options: Any) -> Any:
     """The view of a capture, or of anything that a view can draw."""
-    from .widgets import show
+    from flexkernel.widgets import show
 
     return show(source, as_, **options)
 

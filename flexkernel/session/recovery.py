@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from flexkernel.cluster.cluster import Cluster, chosen
 from flexkernel.memory.slabs import Planner
+from flexkernel.wire import EditSpec, Heritage, HookSet, ModelInfo, Source
 
 from .run import Store
-from .wire import EditSpec, Heritage, HookSet, ModelInfo, Source
 
 __all__ = ["Recovery"]
 

@@ -6,10 +6,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import CaptureError, EngineError, GenerationError, PromptError
-from .names import nearest
+from flexkernel.errors import CaptureError, EngineError, GenerationError, PromptError
+from flexkernel.names import nearest
+from flexkernel.wire import Generation, Region, RunPlan, RunReport
+
 from .prompts import Batch
-from .wire import Generation, Region, RunPlan, RunReport
 
 __all__ = ["OPTIONS", "Stream", "asked", "generated"]
 

@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import HookError
+from flexkernel.errors import HookError
+from flexkernel.wire import Blob, EditSpec, HookSet, HookSpec, SlabValue
+
 from .files import whole_file
 from .hooks import reduction
-from .wire import Blob, EditSpec, HookSet, HookSpec, SlabValue
 
 __all__ = ["compiled", "read", "write"]
 

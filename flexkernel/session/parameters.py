@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slabs import size_of
+from flexkernel.names import nearest
+from flexkernel.wire import Blob, Box, CaptureKey, Held, ModelInfo, Region, Seen, SlabValue, boxes
 
 from .capture import Capture, ranks_text
-from .errors import EditError, HookError, PlacementError
-from .names import nearest
-from .wire import Blob, Box, CaptureKey, Held, ModelInfo, Region, Seen, SlabValue, boxes
 
 if TYPE_CHECKING:
     from .run import Store

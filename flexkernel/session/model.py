@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import HookError, LayoutError, LoadError
-from .names import nearest
-from .wire import Layout, ModelInfo, ModuleInfo, Source
+from flexkernel.errors import HookError, LayoutError, LoadError
+from flexkernel.names import nearest
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
 __all__ = ["check_stop", "check_world", "inspect", "load", "merged", "source"]
 

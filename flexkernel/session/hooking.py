@@ -11,13 +11,13 @@ from typing import Any
 
 from flexkernel.cluster.cluster import Cluster, packed
 from flexkernel.cluster.interrupts import Held
+from flexkernel.errors import LoadError
+from flexkernel.memory import slabs
+from flexkernel.wire import EditSpec, HookSet, HookSpec, ModelInfo
 
 from . import edits, hookfile
-from .errors import LoadError
 from .hooks import Hooked, Hooks, called, regrouped, spec_of
-from .memory import slabs
 from .run import Store
-from .wire import EditSpec, HookSet, HookSpec, ModelInfo
 
 __all__ = ["Hooking"]
 

@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from . import dataset as collecting
-from . import preview as previewing
-from . import verify as verifying
-from .dataset import Dataset
-from .preview import Preview
+from flexkernel import dataset as collecting
+from flexkernel import preview as previewing
+from flexkernel import verify as verifying
+from flexkernel.dataset import Dataset
+from flexkernel.preview import Preview
+from flexkernel.sweep import Sweep, modules_of
+from flexkernel.verify import Verification
+
 from .run import Run
-from .sweep import Sweep, modules_of
-from .verify import Verification
 
 if TYPE_CHECKING:
     from .session import Session

@@ -7,21 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from flexkernel.cluster import cluster as clusters
+from flexkernel.errors import CaptureError, HookError
+from flexkernel.memory import slabs
+from flexkernel.wire import HookSet, Layout, ModelInfo, Source, Training
+
 from . import generation, model, parameters, prompts
 from .capture import Capture
-from .cluster import cluster as clusters
-from .errors import CaptureError, HookError
 from .experiments import Experiments, Progress
 from .hooking import Hooking
 from .hooks import check_groups
-from .memory import slabs
-from .others import OthersStore
+from .modules import Trainable
+from .readonly import OthersStore
 from .recovery import Recovery
 from .run import Run, Store
 from .status import Status
-from .training import Trainable
 from .tree import Tree
-from .wire import HookSet, Layout, ModelInfo, Source, Training
 
 __all__ = ["Session", "attach", "local"]
 

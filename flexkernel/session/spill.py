@@ -10,10 +10,9 @@ import secrets
 from pathlib import Path
 from typing import IO, Any
 
+from flexkernel.errors import CaptureError, EngineError, MemoryBudgetError
+from flexkernel.memory import slabs
 from flexkernel.memory.slabs import SPILLED, Extent, pages
-
-from .errors import CaptureError, EngineError, MemoryBudgetError
-from .memory import slabs
 
 __all__ = ["Spill"]
 

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from flexkernel.cluster.interrupts import Held
+from flexkernel.errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from flexkernel.memory.reduce import result_dtype
 from flexkernel.memory.slabs import (
     PAGE,
@@ -40,14 +41,13 @@ from flexkernel.memory.slabs import (
     place,
     position_dim,
 )
+from flexkernel.names import match, nearest
+from flexkernel.wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
 from .capture import Capture, Reduced, differing
-from .errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from .generation import Stream, generated
-from .names import match, nearest
 from .prompts import Batch, texts, token_strings
 from .spill import Spill
-from .wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, Seen
 
 __all__ = ["Run", "Store", "costliest"]
 

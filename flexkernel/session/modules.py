@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
 from flexkernel.cluster.cluster import Cluster, packed
+from flexkernel.errors import CaptureError, FlexError, HookError, LoadError
+from flexkernel.names import select
+from flexkernel.wire import ModelInfo, Training
 
-from .errors import CaptureError, FlexError, HookError, LoadError
 from .files import whole_file
-from .names import select
 from .run import Run
-from .wire import ModelInfo, Training
 
 __all__ = ["Trainable"]
 
