@@ -15,12 +15,11 @@ from . import errors
 from .errors import FlexError
 
 if TYPE_CHECKING:
+    from flexkernel.experiments.dataset import open_dataset
     from flexkernel.session.capture import Capture
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session, attach, local
     from flexkernel.session.start import start
-
-    from .dataset import open_dataset
 
 __version__ = "0.1.0"
 __all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "open_dataset", "start"]

@@ -32,12 +32,12 @@ from flexkernel.session.hooks import AT
 from .errors import CaptureError, ClusterError
 
 if TYPE_CHECKING:
+    from flexkernel.experiments.preview import Preview
+    from flexkernel.experiments.verify import Verification
     from flexkernel.session.capture import Capture
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session
 
-    from .preview import Preview
-    from .verify import Verification
     from .wire import ModelInfo
 
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]

@@ -13,7 +13,7 @@ import torch
 import watched
 
 import flexkernel as fk
-from flexkernel.verify import sample
+from flexkernel.experiments.verify import sample
 from flexkernel.wire import Layout
 
 IDS = [[5, 6, 7, 8, 9]]

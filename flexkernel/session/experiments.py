@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from flexkernel import dataset as collecting
-from flexkernel import preview as previewing
-from flexkernel import verify as verifying
-from flexkernel.dataset import Dataset
-from flexkernel.preview import Preview
-from flexkernel.sweep import Sweep, modules_of
-from flexkernel.verify import Verification
+from flexkernel.experiments import dataset as collecting
+from flexkernel.experiments import preview as previewing
+from flexkernel.experiments import verify as verifying
+from flexkernel.experiments.dataset import Dataset
+from flexkernel.experiments.preview import Preview
+from flexkernel.experiments.sweep import Sweep, modules_of
+from flexkernel.experiments.verify import Verification
 
 from .run import Run
 

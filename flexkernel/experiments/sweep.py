@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.slabs import Planner
 from flexkernel.session.capture import Capture, draw
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
-
-from .errors import CaptureError, HookError
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexkernel.errors import HookError, LoadError, PlacementError, PromptError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.slabs import Entry, Extent, Plan
+from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
 from flexkernel.session.run import Run, Store
-
-from .errors import HookError, LoadError, PlacementError, PromptError
-from .session import parameters
-from .wire import CaptureKey, HookSpec, ModelInfo, Region, Seen, Unsharded
+from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, Seen, Unsharded
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session

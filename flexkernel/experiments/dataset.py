@@ -21,15 +21,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.slabs import Entry, Rows, row_dims
+from flexkernel.names import nearest
 from flexkernel.session.capture import Capture
 from flexkernel.session.hooks import spec_of
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
-
-from .errors import CaptureError, HookError
-from .names import nearest
-from .wire import Box, HookSpec
+from flexkernel.wire import Box, HookSpec
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexkernel.memory.slabs import Entry, Plan
 from flexkernel.session.run import costliest
-
-from .wire import Layout, ModelInfo, ModuleInfo, share
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo, share
 
 if TYPE_CHECKING:
     from flexkernel.session.run import Store
