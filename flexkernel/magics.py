@@ -590,7 +590,7 @@ class FlexMagics(Magics):
     def flex_show(self, line: str) -> Any:
         """Draw a capture of the last run, or several: a view of each, with a static picture beside it."""
         args = parsed(self.flex_show, line)
-        from .widgets import VIEWS
+        from .views import VIEWS
 
         if args.as_ not in (None, *VIEWS):
             raise UsageError(f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}")
@@ -617,7 +617,7 @@ class FlexMagics(Magics):
     def flex_freeze(self, line: str) -> list[Any]:
         """Replace every live view in the notebook by its static picture, for a notebook that is to be kept."""
         parsed(self.flex_freeze, line)
-        from .widgets import freeze_all
+        from .views import freeze_all
 
         return freeze_all()
 

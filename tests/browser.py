@@ -27,7 +27,7 @@ import nbformat
 import pytest
 from comm.base_comm import BaseComm
 
-from flexkernel.widgets import tensormap
+from flexkernel.views import tensormap
 
 HOW_TO_GET = "browser tests need Debian's chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core"
 ARGS = [

@@ -18,7 +18,7 @@ import reference
 import torch
 
 import flexkernel as fk
-from flexkernel import widgets
+from flexkernel import views
 from flexkernel.errors import (
     CaptureError,
     ClusterError,
@@ -284,7 +284,7 @@ def test_25_a_view_of_numbers_that_are_none(dtype):
     tiny_number = torch.finfo(dtype).tiny / 2
     x = torch.tensor([[float("nan"), float("inf")], [float("-inf"), -0.0], [tiny_number, 1.0]], dtype=dtype)
     for values in (x, x[:1, :1].expand(4, 4), torch.full((3, 3), float("inf"), dtype=dtype)):
-        view = widgets.tensor_map(values)
+        view = views.tensor_map(values)
         text = str(view._repr_mimebundle_()) if hasattr(view, "_repr_mimebundle_") else repr(view)
         assert text and "Infinity" not in text
 

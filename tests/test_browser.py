@@ -26,8 +26,8 @@ from browser import (
 from test_grid import Source
 
 from flexkernel.errors import CaptureExpired
-from flexkernel.widgets import model_tree, tensor_map
-from flexkernel.widgets.tensormap import ESM
+from flexkernel.views import model_tree, tensor_map
+from flexkernel.views.tensormap import ESM
 
 pytestmark = pytest.mark.browser
 
@@ -353,7 +353,7 @@ def test_a_page_that_leaves_this_machine_or_has_an_error_fails(browser):
 
 HAND_MADE = f"""
 import torch
-from flexkernel.widgets import freeze_all, tensor_map
+from flexkernel.views import freeze_all, tensor_map
 x = torch.randn({ROWS}, {COLS}, generator=torch.Generator().manual_seed(0))
 x[{HOT[0]}, {HOT[1]}] = 90.0
 """
@@ -470,7 +470,7 @@ def test_a_capture_that_expires_freezes_the_map_in_jupyterlab(browser, lab):
     """The browser's question may be answered on another thread than the cell's: from there the output is replaced."""
     lab.write(
         "expire.ipynb",
-        "import time, torch\nfrom flexkernel.errors import CaptureExpired\nfrom flexkernel.widgets import tensor_map\n"
+        "import time, torch\nfrom flexkernel.errors import CaptureExpired\nfrom flexkernel.views import tensor_map\n"
         "class Fleeting:\n"
         "    shape, dtype, name, gone = (300, 400), torch.float32, 'fleeting', False\n"
         "    def __init__(self): self.held = torch.randn(300, 400)\n"

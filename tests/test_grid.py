@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexkernel.memory import reduce
-from flexkernel.widgets.grid import Grid, exact, ticks_in, visible
+from flexkernel.views.grid import Grid, exact, ticks_in, visible
 
 
 class Source:

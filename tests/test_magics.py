@@ -482,11 +482,11 @@ def test_show_before_a_run_says_so(fresh, folder):
 
 
 def test_freeze_gives_the_views_it_froze(loaded):
-    from flexkernel import widgets
+    from flexkernel import views
 
-    widgets.freeze_all()  # what other tests of this process left live
+    views.freeze_all()  # what other tests of this process left live
     loaded.do("%flex_hook lm_head\n%flex_run abc")
-    view = widgets.tensor_map(loaded.do("flex.runs[-1]['lm_head']"))
+    view = views.tensor_map(loaded.do("flex.runs[-1]['lm_head']"))
     assert loaded.do("%flex_freeze") == [view] and view.frozen
     assert loaded.do("%flex_freeze") == []
 
@@ -639,7 +639,7 @@ def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
 
 
 def test_the_views_that_completion_offers_are_those_there_are():
-    from flexkernel.widgets import VIEWS
+    from flexkernel.views import VIEWS
 
     assert list(magics.USUAL["as_"]) == list(VIEWS)
 

@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
-from flexkernel.widgets import png
-from flexkernel.widgets.png import Axis
+from flexkernel.views import png
+from flexkernel.views.png import Axis
 
 
 def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:

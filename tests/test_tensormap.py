@@ -16,10 +16,10 @@ import pytest
 import torch
 from test_grid import FarSource, Source
 
-from flexkernel import widgets
+from flexkernel import views as widgets
 from flexkernel.errors import CaptureExpired
-from flexkernel.widgets import freeze_all, tensor_map, tensormap
-from flexkernel.widgets.tensormap import ESM, TILE_PIXELS, VALUES, fitting, number
+from flexkernel.views import freeze_all, tensor_map, tensormap
+from flexkernel.views.tensormap import ESM, TILE_PIXELS, VALUES, fitting, number
 
 
 class Fleeting(Source):

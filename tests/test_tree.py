@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from flexkernel.widgets.tree import ModuleRow, model_tree
+from flexkernel.views.tree import ModuleRow, model_tree
 
 
 def llama(num_layers: int = 30, hooked: tuple[int, ...] = (), second_stage: int = 99) -> list[ModuleRow]:

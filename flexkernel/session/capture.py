@@ -377,7 +377,7 @@ class Reduced(Capture):
 
 def draw(source: Any, as_: str = "map", **options: Any) -> Any:
     """The view of a capture, or of anything that a view can draw."""
-    from flexkernel.widgets import show
+    from flexkernel.views import show
 
     return show(source, as_, **options)
 

@@ -47,7 +47,7 @@ class Tree:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from flexkernel.widgets.tree import tree_html  # views are imported when something is drawn, as in Capture.show
+        from flexkernel.views.tree import tree_html  # views are imported when something is drawn, as in Capture.show
 
         return tree_html(self.rows, title=f"{self.info.cls}, {self.info.layout}")
 

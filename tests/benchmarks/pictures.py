@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flexkernel.widgets import tensor_map
+from flexkernel.views import tensor_map
 
 from .lab import Lab
 from .moves import WIDE, wide
