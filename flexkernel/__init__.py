@@ -50,13 +50,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: Any) -> None:
     """What `%load_ext flexkernel` calls: registers the magics and their completion."""
-    from .magics import register
+    from flexkernel.notebook.magics import register
 
     register(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """What `%unload_ext flexkernel` calls: takes the completion out again; the session stays."""
-    from .magics import unregister
+    from flexkernel.notebook.magics import unregister
 
     unregister(shell)

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, demo
+from . import __version__
 from .errors import FlexError
+from .notebook import demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _install(args: argparse.Namespace) -> None:
-    from .kernel import install
+    from flexkernel.notebook.kernel import install
 
     print(install(user=args.prefix is None, prefix=args.prefix))
 

@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")  # nothing is fetched with it: test_security looks
 os.environ.setdefault("OF_NO_ENGINE", "a key that engines are not to have")  # test_environment looks
 
-from flexkernel import demo  # noqa: E402
+from flexkernel.notebook import demo  # noqa: E402
 
 AXES = ("tp", "pp", "fsdp", "dp")
 SMALL = ("mixtral", "qwen3", "llama_untied")

@@ -31,11 +31,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import flexkernel as fk
-from flexkernel import magics
 from flexkernel.engine.model import checkpoint
 from flexkernel.errors import FlexError, HookError, LoadError
 from flexkernel.memory import channel
 from flexkernel.names import match, nearest, select
+from flexkernel.notebook import magics
 from flexkernel.session import hookfile
 from flexkernel.wire import Region
 

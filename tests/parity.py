@@ -142,7 +142,7 @@ def main() -> None:
     import tempfile
 
     import flexkernel as fk
-    from flexkernel import demo
+    from flexkernel.notebook import demo
 
     folder = Path(tempfile.gettempdir()) / "flexkernel-tiny"
     plans = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import browser as harness
 
-from flexkernel import demo
+from flexkernel.notebook import demo
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "notebooks" / "quickstart.png"

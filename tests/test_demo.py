@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from flexkernel import demo
 from flexkernel.__main__ import main
 from flexkernel.errors import LoadError
+from flexkernel.notebook import demo
 
 WEIGHTS = b"quantised weights"
 

@@ -17,9 +17,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import start_new_kernel
 
 import flexkernel
-from flexkernel import kernel
 from flexkernel.__main__ import main
 from flexkernel.errors import FlexError
+from flexkernel.notebook import kernel
 
 LOADED = "'flexkernel' in get_ipython().extension_manager.loaded"
 
@@ -43,7 +43,12 @@ def test_the_installed_kernelspec_is_the_one_jupyter_finds(jupyter_folders):
     spec = KernelSpecManager().get_kernel_spec("flexkernel")
     assert Path(spec.resource_dir) == jupyter_folders / "kernels" / "flexkernel"
     assert (spec.display_name, spec.language, spec.metadata["debugger"]) == ("FlexKernel", "python", True)
-    assert spec.argv[0] == sys.executable and spec.argv[-4:] == ["-m", "flexkernel.kernel", "-f", "{connection_file}"]
+    assert spec.argv[0] == sys.executable and spec.argv[-4:] == [
+        "-m",
+        "flexkernel.notebook.kernel",
+        "-f",
+        "{connection_file}",
+    ]
 
 
 def test_the_source_of_the_kernelspec_names_no_machine():

@@ -25,8 +25,8 @@ from jupyter_client.manager import start_new_kernel
 from traitlets.config import Config
 
 import flexkernel as fk
-from flexkernel import magics
 from flexkernel.errors import CaptureError, ClusterError, EngineError, HookError, LayoutError, LoadError, PromptError
+from flexkernel.notebook import magics
 
 MLP = "model.layers.*.mlp"
 

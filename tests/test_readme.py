@@ -16,7 +16,7 @@ END = "<!-- end -->"
 def written(text: str) -> str:
     """README with its tables as the code has them."""
     from flexkernel.cluster.guarantees import promises_table
-    from flexkernel.magics import magics_table
+    from flexkernel.notebook.magics import magics_table
 
     for name, table in (("magics", magics_table), ("promises", promises_table)):
         before, rest = text.split(BEGIN.format(name))

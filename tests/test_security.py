@@ -24,8 +24,8 @@ from torch import nn
 
 import flexkernel as fk
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
-from flexkernel.magics import as_html
 from flexkernel.memory import channel, slabs
+from flexkernel.notebook.magics import as_html
 from flexkernel.session import prompts
 
 two = pytest.mark.engines(2)

@@ -45,7 +45,7 @@ class Lab:
 
     def real(self) -> Path:
         """SmolLM2-135M-Instruct, if it is there already or can be fetched."""
-        from flexkernel import demo
+        from flexkernel.notebook import demo
 
         return self.tiny("llama") if self.quick else demo.model()
 

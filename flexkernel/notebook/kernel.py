@@ -1,7 +1,7 @@
 """FlexKernel: the IPython kernel with flexkernel's magics already loaded.
 
 `%load_ext flexkernel` does the same in any Python notebook.
-`python -m flexkernel.kernel -f CONNECTION_FILE` is what Jupyter runs; `install` tells Jupyter so.
+`python -m flexkernel.notebook.kernel -f CONNECTION_FILE` is what Jupyter runs; `install` tells Jupyter so.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.kernelspec import KernelSpecManager
 
-from . import __version__
-from .errors import FlexError
+from flexkernel import __version__
+from flexkernel.errors import FlexError
 
 __all__ = ["FlexKernel", "install"]
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import LoadError
+from flexkernel.errors import LoadError
 
 __all__ = ["cache", "model", "quickstart"]
 

@@ -26,10 +26,9 @@ from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, 
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
+from flexkernel.errors import CaptureError, ClusterError
 from flexkernel.session.hookfile import compiled
 from flexkernel.session.hooks import AT
-
-from .errors import CaptureError, ClusterError
 
 if TYPE_CHECKING:
     from flexkernel.experiments.preview import Preview
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
     from flexkernel.session.capture import Capture
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session
-
-    from .wire import ModelInfo
+    from flexkernel.wire import ModelInfo
 
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
@@ -590,7 +588,7 @@ class FlexMagics(Magics):
     def flex_show(self, line: str) -> Any:
         """Draw a capture of the last run, or several: a view of each, with a static picture beside it."""
         args = parsed(self.flex_show, line)
-        from .views import VIEWS
+        from flexkernel.views import VIEWS
 
         if args.as_ not in (None, *VIEWS):
             raise UsageError(f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}")
@@ -617,7 +615,7 @@ class FlexMagics(Magics):
     def flex_freeze(self, line: str) -> list[Any]:
         """Replace every live view in the notebook by its static picture, for a notebook that is to be kept."""
         parsed(self.flex_freeze, line)
-        from .views import freeze_all
+        from flexkernel.views import freeze_all
 
         return freeze_all()
 

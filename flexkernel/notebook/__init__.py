@@ -1,0 +1,1 @@
+"""Jupyter: lines in, objects out."""
