@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import errors
+from ._version import __version__ as __version__
 from .errors import FlexError
 
 if TYPE_CHECKING:
@@ -21,18 +22,27 @@ if TYPE_CHECKING:
     from flexkernel.session.session import Session, attach, local
     from flexkernel.session.start import start
 
-__version__ = "0.1.0"
-__all__ = ["Capture", "FlexError", "Run", "Session", "attach", "errors", "local", "open_dataset", "start"]
+__all__ = [
+    "Capture",
+    "FlexError",
+    "Run",
+    "Session",
+    "attach",
+    "errors",
+    "local",
+    "open_dataset",
+    "start",
+]
 
 # The door is light: torch, ipyparallel and the widgets are imported when one of these names is first used.
 _HOMES = {
-    "Capture": "capture",
-    "Run": "run",
-    "Session": "session",
-    "attach": "session",
-    "local": "session",
-    "open_dataset": "dataset",
-    "start": "door",
+    "Capture": "session.capture",
+    "Run": "session.run",
+    "Session": "session.session",
+    "attach": "session.session",
+    "local": "session.session",
+    "open_dataset": "experiments.dataset",
+    "start": "session.start",
 }
 
 

@@ -213,5 +213,6 @@ def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(tokenizer):
 
 
 def test_prompts_import_neither_torch_nor_transformers():
-    code = "import sys, flexkernel.session.prompts; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy")
+    code = f"import sys, flexkernel.session.prompts; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -30,6 +30,7 @@ import psutil
 import torch
 
 from flexkernel import engine, errors
+from flexkernel._version import __version__
 from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
 from flexkernel.memory import slabs
 from flexkernel.memory.pulse import Pulse
@@ -405,8 +406,6 @@ class IPyParallel(Cluster):
 
     def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
         """Who these engines are. ClusterError: another driver has them, or they run another version of this package."""
-        from flexkernel import __version__
-
         me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
         hellos = self.call("look", ranks=ranks) if self.reader else self.call("hello", me, take, ranks=ranks)
         self.owner = hellos[0].get("owner")

@@ -1,7 +1,7 @@
 """The environment of an engine: what it inherits of the notebook's, which may hold keys that are no business of its.
 
-`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in it. The process itself gives up what it had, so
-that this holds for whoever started it: a shell, or a batch system.
+`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in it. The process itself gives up what it
+had, so that this holds for whoever started it: a shell, or a batch system.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ ENGINE = [sys.executable, "-m", "flexkernel.cluster.environment", "-m", PROGRAM]
 IMPORTS = (
     f"{PROGRAM}.app",
     "accelerate",
-    *(f"flexkernel.engine.{name}" for name in ("runtime", "load", "forward", "regroup")),
+    *(f"flexkernel.engine.{name}" for name in ("runtime", "model.load", "run.forward", "ranks.recover")),
     "transformers.models.llama.modeling_llama",  # and so what others are made of, too
 )
 
@@ -187,9 +187,8 @@ class FlexEngineLauncher(LocalEngineLauncher):
 class FlexEngineSetLauncher(LocalEngineSetLauncher):
     """The engines of this machine."""
 
-    entrypoint_name = (
-        "flexkernel.cluster.launchers.FlexEngineSetLauncher"  # what a cluster's file has, to be read back by
-    )
+    # What a cluster's file names, to be read back by.
+    entrypoint_name = "flexkernel.cluster.launchers.FlexEngineSetLauncher"
     launcher_class = FlexEngineLauncher
 
     @default("engine_cmd")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import flexkernel
+from flexkernel._version import __version__
 from flexkernel.engine.place.slabs import drop_all, freeze_imports, let_go
 from flexkernel.engine.ranks.breaker import Breaker
 from flexkernel.engine.ranks.watch import Watch
@@ -73,7 +73,7 @@ class Runtime:
     def hello(self) -> dict[str, Any]:
         """Who this engine is, and what it already holds: an attaching driver asks this first."""
         return {
-            "version": flexkernel.__version__,
+            "version": __version__,
             "python": platform.python_version_tuple()[:2],
             "pid": os.getpid(),
             "host": os.environ.get("FLEX_HOST") or socket.gethostname(),

@@ -16,7 +16,7 @@ from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.kernelspec import KernelSpecManager
 
-from flexkernel import __version__
+from flexkernel._version import __version__
 from flexkernel.errors import FlexError
 
 __all__ = ["FlexKernel", "install"]
