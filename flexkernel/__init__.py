@@ -1,4 +1,5 @@
-"""flexkernel: look inside, and change, language models that are spread over many GPUs, from a notebook.
+"""flexkernel: look inside, and change, language models that are spread over many GPUs, from a
+notebook.
 
 >>> import flexkernel as fk                       # doctest: +SKIP
 >>> session = fk.start(n=2)                       # doctest: +SKIP
@@ -22,19 +23,23 @@ if TYPE_CHECKING:
     from flexkernel.session.session import Session, attach, local
     from flexkernel.session.start import start
 
+    from .notebook import demo
+
 __all__ = [
     "Capture",
     "FlexError",
     "Run",
     "Session",
     "attach",
+    "demo",
     "errors",
     "local",
     "open_dataset",
     "start",
 ]
 
-# The door is light: torch, ipyparallel and the widgets are imported when one of these names is first used.
+# The door is light: torch, ipyparallel and the widgets are imported when one of these names is
+# first used.
 _HOMES = {
     "Capture": "session.capture",
     "Run": "session.run",
@@ -47,10 +52,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'flexkernel' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "demo":
+        return import_module(".notebook.demo", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flexkernel' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 

@@ -30,15 +30,23 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo-model", help="fetch the demo model once; print its folder")
     command.set_defaults(do=lambda args: print(demo.model()))
 
-    command = commands.add_parser("demo", help="execute the quickstart notebook; print the path of the HTML page")
-    command.add_argument("--notebook", type=Path, default=demo.NOTEBOOK, help="another notebook to execute")
-    command.add_argument("--into", type=Path, default=Path("build"), help="the folder for the page (default: build)")
+    command = commands.add_parser(
+        "demo", help="execute the quickstart notebook; print the path of the HTML page"
+    )
+    command.add_argument(
+        "--notebook", type=Path, default=demo.NOTEBOOK, help="another notebook to execute"
+    )
+    command.add_argument(
+        "--into", type=Path, default=Path("build"), help="the folder for the page (default: build)"
+    )
     command.set_defaults(do=lambda args: print(demo.quickstart(args.notebook, args.into)))
 
     command = commands.add_parser("install", help="register the FlexKernel kernelspec with Jupyter")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--user", action="store_true", help="for this user (the default)")
-    where.add_argument("--sys-prefix", action="store_const", const=sys.prefix, dest="prefix", help="in this venv")
+    where.add_argument(
+        "--sys-prefix", action="store_const", const=sys.prefix, dest="prefix", help="in this venv"
+    )
     where.add_argument("--prefix", help="under PREFIX/share/jupyter/kernels")
     command.set_defaults(do=_install)
     return parser

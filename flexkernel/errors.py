@@ -43,13 +43,15 @@ MOST = 8000  # characters of a message
 
 
 class FlexError(Exception):
-    """Base of the tree. In a notebook it shows as one block: what was asked, what was found, what to do."""
+    """Base of the tree. In a notebook it shows as one block: what was asked, what was found, what
+    to do."""
 
     def __init__(self, message: str = ""):
         super().__init__(shortened(str(message)))
 
     def _render_traceback_(self) -> list[str]:
-        """Jupyter asks an exception for its own traceback; ours is the sentence, not our insides."""
+        """Jupyter asks an exception for its own traceback; ours is the sentence, not our
+        insides."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -104,7 +106,8 @@ class MemoryBudgetError(FlexError):
 class EngineError(FlexError):
     """An engine raised.
 
-    rank: which one, the earliest where several did. remote_traceback: its text, as the engine saw it.
+    rank: which one, the earliest where several did. remote_traceback: its text, as the engine saw
+    it.
     """
 
     def __init__(self, message: str, rank: int | None = None, remote_traceback: str = ""):
@@ -128,7 +131,8 @@ class LossError(EngineError):
 
 
 def shortened(text: str, most: int = MOST) -> str:
-    """A text without its middle where it is very long: who asks with a megabyte is not answered with one."""
+    """A text without its middle where it is very long: who asks with a megabyte is not answered
+    with one."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -136,6 +140,7 @@ def shortened(text: str, most: int = MOST) -> str:
 
 
 def named(name: str) -> type[FlexError]:
-    """The error class of that name, EngineError for any that is not ours: how an engine's error gets its type back."""
+    """The error class of that name, EngineError for any that is not ours: how an engine's error
+    gets its type back."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FlexError) else EngineError

@@ -1,7 +1,8 @@
 """Module names: globs over them, and the nearest ones to a name that matches nothing.
 
 `*` matches within one dotted segment, `**` zero or more segments; a pattern with neither is exact.
-The root's name is "" and only "" matches it. A virtual point (`...self_attn.@q`) matches only if its `@` is written.
+The root's name is "" and only "" matches it. A virtual point (`...self_attn.@q`) matches only if
+its `@` is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def _regex(glob: str) -> re.Pattern[str]:
     pattern = ""
     first, before = "(?:^)", ""
     for segment in glob.split("."):
-        if segment == before == "**":  # twice is as once, and the matcher would try every way to share segments out
+        # twice is as once, and the matcher would try every way to share segments out
+        if segment == before == "**":
             continue
         before = segment
         if segment == "**":  # zero or more whole segments, none of them a virtual point
@@ -29,7 +31,11 @@ def _regex(glob: str) -> re.Pattern[str]:
             first = r"(?:^|\.)" if first != r"\." else first
             continue
         virtual = segment.startswith("@")
-        body = "".join("[^.]*" if part[0] == "*" else re.escape(part) for part in re.split(r"(\*+)", segment) if part)
+        body = "".join(
+            "[^.]*" if part[0] == "*" else re.escape(part)
+            for part in re.split(r"(\*+)", segment)
+            if part
+        )
         pattern += first + ("" if virtual or not segment.startswith("*") else "(?!@)") + body
         first = r"\."
     return re.compile(pattern + r"\Z")
@@ -47,13 +53,15 @@ def match(glob: str, name: str) -> bool:
 
 
 def select(glob: str, names: Iterable[str]) -> list[str]:
-    """The names the glob matches, in their own order; HookError with the nearest names when there is none."""
+    """The names the glob matches, in their own order; HookError with the nearest names when there
+    is none."""
     names = list(names)
     found = [name for name in names if match(glob, name)]
     if not found:
         near = nearest(glob, names)
         raise HookError(
-            f"no module matches {glob!r} among {len(names)}" + (f"; nearest: {', '.join(near)}" if near else "")
+            f"no module matches {glob!r} among {len(names)}"
+            + (f"; nearest: {', '.join(near)}" if near else "")
         )
     return found
 

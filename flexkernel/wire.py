@@ -49,7 +49,8 @@ REDUCTIONS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "am
 
 
 def share(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Which of `total` rows part `index` has, (start, stop): as even as can be, the first ones larger.
+    """Which of `total` rows part `index` has, (start, stop): as even as can be, the first ones
+    larger.
 
     >>> [share(5, 4, i) for i in range(4)]
     [(0, 2), (2, 3), (3, 4), (4, 5)]
@@ -60,7 +61,8 @@ def share(total: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def boxes(box: Box) -> list[Box]:
-    """A box in which a dim may occur several times, once for each run of it, as boxes of one run a dim.
+    """A box in which a dim may occur several times, once for each run of it, as boxes of one run a
+    dim.
 
     >>> boxes(((0, 0, 2), (0, 4, 6), (1, 0, 3)))
     [((0, 0, 2), (1, 0, 3)), ((0, 4, 6), (1, 0, 3))]
@@ -73,7 +75,8 @@ def boxes(box: Box) -> list[Box]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ways each axis of the device mesh is split. Ranks count row-major over (pp, dp, fsdp, tp)."""
+    """How many ways each axis of the device mesh is split. Ranks count row-major over (pp, dp,
+    fsdp, tp)."""
 
     pp: int = 1
     dp: int = 1
@@ -104,8 +107,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Seat:
-    """Which rank this process is. local_rank: its number among the ranks of its host, which is also its GPU's.
-    hosts: rank → host."""
+    """Which rank this process is. local_rank: its number among the ranks of its host, which is
+    also its GPU's. hosts: rank → host."""
 
     rank: int = 0
     world: int = 1
@@ -128,11 +131,13 @@ class Owner:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a folder or hub id, or a user's functions (cloudpickled) that build it.
+    """Where a model comes from: a folder or hub id, or a user's functions (cloudpickled) that
+    build it.
 
-    builder: returns a rank's module, however it was distributed; reference: returns the unsharded one, for the scan.
-    forward: (model, batch) → output, where the signature does not say how it is called. names: the rank's module names
-    → the unsharded model's, a mapping of prefixes or a function."""
+    builder: returns a rank's module, however it was distributed; reference: returns the unsharded
+    one, for the scan. forward: (model, batch) → output, where the signature does not say how it is
+    called. names: the rank's module names → the unsharded model's, a mapping of prefixes or a
+    function."""
 
     path: str
     builder: bytes | None = None
@@ -161,7 +166,8 @@ class SlabValue:
 
 @dataclass(frozen=True)
 class ShapeFormula:
-    """A value's whole shape for any batch: each dim is a coefficient times one of "", B, S, P+S, B*S, ..."""
+    """A value's whole shape for any batch: each dim is a coefficient times one of "", B, S, P+S,
+    B*S, ..."""
 
     path: str  # of the leaf within the value
     dims: tuple[tuple[int, str], ...] | None  # None: it depends on the data, no formula gives it
@@ -188,7 +194,11 @@ class ShapeFormula:
         if self.dims is None:
             return "depends on the data"
         return (
-            "×".join(term if f == 1 and term else f"{f}{term}" if term else str(f) for f, term in self.dims) or "scalar"
+            "×".join(
+                term if f == 1 and term else f"{f}{term}" if term else str(f)
+                for f, term in self.dims
+            )
+            or "scalar"
         )
 
 
@@ -205,7 +215,8 @@ class Blob:
 class EditSpec:
     """A named function that changes activations: x, ctx → x, as cloudpickled code.
 
-    per: "whole" sees the whole activation, "row" each batch row by itself, "element" the shards as they lie."""
+    per: "whole" sees the whole activation, "row" each batch row by itself, "element" the shards as
+    they lie."""
 
     name: str
     per: str
@@ -224,7 +235,8 @@ class Reduction:
     dims: tuple[int, ...] = ()
 
     def over(self, ndim: int) -> tuple[int, ...]:
-        """The dims of a value of so many, counted from the first. IndexError: it has no such dim."""
+        """The dims of a value of so many, counted from the first. IndexError: it has no such
+        dim."""
         outside = [dim for dim in self.dims if not -ndim <= dim < ndim]
         if outside:
             raise IndexError(outside[0])
@@ -236,12 +248,13 @@ class Reduction:
 
 @dataclass(frozen=True)
 class HookSpec:
-    """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the first.
+    """One `%flex_hook` line. Its name is its identity; a second hook of that name replaces the
+    first.
 
-    edit: the name of an edit that is made there, a preset's or a defined one; value: what a preset takes.
-    positions, heads, neurons: without an edit the positions to keep, with one where it is made.
-    capture: what is kept of an edited activation, as it is "after" the edit or "before", "both", or "none" of it.
-    reduce: only this is kept of it."""
+    edit: the name of an edit that is made there, a preset's or a defined one; value: what a preset
+    takes. positions, heads, neurons: without an edit the positions to keep, with one where it is
+    made. capture: what is kept of an edited activation, as it is "after" the edit or "before",
+    "both", or "none" of it. reduce: only this is kept of it."""
 
     glob: str
     at: str = "output"
@@ -263,7 +276,8 @@ class HookSpec:
 
     @property
     def of(self) -> str:
-        """The value whose gradient it is of, or which it is of itself: "output", "input" or "param"."""
+        """The value whose gradient it is of, or which it is of itself: "output", "input" or
+        "param"."""
         return self.at.replace("grad_", "").replace("_grad", "")
 
     @property
@@ -273,23 +287,29 @@ class HookSpec:
 
     @property
     def kept_at(self) -> tuple[str, ...]:
-        """The `at` of each capture that it makes of a value: what was there before the edit has one of its own."""
+        """The `at` of each capture that it makes of a value: what was there before the edit has
+        one of its own."""
         before = f"{self.at} before"
-        return {"before": (before,), "both": (before, self.at), "none": ()}.get(self.capture, (self.at,))
+        return {"before": (before,), "both": (before, self.at), "none": ()}.get(
+            self.capture, (self.at,)
+        )
 
     @property
     def key(self) -> str:
         if self.name:
             return self.name
         at = f" {self.at}" if self.at != "output" else ""
-        return f"{self.glob or '(root)'}{at}" + (f" [{self.index}]" if self.index is not None else "")
+        return f"{self.glob or '(root)'}{at}" + (
+            f" [{self.index}]" if self.index is not None else ""
+        )
 
 
 @dataclass(frozen=True)
 class HookSet:
     """The hooks of a session in order of registration, and the groups that are switched off.
 
-    Driver and engines hold equal ones: a run names the digest, and an engine whose set differs refuses.
+    Driver and engines hold equal ones: a run names the digest, and an engine whose set differs
+    refuses.
     """
 
     hooks: tuple[HookSpec, ...] = ()
@@ -318,9 +338,12 @@ class HookSet:
         return found
 
     def active(self, groups: Sequence[str] = (), complement: bool = False) -> list[HookSpec]:
-        """The hooks a run fires: those of the groups (or all others), else all that no group switches off."""
+        """The hooks a run fires: those of the groups (or all others), else all that no group
+        switches off."""
         if groups:
-            return [hook for hook in self.hooks if bool(set(hook.groups) & set(groups)) != complement]
+            return [
+                hook for hook in self.hooks if bool(set(hook.groups) & set(groups)) != complement
+            ]
         return [hook for hook in self.hooks if not set(hook.groups) & self.off]
 
     @functools.cached_property
@@ -347,7 +370,8 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the driver knows of a loaded model: all of it plain data, so that a new driver can ask for it again."""
+    """What the driver knows of a loaded model: all of it plain data, so that a new driver can ask
+    for it again."""
 
     path: str
     cls: str
@@ -363,17 +387,22 @@ class ModelInfo:
     vocab_size: int | None
     max_positions: int | None
     window: int = 0
-    placements: dict[str, str] = field(default_factory=dict)  # declared by the user: glob → placement
-    styles: dict[str, str] = field(default_factory=dict)  # of the model's own parallel plan: name → style
+    # declared by the user: glob → placement
+    placements: dict[str, str] = field(default_factory=dict)
+    # of the model's own parallel plan: name → style
+    styles: dict[str, str] = field(default_factory=dict)
     built: bool = False  # by a user's function; path is its name
-    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and buffers: name → whole shape
+    # and buffers: name → whole shape
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()  # which of these are no parameters
     tied: tuple[tuple[str, ...], ...] = ()  # names that are of one parameter
 
     @property
     def names(self) -> list[str]:
         """Every name a hook can have: modules, then virtual points."""
-        return [m.name for m in self.modules] + [n for n, at in self.scan if ".@" in n and at == "output"]
+        return [m.name for m in self.modules] + [
+            n for n, at in self.scan if ".@" in n and at == "output"
+        ]
 
 
 EDITED = " edited"  # after a CaptureKey's `at`: the value that an edit made
@@ -381,8 +410,9 @@ EDITED = " edited"  # after a CaptureKey's `at`: the value that an edit made
 
 @dataclass(frozen=True)
 class CaptureKey:
-    """Which value of a run: a hook's value at one module, one leaf, one call. at: "output before" is the output as it
-    was before the hook's edit; "output norm:-1" is what was kept of it instead."""
+    """Which value of a run: a hook's value at one module, one leaf, one call. at: "output before"
+    is the output as it was before the hook's edit; "output norm:-1" is what was kept of it
+    instead."""
 
     hook: str
     module: str
@@ -401,8 +431,9 @@ class CaptureKey:
 class Generation:
     """How a run goes on after its prompt: one token a forward, at most max_new_tokens of them.
 
-    options: those of transformers' generate, plain data. seed: of what it draws. pad_id: what follows a row's end.
-    stamp: marks the tokens that this run writes into its slab, where whoever looks finds them as they come."""
+    options: those of transformers' generate, plain data. seed: of what it draws. pad_id: what
+    follows a row's end. stamp: marks the tokens that this run writes into its slab, where whoever
+    looks finds them as they come."""
 
     max_new_tokens: int
     options: tuple[tuple[str, Any], ...] = ()
@@ -413,8 +444,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Training:
-    """One step after a backward. optimizer: a user's function (cloudpickled) that makes one, None is AdamW; parameters:
-    of the model, by name; modules: trainable ones, by name."""
+    """One step after a backward. optimizer: a user's function (cloudpickled) that makes one, None
+    is AdamW; parameters: of the model, by name; modules: trainable ones, by name."""
 
     optimizer: bytes | None
     parameters: tuple[str, ...]
@@ -423,7 +454,8 @@ class Training:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, before it: the whole batch, and where its captures will lie. Every rank gets the same."""
+    """One run, before it: the whole batch, and where its captures will lie. Every rank gets the
+    same."""
 
     run: int
     ids: list[list[int]]
@@ -437,24 +469,27 @@ class RunPlan:
     groups: tuple[str, ...] = ()
     complement: bool = False
     stop_at: str | None = None
-    logits_last: bool = False  # keep only the last position's logits: all of them would not be small
+    # keep only the last position's logits: all of them would not be small
+    logits_last: bool = False
     timeout_s: float = 60.0
     seed: int = 0  # of what edits draw
     freed: tuple[int, ...] = ()  # runs that the driver's store has let go
     generation: Generation | None = None
     training: Training | None = None
-    loss: bytes | str | None = None  # a user's function (cloudpickled), or the name of one of ours: go back from it
+    # a user's function (cloudpickled), or the name of one of ours: go back from it
+    loss: bytes | str | None = None
 
 
 @dataclass(frozen=True)
 class Seen:
     """What one rank saw of one capture.
 
-    holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds a part of.
-    box: the part it wrote: ranks that hold the same part share the copying; None: it wrote nothing.
-    digest: of what it holds, if others hold the same part: they must have the same numbers. 0 where none does.
-    nan: an edit made NaN of it, which had none.
-    region: where the value lies if not in its planned place. partial: it is one of that many addends of a sum over tp.
+    holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds
+    a part of. box: the part it wrote: ranks that hold the same part share the copying; None: it
+    wrote nothing. digest: of what it holds, if others hold the same part: they must have the same
+    numbers. 0 where none does. nan: an edit made NaN of it, which had none. region: where the
+    value lies if not in its planned place. partial: it is one of that many addends of a sum over
+    tp.
     """
 
     evidence: str
@@ -470,8 +505,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds of a parameter: the whole's shape and dtype; its part, as in Seen, in which a dim occurs once
-    for each run of it."""
+    """What one rank holds of a parameter: the whole's shape and dtype; its part, as in Seen, in
+    which a dim occurs once for each run of it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -482,7 +517,8 @@ class Held:
 
 @dataclass(frozen=True)
 class RunReport:
-    """One rank's answer to a RunPlan. planned: index in the plan → Seen; others: values that had no planned place."""
+    """One rank's answer to a RunPlan. planned: index in the plan → Seen; others: values that had
+    no planned place."""
 
     rank: int
     run: int
@@ -492,31 +528,34 @@ class RunReport:
     stopped: bool = False
     edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
     forwards: int = 1
-    generated: dict[int, list[int]] = field(default_factory=dict)  # row of the batch → its new tokens, up to its end
+    # row of the batch → its new tokens, up to its end
+    generated: dict[int, list[int]] = field(default_factory=dict)
     loss: float | None = None  # of the rank that computed it
     note: str = ""  # what makes this engine's copies slower than they could be
 
 
 @dataclass(frozen=True)
 class Heritage:
-    """What an engine is given that takes a dead one's rank: the model and where it comes from, hooks, edits, and what
-    the dead one had reported of each stored run."""
+    """What an engine is given that takes a dead one's rank: the model and where it comes from,
+    hooks, edits, and what the dead one had reported of each stored run."""
 
     info: ModelInfo
     source: Source
     hook_set: HookSet
     edits: dict[str, EditSpec]
     runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]]
-    modules: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # trainable: code, weights as safetensors
+    # trainable: code, weights as safetensors
+    modules: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Unsharded:
-    """One rank's answer to the driver that verifies: a forward of the unsharded model, written into a slab.
+    """One rank's answer to the driver that verifies: a forward of the unsharded model, written
+    into a slab.
 
-    order: indices in the plan, as their values came. failed: index → why there is no value. yardstick: index → in half
-    precision, the unsharded model's drift from itself in float32. streamed: one layer's weights at a time.
-    samples: parameter → some of its numbers."""
+    order: indices in the plan, as their values came. failed: index → why there is no value.
+    yardstick: index → in half precision, the unsharded model's drift from itself in float32.
+    streamed: one layer's weights at a time. samples: parameter → some of its numbers."""
 
     order: tuple[int, ...]
     failed: dict[int, str]
@@ -528,10 +567,11 @@ class Unsharded:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """An engine raised. time: when, in seconds since the epoch; the earliest of several is the cause.
+    """An engine raised. time: when, in seconds since the epoch; the earliest of several is the
+    cause.
 
-    broken: the process groups were broken to free the other ranks and must be made anew. waited: in which module this
-    rank waited for others when nothing moved any more.
+    broken: the process groups were broken to free the other ranks and must be made anew. waited:
+    in which module this rank waited for others when nothing moved any more.
     """
 
     rank: int
@@ -542,4 +582,5 @@ class ErrorReport:
     broken: bool = False
     secondary: bool = False  # it only says that another rank failed
     waited: str = ""
-    partial: tuple[RunReport, ...] = ()  # what the rank had done of the run, as it was after one forward or another
+    # what the rank had done of the run, as it was after one forward or another
+    partial: tuple[RunReport, ...] = ()

@@ -1,5 +1,6 @@
-"""Bad inputs, by number: what each is, the models that have them, and what has to be true after each. Importable on
-engines. The tests are test_bad_inputs.py, test_bad_loads.py, test_bad_sessions.py and those that ELSEWHERE names.
+"""Bad inputs, by number: what each is, the models that have them, and what has to be true after
+each. Importable on engines. The tests are test_bad_inputs.py, test_bad_loads.py,
+test_bad_sessions.py and those that ELSEWHERE names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import nn
 
 LENGTHS = [5, 3]
 BATCH = models.ids_and_mask(LENGTHS)
-ROWS = [row[mask.bool()].tolist() for row, mask in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)]
+ROWS = [
+    row[mask.bool()].tolist()
+    for row, mask in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
+]
 MASK = BATCH["attention_mask"].bool()
 TP = {"tp": 2}
 
@@ -126,7 +130,11 @@ def fit(session: Any, folder: Path, **layout: int) -> None:
     """Have this model loaded so, if it is not."""
     wanted = {axis: layout.get(axis, 1) for axis in ("pp", "dp", "fsdp", "tp")}
     info = session.info
-    if info is None or info.path != str(folder) or any(getattr(info.layout, a) != n for a, n in wanted.items()):
+    if (
+        info is None
+        or info.path != str(folder)
+        or any(getattr(info.layout, a) != n for a, n in wanted.items())
+    ):
         session.load(folder, **layout)
 
 
@@ -137,16 +145,19 @@ def healthy(session: Any, folder: Path, **layout: int) -> None:
     session.hook("model.layers.1.mlp")
     run = session.run(ROWS)
     assert run["model.layers.1.mlp"].tensor().shape == (2, 5, 64)
-    torch.testing.assert_close(run.logits.tensor()[MASK], truth(str(folder))[MASK], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        run.logits.tensor()[MASK], truth(str(folder))[MASK], atol=2e-5, rtol=2e-5
+    )
     session.unhook()
     assert all(session.cluster.answering())
 
 
-# --- values that are hard to read ------------------------------------------------------------------------
+# --- values that are hard to read -----------------------------------------------------
 
 
 class Returns(nn.Module):
-    """Puts out what a function makes of x. The functions are of this file: an engine finds them by name."""
+    """Puts out what a function makes of x. The functions are of this file: an engine finds them by
+    name."""
 
     def __init__(self, function: Any):
         super().__init__()
@@ -203,7 +214,12 @@ class Values(nn.Module):
     def __init__(self, names: tuple[str, ...]):
         super().__init__()
         torch.manual_seed(3)
-        self.embed, self.twice, self.leaf, self.same = nn.Embedding(64, 4), nn.Linear(4, 4), Leaf(), nn.Identity()
+        self.embed, self.twice, self.leaf, self.same = (
+            nn.Embedding(64, 4),
+            nn.Linear(4, 4),
+            Leaf(),
+            nn.Identity(),
+        )
         self.kinds = nn.ModuleDict({name: Returns((VALUES | ODD)[name]) for name in names})
         self.unused = nn.Linear(4, 4)
 
@@ -230,7 +246,11 @@ class Gathered(nn.Module):
         import torch.distributed as dist
         import torch.distributed._functional_collectives as funcol
 
-        return funcol.all_reduce(x, "sum", dist.group.WORLD) if dist.is_initialized() and not x.is_meta else x
+        return (
+            funcol.all_reduce(x, "sum", dist.group.WORLD)
+            if dist.is_initialized() and not x.is_meta
+            else x
+        )
 
 
 class OnItsWay(nn.Module):
@@ -290,7 +310,7 @@ class Counting(nn.Module):
         return input_ids[..., None] + row
 
 
-# --- edits -------------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 
 def add_in_place(x, ctx):
@@ -334,7 +354,8 @@ def starts_threads(x, ctx):
         thread.start()
     for thread in threads:
         thread.join()
-    threading.Thread(target=threading.Event().wait, args=(5,), daemon=True).start()  # one that stays for a while
+    # one that stays for a while
+    threading.Thread(target=threading.Event().wait, args=(5,), daemon=True).start()
     return x + 1
 
 
@@ -431,7 +452,7 @@ def note(path: str) -> None:
         file.write("once\n")
 
 
-# --- what engines tell of themselves -----------------------------------------------------------------------
+# --- what engines tell of themselves --------------------------------------------------
 
 
 def processes() -> list[Any]:

@@ -1,7 +1,9 @@
-"""A real widget in a real browser: in a bare page with Python in the same process, or in JupyterLab end to end.
+"""A real widget in a real browser: in a bare page with Python in the same process, or in
+JupyterLab end to end.
 
-In the bare page a patched comm carries what Jupyter's would: state and custom messages to the page, the page's messages
-back. So Python and ESM are the real ones, a test takes a second, and its pixels are asked for with getImageData.
+In the bare page a patched comm carries what Jupyter's would: state and custom messages to the
+page, the page's messages back. So Python and ESM are the real ones, a test takes a second, and its
+pixels are asked for with getImageData.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ ARGS = [
 
 
 def chromium() -> str:
-    """The path of chromium. Where there is none the test is skipped; on CI, which must run it, it fails."""
+    """The path of chromium. Where there is none the test is skipped; on CI, which must run it, it
+    fails."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found:
         return found
@@ -94,7 +97,7 @@ def open_page(browser: Any, **options: Any) -> Iterator[Any]:
     page.watch.check()
 
 
-# --- a bare page -----------------------------------------------------------------------------------------------------
+# --- a bare page ----------------------------------------------------------------------
 
 HOST = r"""
 const decode = (s) => new DataView(Uint8Array.from(atob(s), (c) => c.charCodeAt(0)).buffer);
@@ -135,7 +138,8 @@ window.sent = [];
 
 
 class Bridge:
-    """The wire between widgets of this process and one page. num_bytes: all that Python sent over it."""
+    """The wire between widgets of this process and one page. num_bytes: all that Python sent over
+    it."""
 
     def __init__(self, page: Any, body: str = ""):
         self.page = page
@@ -167,7 +171,12 @@ class Bridge:
 
     def _from_page(self, comm_id: str, content: Any) -> None:
         data = {"method": "custom", "content": content}
-        message = {"content": {"data": data}, "buffers": [], "metadata": {}, "header": {"msg_type": "comm_msg"}}
+        message = {
+            "content": {"data": data},
+            "buffers": [],
+            "metadata": {},
+            "header": {"msg_type": "comm_msg"},
+        }
         self.comms[comm_id].handle_msg(message)
 
 
@@ -176,7 +185,9 @@ class _Comm(BaseComm):
         self.bridge = bridge
         super().__init__(*args, **kwargs)
 
-    def publish_msg(self, msg_type: str, data: Any = None, metadata: Any = None, buffers: Any = None, **_: Any) -> None:
+    def publish_msg(
+        self, msg_type: str, data: Any = None, metadata: Any = None, buffers: Any = None, **_: Any
+    ) -> None:
         raw = [bytes(memoryview(b).cast("B")) for b in buffers or []]
         self.bridge.to_page(self.comm_id, msg_type, data, raw)
 
@@ -193,7 +204,7 @@ def bridged(page: Any, body: str = "") -> Iterator[Bridge]:
         comm.create_comm = before
 
 
-# --- JupyterLab ------------------------------------------------------------------------------------------------------
+# --- JupyterLab -----------------------------------------------------------------------
 
 
 @dataclass
@@ -206,7 +217,11 @@ class Lab:
 
     def write(self, name: str, *cells: str) -> Path:
         book = nbformat.v4.new_notebook()
-        book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book.metadata.kernelspec = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
         book.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
         nbformat.write(book, self.root / name)
         return self.root / name
@@ -293,10 +308,17 @@ def open_lab(root: Path, home: Path) -> Iterator[Lab]:
     }
     here = Path(__file__).resolve().parent
     checkout = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    env = os.environ | checkout | {"HOME": str(home)} | {name: str(home / folder) for name, folder in folders.items()}
+    env = (
+        os.environ
+        | checkout
+        | {"HOME": str(home)}
+        | {name: str(home / folder) for name, folder in folders.items()}
+    )
     log = home / "lab.log"
     with log.open("w") as out:
-        lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=out, stderr=out)
+        lab = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=out, stderr=out
+        )
     try:
         _wait_until_up(lab, f"http://127.0.0.1:{port}/api/status?token={token}", log)
         yield Lab(f"http://127.0.0.1:{port}", token, root)

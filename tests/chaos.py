@@ -1,6 +1,8 @@
-"""Faults at random: each round one rank fails in one way at one module, and then everything has to be as it was.
+"""Faults at random: each round one rank fails in one way at one module, and then everything has to
+be as it was.
 
-`python tests/chaos.py --rounds 200 [--seed S]` prints each round, and what went wrong with the seed that repeats it.
+`python tests/chaos.py --rounds 200 [--seed S]` prints each round, and what went wrong with the
+seed that repeats it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ KINDS = (*SAYS, "nan")
 
 @dataclasses.dataclass
 class Outcome:
-    """What a fault came to. error_s: until the error; usable_s: from then until a run has worked again."""
+    """What a fault came to. error_s: until the error; usable_s: from then until a run has worked
+    again."""
 
     error: BaseException | None
     error_s: float
@@ -52,7 +55,8 @@ def ask_for(text: str) -> None:
 
 
 def strike(session: Any, rank: int, at: str, kind: str) -> Outcome:
-    """Have a rank fail at a module in a run, and run again; the session replaces dead engines by itself."""
+    """Have a rank fail at a module in a run, and run again; the session replaces dead engines by
+    itself."""
     logits = session.run(IDS).logits.tensor().clone()
     weights = session.on_ranks(watched.weights_at)
     session.on_ranks(ask_for, f"rank={rank},at={at},kind={kind}")
@@ -60,7 +64,8 @@ def strike(session: Any, rank: int, at: str, kind: str) -> Outcome:
     try:
         struck = session.run(IDS)
         assert kind == "nan", f"{kind} at {at} on rank {rank} went by without an error"
-        assert not torch.equal(struck.logits.tensor(), logits)  # not all NaN: torch's sdpa makes 0 of a NaN in q or k
+        # not all NaN: torch's sdpa makes 0 of a NaN in q or k
+        assert not torch.equal(struck.logits.tensor(), logits)
     except fk.errors.FlexError as caught:
         error = caught
     middle = time.monotonic()
@@ -74,15 +79,20 @@ def strike(session: Any, rank: int, at: str, kind: str) -> Outcome:
 
 
 def check(outcome: Outcome, rank: int, kind: str) -> None:
-    """The error came in time, names the rank and the cause; nothing was lost but what a dead process held."""
+    """The error came in time, names the rank and the cause; nothing was lost but what a dead
+    process held."""
     died = kind in DIES or kind == "stop"
     if kind != "nan":
         text = str(outcome.error)
         assert SAYS[kind] in text and DIES.get(kind, "") in text, text
-        assert getattr(outcome.error, "rank", None) == rank, f"rank {rank} is to blame: {outcome.error!r}"
+        assert getattr(outcome.error, "rank", None) == rank, (
+            f"rank {rank} is to blame: {outcome.error!r}"
+        )
         assert isinstance(outcome.error, fk.errors.EngineDied) is died, repr(outcome.error)
     assert outcome.error_s < (STALL_S if kind in ("sleep", "loop", "stop") else PROMPT_S), outcome
-    assert outcome.kept == [not (died and other == rank) for other in range(len(outcome.kept))], outcome
+    assert outcome.kept == [not (died and other == rank) for other in range(len(outcome.kept))], (
+        outcome
+    )
     assert outcome.equal, "the next run differs"
 
 
@@ -90,11 +100,15 @@ def places(session: Any, rank: int) -> list[str]:
     """Where a fault can happen on that rank: the modules that it holds and that fire."""
     info = session.info
     stage = info.layout.coordinate(rank)["pp"]
-    fires = [m for m in info.modules if m.name and info.scan.get((m.name, "output")) and not m.spans]
+    fires = [
+        m for m in info.modules if m.name and info.scan.get((m.name, "output")) and not m.spans
+    ]
     return [m.name for m in fires if m.stages == (stage,) and "rotary" not in m.name]
 
 
-def rounds(session: Any, folder: Any, seed: int, n: int, say=print, kinds=KINDS) -> list[tuple[str, Outcome]]:
+def rounds(
+    session: Any, folder: Any, seed: int, n: int, say=print, kinds=KINDS
+) -> list[tuple[str, Outcome]]:
     """n rounds. AssertionError: what was not as it was, with the round and the seed."""
     dice = random.Random(seed)
     session.timeout_s, session.auto_restart = TIMEOUT_S, True
@@ -113,10 +127,14 @@ def rounds(session: Any, folder: Any, seed: int, n: int, say=print, kinds=KINDS)
             try:
                 outcome = strike(session, rank, at, kind)
                 check(outcome, rank, kind)
-                assert torch.equal(stored["model.layers.3.mlp"].tensor(), value), "a stored capture has changed"
+                assert torch.equal(stored["model.layers.3.mlp"].tensor(), value), (
+                    "a stored capture has changed"
+                )
             except Exception as error:
                 raise AssertionError(f"{what}: {error}") from error
-            say(f"{what}: {outcome.error_s:.2f} s to the error, {outcome.usable_s:.2f} s to the next run")
+            say(
+                f"{what}: {outcome.error_s:.2f} s to the error, {outcome.usable_s:.2f} s to the next run"
+            )
             done.append((kind, outcome))
     finally:
         session.timeout_s, session.auto_restart = 60.0, False
@@ -130,7 +148,11 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, fk.start(2) as session:
         done = rounds(
-            session, models.tiny("llama", folder), args.seed, args.rounds, lambda text: print(text, flush=True)
+            session,
+            models.tiny("llama", folder),
+            args.seed,
+            args.rounds,
+            lambda text: print(text, flush=True),
         )
         for kind in KINDS:
             mine = [outcome for what, outcome in done if what == kind]
@@ -143,5 +165,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    )
     main()

@@ -1,4 +1,5 @@
-"""What several test files need: the real model, tiny ones, and one shared cluster of engines at a time."""
+"""What several test files need: the real model, tiny ones, and one shared cluster of engines at a
+time."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 # Engines import what tests send them by name, and one thread each is what two cores can carry.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if sys.version_info < (
@@ -23,8 +26,10 @@ if sys.version_info < (
 ):  # Megatron-core imports setuptools, which refuses if the library's distutils was met before
     os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")  # nothing is fetched with it: test_security looks
-os.environ.setdefault("OF_NO_ENGINE", "a key that engines are not to have")  # test_environment looks
+# nothing is fetched with it: test_security looks
+os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")
+# test_environment looks
+os.environ.setdefault("OF_NO_ENGINE", "a key that engines are not to have")
 
 from flexkernel.notebook import demo  # noqa: E402
 
@@ -50,8 +55,16 @@ LONG = (
     "test_a_large_map_in_jupyterlab_from_drawing",
     "test_a_notebook_runs_and_says_nothing_aside[tuned_lens]",
     "real_model_equals_the_unsharded_one[tp3-eager",
-    *(f"unsharded_one[{arch}-{layout}2-eager]" for arch in ("mistral", "mixtral", "gpt2", "gemma2") for layout in AXES),
-    *(f"two_engines_it_is_the_unsharded_ones[{arch}-256-{{'{axis}'" for arch in SMALL for axis in ("dp", "fsdp")),
+    *(
+        f"unsharded_one[{arch}-{layout}2-eager]"
+        for arch in ("mistral", "mixtral", "gpt2", "gemma2")
+        for layout in AXES
+    ),
+    *(
+        f"two_engines_it_is_the_unsharded_ones[{arch}-256-{{'{axis}'"
+        for arch in SMALL
+        for axis in ("dp", "fsdp")
+    ),
     "tp3xpp2",
     "tp2xpp2xdp2",
     "test_autograd.py::test_gradients_go_through_edits[pp2xfsdp2]",
@@ -131,7 +144,8 @@ class Clusters:
 
         self.n, self.session = 0, None
         fk.local().close()
-        gc.freeze()  # each load collects garbage: what was imported, and the thousands of tests, is none
+        # each load collects garbage: what was imported, and the thousands of tests, is none
+        gc.freeze()
 
     def get(self, n: int) -> Any:
         import flexkernel as fk
@@ -156,7 +170,8 @@ def _clusters() -> Iterator[Clusters]:
 
 @pytest.fixture
 def session(request: pytest.FixtureRequest, _clusters: Clusters) -> Iterator[Any]:
-    """A session over as many engines as the test's `engines(n)` mark says (1: in this process). No hooks, no runs."""
+    """A session over as many engines as the test's `engines(n)` mark says (1: in this process). No
+    hooks, no runs."""
     session = _clusters.get(num_engines(request.node) or 1)
     yield session
     if session.info is not None:

@@ -1,7 +1,9 @@
-"""What a sharded model does, beside the unsharded one, under every layout: `python tests/equality.py [engines ...]`.
+"""What a sharded model does, beside the unsharded one, under every layout: `python
+tests/equality.py [engines ...]`.
 
-Rows: edits, gradients, a generation, parameters, a step of training; columns: layouts. A cell is the largest error,
-relative to the scale of what is compared; before it, each edit must have moved the result by 100 × the tolerance."""
+Rows: edits, gradients, a generation, parameters, a step of training; columns: layouts. A cell is
+the largest error, relative to the scale of what is compared; before it, each edit must have moved
+the result by 100 × the tolerance."""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ARCH = "llama_six"
 TOLERANCE = 2e-5
 HIDDEN, WIDE, VOCAB = 96, 192, 256
 BATCH = models.ids_and_mask([5, 7, 6])  # three rows: uneven over two groups of ranks
-ROWS = [r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)]
+ROWS = [
+    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
+]
 MASK = BATCH["attention_mask"].bool()
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}],
@@ -37,7 +41,7 @@ def weighed(logits, batch=None):
     return (logits * WEIGHT).sum() / 100
 
 
-# --- edits: name → (module, how it is hooked, what it does to the unsharded module's tensor) ----------------
+# --- edits: name → (module, how it is hooked, what it does to the unsharded module's te
 
 REAL = MASK[..., None].float()
 
@@ -57,11 +61,17 @@ def at_last(x):
     return x
 
 
-GATE, UP, ACT, DOWN = (f"model.layers.1.mlp.{n}" for n in ("gate_proj", "up_proj", "act_fn", "down_proj"))
+GATE, UP, ACT, DOWN = (
+    f"model.layers.1.mlp.{n}" for n in ("gate_proj", "up_proj", "act_fn", "down_proj")
+)
 MLP, LAYER = "model.layers.1.mlp", "model.layers.2"
 EDITS: dict[str, tuple[str, dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "zero": (GATE, {"edit": "zero"}, torch.zeros_like),
-    "mean": (MLP, {"edit": "mean"}, lambda x: ((x * REAL).sum((0, 1), keepdim=True) / REAL.sum()).expand_as(x)),
+    "mean": (
+        MLP,
+        {"edit": "mean"},
+        lambda x: ((x * REAL).sum((0, 1), keepdim=True) / REAL.sum()).expand_as(x),
+    ),
     "scale": (MLP, {"edit": "scale", "value": -2.0}, lambda x: -2 * x),
     "add": (LAYER, {"edit": "add", "value": VECTOR}, lambda x: x + VECTOR),
     "add to shards": (ACT, {"edit": "add", "value": LONG}, lambda x: x + LONG),
@@ -69,7 +79,11 @@ EDITS: dict[str, tuple[str, dict[str, Any], Callable[[torch.Tensor], torch.Tenso
     "project_out": (GATE, {"edit": "project_out", "value": LONG}, lambda x: without(x, LONG)),
     "clamp": (UP, {"edit": "clamp", "value": (-0.1, 0.1)}, lambda x: x.clamp(-0.1, 0.1)),
     "last position": (LAYER, {"edit": "zero", "positions": [-1]}, at_last),
-    "neurons": (ACT, {"edit": "zero", "neurons": [0, 100]}, lambda x: x.index_fill(-1, torch.tensor([0, 100]), 0.0)),
+    "neurons": (
+        ACT,
+        {"edit": "zero", "neurons": [0, 100]},
+        lambda x: x.index_fill(-1, torch.tensor([0, 100]), 0.0),
+    ),
     "yours, whole": (LAYER, {"edit": "mix"}, mix),
     "yours, of shards": (GATE, {"edit": "mix"}, mix),
     "yours, by row": (UP, {"edit": "mix_row"}, mix),
@@ -135,7 +149,7 @@ def patch_error(session: Any, folder: Path) -> float:
     return relative(session.run(ROWS).logits.tensor()[MASK], want)
 
 
-# --- gradients, generation, parameters, training -------------------------------------------------------------
+# --- gradients, generation, parameters, training --------------------------------------
 
 
 @functools.cache
@@ -168,17 +182,26 @@ def edited_parameter_gradients(session: Any, folder: Path) -> float:
     session.hook("model.layers.*.*.*.weight", at="param_grad", edit="unit")
     run, want = session.run(ROWS, loss=weighed), gradients(folder)
     edited = {c.key.module: c.tensor() for c in run if c.key.at == "param_grad"}
-    assert len(edited) == 28 and all((want.parameters[n].norm() - 1).abs() > 100 * TOLERANCE for n in edited)
-    return max(relative(got, want.parameters[n] / want.parameters[n].norm()) for n, got in edited.items())
+    assert len(edited) == 28 and all(
+        (want.parameters[n].norm() - 1).abs() > 100 * TOLERANCE for n in edited
+    )
+    return max(
+        relative(got, want.parameters[n] / want.parameters[n].norm()) for n, got in edited.items()
+    )
 
 
 def generation(session: Any, folder: Path) -> float:
-    """32 greedy tokens, equal to the unsharded model's for each row alone; the error is of the layers at each step."""
+    """32 greedy tokens, equal to the unsharded model's for each row alone; the error is of the
+    layers at each step."""
     model, want = reference.load(folder), []
     for row in ROWS:
         ids = torch.tensor([row])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
         )
         want.append(out[0, len(row) :].tolist())
     session.hook("model.layers.*")
@@ -188,7 +211,9 @@ def generation(session: Any, folder: Path) -> float:
     truth = reference.reference(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)).outputs
     captures = list(run)
     assert len(captures) == 4
-    return max(relative(c.tensor()[run.mask], truth[c.key.module, 0, ""][run.mask]) for c in captures)
+    return max(
+        relative(c.tensor()[run.mask], truth[c.key.module, 0, ""][run.mask]) for c in captures
+    )
 
 
 def parameters(session: Any, folder: Path) -> float:
@@ -231,7 +256,9 @@ def parameters_step(session: Any, folder: Path) -> float:
     weighed(model(**BATCH, use_cache=False).logits).backward()
     optimizer.step()
     session.train_step(ROWS, weighed, sgd, parameters="**")
-    return max(relative(session.parameter(n).tensor(), p.detach()) for n, p in model.named_parameters())
+    return max(
+        relative(session.parameter(n).tensor(), p.detach()) for n, p in model.named_parameters()
+    )
 
 
 ROWS_OF_TABLE: dict[str, Callable[[Any, Path], float]] = {
@@ -277,7 +304,11 @@ def table(columns: dict[str, dict[str, float | str]]) -> str:
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in ROWS_OF_TABLE:
         cells = [c[row] for c in columns.values()]
-        lines.append(f"| {row} | " + " | ".join(f"{c:.1e}" if isinstance(c, float) else c for c in cells) + " |")
+        lines.append(
+            f"| {row} | "
+            + " | ".join(f"{c:.1e}" if isinstance(c, float) else c for c in cells)
+            + " |"
+        )
     return "\n".join(lines)
 
 

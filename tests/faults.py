@@ -1,9 +1,10 @@
-"""Thirty ways in which something goes wrong, each made on purpose: `python tests/faults.py [--times 3] [number ...]`.
+"""Thirty ways in which something goes wrong, each made on purpose: `python tests/faults.py
+[--times 3] [number ...]`.
 
-Prints a table (--write FILE: there, too): seconds until the user is told, seconds until a run works again, what was
-loaded again, whether that run equals the one before, and what is left behind. Ends with 1 where a bound is exceeded
-five times over, or an invariant is broken. FAULTS is the table; a fault is a function that makes it on a bench, or runs
-alone with a cluster of its own.
+Prints a table (--write FILE: there, too): seconds until the user is told, seconds until a run
+works again, what was loaded again, whether that run equals the one before, and what is left
+behind. Ends with 1 where a bound is exceeded five times over, or an invariant is broken. FAULTS is
+the table; a fault is a function that makes it on a bench, or runs alone with a cluster of its own.
 """
 
 from __future__ import annotations
@@ -42,18 +43,21 @@ IDS = chaos.IDS
 TIMEOUT_S = 2.0  # of the sessions while faults are made
 PROMPT_S = 2.0  # bounds: until the error
 AGAIN_S = 2.0  # until the next run has worked, where no process has ended
-REPLACED_S = 5.0  # and where a new one starts: it is forked, and taken in at the second beat of the controller
+# and where a new one starts: it is forked, and taken in at the second beat of the controller
+REPLACED_S = 5.0
 STARTED_S = 15.0  # where a whole cluster does, by a process that has imported nothing yet
 SILENT_S = TIMEOUT_S + 27.0  # until an engine that answers nothing any more is given up
 FACTOR = 5  # how far a machine that is busy with other things may be beyond a bound
-MORE_FDS, MORE_THREADS = 6, 3  # what may come and go by itself: connections are made when they are first needed
+# what may come and go by itself: connections are made when they are first needed
+MORE_FDS, MORE_THREADS = 6, 3
 GATE, DOWN, MLP = (f"model.layers.1.mlp{end}" for end in (".gate_proj", ".down_proj", ""))
 
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one time that a fault was made. error_s: until the user was told; usable_s: from then until a run has worked.
-    reloaded: the ranks whose weights are not where they were; left: what there is more of than before."""
+    """Of one time that a fault was made. error_s: until the user was told; usable_s: from then
+    until a run has worked. reloaded: the ranks whose weights are not where they were; left: what
+    there is more of than before."""
 
     said: str
     error_s: float | None
@@ -66,8 +70,9 @@ class Outcome:
 
 @dataclasses.dataclass
 class Fault:
-    """number: in the list of faults. make: on a bench; it marks when the fault happens. alone: by itself, with a
-    cluster of its own. raises, says: what the user is told; none where nothing is to be seen."""
+    """number: in the list of faults. make: on a bench; it marks when the fault happens. alone: by
+    itself, with a cluster of its own. raises, says: what the user is told; none where nothing is
+    to be seen."""
 
     number: str
     what: str
@@ -83,7 +88,8 @@ class Fault:
 
 
 class Bench:
-    """A session over two engines with a model split over them, on which faults are made one after another."""
+    """A session over two engines with a model split over them, on which faults are made one after
+    another."""
 
     def __init__(self, session: Any, folder: Path):
         self.session, self.folder, self.begin = session, folder, 0.0
@@ -93,7 +99,8 @@ class Bench:
         self.logits, self.info = session.run(IDS).logits.tensor().clone(), session.info
 
     def break_once(self) -> None:
-        """After a load, before anything is counted: the first new groups are more than a load makes."""
+        """After a load, before anything is counted: the first new groups are more than a load
+        makes."""
         with contextlib.suppress(errors.EngineError):
             chaos_at(1, MLP, "raise")(self)
         self.session.run(IDS).free()
@@ -115,7 +122,11 @@ class Bench:
         self.mark()
         try:
             fault.make(self)
-        except (errors.FlexError, KeyboardInterrupt, AssertionError) as error:  # the last: it is not as it should be
+        except (
+            errors.FlexError,
+            KeyboardInterrupt,
+            AssertionError,
+        ) as error:  # the last: it is not as it should be
             told = error
         told_at = time.monotonic()
         error_s = told_at - self.begin if fault.raises else None
@@ -154,7 +165,7 @@ def first_line(told: BaseException | None) -> str:
     return "" if told is None else (str(told).splitlines() or [type(told).__name__])[0]
 
 
-# --- what there is -----------------------------------------------------------------------------------
+# --- what there is --------------------------------------------------------------------
 
 
 def family(root: psutil.Process | None = None) -> list[psutil.Process]:
@@ -175,7 +186,10 @@ def mine() -> tuple[int, int]:
 def holdings(session: Any, ends: tuple[int, ...] = ()) -> dict[str, int]:
     """What a session has, by name. ends: ranks that are new, and are not compared."""
     driver = psutil.Process()
-    found = {"processes": len(family()), "slabs": len([p for p in session.store.folder.iterdir() if p.suffix])}
+    found = {
+        "processes": len(family()),
+        "slabs": len([p for p in session.store.folder.iterdir() if p.suffix]),
+    }
     found |= {"driver's descriptors": driver.num_fds(), "driver's threads": driver.num_threads()}
     for rank, (fds, threads) in enumerate(session.on_ranks(mine)):
         if rank not in ends:
@@ -190,7 +204,7 @@ def more(before: dict[str, int], after: dict[str, int], ends: tuple[int, ...] = 
     return [f"{n} {name}" for name, n in grown.items() if n > grace.get(name.split()[-1], 0)]
 
 
-# --- faults on the bench -----------------------------------------------------------------------------
+# --- faults on the bench --------------------------------------------------------------
 
 
 def chaos_at(rank: int, at: str, kind: str) -> Callable[[Bench], Any]:
@@ -213,7 +227,9 @@ def doing(function: Callable[..., Any], *args: Any) -> Callable[[Bench], Any]:
     return make
 
 
-def editing(function: Callable, glob: str = MLP, per: str = "whole", **options: Any) -> Callable[[Bench], Any]:
+def editing(
+    function: Callable, glob: str = MLP, per: str = "whole", **options: Any
+) -> Callable[[Bench], Any]:
     """Run with an edit."""
 
     def make(bench: Bench) -> Any:
@@ -242,7 +258,8 @@ def differs(x, _ctx):
 
 
 def each_bad_value(bench: Bench) -> None:
-    """One edit after another that returns what cannot take the activation's place; the last one's error is left."""
+    """One edit after another that returns what cannot take the activation's place; the last one's
+    error is left."""
     bad = (
         lambda x, ctx: x[..., :1],
         lambda x, ctx: x.double(),
@@ -296,7 +313,9 @@ def stuck_in_two_groups() -> None:
     rt = watched.runtime()
     group = dist.new_group([0, 1], backend="gloo")
     rt.breaker.after_groups({rt.store_port})
-    watched.once(MLP, rt.rank, lambda: dist.all_reduce(torch.zeros(1), group=group if rt.rank else None))
+    watched.once(
+        MLP, rt.rank, lambda: dist.all_reduce(torch.zeros(1), group=group if rt.rank else None)
+    )
 
 
 def never_returns() -> None:
@@ -347,7 +366,9 @@ def interrupted_anywhere(bench: Bench) -> None:
             time.sleep(1.0)
         except KeyboardInterrupt:
             done += 1
-        assert torch.equal(bench.session.run(IDS).logits.tensor(), bench.logits), f"after {done} interrupts"
+        assert torch.equal(bench.session.run(IDS).logits.tensor(), bench.logits), (
+            f"after {done} interrupts"
+        )
         bench.session.unhook()
     assert done == 100, f"{done} of 100 interrupts came"
     bench.mark()
@@ -395,7 +416,9 @@ def second_notebook(bench: Bench) -> None:
 def small_disk(size: str) -> Iterator[Path]:
     """A file system of that size; only root can make one."""
     with tempfile.TemporaryDirectory() as where:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True)
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], capture_output=True
+        )
         if made.returncode:
             raise Skipped("a small file system has to be mounted, which only root may")
         try:
@@ -463,7 +486,8 @@ def half_written(bench: Bench) -> None:
 
 
 def replaced_while_loaded(bench: Bench) -> None:
-    """The checkpoint under a loaded model is cut off: what is loaded does not look at it any more."""
+    """The checkpoint under a loaded model is cut off: what is loaded does not look at it any
+    more."""
     with tempfile.TemporaryDirectory() as parent:
         copy = Path(shutil.copytree(bench.folder, Path(parent) / "model"))
         bench.session.load(copy, tp=2)
@@ -493,7 +517,7 @@ def heads_that_do_not_divide(bench: Bench) -> None:
         bench.session.load(copy, tp=2)
 
 
-# --- faults with a cluster of their own ----------------------------------------------------------------
+# --- faults with a cluster of their own -----------------------------------------------
 
 
 DRIVER = """
@@ -509,14 +533,23 @@ time.sleep(1000)
 
 
 @contextlib.contextmanager
-def other_driver(folder: Path, how: str) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], list[str]]]:
-    """Another notebook with engines of its own: its process, those of its cluster, and what it says."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), how], stdout=subprocess.PIPE, text=True)
+def other_driver(
+    folder: Path, how: str
+) -> Iterator[tuple[subprocess.Popen, list[psutil.Process], list[str]]]:
+    """Another notebook with engines of its own: its process, those of its cluster, and what it
+    says."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder), how], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert driver.stdout is not None
         words = driver.stdout.readline().split()
         assert words, "the other driver did not start"
-        processes = [p for p in family(psutil.Process(driver.pid)) if "flexkernel.cluster.reaper" not in p.cmdline()]
+        processes = [
+            p
+            for p in family(psutil.Process(driver.pid))
+            if "flexkernel.cluster.reaper" not in p.cmdline()
+        ]
         assert len(processes) >= 4
         yield driver, processes, words
     finally:
@@ -544,7 +577,9 @@ def kernel_restarts(folder: Path) -> Outcome:
             stored = float(session.runs[0][name].norm()) == float(norm)
             now = float(session.run([[1, 2, 3]])[name].norm())
             usable_s = time.monotonic() - begin
-            wrong = "" if stored and len(session.hooks) == 1 else "hooks or runs are not found again"
+            wrong = (
+                "" if stored and len(session.hooks) == 1 else "hooks or runs are not found again"
+            )
             if attach_s > FACTOR * 1.0:
                 wrong = f"attaching took {attach_s:.1f} s"
             session.close(end=True)
@@ -552,7 +587,8 @@ def kernel_restarts(folder: Path) -> Outcome:
 
 
 def driver_goes(folder: Path) -> Outcome:
-    """Of an owned cluster: its processes go, however its notebook ended; and its id can be used again."""
+    """Of an owned cluster: its processes go, however its notebook ended; and its id can be used
+    again."""
     with other_driver(folder, "own") as (driver, processes, (cluster_id, slabs, _)):
         driver.kill()
         begin = time.monotonic()
@@ -643,23 +679,49 @@ def fill(session: Any, folder: Path, disk: Path) -> Outcome:
     error_s = time.monotonic() - begin
     (disk / "filler").unlink()
     session.unhook("model.layers.*")
-    equal = torch.equal(session.run(IDS).logits.tensor(), logits) and torch.equal(run[MLP].tensor(), value)
+    equal = torch.equal(session.run(IDS).logits.tensor(), logits) and torch.equal(
+        run[MLP].tensor(), value
+    )
     usable_s = time.monotonic() - begin - error_s
     kept = session.on_ranks(watched.weights_at) == weights
     return Outcome(said, error_s, usable_s, [] if kept else [0, 1], equal, [], wrong)
 
 
-# --- the table ---------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------
 
 DIED = errors.EngineDied
 NO_PROGRESS = {"error_s": TIMEOUT_S + PROMPT_S, "says": "no progress for 2 s", "rank": 1}
 ENDS_1 = {"raises": DIED, "rank": 1, "ends": (1,), "usable_s": REPLACED_S}
 
 FAULTS = [
-    Fault("1", "SIGKILL in a forward", chaos_at(1, MLP, "kill"), says="SIGKILL.*last in model.layers.1", **ENDS_1),
-    Fault("2a", "SIGABRT in a forward", chaos_at(1, MLP, "abort"), says="SIGABRT.*Fatal Python error", **ENDS_1),
-    Fault("2b", "SIGSEGV in a forward", chaos_at(1, MLP, "segv"), says="SIGSEGV.*Fatal Python error", **ENDS_1),
-    Fault("2c", "SIGBUS in a forward", doing(watched.die_at, MLP, 1, signal.SIGBUS), says="SIGBUS", **ENDS_1),
+    Fault(
+        "1",
+        "SIGKILL in a forward",
+        chaos_at(1, MLP, "kill"),
+        says="SIGKILL.*last in model.layers.1",
+        **ENDS_1,
+    ),
+    Fault(
+        "2a",
+        "SIGABRT in a forward",
+        chaos_at(1, MLP, "abort"),
+        says="SIGABRT.*Fatal Python error",
+        **ENDS_1,
+    ),
+    Fault(
+        "2b",
+        "SIGSEGV in a forward",
+        chaos_at(1, MLP, "segv"),
+        says="SIGSEGV.*Fatal Python error",
+        **ENDS_1,
+    ),
+    Fault(
+        "2c",
+        "SIGBUS in a forward",
+        doing(watched.die_at, MLP, 1, signal.SIGBUS),
+        says="SIGBUS",
+        **ENDS_1,
+    ),
     Fault(
         "3",
         "killed as for want of memory",
@@ -697,7 +759,13 @@ FAULTS = [
         raises=errors.EditError,
         says="per='whole'",
     ),
-    Fault("10", "hooks differ between ranks", other_hooks, raises=errors.HookError, says="rank 1 has other hooks"),
+    Fault(
+        "10",
+        "hooks differ between ranks",
+        other_hooks,
+        raises=errors.HookError,
+        says="rank 1 has other hooks",
+    ),
     Fault("11", "a rank sleeps, others wait for it", chaos_at(1, MLP, "sleep"), **NO_PROGRESS),
     Fault("12a", "a rank loops in Python", chaos_at(1, MLP, "loop"), **NO_PROGRESS),
     Fault(
@@ -724,12 +792,31 @@ FAULTS = [
         **(ENDS_1 | {"error_s": SILENT_S}),
     ),
     Fault("15", "Ctrl-C in a forward", interrupted, raises=KeyboardInterrupt),
-    Fault("16", "a second Ctrl-C while the ranks recover", interrupted_twice, raises=KeyboardInterrupt),
-    Fault("17", "the kernel of a kept cluster restarts", alone=kernel_restarts, raises=None, usable_s=2.0, times=1),
-    Fault("18", "a second notebook attaches", second_notebook, raises=errors.ClusterError, says="another notebook has"),
+    Fault(
+        "16", "a second Ctrl-C while the ranks recover", interrupted_twice, raises=KeyboardInterrupt
+    ),
+    Fault(
+        "17",
+        "the kernel of a kept cluster restarts",
+        alone=kernel_restarts,
+        raises=None,
+        usable_s=2.0,
+        times=1,
+    ),
+    Fault(
+        "18",
+        "a second notebook attaches",
+        second_notebook,
+        raises=errors.ClusterError,
+        says="another notebook has",
+    ),
     Fault("19", "the controller is killed", controller_dies, raises=None, usable_s=5.0),
-    Fault("20", "the driver is killed", alone=driver_goes, error_s=6.0, usable_s=STARTED_S, times=1),
-    Fault("21", "the network between ranks goes", broken_off, says="lost the connections between them"),
+    Fault(
+        "20", "the driver is killed", alone=driver_goes, error_s=6.0, usable_s=STARTED_S, times=1
+    ),
+    Fault(
+        "21", "the network between ranks goes", broken_off, says="lost the connections between them"
+    ),
     Fault(
         "22",
         "the rank of the rendezvous store is killed",
@@ -738,14 +825,35 @@ FAULTS = [
         **(ENDS_1 | {"rank": 0, "ends": (0,)}),
     ),
     Fault("23", "a file of a cluster that is gone", alone=stale_file, usable_s=STARTED_S, times=1),
-    Fault("24", "the disk is full while captures, modules and hooks are saved", disk_full, raises=errors.FlexError),
+    Fault(
+        "24",
+        "the disk is full while captures, modules and hooks are saved",
+        disk_full,
+        raises=errors.FlexError,
+    ),
     Fault("25", "half of a file of modules or hooks", half_written, raises=errors.FlexError),
     Fault("26", "memory for slabs runs out", alone=slabs_full, times=1),
-    Fault("27a", "the checkpoint is cut off under a loaded model", replaced_while_loaded, raises=None, ends=(0, 1)),
-    Fault("27b", "the checkpoint to load is cut off", truncated_checkpoint, raises=errors.LoadError),
-    Fault("28", "tp does not divide the heads", heads_that_do_not_divide, raises=errors.LayoutError),
+    Fault(
+        "27a",
+        "the checkpoint is cut off under a loaded model",
+        replaced_while_loaded,
+        raises=None,
+        ends=(0, 1),
+    ),
+    Fault(
+        "27b", "the checkpoint to load is cut off", truncated_checkpoint, raises=errors.LoadError
+    ),
+    Fault(
+        "28", "tp does not divide the heads", heads_that_do_not_divide, raises=errors.LayoutError
+    ),
     Fault("29", "Ctrl-C at a hundred moments", interrupted_anywhere, raises=None, times=1),
-    Fault("30", "stop while all engines are stuck", alone=stop_with_stuck_engines, error_s=5.0, times=1),
+    Fault(
+        "30",
+        "stop while all engines are stuck",
+        alone=stop_with_stuck_engines,
+        error_s=5.0,
+        times=1,
+    ),
 ]
 
 
@@ -754,8 +862,8 @@ def repeated(fault: Fault, times: int, once: Callable[[], Outcome]) -> list[Outc
 
 
 def broken(fault: Fault, outcomes: list[Outcome], factor: int = FACTOR) -> list[str]:
-    """Which bounds and invariants do not hold, by medians of the times and each of the rest. factor: how often the
-    bounds may be exceeded."""
+    """Which bounds and invariants do not hold, by medians of the times and each of the rest.
+    factor: how often the bounds may be exceeded."""
     wrong = [o.wrong for o in outcomes if o.wrong]
     error_s, usable_s = medians(outcomes)
     if error_s is not None and error_s > fault.error_s * factor:
@@ -765,13 +873,17 @@ def broken(fault: Fault, outcomes: list[Outcome], factor: int = FACTOR) -> list[
     if not all(o.equal for o in outcomes):
         wrong.append("the next run differs")
     if fault.make is not None and any(set(o.reloaded) != set(fault.ends) for o in outcomes):
-        wrong.append(f"weights were loaded again on ranks {outcomes[0].reloaded}, not on {list(fault.ends)}")
+        wrong.append(
+            f"weights were loaded again on ranks {outcomes[0].reloaded}, not on {list(fault.ends)}"
+        )
     return wrong + [f"left behind: {', '.join(o.left)}" for o in outcomes if o.left]
 
 
 def medians(outcomes: list[Outcome]) -> tuple[float | None, float]:
     told = [o.error_s for o in outcomes if o.error_s is not None]
-    return (statistics.median(told) if told else None), statistics.median(o.usable_s for o in outcomes)
+    return (statistics.median(told) if told else None), statistics.median(
+        o.usable_s for o in outcomes
+    )
 
 
 def row(fault: Fault, outcomes: list[Outcome], wrong: list[str]) -> str:
@@ -801,7 +913,9 @@ HEAD = """| | fault | s to the error | s until usable | loaded again | next run 
 
 def chosen(numbers: list[str]) -> list[Fault]:
     """Those of these numbers ("2" means 2a, 2b and 2c); all if there are none."""
-    return [f for f in FAULTS if not numbers or f.number in numbers or f.number.rstrip("abc") in numbers]
+    return [
+        f for f in FAULTS if not numbers or f.number in numbers or f.number.rstrip("abc") in numbers
+    ]
 
 
 def main() -> int:
@@ -817,7 +931,9 @@ def main() -> int:
         lines.append(line)
         print(line, flush=True)
 
-    say(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, flexkernel {fk.__version__}\n")
+    say(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, flexkernel {fk.__version__}\n"
+    )
     say(HEAD)
     with tempfile.TemporaryDirectory() as where:
         folder = models.tiny("llama", where)
@@ -826,7 +942,11 @@ def main() -> int:
             bench = Bench(session, folder) if on_bench else None
             for fault in chosen(args.numbers):
                 try:
-                    make = (lambda f=fault: f.alone(folder)) if fault.alone else (lambda f=fault: bench.strike(f))
+                    make = (
+                        (lambda f=fault: f.alone(folder))
+                        if fault.alone
+                        else (lambda f=fault: bench.strike(f))
+                    )
                     outcomes = repeated(fault, args.times, make)
                 except Skipped as why:
                     say(f"| {fault.number} | {fault.what} | not made: {why} | | | | | |")
@@ -834,7 +954,11 @@ def main() -> int:
                 wrong = broken(fault, outcomes)
                 say(row(fault, outcomes, wrong))
                 failed += [f"{fault.number} {fault.what}: {text}" for text in wrong]
-                beyond += [f"{fault.number} {fault.what}: {text}" for text in broken(fault, outcomes, 1) if not wrong]
+                beyond += [
+                    f"{fault.number} {fault.what}: {text}"
+                    for text in broken(fault, outcomes, 1)
+                    if not wrong
+                ]
     said = "\n".join(f"- {text}" for text in [*failed, *beyond])
     say(f"\n{said}" if said else "\nEvery bound and invariant holds.")
     if args.write is not None:
@@ -844,7 +968,9 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    )
     import faults  # engines import what is sent to them by name
 
     sys.exit(faults.main())

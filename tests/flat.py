@@ -1,7 +1,8 @@
-"""The same cell again and again in a real kernel: memory, slabs, descriptors and threads stay as they are.
+"""The same cell again and again in a real kernel: memory, slabs, descriptors and threads stay as
+they are.
 
-`python tests/flat.py --runs 1000` prints how they went, and fails where something has grown. Each cell hooks again,
-runs and ends in the run; every tenth draws a view.
+`python tests/flat.py --runs 1000` prints how they went, and fails where something has grown. Each
+cell hooks again, runs and ends in the run; every tenth draws a view.
 """
 
 from __future__ import annotations
@@ -78,11 +79,15 @@ class Watched:
     """The processes of a kernel's session, and where its slabs are."""
 
     def __init__(self, client: Any):
-        told = execute(client, "import os; (os.getpid(), flex.cluster.pids, str(flex.store.folder))")["text/plain"]
+        told = execute(
+            client, "import os; (os.getpid(), flex.cluster.pids, str(flex.store.folder))"
+        )["text/plain"]
         driver, engines, folder = eval(told)
         self.folder = Path(folder)
         self.processes = {"driver": psutil.Process(driver)}
-        self.processes |= {f"engine {rank}": psutil.Process(pid) for rank, pid in enumerate(engines)}
+        self.processes |= {
+            f"engine {rank}": psutil.Process(pid) for rank, pid in enumerate(engines)
+        }
         for child in self.processes["driver"].children(recursive=True):
             if "ipyparallel.controller" in " ".join(child.cmdline()):
                 self.processes["controller"] = child
@@ -92,15 +97,25 @@ class Watched:
         found: Sample = {}
         for name, process in self.processes.items():
             with process.oneshot():
-                rss, fds, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+                rss, fds, threads = (
+                    process.memory_info().rss,
+                    process.num_fds(),
+                    process.num_threads(),
+                )
             found[name] = {"MB": rss / 1e6, "fds": fds, "threads": threads}
         files = [path for path in self.folder.iterdir() if path.suffix == ".slab"]
-        found["slabs"] = {"files": len(files), "MB": sum(path.stat().st_size for path in files) / 1e6}
+        found["slabs"] = {
+            "files": len(files),
+            "MB": sum(path.stat().st_size for path in files) / 1e6,
+        }
         return found
 
 
-def repeated(folder: Path, runs: int, every: int, limit_s: float = math.inf) -> list[tuple[int, Sample]]:
-    """(how many runs, sample) after each `every` runs. limit_s: after so many seconds it ends with the next sample."""
+def repeated(
+    folder: Path, runs: int, every: int, limit_s: float = math.inf
+) -> list[tuple[int, Sample]]:
+    """(how many runs, sample) after each `every` runs. limit_s: after so many seconds it ends with
+    the next sample."""
     samples: list[tuple[int, Sample]] = []
     begin = time.monotonic()
     with kernel() as client:
@@ -110,7 +125,9 @@ def repeated(folder: Path, runs: int, every: int, limit_s: float = math.inf) -> 
             if len(samples) > 1 and samples[-1][0] == i - 1 and time.monotonic() - begin > limit_s:
                 runs = i - 1
                 break
-            shown = execute(client, CELL.format(i=10 + i % 200, group=f"g{i % 2}", last=LAST[i % 10 == 0]))
+            shown = execute(
+                client, CELL.format(i=10 + i % 200, group=f"g{i % 2}", last=LAST[i % 10 == 0])
+            )
             assert "text/plain" in shown, "the cell has a result"
             if i % every == 0:
                 samples.append((i, watched.sample()))
@@ -128,7 +145,9 @@ def grown(samples: list[tuple[int, Sample]], warm: int, growth_mb: float = GROWT
             for what, number in numbers.items():
                 most = growth_mb if what == "MB" else 0 if name == "slabs" else FEW
                 if number - base[name][what] > most:
-                    wrong.append(f"{name}: {base[name][what]:.0f} {what} after {warm} runs, {number:.0f} after {runs}")
+                    wrong.append(
+                        f"{name}: {base[name][what]:.0f} {what} after {warm} runs, {number:.0f} after {runs}"
+                    )
     return wrong
 
 

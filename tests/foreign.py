@@ -1,4 +1,5 @@
-"""Models that users shard by themselves: builders that tests send to engines, and their unsharded twins."""
+"""Models that users shard by themselves: builders that tests send to engines, and their unsharded
+twins."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ SIZES = {"vocab": 96, "width": 32, "inner": 48, "heads": 4, "layers": 2, "positi
 
 
 def on_ci() -> bool:
-    """Whether everything has to be there: elsewhere a library that cannot be installed skips its tests."""
+    """Whether everything has to be there: elsewhere a library that cannot be installed skips its
+    tests."""
     return os.environ.get("CI") == "true"
 
 
@@ -21,7 +23,7 @@ def llama(folder: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-# --- torch's wrappers ------------------------------------------------------------------------------
+# --- torch's wrappers -----------------------------------------------------------------
 
 
 def in_ddp(folder: str) -> nn.Module:
@@ -79,7 +81,7 @@ def around(folder: str) -> nn.Module:
     return Around(llama(folder))
 
 
-# --- a model with a signature of its own -----------------------------------------------------------
+# --- a model with a signature of its own ----------------------------------------------
 
 
 class Block(nn.Module):
@@ -91,7 +93,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x_SBD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        count = torch.arange(1, x_SBD.shape[0] + 1, dtype=x_SBD.dtype, device=x_SBD.device)[:, None, None]
+        count = torch.arange(1, x_SBD.shape[0] + 1, dtype=x_SBD.dtype, device=x_SBD.device)[
+            :, None, None
+        ]
         mixed = self.norm(x_SBD.cumsum(0) / count)
         return x_SBD + self.down(torch.nn.functional.gelu(self.up(mixed))), None
 
@@ -107,7 +111,8 @@ class Embed(nn.Module):
 
 
 class Own(nn.Module):
-    """A language model of the user's own: forward(tokens) gives (logits, None); between layers it is (S, B, D)."""
+    """A language model of the user's own: forward(tokens) gives (logits, None); between layers it
+    is (S, B, D)."""
 
     def __init__(self, layers: int = 4):
         super().__init__()
@@ -153,13 +158,16 @@ def seeded(kind: type[nn.Module]) -> nn.Module:
 
 
 class Stage(nn.Module):
-    """One of two stages of `Own`, its blocks counted from 0 anew: a pipeline split made by hand."""
+    """One of two stages of `Own`, its blocks counted from 0 anew: a pipeline split made by
+    hand."""
 
     def __init__(self, whole: Own, stage: int):
         super().__init__()
         half = len(whole.blocks) // 2
         self.stage = stage
-        self.part = nn.ModuleDict({"blocks": nn.ModuleList(whole.blocks[stage * half : (stage + 1) * half])})
+        self.part = nn.ModuleDict(
+            {"blocks": nn.ModuleList(whole.blocks[stage * half : (stage + 1) * half])}
+        )
         if stage == 0:
             self.embed = whole.embed
         else:
@@ -200,7 +208,7 @@ def whole_names(name: str) -> str | None:
     return ".".join([*path, last])
 
 
-# --- Megatron-core ---------------------------------------------------------------------------------
+# --- Megatron-core --------------------------------------------------------------------
 
 
 def without_cuda() -> None:
@@ -211,12 +219,16 @@ def without_cuda() -> None:
 
     buffer = parallel_state.get_global_memory_buffer()
     buffer.get_tensor = lambda shape, dtype, name, *_a, **_k: torch.empty(tuple(shape), dtype=dtype)
-    type(tensor_parallel.get_cuda_rng_tracker()).fork = lambda self, name=None: contextlib.nullcontext()
+    type(tensor_parallel.get_cuda_rng_tracker()).fork = lambda self, name=None: (
+        contextlib.nullcontext()
+    )
 
 
-def megatron(weights: str = "", tp: int = 1, sequence: bool = False, gather: bool = False) -> nn.Module:
-    """A small GPTModel of Megatron-core, with grouped queries and a gated MLP; this rank's part of the weights in a
-    file, of all of them where tp is 1. All ranks must call."""
+def megatron(
+    weights: str = "", tp: int = 1, sequence: bool = False, gather: bool = False
+) -> nn.Module:
+    """A small GPTModel of Megatron-core, with grouped queries and a gated MLP; this rank's part of
+    the weights in a file, of all of them where tp is 1. All ranks must call."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -260,7 +272,8 @@ def megatron(weights: str = "", tp: int = 1, sequence: bool = False, gather: boo
 
 
 def cut(whole: torch.Tensor, parameter: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
-    """This rank's part, as Megatron's own initialisation cuts it: of each packed projection its chunk."""
+    """This rank's part, as Megatron's own initialisation cuts it: of each packed projection its
+    chunk."""
     if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return whole
     dim, packs = parameter.partition_dim, parameter.partition_stride

@@ -1,7 +1,8 @@
-"""Whatever comes in, a sentence of ours goes out: headers of the data plane and of files, magics' lines, cluster files.
+"""Whatever comes in, a sentence of ours goes out: headers of the data plane and of files, magics'
+lines, cluster files.
 
-`python tests/fuzz.py --seconds 600 [--seed S] [TARGET ...]` tries inputs by turns and prints how many; one that breaks
-something is shown as short as hypothesis can make it.
+`python tests/fuzz.py --seconds 600 [--seed S] [TARGET ...]` tries inputs by turns and prints how
+many; one that breaks something is shown as short as hypothesis can make it.
 """
 
 from __future__ import annotations
@@ -43,15 +44,23 @@ TOKEN = "a-token"
 IDS = [[5, 6, 7]]
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([2**31, 2**63, -1]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([2**31, 2**63, -1]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
 
 @dataclasses.dataclass
 class World:
-    """What the checks need, made once: a shell with a small model on it, a data server, a folder."""
+    """What the checks need, made once: a shell with a small model on it, a data server, a
+    folder."""
 
     folder: Path
     shell: Any
@@ -80,10 +89,11 @@ def world() -> Iterator[World]:
         InteractiveShell.clear_instance()
 
 
-# --- names ---------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------
 
 GLOBS = st.lists(
-    st.sampled_from(["**", "*", "model", "layers", "0", "mlp", "@q", "a*b", "", "***", "m*"]) | st.text(max_size=6)
+    st.sampled_from(["**", "*", "model", "layers", "0", "mlp", "@q", "a*b", "", "***", "m*"])
+    | st.text(max_size=6)
 )
 
 
@@ -99,10 +109,23 @@ def a_glob(world: World, parts: list[str]) -> None:
     assert time.monotonic() - begin < 5
 
 
-# --- the data plane ------------------------------------------------------------------------------------
+# --- the data plane -------------------------------------------------------------------
 
 ARGS = [
-    *("start", "num_bytes", "index", "narrow", "name", "dims", "keepdim", "rows", "cols", "height", "width", "how"),
+    *(
+        "start",
+        "num_bytes",
+        "index",
+        "narrow",
+        "name",
+        "dims",
+        "keepdim",
+        "rows",
+        "cols",
+        "height",
+        "width",
+        "how",
+    ),
     *("lo", "hi", "bins", "k", "largest", "offset", "slabs", "region"),
 ]
 REQUESTS = st.fixed_dictionaries(
@@ -112,7 +135,8 @@ REQUESTS = st.fixed_dictionaries(
         "offset": st.integers(0, 16) | JSON,
         "shape": st.lists(st.integers(0, 3) | st.sampled_from([2**31, 2**62]), max_size=4) | JSON,
         "dtype": st.sampled_from(sorted(channel.DTYPES)) | JSON,
-        "args": st.dictionaries(st.sampled_from(ARGS), st.integers(-2, 9) | JSON, max_size=6) | JSON,
+        "args": st.dictionaries(st.sampled_from(ARGS), st.integers(-2, 9) | JSON, max_size=6)
+        | JSON,
         "id": JSON,
     },
 )
@@ -157,13 +181,21 @@ FORMS = st.fixed_dictionaries(
 )
 ANSWERS = st.fixed_dictionaries(
     {"status": st.sampled_from(["ok", "error"]) | JSON},
-    optional={"tensors": st.lists(FORMS, max_size=3) | JSON, "id": JSON, "type": JSON, "message": JSON},
+    optional={
+        "tensors": st.lists(FORMS, max_size=3) | JSON,
+        "id": JSON,
+        "type": JSON,
+        "message": JSON,
+    },
 )
 
 
 def an_answer(world: World, header: Any, buffers: list[bytes]) -> None:
     """What another process answers is a tensor as it says, or a sentence."""
-    answer = [Frame(header if isinstance(header, bytes) else json.dumps(header).encode()), *map(Frame, buffers)]
+    answer = [
+        Frame(header if isinstance(header, bytes) else json.dumps(header).encode()),
+        *map(Frame, buffers),
+    ]
     channel._number(answer)
     try:
         for tensor, raw in zip(channel._unpack(answer), buffers, strict=True):
@@ -174,11 +206,14 @@ def an_answer(world: World, header: Any, buffers: list[bytes]) -> None:
         assert header["type"] == type(error).__name__ and str(error) == str(header.get("message"))
 
 
-# --- files ---------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------
 
 ENTRIES = st.dictionaries(
     st.text(max_size=5),
-    st.fixed_dictionaries({"data_offsets": st.lists(st.integers(0, 99), min_size=2, max_size=2) | JSON}) | JSON,
+    st.fixed_dictionaries(
+        {"data_offsets": st.lists(st.integers(0, 99), min_size=2, max_size=2) | JSON}
+    )
+    | JSON,
     max_size=3,
 )
 
@@ -197,13 +232,30 @@ def an_index(world: World, content: Any) -> None:
     path = world.folder / "index.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     try:
-        assert all(isinstance(name, str) and ".." not in Path(name).parts for name in checkpoint.named(path))
+        assert all(
+            isinstance(name, str) and ".." not in Path(name).parts
+            for name in checkpoint.named(path)
+        )
     except LoadError as error:
         assert str(path) in str(error)
 
 
 HOOK = st.dictionaries(
-    st.sampled_from(["glob", "at", "index", "name", "groups", "positions", "edit", "value", "heads", "capture", "x"]),
+    st.sampled_from(
+        [
+            "glob",
+            "at",
+            "index",
+            "name",
+            "groups",
+            "positions",
+            "edit",
+            "value",
+            "heads",
+            "capture",
+            "x",
+        ]
+    ),
     st.sampled_from(["model.layers.*", "output", "zero", "after"]) | JSON,
 )
 EDIT = st.fixed_dictionaries(
@@ -239,11 +291,24 @@ CLUSTERS = st.fixed_dictionaries(
     {},
     optional={
         "cluster": st.fixed_dictionaries(
-            {"class": st.just("ipyparallel.cluster.cluster.Cluster") | st.text("abc.", max_size=9) | JSON},
-            optional={"cluster_id": JSON, "profile_dir": JSON, "n": JSON, "cluster_file": JSON, "delay": JSON},
+            {
+                "class": st.just("ipyparallel.cluster.cluster.Cluster")
+                | st.text("abc.", max_size=9)
+                | JSON
+            },
+            optional={
+                "cluster_id": JSON,
+                "profile_dir": JSON,
+                "n": JSON,
+                "cluster_file": JSON,
+                "delay": JSON,
+            },
         )
         | JSON,
-        "controller": st.fixed_dictionaries({}, optional={"class": st.just("local") | JSON, "state": JSON}) | JSON,
+        "controller": st.fixed_dictionaries(
+            {}, optional={"class": st.just("local") | JSON, "state": JSON}
+        )
+        | JSON,
         "engines": st.fixed_dictionaries(
             {}, optional={"class": st.just("flexkernel") | st.just("local") | JSON, "sets": JSON}
         )
@@ -269,9 +334,11 @@ def a_cluster_file(world: World, content: Any) -> None:
         os.environ.pop("IPYTHONDIR") if before is None else os.environ.update(IPYTHONDIR=before)
 
 
-# --- magics --------------------------------------------------------------------------------------------
+# --- magics ---------------------------------------------------------------------------
 
-LINES = [name for name in magics.FlexMagics.magics["line"] if name not in ("flex_cluster", "flex_verify")]
+LINES = [
+    name for name in magics.FlexMagics.magics["line"] if name not in ("flex_cluster", "flex_verify")
+]
 EDITS = [
     "zero",
     "scale:2",
@@ -284,8 +351,32 @@ EDITS = [
     "nobody",
     "set:[1,2]",
 ]
-LOSSES = ["next_token", "logits.mean()", "logits[", "nobody", "'a - b'", "tokens", "1/0", "captures['x']"]
-PLAIN = ["model.layers.*.mlp", "**", "lm_head", "ids", "text", "none", "g", "0", "-1", "0,-1", "3", "on", "off", "add"]
+LOSSES = [
+    "next_token",
+    "logits.mean()",
+    "logits[",
+    "nobody",
+    "'a - b'",
+    "tokens",
+    "1/0",
+    "captures['x']",
+]
+PLAIN = [
+    "model.layers.*.mlp",
+    "**",
+    "lm_head",
+    "ids",
+    "text",
+    "none",
+    "g",
+    "0",
+    "-1",
+    "0,-1",
+    "3",
+    "on",
+    "off",
+    "add",
+]
 PLAIN += [
     "remove",
     "list",
@@ -322,7 +413,9 @@ PLAIN += [
 def words(name: str) -> st.SearchStrategy[list[str]]:
     """What can stand in a magic's line, mostly: its own options, with and without values."""
     options = sorted(magics.options_of(getattr(magics.FlexMagics, name))) or ["--none"]
-    told = st.tuples(st.sampled_from(options), st.sampled_from([*PLAIN, *EDITS, *LOSSES])).map(" ".join)
+    told = st.tuples(st.sampled_from(options), st.sampled_from([*PLAIN, *EDITS, *LOSSES])).map(
+        " ".join
+    )
     glued = st.tuples(st.sampled_from(options), st.sampled_from(PLAIN)).map("=".join)
     return st.lists(told | glued | st.sampled_from(PLAIN) | st.text(max_size=6), max_size=5)
 
@@ -336,7 +429,8 @@ CELLS = (
 
 
 def a_line(world: World, magic: tuple[str, list[str]], cell: str | None) -> None:
-    """It does something, or says in a sentence why not; the model stays, and completion offers text."""
+    """It does something, or says in a sentence why not; the model stays, and completion offers
+    text."""
     name, parts = magic
     line = " ".join(part for part in parts if "\n" not in part)
     if name == "flex_load":
@@ -367,22 +461,33 @@ def still_right(world: World) -> None:
         run.free()
 
 
-# --- all of them -----------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------
 
 TARGETS: dict[str, tuple[Callable, tuple]] = {
     "globs": (a_glob, (GLOBS,)),
     "requests": (a_request, (st.lists(REQUESTS, min_size=1, max_size=8),)),
     "frames": (frames, (st.lists(st.binary(max_size=300), max_size=5),)),
-    "answers": (an_answer, (ANSWERS | JSON | st.binary(max_size=40), st.lists(st.binary(max_size=32), max_size=3))),
+    "answers": (
+        an_answer,
+        (ANSWERS | JSON | st.binary(max_size=40), st.lists(st.binary(max_size=32), max_size=3)),
+    ),
     "checkpoints": (
         a_checkpoint,
-        (ENTRIES | JSON | st.binary(max_size=99), st.none() | st.integers(0, 2**64 - 1), st.binary(max_size=99)),
+        (
+            ENTRIES | JSON | st.binary(max_size=99),
+            st.none() | st.integers(0, 2**64 - 1),
+            st.binary(max_size=99),
+        ),
     ),
     "indexes": (
         an_index,
         (
             st.fixed_dictionaries(
-                {"weight_map": st.dictionaries(st.text(max_size=3), st.text("./a", max_size=9) | JSON)}
+                {
+                    "weight_map": st.dictionaries(
+                        st.text(max_size=3), st.text("./a", max_size=9) | JSON
+                    )
+                }
             )
             | JSON
             | st.binary(),
@@ -395,11 +500,14 @@ TARGETS: dict[str, tuple[Callable, tuple]] = {
 
 
 def attempt(world: World, target: str, examples: int, number: int) -> None:
-    """So many inputs, by a seed; the first that breaks something is raised, made as short as can be."""
+    """So many inputs, by a seed; the first that breaks something is raised, made as short as can
+    be."""
     check, strategies = TARGETS[target]
 
     @seed(number)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.tuples(*strategies))
     def every(inputs: tuple) -> None:
         check(world, *inputs)
@@ -414,7 +522,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     asked = parser.parse_args()
-    targets, numbers, tried = asked.targets or list(TARGETS), random.Random(asked.seed), dict.fromkeys(TARGETS, 0)
+    targets, numbers, tried = (
+        asked.targets or list(TARGETS),
+        random.Random(asked.seed),
+        dict.fromkeys(TARGETS, 0),
+    )
     print("seed", asked.seed, flush=True)
     broken: list[str] = []
     with world() as there:

@@ -1,7 +1,8 @@
-"""Tiny random models, saved as safetensors folders: the same weights in every process and on every run.
+"""Tiny random models, saved as safetensors folders: the same weights in every process and on every
+run.
 
-Importable on engines, so that a builder can be sent by name. No tokenizer, but for `reading_bytes`: feed ids below
-`vocab`.
+Importable on engines, so that a builder can be sent by name. No tokenizer, but for
+`reading_bytes`: feed ids below `vocab`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ SMALL = {
     "num_key_value_heads": 4,
 }
 # what two and three ranks can share alike
-SIX = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
+SIX = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+}
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 512}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "initializer_range": 0.1}
 
@@ -34,7 +40,10 @@ ARCHS = {
     "llama_six": ("LlamaConfig", dict(**(SMALL | SIX), tie_word_embeddings=True)),
     "llama_untied": ("LlamaConfig", dict(**SMALL, tie_word_embeddings=False)),
     "qwen3": ("Qwen3Config", dict(**SMALL, head_dim=16, tie_word_embeddings=False)),
-    "mixtral": ("MixtralConfig", dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "mixtral": (
+        "MixtralConfig",
+        dict(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
     "gpt2": ("GPT2Config", GPT2),
     "gemma2": ("Gemma2Config", dict(**SMALL, head_dim=16, sliding_window=8)),
     "mistral": ("MistralConfig", dict(**SMALL, sliding_window=8)),
@@ -44,7 +53,10 @@ ARCHS = {
 WIDE = {
     "llama_wide": (
         "LlamaConfig",
-        dict(**(SMALL | {"intermediate_size": 16384, "num_hidden_layers": 1}), max_position_embeddings=8192),
+        dict(
+            **(SMALL | {"intermediate_size": 16384, "num_hidden_layers": 1}),
+            max_position_embeddings=8192,
+        ),
     ),
     # a forward that takes as long as a small model's does, for what is measured against it
     "llama_deep": (
@@ -69,14 +81,16 @@ def build(arch: str, vocab: int = 256) -> torch.nn.Module:
 
 @torch.no_grad()
 def _stir(model: torch.nn.Module) -> None:
-    """Norm weights and biases start as ones and zeros, which hide a bias added twice or a norm left out."""
+    """Norm weights and biases start as ones and zeros, which hide a bias added twice or a norm
+    left out."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def tiny(arch: str, folder: str | os.PathLike[str], vocab: int = 256) -> Path:
-    """Folder with that architecture's model under `folder`, built once, whoever asks at the same time."""
+    """Folder with that architecture's model under `folder`, built once, whoever asks at the same
+    time."""
     target = Path(folder) / (arch if vocab == 256 else f"{arch}-{vocab}")
     if target.exists():
         return target
@@ -112,8 +126,15 @@ def byte_letters() -> dict[str, int]:
 
 
 def ids_and_mask(lengths: list[int], vocab: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Left-padded random rows of these lengths, as the keyword arguments of a forward (ids, mask, position ids)."""
+    """Left-padded random rows of these lengths, as the keyword arguments of a forward (ids, mask,
+    position ids)."""
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.tensor([[int(column >= max(lengths) - n) for column in range(max(lengths))] for n in lengths])
+    mask = torch.tensor(
+        [[int(column >= max(lengths) - n) for column in range(max(lengths))] for n in lengths]
+    )
     ids = torch.randint(3, vocab, mask.shape, generator=generator) * mask
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }

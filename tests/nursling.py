@@ -28,7 +28,10 @@ def told() -> dict[str, object]:
         "name": __name__,
         "drawn": np.random.rand(),
         "mask": os.umask(0o077),
-        "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in os.listdir("/proc/self/fd")[:-1]),
+        "files": sorted(
+            os.readlink(f"/proc/self/fd/{fd}").split(":")[0]
+            for fd in os.listdir("/proc/self/fd")[:-1]
+        ),
     }
 
 

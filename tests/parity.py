@@ -1,6 +1,8 @@
-"""Parity: every module's input and output, captured whole from a sharded model, against the unsharded one.
+"""Parity: every module's input and output, captured whole from a sharded model, against the
+unsharded one.
 
-`python tests/parity.py` prints the table for all layouts; tests/test_parity.py runs the same and asserts.
+`python tests/parity.py` prints the table for all layouts; tests/test_parity.py runs the same and
+asserts.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ import models
 import reference
 
 TOLERANCE = 1e-4  # of the tensor's scale
-BATCHES = {"one row": [7], "three left-padded rows": [4, 9, 6], "long": [40]}  # longer than any sliding window here
+# longer than any sliding window here
+BATCHES = {"one row": [7], "three left-padded rows": [4, 9, 6], "long": [40]}
 POINTS = ("q", "k", "v", "pattern", "z")
 
 
 @dataclasses.dataclass
 class Row:
-    """What one architecture under one layout came to. refused: capture → its error. worst: (relative error, where)."""
+    """What one architecture under one layout came to. refused: capture → its error. worst:
+    (relative error, where)."""
 
     arch: str
     layout: str
@@ -44,7 +48,9 @@ class Row:
         )
 
 
-HEAD = "model          layout           attn   compared  refused  skipped  wrong     worst  evidence"
+HEAD = (
+    "model          layout           attn   compared  refused  skipped  wrong     worst  evidence"
+)
 
 
 def hook_everything(session: Any, points: bool = True) -> None:
@@ -57,14 +63,23 @@ def hook_everything(session: Any, points: bool = True) -> None:
             session.hook(f"**.@{point}")
 
 
-def compare(session: Any, ref_model: torch.nn.Module, row: Row, lengths: list[int], points: bool = True) -> None:
-    """One run of everything against the reference of the same batch; the findings go into the row."""
-    batch = models.ids_and_mask(lengths, vocab=session.info.vocab_size if session.info.vocab_size < 300 else 40000)
-    rows = [r[m.bool()].tolist() for r, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+def compare(
+    session: Any, ref_model: torch.nn.Module, row: Row, lengths: list[int], points: bool = True
+) -> None:
+    """One run of everything against the reference of the same batch; the findings go into the
+    row."""
+    batch = models.ids_and_mask(
+        lengths, vocab=session.info.vocab_size if session.info.vocab_size < 300 else 40000
+    )
+    rows = [
+        r[m.bool()].tolist()
+        for r, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     run = session.run(rows)
     for name, ours in (("attention_mask", run.plan.mask), ("position_ids", run.plan.positions)):
         assert torch.equal(torch.tensor(ours), batch[name]), f"the same {name}"
-    ref = reference.reference(ref_model, **{**batch, "input_ids": torch.tensor(run.plan.ids)})  # with our id on pads
+    # with our id on pads
+    ref = reference.reference(ref_model, **{**batch, "input_ids": torch.tensor(run.plan.ids)})
     pads = ~batch["attention_mask"].bool()
     for at, values in (("output", ref.outputs), ("input", ref.inputs)):
         for (name, call, path), truth in first_leaves(values).items():
@@ -94,7 +109,9 @@ def check(run: Any, where: tuple, truth: torch.Tensor, row: Row, lengths: list[i
     judge(row, label, capture.tensor(), truth, capture)
 
 
-def check_point(run: Any, name: str, point: str, truth: torch.Tensor, row: Row, pads: torch.Tensor) -> None:
+def check_point(
+    run: Any, name: str, point: str, truth: torch.Tensor, row: Row, pads: torch.Tensor
+) -> None:
     where = f"{name}.@{point}"
     if where not in run:
         row.skipped.append(where)
@@ -114,7 +131,9 @@ def judge(row: Row, label: str, got: torch.Tensor, truth: torch.Tensor, capture:
     row.compared += 1
     row.evidence[capture.evidence] += 1
     if got.shape != truth.shape or got.dtype != truth.dtype:
-        row.wrong.append(f"{label}: {tuple(got.shape)} {got.dtype} is not {tuple(truth.shape)} {truth.dtype}")
+        row.wrong.append(
+            f"{label}: {tuple(got.shape)} {got.dtype} is not {tuple(truth.shape)} {truth.dtype}"
+        )
         return
     if not truth.is_floating_point():
         if not torch.equal(got, truth):
@@ -127,7 +146,9 @@ def judge(row: Row, label: str, got: torch.Tensor, truth: torch.Tensor, capture:
     row.worst = max(row.worst, (error, label))
 
 
-def measure(session: Any, arch: str, path: Path, attn: str, layout: dict[str, int], batches=BATCHES) -> Row:
+def measure(
+    session: Any, arch: str, path: Path, attn: str, layout: dict[str, int], batches=BATCHES
+) -> Row:
     """Load, hook everything, compare on each batch."""
     session.load(path, attn=attn, **layout)
     row = Row(arch, " × ".join(f"{k} {v}" for k, v in layout.items()) or "one engine", attn)
@@ -148,7 +169,11 @@ def main() -> None:
     plans = {
         1: [("llama", {}), ("mixtral", {}), ("gpt2", {}), ("gemma2", {})],
         2: [
-            *((a, d) for a in ("llama", "qwen3", "mixtral", "mistral") for d in ({"tp": 2}, {"pp": 2}, {"fsdp": 2})),
+            *(
+                (a, d)
+                for a in ("llama", "qwen3", "mixtral", "mistral")
+                for d in ({"tp": 2}, {"pp": 2}, {"fsdp": 2})
+            ),
             ("llama", {"dp": 2}),
             ("gpt2", {"fsdp": 2}),
             *(("SmolLM2", {k: 2}) for k in ("pp", "fsdp", "dp")),
@@ -156,7 +181,15 @@ def main() -> None:
         3: [("SmolLM2", {"tp": 3})],
         4: [
             *((a, {"tp": 2, "fsdp": 2}) for a in ("llama", "qwen3", "mixtral")),
-            *(("llama", d) for d in ({"tp": 2, "pp": 2}, {"pp": 2, "fsdp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2})),
+            *(
+                ("llama", d)
+                for d in (
+                    {"tp": 2, "pp": 2},
+                    {"pp": 2, "fsdp": 2},
+                    {"pp": 2, "dp": 2},
+                    {"tp": 2, "dp": 2},
+                )
+            ),
         ],
         6: [("SmolLM2", {"tp": 3, "pp": 2})],
     }

@@ -1,4 +1,5 @@
-"""What every module of the unsharded model takes and returns, by plain torch hooks. Does not import flexkernel.
+"""What every module of the unsharded model takes and returns, by plain torch hooks. Does not
+import flexkernel.
 
 The tests compare captures with this, so it shares no code with what it judges.
 """
@@ -25,7 +26,8 @@ Key = tuple[str, int, str]  # module name, call index, path of the tensor inside
 
 @dataclasses.dataclass
 class Reference:
-    """outputs, inputs: (module name, call index, leaf path) -> a clone. A value's own tensor has the path ""."""
+    """outputs, inputs: (module name, call index, leaf path) -> a clone. A value's own tensor has
+    the path ""."""
 
     model: torch.nn.Module
     batch: dict[str, torch.Tensor]
@@ -34,17 +36,20 @@ class Reference:
 
     @functools.cached_property
     def attention(self) -> dict[tuple[str, str], torch.Tensor]:
-        """(attention module, q|k|v|pattern|z) -> tensor; q, k after rotary. Pattern rows of pads mean nothing.
+        """(attention module, q|k|v|pattern|z) -> tensor; q, k after rotary. Pattern rows of pads
+        mean nothing.
 
-        Leaves the capturing hooks of transformers' output_attentions on the model; they change no value.
+        Leaves the capturing hooks of transformers' output_attentions on the model; they change no
+        value.
         """
         return {**_patterns(self), **_keys_and_values(self), **_queries(self), **_mixed(self)}
 
 
 @dataclasses.dataclass
 class Gradients:
-    """loss: its value. outputs, inputs: (module, leaf path) -> the gradient of that tensor, for modules that fire once.
-    parameters: by every name. attention: (attention module, q|k|v|pattern|z) -> gradient."""
+    """loss: its value. outputs, inputs: (module, leaf path) -> the gradient of that tensor, for
+    modules that fire once. parameters: by every name. attention: (attention module,
+    q|k|v|pattern|z) -> gradient."""
 
     loss: float
     outputs: dict[tuple[str, str], torch.Tensor]
@@ -54,16 +59,19 @@ class Gradients:
 
 
 def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss) -> Gradients:
-    """One backward of the unsharded model from loss(logits); edits are the caller's own hooks, already there.
+    """One backward of the unsharded model from loss(logits); edits are the caller's own hooks,
+    already there.
 
-    Outputs by torch's full backward hooks, inputs by copies that stand in for them: what reaches a copy came through
-    that module alone."""
+    Outputs by torch's full backward hooks, inputs by copies that stand in for them: what reaches a
+    copy came through that module alone."""
     found = Gradients(0.0, {}, {}, {}, {})
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_full_backward_pre_hook(_keep_output(found.outputs, name)))
         handles.append(
-            module.register_forward_pre_hook(_copy_inputs(found.inputs, name), with_kwargs=True, prepend=True)
+            module.register_forward_pre_hook(
+                _copy_inputs(found.inputs, name), with_kwargs=True, prepend=True
+            )
         )
     model.requires_grad_(True)
     with warnings.catch_warnings(), _watching_attention(model, found.attention):
@@ -74,7 +82,9 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor], loss) -> G
         handle.remove()
     for name, module in _attention_modules(model) if found.attention else ():
         by_head = (-1, module.head_dim)
-        found.attention[name, "v"] = found.outputs[f"{name}.v_proj", ""].unflatten(-1, by_head).transpose(1, 2)
+        found.attention[name, "v"] = (
+            found.outputs[f"{name}.v_proj", ""].unflatten(-1, by_head).transpose(1, 2)
+        )
         found.attention[name, "z"] = found.inputs[f"{name}.o_proj", "0"].unflatten(-1, by_head)
     found.loss = value.item()
     found.parameters = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
@@ -91,7 +101,11 @@ def _keep_output(found: dict, name: str):
 
 def _copy_inputs(found: dict, name: str):
     def copied(path: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.requires_grad:
+        if (
+            not isinstance(value, torch.Tensor)
+            or not value.is_floating_point()
+            or not value.requires_grad
+        ):
             return value
         copy = value.clone()
         copy.register_hook(lambda g: found.__setitem__((name, path), g.detach().clone()))
@@ -106,7 +120,8 @@ def _copy_inputs(found: dict, name: str):
 
 @contextlib.contextmanager
 def _watching_attention(model: torch.nn.Module, found: dict) -> Iterator[None]:
-    """q and k where rotary has turned them, v where it is projected, z where it goes out; the pattern of eager."""
+    """q and k where rotary has turned them, v where it is projected, z where it goes out; the
+    pattern of eager."""
     layers = _attention_modules(model)
     if not layers or not hasattr(layers[0][1], "o_proj"):
         yield
@@ -136,12 +151,19 @@ def _watching_attention(model: torch.nn.Module, found: dict) -> Iterator[None]:
         source.apply_rotary_pos_emb, torch.nn.functional.softmax = rotary, softmax
 
 
-def load(folder: str | os.PathLike[str], *, attn: str = "sdpa", dtype: torch.dtype = torch.float32, gguf: bool = False):
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    attn: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    gguf: bool = False,
+):
     """The unsharded model. gguf: read the folder's one .gguf file, dequantised."""
     from transformers import AutoModelForCausalLM
 
     extra = {"gguf_file": next(Path(folder).glob("*.gguf")).name} if gguf else {}
-    if attn != "sdpa":  # the default: sdpa where the architecture has it (Gemma-2 has not), else eager
+    # the default: sdpa where the architecture has it (Gemma-2 has not), else eager
+    if attn != "sdpa":
         extra["attn_implementation"] = attn
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra).eval()
 
@@ -156,16 +178,24 @@ def reference(
     dtype: torch.dtype = torch.float32,
     gguf: bool = False,
 ) -> Reference:
-    """One forward of the unsharded model, all modules hooked. A model passed in keeps its own attn and dtype."""
+    """One forward of the unsharded model, all modules hooked. A model passed in keeps its own attn
+    and dtype."""
     given = isinstance(folder_or_model, torch.nn.Module)
-    model = folder_or_model.eval() if given else load(folder_or_model, attn=attn, dtype=dtype, gguf=gguf)
+    model = (
+        folder_or_model.eval()
+        if given
+        else load(folder_or_model, attn=attn, dtype=dtype, gguf=gguf)
+    )
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     outputs, inputs = record(model, batch)
     return Reference(model, batch, outputs, inputs)
 
 
-def record(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[dict[Key, Any], dict[Key, Any]]:
-    """Outputs and inputs of every module in one forward without cache. Inputs are cloned before the module runs."""
+def record(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[dict[Key, Any], dict[Key, Any]]:
+    """Outputs and inputs of every module in one forward without cache. Inputs are cloned before
+    the module runs."""
     outputs: dict[Key, torch.Tensor] = {}
     inputs: dict[Key, torch.Tensor] = {}
     started: Counter[str] = Counter()
@@ -173,17 +203,23 @@ def record(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[dict
 
     def before(name: str, args: tuple, kwargs: dict) -> None:
         value = {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
-        inputs.update({(name, started[name], path): leaf.detach().clone() for path, leaf in leaves(value)})
+        inputs.update(
+            {(name, started[name], path): leaf.detach().clone() for path, leaf in leaves(value)}
+        )
         started[name] += 1
 
     def after(name: str, value: Any) -> None:
-        outputs.update({(name, ended[name], path): leaf.detach().clone() for path, leaf in leaves(value)})
+        outputs.update(
+            {(name, ended[name], path): leaf.detach().clone() for path, leaf in leaves(value)}
+        )
         ended[name] += 1
 
     handles = []
     for name, module in model.named_modules():
         pre, post = _forget_result(before, name), _forget_result(after, name)
-        handles.append(module.register_forward_pre_hook(lambda _, a, k, pre=pre: pre(a, k), with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(lambda _, a, k, pre=pre: pre(a, k), with_kwargs=True)
+        )
         handles.append(module.register_forward_hook(lambda _, a, out, post=post: post(out)))
     try:
         with torch.no_grad():
@@ -204,7 +240,8 @@ def _forget_result(function, name: str):
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(path, tensor) of each tensor in nested tuples, lists, mappings (ModelOutput is one) and dataclasses."""
+    """(path, tensor) of each tensor in nested tuples, lists, mappings (ModelOutput is one) and
+    dataclasses."""
     if isinstance(value, torch.Tensor):
         yield path, value
         return
@@ -220,11 +257,14 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield from leaves(child, f"{path}.{key}" if path else str(key))
 
 
-# Attention's inside, by means other than AttentionInterface: B batch, H heads, S positions, D per head
+# Attention's inside, by means other than AttentionInterface: B batch, H heads, S positions, D per
+# head
 
 
 def _attention_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    return [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in ("self_attn", "attn")]
+    return [
+        (n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in ("self_attn", "attn")
+    ]
 
 
 def _patterns(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
@@ -236,11 +276,15 @@ def _patterns(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
             found = ref.model(**ref.batch, use_cache=False, output_attentions=True).attentions
     finally:
         ref.model.set_attn_implementation(own)
-    return {(n, "pattern"): p.clone() for (n, _), p in zip(_attention_modules(ref.model), found, strict=True)}
+    return {
+        (n, "pattern"): p.clone()
+        for (n, _), p in zip(_attention_modules(ref.model), found, strict=True)
+    }
 
 
 def _keys_and_values(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
-    """(B, KV heads, S, D) as the cache keeps them. A cache made without the config forgets no window."""
+    """(B, KV heads, S, D) as the cache keeps them. A cache made without the config forgets no
+    window."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -253,7 +297,8 @@ def _keys_and_values(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def _queries(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
-    """(B, H, S, D): q_proj (normed where the model does) turned by the modeling file's own rotary function."""
+    """(B, H, S, D): q_proj (normed where the model does) turned by the modeling file's own rotary
+    function."""
     found = {}
     for name, module in _attention_modules(ref.model):
         if hasattr(module, "c_attn"):  # GPT-2: one projection, q first, no rotary
@@ -273,5 +318,7 @@ def _mixed(ref: Reference) -> dict[tuple[str, str], torch.Tensor]:
     found = {}
     for name, module in _attention_modules(ref.model):
         last = "c_proj" if hasattr(module, "c_proj") else "o_proj"
-        found[name, "z"] = ref.inputs[f"{name}.{last}", 0, "0"].unflatten(-1, (-1, module.head_dim)).clone()
+        found[name, "z"] = (
+            ref.inputs[f"{name}.{last}", 0, "0"].unflatten(-1, (-1, module.head_dim)).clone()
+        )
     return found

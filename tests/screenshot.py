@@ -1,4 +1,5 @@
-"""README's picture: the quickstart, run in JupyterLab in a real browser. `python tests/screenshot.py` makes it anew."""
+"""README's picture: the quickstart, run in JupyterLab in a real browser. `python
+tests/screenshot.py` makes it anew."""
 
 from __future__ import annotations
 
@@ -38,7 +39,11 @@ def main() -> None:
 def take(page) -> None:
     """The part of the notebook from one cell to another."""
     cells = page.locator(".jp-Notebook .jp-CodeCell")
-    boxes = [cells.nth(i).bounding_box() for i in range(cells.count()) if cells.nth(i).inner_text().strip()]
+    boxes = [
+        cells.nth(i).bounding_box()
+        for i in range(cells.count())
+        if cells.nth(i).inner_text().strip()
+    ]
     texts = [cells.nth(i).inner_text() for i in range(cells.count())]
     first = next(i for i, text in enumerate(texts) if FROM in text)
     last = next(i for i, text in enumerate(texts) if TO in text)

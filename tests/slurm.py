@@ -1,7 +1,8 @@
-"""Stand-ins for Slurm: sbatch, squeue, scancel and srun as scripts that start and end real processes on this machine.
+"""Stand-ins for Slurm: sbatch, squeue, scancel and srun as scripts that start and end real
+processes on this machine.
 
-They keep to what Slurm documents of the options and words that flexkernel uses. A job waits until squeue has been asked
-for it WAITS times: so whoever waits for it has to ask.
+They keep to what Slurm documents of the options and words that flexkernel uses. A job waits until
+squeue has been asked for it WAITS times: so whoever waits for it has to ask.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ def install(folder: Path) -> Path:
     (folder / "jobs").mkdir()
     for name in ("sbatch", "squeue", "scancel", "srun"):
         script = folder / name
-        script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n")
+        script.write_text(
+            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        )
         with script.open("a") as file:
-            file.write(f"import slurm, pathlib\nslurm.{name}(pathlib.Path({str(folder / 'jobs')!r}), sys.argv[1:])\n")
+            file.write(
+                f"import slurm, pathlib\nslurm.{name}(pathlib.Path({str(folder / 'jobs')!r}), sys.argv[1:])\n"
+            )
         script.chmod(0o700)
     return folder
 
 
 def options(script: str) -> dict[str, str]:
     """What a script's #SBATCH lines ask for."""
-    words = [word for line in re.findall(r"^#SBATCH (.*)$", script, re.M) for word in shlex.split(line)]
+    words = [
+        word for line in re.findall(r"^#SBATCH (.*)$", script, re.M) for word in shlex.split(line)
+    ]
     assert all(re.fullmatch(r"--[a-z-]+=\S+", word) for word in words), words
     return dict(word.removeprefix("--").split("=", 1) for word in words)
 
@@ -45,11 +52,20 @@ def sbatch(jobs: Path, arguments: list[str]) -> None:
     (jobs / job).mkdir()
     (jobs / job / "script").write_text(Path(script).read_text())
     (jobs / job / "asked").write_text("0")
-    env = {**os.environ, "SLURM_JOB_ID": job, "SLURM_NTASKS": options(Path(script).read_text())["ntasks"]}
+    env = {
+        **os.environ,
+        "SLURM_JOB_ID": job,
+        "SLURM_NTASKS": options(Path(script).read_text())["ntasks"],
+    }
     # What Slurm itself would be: it begins the job when its turn has come
     subprocess.Popen(
-        [sys.executable, "-c", f"import slurm, pathlib; slurm.turn(pathlib.Path({str(jobs / job)!r}))"],
-        env=env | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        [
+            sys.executable,
+            "-c",
+            f"import slurm, pathlib; slurm.turn(pathlib.Path({str(jobs / job)!r}))",
+        ],
+        env=env
+        | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -74,7 +90,10 @@ def processes(job: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("SLURM_JOB_ID") == job.name and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get("SLURM_JOB_ID") == job.name
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except psutil.Error:
             continue
@@ -82,7 +101,9 @@ def processes(job: Path) -> list[psutil.Process]:
 
 
 def squeue(jobs: Path, arguments: list[str]) -> None:
-    assert arguments[:2] == ["--noheader", "--format=%T"] and arguments[2].startswith("--jobs="), arguments
+    assert arguments[:2] == ["--noheader", "--format=%T"] and arguments[2].startswith("--jobs="), (
+        arguments
+    )
     job = jobs / arguments[2].removeprefix("--jobs=")
     if not job.is_dir() or not processes(job):
         sys.exit("slurm_load_jobs error: Invalid job id specified")

@@ -1,4 +1,5 @@
-"""Inside attention: five points a module, equal to what other means say of them, and free when nobody looks."""
+"""Inside attention: five points a module, equal to what other means say of them, and free when
+nobody looks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ ARCHS = [
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def modules_of(session) -> list[torch.nn.Module]:
@@ -33,7 +37,8 @@ def watched(session) -> int:
 
 @pytest.mark.parametrize(("arch", "attn"), ARCHS)
 def test_every_point_is_what_other_means_say(arch, attn, session, tiny):
-    """Queries and keys after rotary, keys as the cache keeps them, patterns as output_attentions has them."""
+    """Queries and keys after rotary, keys as the cache keeps them, patterns as output_attentions
+    has them."""
     session.load(tiny(arch), attn=attn)
     session.hook("**.@*")
     batch = models.ids_and_mask(LENGTHS)
@@ -47,7 +52,9 @@ def test_every_point_is_what_other_means_say(arch, attn, session, tiny):
         got = run[f"{name}.@{point}"].tensor()
         if point == "pattern":
             got, want = (x.masked_fill(pads[:, None, :, None], 0.0) for x in (got, want))
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4, msg=lambda m, at=(name, point): f"{at}: {m}")
+        torch.testing.assert_close(
+            got, want, atol=1e-5, rtol=1e-4, msg=lambda m, at=(name, point): f"{at}: {m}"
+        )
 
 
 def test_heads_are_those_of_queries_and_those_of_keys(session, tiny):
@@ -69,7 +76,9 @@ def test_a_pattern_is_a_distribution_over_what_a_query_may_see(session, tiny):
     session.hook("**.@pattern")
     pattern = session.run([list(range(3, 23))])["model.layers.2.self_attn.@pattern"].tensor()
     torch.testing.assert_close(pattern.sum(-1), torch.ones(1, 8, 20))
-    near = torch.ones(20, 20, dtype=torch.bool).tril() & ~torch.ones(20, 20, dtype=torch.bool).tril(-8)
+    near = torch.ones(20, 20, dtype=torch.bool).tril() & ~torch.ones(20, 20, dtype=torch.bool).tril(
+        -8
+    )
     assert (pattern[..., ~near] == 0).all() and (pattern[..., near] > 0).all()
 
 
@@ -105,7 +114,12 @@ def test_two_hooks_on_a_point_share_it_and_leave_it_one_by_one(session, tiny):
     run = session.run([[5, 6]])
     assert len(run.captures) == 1 + 1 + 5
     session.unhook("all")
-    assert watched(session) == 1 and session.run([[5, 6]])["model.layers.0.self_attn.@q"].shape == (1, 8, 2, 8)
+    assert watched(session) == 1 and session.run([[5, 6]])["model.layers.0.self_attn.@q"].shape == (
+        1,
+        8,
+        2,
+        8,
+    )
     session.unhook()
     assert watched(session) == 0
 
@@ -157,7 +171,12 @@ def test_a_pattern_that_cannot_be_computed_ends_no_forward(session, tiny, monkey
 
     monkeypatch.setattr(attention, "pattern_of", fails)
     run = session.run([[5, 6]])
-    assert torch.equal(run.logits.tensor(), bare) and run["model.layers.1.self_attn.@q"].shape == (1, 8, 2, 8)
+    assert torch.equal(run.logits.tensor(), bare) and run["model.layers.1.self_attn.@q"].shape == (
+        1,
+        8,
+        2,
+        8,
+    )
     with pytest.raises(Exception, match="no pattern today"):
         run["model.layers.1.self_attn.@pattern"].tensor()
 
@@ -176,8 +195,14 @@ def test_positions_of_a_pattern_are_those_of_the_queries(session, tiny):
     session.hook("**.@pattern")
     session.hook("**.@*", positions=[-1, 0], name="some")
     run = session.run([[5, 6, 7]])
-    by_hook = {key: run.captures[key].tensor() for key in run.captures if key.module.startswith(name)}
-    some = {key.module.removeprefix(name): tensor for key, tensor in by_hook.items() if key.hook == "some"}
+    by_hook = {
+        key: run.captures[key].tensor() for key in run.captures if key.module.startswith(name)
+    }
+    some = {
+        key.module.removeprefix(name): tensor
+        for key, tensor in by_hook.items()
+        if key.hook == "some"
+    }
     (whole,) = (tensor for key, tensor in by_hook.items() if key.hook != "some")
     assert torch.equal(some["@pattern"], whole[:, :, [-1, 0]])
     assert some["@k"].shape == (1, 4, 2, 8) and some["@z"].shape == (1, 2, 8, 8)
@@ -187,7 +212,10 @@ def test_an_architecture_without_the_interface_is_refused_by_name(session, tmp_p
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
     session.load(tmp_path / "bloom")
-    with pytest.raises(HookError, match="BloomForCausalLM does not compute attention through transformers' interface"):
+    with pytest.raises(
+        HookError,
+        match="BloomForCausalLM does not compute attention through transformers' interface",
+    ):
         session.hook("**.@q")
     assert session.run([[5, 6]]).logits.shape == (1, 2, 64)
 
@@ -198,7 +226,7 @@ def test_a_model_that_is_not_looked_into_says_so(session, tiny):
         session.run([[5, 6]])["model.layers.0.self_attn.@q"]
 
 
-# --- masks -----------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------
 
 Q = K = 6
 SEES = torch.ones(Q, K, dtype=torch.bool).tril()
@@ -218,7 +246,10 @@ def test_no_mask_is_causal():
 
 def test_a_step_sees_all_of_its_past():
     assert as_bool(additive_mask(None, *q_and_k(1, 6), None)).all()
-    assert as_bool(additive_mask(None, *q_and_k(2, 6), None))[0, 0].tolist() == [[True] * 5 + [False], [True] * 6]
+    assert as_bool(additive_mask(None, *q_and_k(2, 6), None))[0, 0].tolist() == [
+        [True] * 5 + [False],
+        [True] * 6,
+    ]
 
 
 def test_no_mask_with_a_window_is_a_band():

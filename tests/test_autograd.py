@@ -1,4 +1,5 @@
-"""Gradients: under every layout those of the unsharded model, of every activation and every parameter."""
+"""Gradients: under every layout those of the unsharded model, of every activation and every
+parameter."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ FOUR = models.ids_and_mask([5, 7, 6, 3])  # two groups of rows share them evenly
 
 
 def loss(logits, batch=None):
-    """Weighs every logit at every real position differently: no gradient is zero, or like its neighbour's."""
+    """Weighs every logit at every real position differently: no gradient is zero, or like its
+    neighbour's."""
     return (logits * WEIGHT).sum() / 100
 
 
@@ -42,7 +44,9 @@ def edit_by_hand(model: torch.nn.Module, case: Case) -> None:
         module.register_forward_pre_hook(lambda _m, args: (case.truth(args[0]), *args[1:]))
     else:
         module.register_forward_hook(
-            lambda _m, _a, out: (case.truth(out[0]), *out[1:]) if isinstance(out, tuple) else case.truth(out)
+            lambda _m, _a, out: (
+                (case.truth(out[0]), *out[1:]) if isinstance(out, tuple) else case.truth(out)
+            )
         )
 
 
@@ -50,7 +54,9 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
 
 
-def compare(run, want: reference.Gradients, tolerance: float = TOLERANCE) -> dict[str, tuple[int, float]]:
+def compare(
+    run, want: reference.Gradients, tolerance: float = TOLERANCE
+) -> dict[str, tuple[int, float]]:
     """at → (how many gradients were compared, the worst error); asserts each of them."""
     found: dict[str, tuple[int, float]] = {}
     for c in run:
@@ -62,7 +68,9 @@ def compare(run, want: reference.Gradients, tolerance: float = TOLERANCE) -> dic
         else:
             of = want.outputs if key.at == "grad_output" else want.inputs
             expected = of.get((key.module, key.index))
-            expected = of.get((key.module, "")) if expected is None and key.index == "0" else expected
+            expected = (
+                of.get((key.module, "")) if expected is None and key.index == "0" else expected
+            )
         if expected is None or "rotary_emb" in key.module or "position_embeddings" in key.index:
             continue
         error = relative(c.tensor(), expected)
@@ -90,7 +98,11 @@ def test_every_gradient_is_the_unsharded_models(session, tiny, layout, record_pr
     found = compare(run, want)
     record_property("worst", str(found))
     print(layout, found)
-    assert found["grad_output"][0] >= 55 + 12 and found["grad_input"][0] >= 54 and found["param_grad"][0] == 39
+    assert (
+        found["grad_output"][0] >= 55 + 12
+        and found["grad_input"][0] >= 54
+        and found["param_grad"][0] == 39
+    )
     for name in ("model.embed_tokens input", "model input"):
         with pytest.raises(fk.errors.HookError, match="int64: it has no gradient"):
             run[name.split()[0], "grad_input"].tensor()
@@ -111,7 +123,9 @@ def test_other_architectures(session, tiny, arch, layout):
     found = compare(run, want)
     assert found["grad_output"][0] > 40 and found["param_grad"][0] >= 39, found
     known = ("rotary", "position_embeddings", "input", "experts")
-    assert all(any(k in n for k in known) or "no gradient" in str(e) for n, e in refused.items()), refused
+    assert all(any(k in n for k in known) or "no gradient" in str(e) for n, e in refused.items()), (
+        refused
+    )
 
 
 @pytest.mark.engines(2)
@@ -124,11 +138,12 @@ def test_inside_eager_attention(session, tiny, layout):
     assert found["grad_output"][0] >= 4 * 3
 
 
-# --- edits ---------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 
 def through_edits(session, folder, cases: list[Case]) -> None:
-    """Gradients of the loaded model, with each of these edits, are those of the unsharded one with it."""
+    """Gradients of the loaded model, with each of these edits, are those of the unsharded one with
+    it."""
     test_edits.define(session)
     plain = truth(folder)
     for case in cases:
@@ -141,7 +156,8 @@ def through_edits(session, folder, cases: list[Case]) -> None:
         session.hook("model.layers.*.mlp.*.weight", at="param_grad", name="weights")
         session.hook("model.embed_tokens.weight", at="param_grad", name="embedding")
         run = session.run(ROWS, loss=loss)
-        gone = [c.key for c in run if "grad" in c.key.at and c.error is not None]  # behind what sets the value
+        # behind what sets the value
+        gone = [c.key for c in run if "grad" in c.key.at and c.error is not None]
         for key in gone:
             assert "no gradient reached it" in str(run.captures.pop(key).error)
         for key in [k for k in run.captures if k.hook == "edited" or k.module == case.module]:
@@ -161,11 +177,14 @@ def test_gradients_go_through_edits(session, tiny, layout):
 
 
 @pytest.mark.engines(2)
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}], ids=lambda d: "x".join(d))
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}], ids=lambda d: "x".join(d)
+)
 @pytest.mark.parametrize("module", ["model.layers.2.mlp.gate_proj", "model.layers.2"])
 @pytest.mark.parametrize("edit", ["scale", "turn"])
 def test_a_gradient_is_edited(session, tiny, layout, module, edit):
-    """What goes on back is what the edit made of it, as with torch's own full backward pre hook."""
+    """What goes on back is what the edit made of it, as with torch's own full backward pre
+    hook."""
     if session.info is None or session.info.layout != fk.wire.Layout(**layout):
         session.load(tiny("llama"), **layout)
     session.edit("turn")(lambda g, ctx: g.roll(1, -1) * 0.5)
@@ -175,12 +194,20 @@ def test_a_gradient_is_edited(session, tiny, layout, module, edit):
     run = session.run(ROWS, loss=loss)
     model = reference.load(tiny("llama"))
     changed = (lambda g: -3 * g) if edit == "scale" else (lambda g: g.roll(1, -1) * 0.5)
-    handle = model.get_submodule(module).register_full_backward_pre_hook(lambda _m, g: (changed(g[0]),))
+    handle = model.get_submodule(module).register_full_backward_pre_hook(
+        lambda _m, g: (changed(g[0]),)
+    )
     want = reference.gradients(model, BATCH, loss)
     handle.remove()
-    assert relative(run["model.layers.0", "grad_output"].tensor(), want.outputs["model.layers.0", ""]) < TOLERANCE
+    assert (
+        relative(run["model.layers.0", "grad_output"].tensor(), want.outputs["model.layers.0", ""])
+        < TOLERANCE
+    )
     plain = truth(tiny("llama")).outputs
-    assert relative(run["model.layers.0", "grad_output"].tensor(), plain["model.layers.0", ""]) > 100 * TOLERANCE
+    assert (
+        relative(run["model.layers.0", "grad_output"].tensor(), plain["model.layers.0", ""])
+        > 100 * TOLERANCE
+    )
     edited = next(c for c in run if c.key.hook == "edited").tensor()
     assert relative(edited, changed(plain[module, ""])) < TOLERANCE
 
@@ -200,7 +227,7 @@ def test_a_read_only_hook_leaves_every_gradient_bit_equal(session, tiny, layout)
         assert torch.equal(next(c for c in run if c.name == name).tensor(), gradient), name
 
 
-# --- losses --------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", layouts)
@@ -212,22 +239,36 @@ def test_a_loss_sees_captures_of_any_stage(session, tiny, layout):
     session.hook("model.embed_tokens.weight", at="param_grad")
 
     def of_captures(logits, batch):
-        first, last = batch.captures["model.layers.0.mlp.gate_proj"], batch.captures["model.layers.3", "output"]
-        return (first**2).sum() + (last * batch.mask[..., None]).abs().mean() + logits[:, -1].logsumexp(-1).sum()
+        first, last = (
+            batch.captures["model.layers.0.mlp.gate_proj"],
+            batch.captures["model.layers.3", "output"],
+        )
+        return (
+            (first**2).sum()
+            + (last * batch.mask[..., None]).abs().mean()
+            + logits[:, -1].logsumexp(-1).sum()
+        )
 
     run = session.run(ROWS, loss=of_captures)
     model, kept = reference.load(tiny("llama")), {}
     first_gate = model.model.layers[0].mlp.gate_proj
-    first_gate.register_forward_hook(lambda _m, _a, out: kept.update(first=out) or out.retain_grad())
+    first_gate.register_forward_hook(
+        lambda _m, _a, out: kept.update(first=out) or out.retain_grad()
+    )
     model.model.layers[3].register_forward_hook(lambda _m, _a, out: kept.update(last=out) or None)
 
     def by_hand(logits):
         first, last = kept["first"][:, [-1, 2]], kept["last"]
-        return (first**2).sum() + (last * MASK[..., None]).abs().mean() + logits[:, -1].logsumexp(-1).sum()
+        return (
+            (first**2).sum()
+            + (last * MASK[..., None]).abs().mean()
+            + logits[:, -1].logsumexp(-1).sum()
+        )
 
     want = reference.gradients(model, BATCH, by_hand)
     assert run.loss == pytest.approx(want.loss, rel=1e-5)
-    of_first = run["model.layers.0.mlp.gate_proj", "grad_output"].tensor()  # what the loss itself asks of it included
+    # what the loss itself asks of it included
+    of_first = run["model.layers.0.mlp.gate_proj", "grad_output"].tensor()
     assert relative(of_first, kept["first"].grad) < TOLERANCE
     name = "model.embed_tokens.weight"
     assert relative(run[name].tensor(), want.parameters[name]) < TOLERANCE
@@ -247,12 +288,18 @@ def test_next_token_is_cross_entropy_with_pads_left_out(session, tiny):
 BAD = {
     "raises": (lambda logits, batch: logits.nope, "loss raised AttributeError.*nope.*line"),
     "exits": (lambda logits, batch: exit(), "loss raised"),
-    "not a scalar": (lambda logits, batch: logits.mean(-1), r"loss returned \(3, 7\) torch.float32; .* one number"),
+    "not a scalar": (
+        lambda logits, batch: logits.mean(-1),
+        r"loss returned \(3, 7\) torch.float32; .* one number",
+    ),
     "no tensor": (lambda logits, batch: 3.0, "loss returned float"),
     "nothing": (lambda logits, batch: None, "loss returned NoneType"),
     "of nothing": (lambda logits, batch: batch.mask.float().mean(), "depends on neither"),
     "detached": (lambda logits, batch: logits.detach().mean(), "depends on neither"),
-    "a capture that is not there": (lambda logits, batch: batch.captures["model.layers.9"].sum(), "captures"),
+    "a capture that is not there": (
+        lambda logits, batch: batch.captures["model.layers.9"].sum(),
+        "captures",
+    ),
 }
 
 
@@ -280,13 +327,16 @@ def break_copies() -> None:
 
 @pytest.mark.engines(2)
 def test_a_loss_never_reads_what_is_not_whole(session, tiny):
-    """A sum's addend, copies that differ, a value that could not be placed: nothing of it is in the slab, but bytes
-    of an earlier run are."""
+    """A sum's addend, copies that differ, a value that could not be placed: nothing of it is in
+    the slab, but bytes of an earlier run are."""
     folder = str(tiny("llama"))
     build = functools.partial(watched.partial_sums, folder)
     unsharded = functools.partial(watched.whole_reduced, folder)
     inner = "model.layers.1.mlp.inner"
-    for declared, says in [({}, "copies that differ"), ({"model.layers.*.mlp.inner": "partial"}, "an addend of")]:
+    for declared, says in [
+        ({}, "copies that differ"),
+        ({"model.layers.*.mlp.inner": "partial"}, "an addend of"),
+    ]:
         session.load(build, tp=2, reference=unsharded, placements=declared)
         session.hook(inner)
         with pytest.raises(fk.errors.LossError, match=says):
@@ -326,7 +376,9 @@ def test_a_backward_counts_as_progress(session, tiny, layout):
 
     layers = 4 if "tp" in layout else 2
     forward, both = beats(), beats(loss=loss)
-    assert min(forward) >= layers and all(b - a >= layers for a, b in zip(forward, both, strict=True))
+    assert min(forward) >= layers and all(
+        b - a >= layers for a, b in zip(forward, both, strict=True)
+    )
 
 
 def counted() -> int:
@@ -339,8 +391,12 @@ def test_a_loss_has_to_say_which_of_several_captures(session, tiny):
     session.hook("model.layers.1.mlp", at="input")
     with pytest.raises(fk.errors.LossError, match="has 2 captures: say which"):
         session.run(ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp"].sum())
-    run = session.run(ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp", "input"].sum())
-    assert run.loss == pytest.approx(run["model.layers.1.mlp", "input"].tensor().sum().item(), rel=1e-4)
+    run = session.run(
+        ROWS, loss=lambda logits, batch: batch.captures["model.layers.1.mlp", "input"].sum()
+    )
+    assert run.loss == pytest.approx(
+        run["model.layers.1.mlp", "input"].tensor().sum().item(), rel=1e-4
+    )
 
 
 def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
@@ -360,12 +416,14 @@ def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
 
 @pytest.mark.engines(2)
 def test_a_model_whose_gradients_were_taken_is_let_go(session, tiny):
-    """A graph that hooks hold and that holds the hooks would keep the model, its groups and their threads for ever; so
-    would what DTensor remembers of the meshes that it has seen."""
+    """A graph that hooks hold and that holds the hooks would keep the model, its groups and their
+    threads for ever; so would what DTensor remembers of the meshes that it has seen."""
 
     def there() -> tuple[int, int, int]:
         gc.collect()
-        models = sum(type(thing).__name__.endswith("LlamaForCausalLM") for thing in gc.get_objects())
+        models = sum(
+            type(thing).__name__.endswith("LlamaForCausalLM") for thing in gc.get_objects()
+        )
         return models, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
     counts = []
@@ -379,25 +437,33 @@ def test_a_model_whose_gradients_were_taken_is_let_go(session, tiny):
     assert all(models == 1 for ranks in counts for models, *_ in ranks), counts
     for first, again in zip(counts[:4], counts[4:], strict=True):
         for rank in range(2):
-            assert again[rank][1] <= first[rank][1] + 2 and again[rank][2] <= first[rank][2] + 2, counts
+            assert again[rank][1] <= first[rank][1] + 2 and again[rank][2] <= first[rank][2] + 2, (
+                counts
+            )
     print(counts)
 
 
-# --- finite differences ----------------------------------------------------------------------------------
+# --- finite differences ---------------------------------------------------------------
 
 
 def exact_norms() -> None:
-    """transformers' norm goes through float32, whose rounding would drown a difference of losses."""
+    """transformers' norm goes through float32, whose rounding would drown a difference of
+    losses."""
     for module in watched.runtime().model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            norm = functools.partial(torch.nn.functional.rms_norm, normalized_shape=(64,), eps=module.variance_epsilon)
-            module.forward = functools.partial(lambda m, norm, x: norm(x, weight=m.weight), module, norm)
+            norm = functools.partial(
+                torch.nn.functional.rms_norm, normalized_shape=(64,), eps=module.variance_epsilon
+            )
+            module.forward = functools.partial(
+                lambda m, norm, x: norm(x, weight=m.weight), module, norm
+            )
 
 
 @pytest.mark.engines(2)
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=lambda d: "x".join(d))
 def test_finite_differences(session, tiny, layout):
-    """Eight random coordinates of an activation, an edited activation and a parameter, in float64."""
+    """Eight random coordinates of an activation, an edited activation and a parameter, in
+    float64."""
     session.load(tiny("llama"), dtype="float64", **layout)
     session.on_ranks(exact_norms)
     weight = WEIGHT.double()
@@ -425,14 +491,18 @@ def test_finite_differences(session, tiny, layout):
                     session.hook(module, edit="bend", name="bend", capture="none")
                 losses.append(value().loss)
             session.unhook("push")
-            assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient[place].item(), rel=1e-4, abs=1e-7)
+            assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(
+                gradient[place].item(), rel=1e-4, abs=1e-7
+            )
     session.unhook()
     name = "model.layers.2.mlp.down_proj.weight"
     session.hook(name, at="param_grad")
     gradient = value()[name, "param_grad"].tensor()
 
     def nudge(place, by) -> None:
-        weight = getattr(watched.runtime().hooks.modules.get("model.layers.2.mlp.down_proj"), "weight", None)
+        weight = getattr(
+            watched.runtime().hooks.modules.get("model.layers.2.mlp.down_proj"), "weight", None
+        )
         if weight is None:
             return
         with torch.no_grad():
@@ -444,16 +514,21 @@ def test_finite_differences(session, tiny, layout):
                 weight[place] += by
 
     for _ in range(8):
-        place = int(torch.randint(64, (), generator=generator)), int(torch.randint(176, (), generator=generator))
+        place = (
+            int(torch.randint(64, (), generator=generator)),
+            int(torch.randint(176, (), generator=generator)),
+        )
         losses = []
         for by in (1e-5, -2e-5):
             session.on_ranks(nudge, place, by)
             losses.append(value().loss)
         session.on_ranks(nudge, place, 1e-5)
-        assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient[place].item(), rel=1e-4, abs=1e-7)
+        assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(
+            gradient[place].item(), rel=1e-4, abs=1e-7
+        )
 
 
-# --- the real model --------------------------------------------------------------------------------------
+# --- the real model -------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -468,9 +543,15 @@ def test_gradients_of_the_real_model(session, smollm2, layout, record_property):
     session.hook("model.embed_tokens.weight", at="param_grad")
     run = session.run(prompt, loss="next_token")
     ids = torch.tensor([AutoTokenizer.from_pretrained(smollm2)(prompt)["input_ids"]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])[None]}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(ids.shape[1])[None],
+    }
     cross_entropy = torch.nn.functional.cross_entropy
-    want = reference.gradients(reference.load(smollm2), batch, lambda x: cross_entropy(x[0, :-1], ids[0, 1:]))
+    want = reference.gradients(
+        reference.load(smollm2), batch, lambda x: cross_entropy(x[0, :-1], ids[0, 1:])
+    )
     assert run.loss == pytest.approx(want.loss, rel=1e-5)
     found = compare(run, want, 1e-4)
     record_property("worst", str(found))
@@ -485,7 +566,13 @@ def test_attribution_foretells_what_a_small_patch_changes(session, tiny):
     session.hook("model.layers.*", name="values")
     session.hook("model.layers.*", at="grad_output", name="gradients")
     clean = session.run(ROWS, loss=loss)
-    session.hook("model.embed_tokens", edit="add", value=torch.linspace(-1, 1, 64) * 1e-3, name="push", capture="none")
+    session.hook(
+        "model.embed_tokens",
+        edit="add",
+        value=torch.linspace(-1, 1, 64) * 1e-3,
+        name="push",
+        capture="none",
+    )
     pushed = session.run(ROWS, loss=loss)
     found = clean.attribution(pushed)
     assert list(found) == layers and all(value.shape == (3, 7) for value in found.values())
@@ -499,7 +586,7 @@ def test_attribution_foretells_what_a_small_patch_changes(session, tiny):
         clean.attribution(session.run([[5, 6, 7]]))
 
 
-# --- magics ----------------------------------------------------------------------------------------------
+# --- magics ---------------------------------------------------------------------------
 
 
 def test_backward_takes_an_expression_with_the_notebooks_own_names(session, tiny):
@@ -512,9 +599,13 @@ def test_backward_takes_an_expression_with_the_notebooks_own_names(session, tiny
         session.load(tiny("llama"))
         shell.user_ns |= {"session": session, "weight": WEIGHT, "rows": ROWS}
         shell.run_line_magic("flex_hook", "model.layers.1.mlp --at grad_output")
-        run = shell.run_line_magic("flex_run", "--backward '(logits * weight).sum() / 100' --var rows")
+        run = shell.run_line_magic(
+            "flex_run", "--backward '(logits * weight).sum() / 100' --var rows"
+        )
         want = truth(tiny("llama"))
-        assert run.loss == pytest.approx(want.loss, rel=1e-5) and f"loss {run.loss:.6g}" in repr(run)
+        assert run.loss == pytest.approx(want.loss, rel=1e-5) and f"loss {run.loss:.6g}" in repr(
+            run
+        )
         gradient = run["model.layers.1.mlp", "grad_output"].tensor()
         assert relative(gradient, want.outputs["model.layers.1.mlp", ""]) < TOLERANCE
         own = shell.run_line_magic("flex_run", "--backward next_token --var rows").loss

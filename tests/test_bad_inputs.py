@@ -1,7 +1,8 @@
-"""Bad inputs by number (bad.CATALOGUE): names, values, edits and prompts. Each is a clear error of ours or a right
-answer, and afterwards a run equals the unsharded model's.
+"""Bad inputs by number (bad.CATALOGUE): names, values, edits and prompts. Each is a clear error of
+ours or a right answer, and afterwards a run equals the unsharded model's.
 
-Beside them test_bad_loads.py and test_bad_sessions.py; the first test counts that all 76 have a test.
+Beside them test_bad_loads.py and test_bad_sessions.py; the first test counts that all 76 have a
+test.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FILES = ("test_bad_inputs.py", "test_bad_loads.py", "test_bad_sessions.py")
 two = pytest.mark.engines(2)
 
 
-# --- all of them -----------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------
 
 
 def numbers_in(source: str) -> set[int]:
@@ -48,7 +49,11 @@ def numbers_in(source: str) -> set[int]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and (name := re.match(r"test_((\d\d_)+)", node.name)):
             found |= set(map(int, name[1].strip("_").split("_")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\d\d(-.+)?", node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"\d\d(-.+)?", node.value)
+        ):
             found.add(int(node.value[:2]))
     return found
 
@@ -59,33 +64,61 @@ def test_every_number_has_a_test():
     for where in bad.ELSEWHERE.values():
         name, _, test = where.partition("::")
         assert f"\ndef {test}(" in (TESTS / name).read_text(), where
-    assert here | set(bad.ELSEWHERE) == set(bad.CATALOGUE), set(bad.CATALOGUE) - here - set(bad.ELSEWHERE)
-    assert 1 not in numbers_in("x = 'not 01'") and numbers_in("def test_04_05_x(): ...\nx = '07-y'") == {4, 5, 7}
+    assert here | set(bad.ELSEWHERE) == set(bad.CATALOGUE), (
+        set(bad.CATALOGUE) - here - set(bad.ELSEWHERE)
+    )
+    assert 1 not in numbers_in("x = 'not 01'") and numbers_in(
+        "def test_04_05_x(): ...\nx = '07-y'"
+    ) == {4, 5, 7}
 
 
-# --- one call, one sentence ------------------------------------------------------------------------------
+# --- one call, one sentence -----------------------------------------------------------
 
 LONG_NAME = "model.layers.0.mlp" * 12_000
 WORLD_EDIT = lambda x, ctx: x  # noqa: E731
 CALLS = {
-    "01": (lambda s: s.hook("model.layers.99.mlp"), HookError, r"no module matches .*nearest: model\.layers\.\d\.mlp"),
+    "01": (
+        lambda s: s.hook("model.layers.99.mlp"),
+        HookError,
+        r"no module matches .*nearest: model\.layers\.\d\.mlp",
+    ),
     "02-edit": (lambda s: s.hook("lm_head", edit=""), HookError, "no edit is called ''"),
     "02-unhook": (lambda s: s.unhook(""), HookError, "no hook is called ''"),
     "02-group": (lambda s: s.group("off", ""), HookError, "which group"),
     "02-parameter": (lambda s: s.parameter(""), HookError, "''"),
-    "03": (lambda s: s.hook("model.layers.*.mpl"), HookError, r"no module matches 'model\.layers\.\*\.mpl'"),
-    "03-groups": (lambda s: s.run(bad.ROWS, groups="nobody"), HookError, "no hook is in group 'nobody'"),
+    "03": (
+        lambda s: s.hook("model.layers.*.mpl"),
+        HookError,
+        r"no module matches 'model\.layers\.\*\.mpl'",
+    ),
+    "03-groups": (
+        lambda s: s.run(bad.ROWS, groups="nobody"),
+        HookError,
+        "no hook is in group 'nobody'",
+    ),
     "09": (lambda s: s.unhook("nothing"), HookError, "no hook is called 'nothing'"),
     "11-unicode": (lambda s: s.hook("модель.слой"), HookError, "no module matches 'модель.слой'"),
-    "11-newline": (lambda s: s.hook("model\n.layers"), HookError, r"no module matches 'model\\n\.layers'"),
+    "11-newline": (
+        lambda s: s.hook("model\n.layers"),
+        HookError,
+        r"no module matches 'model\\n\.layers'",
+    ),
     "11-nul": (lambda s: s.hook("model\0"), HookError, r"no module matches 'model\\x00'"),
     "11-surrogate": (lambda s: s.hook("\ud800"), HookError, r"no module matches '\\ud800'"),
     "11-long": (lambda s: s.hook(LONG_NAME), HookError, "characters left out"),
     "11-long-group": (lambda s: s.group("off", LONG_NAME), HookError, "characters left out"),
     "11-stars": (lambda s: s.hook("**." * 60 + "x"), HookError, "no module matches"),
-    "11-no-text": (lambda s: s.hook(None), HookError, "a hook's glob and name are text; found NoneType"),
+    "11-no-text": (
+        lambda s: s.hook(None),
+        HookError,
+        "a hook's glob and name are text; found NoneType",
+    ),
     "12": (lambda s: s.hook("model.__class__"), HookError, r"no module matches 'model\.__class__'"),
-    "12-index": (lambda s: s.hook("lm_head", index="__class__"), HookError, "no tensor at index '__class__'"),
+    "12-index": (
+        lambda s: s.hook("lm_head", index="__class__"),
+        HookError,
+        "no tensor at index '__class__'",
+    ),
     "12-parameter": (lambda s: s.parameter("model.__dict__"), HookError, "no parameter or buffer"),
     "33-generator": (
         lambda s: s.edit("bad")(functools.partial(lambda x, ctx, g: x, g=(i for i in "a"))),
@@ -98,20 +131,38 @@ CALLS = {
         "cannot be sent to engines",
     ),
     "34": (
-        lambda s: s.edit("bad")(functools.partial(lambda x, ctx, t: x, t=torch.empty(1_300_000_000))),
+        lambda s: s.edit("bad")(
+            functools.partial(lambda x, ctx, t: x, t=torch.empty(1_300_000_000))
+        ),
         ClusterError,
         r"it would be 5,200,\d{3},\d{3} bytes for each engine, and at most 2,147,483,648 travel",
     ),
     "41": (lambda s: s.run([[]]), PromptError, "the prompt is empty: it has no tokens"),
     "41-text": (lambda s: s.run(""), PromptError, "the prompt is empty"),
     "42": (lambda s: s.run([]), PromptError, "the prompt is empty"),
-    "42-tensor": (lambda s: s.run(torch.zeros(0, 3, dtype=torch.long)), PromptError, "the prompt is empty"),
-    "43": (lambda s: s.run([[5] * 2049]), PromptError, "the prompt has 2049 tokens and the model 2048 positions"),
+    "42-tensor": (
+        lambda s: s.run(torch.zeros(0, 3, dtype=torch.long)),
+        PromptError,
+        "the prompt is empty",
+    ),
+    "43": (
+        lambda s: s.run([[5] * 2049]),
+        PromptError,
+        "the prompt has 2049 tokens and the model 2048 positions",
+    ),
     "43-new": (lambda s: s.generate([[5] * 2040], 20), FlexError, "2048"),
-    "44": (lambda s: s.run([[5, 256]]), PromptError, "token id 256 at position 1 is outside the vocabulary, 0 to 255"),
+    "44": (
+        lambda s: s.run([[5, 256]]),
+        PromptError,
+        "token id 256 at position 1 is outside the vocabulary, 0 to 255",
+    ),
     "44-negative": (lambda s: s.run([[5, -1]]), PromptError, "token id -1 at position 1"),
     "44-huge": (lambda s: s.run([[2**70]]), PromptError, "outside the vocabulary"),
-    "56": (lambda s: s.load(s.info.path, tp=2, pp=2), FlexError, "tp=2 makes 4 ranks, the cluster has 2 engines"),
+    "56": (
+        lambda s: s.load(s.info.path, tp=2, pp=2),
+        FlexError,
+        "tp=2 makes 4 ranks, the cluster has 2 engines",
+    ),
 }
 
 
@@ -131,7 +182,7 @@ def test_a_call_that_cannot_be_is_one_sentence_and_changes_nothing(case, session
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
-# --- names -----------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------
 
 
 @two
@@ -145,17 +196,22 @@ def test_02_06_08_10_names_that_are_unusual_and_right(session, tiny):
     run = session.run(bad.ROWS)
     assert len(session.hooks) == 2 and len(run) == 1
     assert torch.equal(run[""].tensor(), run.logits.tensor())
-    with pytest.raises(CaptureError, match=r"'model\.layers' never fires in a forward of this model"):
+    with pytest.raises(
+        CaptureError, match=r"'model\.layers' never fires in a forward of this model"
+    ):
         run["model.layers"]
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
 @two
 def test_05_10_modules_of_another_stage(session, tiny):
-    """On each rank one stage's layers are transformers' placeholders: hooks are on the real ones only."""
+    """On each rank one stage's layers are transformers' placeholders: hooks are on the real ones
+    only."""
     folder = tiny("llama")
     session.load(folder, pp=2)
-    assert {m.stages for m in session.info.modules if m.name in ("model.layers.0", "model.layers.3")} == {(0,), (1,)}
+    assert {
+        m.stages for m in session.info.modules if m.name in ("model.layers.0", "model.layers.3")
+    } == {(0,), (1,)}
     session.hook("model.layers.*")
     session.hook("model.embed_tokens")
     session.hook("lm_head", at="input")
@@ -165,11 +221,15 @@ def test_05_10_modules_of_another_stage(session, tiny):
     for capture in run:
         values = want.outputs if capture.key.at == "output" else want.inputs
         truth = next(v for (name, _, _), v in values.items() if name == capture.key.module)
-        torch.testing.assert_close(capture.tensor()[bad.MASK], truth[bad.MASK], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            capture.tensor()[bad.MASK], truth[bad.MASK], atol=2e-5, rtol=2e-5
+        )
     bad.healthy(session, folder, pp=2)
 
 
-@pytest.mark.parametrize("count", [pytest.param(1_000, id="04-thousand"), pytest.param(10_000, id="04-ten-thousand")])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1_000, id="04-thousand"), pytest.param(10_000, id="04-ten-thousand")]
+)
 def test_a_glob_that_names_very_many(count):
     model = bad.Many(count)
     with fk.local() as session:
@@ -183,7 +243,7 @@ def test_a_glob_that_names_very_many(count):
         assert len(session.run([[5, 6]])) == 0
 
 
-# --- values ----------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------
 
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 1, 2, 3], [4, 4, 4, 4]])
@@ -202,12 +262,18 @@ def test_06_07_10_13_14_15_16_17_19_20_values_that_are_hard_to_read(session):
             continue
         got = run[name, "output", path, call].tensor()
         assert got.dtype == truth.dtype and got.shape == truth.shape, name
-        assert torch.equal(got.view(torch.uint8), truth.contiguous().view(torch.uint8)) if truth.dim() else got == truth
+        assert (
+            torch.equal(got.view(torch.uint8), truth.contiguous().view(torch.uint8))
+            if truth.dim()
+            else got == truth
+        )
         compared.add(name.removeprefix("kinds."))
     assert compared == {*bad.VALUES, "twice", "leaf", "same"} - {"text", "none"}
     for name in ("kinds.text", "kinds.none", "unused"):
         assert name not in run
-        with pytest.raises(CaptureError, match=f"'{name}' never fires|captured nothing at .*'{name}'"):
+        with pytest.raises(
+            CaptureError, match=f"'{name}' never fires|captured nothing at .*'{name}'"
+        ):
             run[name]
     session.unhook()
     session.edit("inplace")(bad.add_in_place)
@@ -226,9 +292,14 @@ def test_18_values_that_have_no_plain_memory(session):
     session.hook("**")
     run = session.run(IDS)
     for name in bad.ODD:
-        with pytest.raises(PlacementError, match=rf"kinds\.{name} output: it is a {name}.* tensor; hook a module that"):
+        with pytest.raises(
+            PlacementError,
+            match=rf"kinds\.{name} output: it is a {name}.* tensor; hook a module that",
+        ):
             run[f"kinds.{name}"].tensor()
-    assert torch.equal(run["same"].tensor(), reference.record(bad.odd(), {"input_ids": IDS})[0]["same", 0, ""])
+    assert torch.equal(
+        run["same"].tensor(), reference.record(bad.odd(), {"input_ids": IDS})[0]["same", 0, ""]
+    )
 
 
 @two
@@ -260,7 +331,8 @@ def test_24_what_does_not_fit_is_refused_before_the_forward(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.hook("**.@pattern")  # 4 × (64, 8, 2048, 2048) float32: 34 GB
     with pytest.raises(
-        MemoryBudgetError, match=r"this run would keep 34,\d{3},\d{3},\d{3} bytes and the session's budget"
+        MemoryBudgetError,
+        match=r"this run would keep 34,\d{3},\d{3},\d{3} bytes and the session's budget",
     ):
         session.run([[5] * 2048] * 64)
     bad.healthy(session, tiny("llama"), **bad.TP)
@@ -275,21 +347,25 @@ def test_24_a_tensor_of_more_than_two_gigabytes_is_whole():
         capture = session.run([[*range(64)] * 4])["wide"]
         assert capture.num_bytes > 1 << 31
         row = torch.arange(bad.Wide.WIDTH, dtype=torch.float32)
-        assert torch.equal(capture[0, -1, -5:], row[-5:] + 63) and torch.equal(capture[0, 70, :5], row[:5] + 6)
+        assert torch.equal(capture[0, -1, -5:], row[-5:] + 63) and torch.equal(
+            capture[0, 70, :5], row[:5] + 6
+        )
         assert capture.tensor()[0, -1, -1] == row[-1] + 63
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_25_a_view_of_numbers_that_are_none(dtype):
     tiny_number = torch.finfo(dtype).tiny / 2
-    x = torch.tensor([[float("nan"), float("inf")], [float("-inf"), -0.0], [tiny_number, 1.0]], dtype=dtype)
+    x = torch.tensor(
+        [[float("nan"), float("inf")], [float("-inf"), -0.0], [tiny_number, 1.0]], dtype=dtype
+    )
     for values in (x, x[:1, :1].expand(4, 4), torch.full((3, 3), float("inf"), dtype=dtype)):
         view = views.tensor_map(values)
         text = str(view._repr_mimebundle_()) if hasattr(view, "_repr_mimebundle_") else repr(view)
         assert text and "Infinity" not in text
 
 
-# --- edits -----------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 EDITS = {
     "26": ("whole", lambda x, ctx: x[..., :1], r"returned \(2, 5, 1\)"),
@@ -299,7 +375,11 @@ EDITS = {
     "29": ("element", bad.raises_on_rank_1, r"raised ZeroDivisionError: .*rank 1"),
     "30-exit": ("whole", bad.exits, "raised SystemExit"),
     "30-interrupt": ("whole", bad.interrupts, "raised KeyboardInterrupt"),
-    "38": ("whole", bad.calls_everything, "raised Refused: an edit cannot run the model that it is in"),
+    "38": (
+        "whole",
+        bad.calls_everything,
+        "raised Refused: an edit cannot run the model that it is in",
+    ),
 }
 
 
@@ -395,17 +475,19 @@ def test_40_engines_of_another_python_are_refused(monkeypatch):
     hellos = [{"version": fk.__version__, "python": ("3", "9")}]
     monkeypatch.setattr(clusters.Cluster, "call", lambda *_args, **_more: hellos)
     with pytest.raises(
-        ClusterError, match=r"engines run Python 3\.9, this notebook 3\.\d+: a function's code means nothing"
+        ClusterError,
+        match=r"engines run Python 3\.9, this notebook 3\.\d+: a function's code means nothing",
     ):
         clusters.IPyParallel._hello(clusters.Cluster(), [0])
 
 
-# --- prompts ---------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------
 
 
 @two
 def test_45_46_rows_of_several_lengths_and_an_odd_number_of_them(session, tiny):
-    """No pad token, three rows on two groups: the unsharded model's numbers, row by row as alone."""
+    """No pad token, three rows on two groups: the unsharded model's numbers, row by row as
+    alone."""
     folder = tiny("llama")
     session.load(folder, dp=2)
     assert session.tokenizer is None
@@ -446,8 +528,12 @@ def tokenizer(smollm2):
     return prompts.tokenizer(str(smollm2))
 
 
-@pytest.mark.parametrize("num_bytes", [pytest.param(10**6, id="48-megabyte"), pytest.param(10**7, id="48-ten")])
+@pytest.mark.parametrize(
+    "num_bytes", [pytest.param(10**6, id="48-megabyte"), pytest.param(10**7, id="48-ten")]
+)
 def test_a_very_long_prompt_is_refused_with_both_numbers(num_bytes, tokenizer):
     text = "the cat sat "
-    with pytest.raises(PromptError, match=r"the prompt has \d+ tokens and the model 8192 positions"):
+    with pytest.raises(
+        PromptError, match=r"the prompt has \d+ tokens and the model 8192 positions"
+    ):
         prompts.batch(text * (num_bytes // len(text)), tokenizer, max_positions=8192)

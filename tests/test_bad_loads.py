@@ -1,5 +1,6 @@
-"""Bad inputs by number (bad.CATALOGUE): checkpoints, configs, degrees. What can be known before a load is refused while
-the earlier model is there; a load that fails later leaves engines that can load again.
+"""Bad inputs by number (bad.CATALOGUE): checkpoints, configs, degrees. What can be known before a
+load is refused while the earlier model is there; a load that fails later leaves engines that can
+load again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def rename(folder: Path, name: str) -> None:
     """Have the index name another file for every tensor of the first shard."""
     index = json.loads(index_of(folder).read_text())
     first = shards(folder)[0].name
-    index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
+    index["weight_map"] = {
+        key: name if file == first else file for key, file in index["weight_map"].items()
+    }
     index_of(folder).write_text(json.dumps(index))
 
 
@@ -86,23 +89,47 @@ class Runs:
 POISONED = b"\x80\x04\x95"
 BROKEN = {
     "49": (lambda f: shards(f)[1].unlink(), "cannot be opened: No such file or directory"),
-    "50": (lambda f: cut(shards(f)[1], 1000), r"has [\d,]+ bytes and its header says [\d,]+: it was cut off"),
+    "50": (
+        lambda f: cut(shards(f)[1], 1000),
+        r"has [\d,]+ bytes and its header says [\d,]+: it was cut off",
+    ),
     "50-byte": (lambda f: cut(shards(f)[-1], 1), "it was cut off"),
     "50-empty": (lambda f: replaced(shards(f)[0], b""), "is no safetensors file: it has 0 bytes"),
     "50-longer": (lambda f: shards(f)[0].open("ab").write(b"junk"), "and its header says"),
     "50-header": (lambda f: replaced(shards(f)[0], b"\xff" * 64), "is no safetensors file"),
-    "50-json": (lambda f: replaced(shards(f)[0], (5).to_bytes(8, "little") + b"{none"), "is no safetensors file"),
-    "50-deep": (lambda f: replaced(shards(f)[0], (90_000).to_bytes(8, "little") + b"[" * 90_000), "is no safetensors"),
+    "50-json": (
+        lambda f: replaced(shards(f)[0], (5).to_bytes(8, "little") + b"{none"),
+        "is no safetensors file",
+    ),
+    "50-deep": (
+        lambda f: replaced(shards(f)[0], (90_000).to_bytes(8, "little") + b"[" * 90_000),
+        "is no safetensors",
+    ),
     "50-index": (lambda f: cut(index_of(f), 40), "is no index of a checkpoint"),
-    "51": (lambda f: rename(f, "../../../../etc/passwd"), "names '../../../../etc/passwd', which is outside"),
-    "51-absolute": (lambda f: rename(f, "/etc/passwd"), "names '/etc/passwd', which is outside of its folder"),
+    "51": (
+        lambda f: rename(f, "../../../../etc/passwd"),
+        "names '../../../../etc/passwd', which is outside",
+    ),
+    "51-absolute": (
+        lambda f: rename(f, "/etc/passwd"),
+        "names '/etc/passwd', which is outside of its folder",
+    ),
     "51-number": (lambda f: rename(f, 7), "is no index of a checkpoint: TypeError"),
     "52": (lambda f: circle(shards(f)[0]), "cannot be opened: Too many levels of symbolic links"),
-    "52-whole": (lambda f: whole_file(f).symlink_to(whole_file(f)), "cannot be opened: Too many levels"),
+    "52-whole": (
+        lambda f: whole_file(f).symlink_to(whole_file(f)),
+        "cannot be opened: Too many levels",
+    ),
     "52-pipe": (lambda f: os.mkfifo(whole_file(f)), "is no regular file"),
     "52-folder": (lambda f: whole_file(f).mkdir(), "is no regular file"),
-    "58": (lambda f: replaced(shards(f)[0], pickle.dumps(Runs(f / "ran"))), "it begins as a pickle does"),
-    "58-zip": (lambda f: torch.save({"a": Runs(f / "ran")}, whole_file(f)), "it begins as a zip archive"),
+    "58": (
+        lambda f: replaced(shards(f)[0], pickle.dumps(Runs(f / "ran"))),
+        "it begins as a pickle does",
+    ),
+    "58-zip": (
+        lambda f: torch.save({"a": Runs(f / "ran")}, whole_file(f)),
+        "it begins as a zip archive",
+    ),
 }
 
 
@@ -148,7 +175,11 @@ def test_54_55_56_dtypes_and_degrees_that_cannot_be(session, tiny, tmp_path):
         json.dumps(config | {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3})
     )
     for how, kind, says in (
-        ((folder, {"dtype": "float8_e4m3fn", "tp": 2}), LoadError, "one to keep weights in, torch computes no layer"),
+        (
+            (folder, {"dtype": "float8_e4m3fn", "tp": 2}),
+            LoadError,
+            "one to keep weights in, torch computes no layer",
+        ),
         (
             (nine, {"tp": 2}),
             LayoutError,
@@ -165,7 +196,8 @@ def test_54_55_56_dtypes_and_degrees_that_cannot_be(session, tiny, tmp_path):
 
 @two
 def test_57_one_model_over_another(session, tiny):
-    """Other weights, another layout, another architecture; what is there is the last one, whole."""
+    """Other weights, another layout, another architecture; what is there is the last one,
+    whole."""
     for arch, layout in (("qwen3", {"pp": 2}), ("llama_untied", {"tp": 2}), ("gpt2", {"fsdp": 2})):
         session.load(tiny(arch), **layout)
         want = reference.reference(str(tiny(arch)), **bad.BATCH).outputs["", 0, "logits"]
@@ -176,12 +208,15 @@ def test_57_one_model_over_another(session, tiny):
 
 @two
 def test_59_another_models_tokenizer(session, tiny, smollm2, tmp_path):
-    """Its ids are beyond the model's vocabulary: said for the first that is, before any engine sees it."""
+    """Its ids are beyond the model's vocabulary: said for the first that is, before any engine
+    sees it."""
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2 / name, folder)
     session.load(folder, tp=2)
-    with pytest.raises(PromptError, match=r"token id \d{3,} at position \d+ is outside the vocabulary, 0 to 255"):
+    with pytest.raises(
+        PromptError, match=r"token id \d{3,} at position \d+ is outside the vocabulary, 0 to 255"
+    ):
         session.run("The capital of France is Paris")
     assert session.run([[5, 6]]).tokens
     bad.healthy(session, tiny("llama"), **bad.TP)
@@ -190,7 +225,8 @@ def test_59_another_models_tokenizer(session, tiny, smollm2, tmp_path):
 @two
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
 def test_60_the_disk_goes_while_it_is_read(session, tiny, broken, layout):
-    """After everything was looked at: every engine says so, none waits, and they can load again."""
+    """After everything was looked at: every engine says so, none waits, and they can load
+    again."""
 
     def goes(stage: str, _done: int, _total: int) -> None:
         if stage == "loading" and broken.exists():

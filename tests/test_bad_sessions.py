@@ -1,5 +1,5 @@
-"""Bad inputs by number (bad.CATALOGUE): cluster files, several notebooks, clocks, limits, interrupts, and what comes
-over the wire. Afterwards a run equals the unsharded model's.
+"""Bad inputs by number (bad.CATALOGUE): cluster files, several notebooks, clocks, limits,
+interrupts, and what comes over the wire. Afterwards a run equals the unsharded model's.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import flexkernel as fk
 from flexkernel import engine
 from flexkernel.cluster import cluster as clusters
 from flexkernel.cluster.private import check_private
-from flexkernel.cluster.process import born
 from flexkernel.cluster.reaper import end
 from flexkernel.errors import ClusterError
+from flexkernel.memory.pulse import born
 from flexkernel.wire import Owner
 
 two = pytest.mark.engines(2)
 TESTS = Path(__file__).parent
 
 
-# --- cluster files ---------------------------------------------------------------------------------------
+# --- cluster files --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -71,14 +71,18 @@ def test_61_a_cluster_file_that_others_can_read_is_refused(which, security):
     path = security / which
     path.write_text("{}")
     path.chmod(0o644)
-    check_private(path)  # nobody can enter its folder: what `ipcluster start` leaves with a common umask
+    # nobody can enter its folder: what `ipcluster start` leaves with a common umask
+    check_private(path)
     security.chmod(0o755)
-    with pytest.raises(ClusterError, match=rf"{which} has mode 0644 and its folder 0755: others .* chmod 600"):
+    with pytest.raises(
+        ClusterError, match=rf"{which} has mode 0644 and its folder 0755: others .* chmod 600"
+    ):
         check_private(path)
     security.chmod(0o700)
     with pytest.raises(ClusterError) as caught:
         fk.attach(profile="default")
-    assert ("has mode 0644" in str(caught.value)) == (which == "ipcontroller-client.json")  # which holds the key
+    # which holds the key
+    assert ("has mode 0644" in str(caught.value)) == (which == "ipcontroller-client.json")
     path.chmod(0o600)
     check_private(path, key=True)
 
@@ -89,7 +93,9 @@ def test_61_a_cluster_file_of_somebody_else_is_refused(security):
     path.write_text(json.dumps({"cluster": {"class": "never.imported"}}))
     path.chmod(0o600)
     os.chown(path, 65534, 65534)
-    with pytest.raises(ClusterError, match=r"cluster-.json belongs to uid 65534, and you are uid 0"):
+    with pytest.raises(
+        ClusterError, match=r"cluster-.json belongs to uid 65534, and you are uid 0"
+    ):
         fk.attach(profile="default")
     os.chown(path, 0, 0)
     os.chown(security, 65534, 65534)
@@ -99,7 +105,8 @@ def test_61_a_cluster_file_of_somebody_else_is_refused(security):
 
 @two
 def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
-    """The files of the real cluster, with another key in them: whoever has only the ports is not let in."""
+    """The files of the real cluster, with another key in them: whoever has only the ports is not
+    let in."""
     bad.fit(session, tiny("llama"), **bad.TP)
     real, name = Path(session.cluster._cluster.profile_dir) / "security", session.cluster.cluster_id
     for path in real.glob(f"*{name}*.json"):
@@ -108,14 +115,16 @@ def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
     content = json.loads(client.read_text())
     client.write_text(json.dumps(content | {"key": "0" * len(content["key"])}))
     cluster = json.loads((security / f"cluster-{name}.json").read_text())
-    cluster["cluster"]["profile_dir"] = cluster["controller"]["state"]["profile_dir"] = str(security.parent)
+    cluster["cluster"]["profile_dir"] = cluster["controller"]["state"]["profile_dir"] = str(
+        security.parent
+    )
     (security / f"cluster-{name}.json").write_text(json.dumps(cluster))
     with pytest.raises(ClusterError, match="no cluster to attach to"):
         clusters.attach(cluster_id=name, timeout_s=2)
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
-# --- several notebooks -----------------------------------------------------------------------------------
+# --- several notebooks ----------------------------------------------------------------
 
 INTRUDER = """
 import sys, flexkernel as fk
@@ -132,14 +141,18 @@ except fk.errors.ClusterError as error:
 def test_63_65_another_notebook_that_attaches_during_a_load_is_refused(session, tiny):
     """It has to wait for the engines, and then it is told who has them."""
     intruder = subprocess.Popen(
-        [sys.executable, "-c", INTRUDER, session.cluster.cluster_id], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTRUDER, session.cluster.cluster_id],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     loads = 0
     while intruder.poll() is None and loads < 100:
         session.load(tiny("llama"), tp=2)
         loads += 1
     said = intruder.communicate(timeout=60)[0]
-    assert f"another notebook has these engines: pid {os.getpid()} on {socket.gethostname()}" in said
+    assert (
+        f"another notebook has these engines: pid {os.getpid()} on {socket.gethostname()}" in said
+    )
     assert loads > 0 and len(session.hooks) == 0
     bad.healthy(session, tiny("llama"), **bad.TP)
 
@@ -163,15 +176,28 @@ print("it came to its end")
 """
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, id="64-once"), pytest.param(5, id="70-five-times")])
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, id="64-once"), pytest.param(5, id="70-five-times")]
+)
 def test_a_notebook_that_goes_during_a_forward_leaves_a_model_that_runs(times, tiny):
-    """Killed while its engines compute, several in a row: the next one finds model and hooks, and goes on."""
-    name, env = f"bad-{os.getpid()}-{times}", os.environ | {"PYTHONPATH": f"{TESTS}:{os.environ['PYTHONPATH']}"}
+    """Killed while its engines compute, several in a row: the next one finds model and hooks, and
+    goes on."""
+    name, env = (
+        f"bad-{os.getpid()}-{times}",
+        os.environ | {"PYTHONPATH": f"{TESTS}:{os.environ['PYTHONPATH']}"},
+    )
     session = None
     try:
         for turn in range(times):
             driver = subprocess.Popen(
-                [sys.executable, "-c", LEAVER, name, str(tiny("llama")), "first" if turn == 0 else "again"],
+                [
+                    sys.executable,
+                    "-c",
+                    LEAVER,
+                    name,
+                    str(tiny("llama")),
+                    "first" if turn == 0 else "again",
+                ],
                 stdout=subprocess.PIPE,
                 text=True,
                 env=env,
@@ -186,11 +212,12 @@ def test_a_notebook_that_goes_during_a_forward_leaves_a_model_that_runs(times, t
         (session or fk.attach(cluster_id=f"kept-{name}", take=True)).close(end=True)
 
 
-# --- clocks and limits -----------------------------------------------------------------------------------
+# --- clocks and limits ----------------------------------------------------------------
 
 
 def test_66_a_clock_that_jumps_changes_nothing(monkeypatch):
-    """Which process it was is not asked of the clock: nobody is thought dead, and nobody's process is ended."""
+    """Which process it was is not asked of the clock: nobody is thought dead, and nobody's process
+    is ended."""
     mine = born(os.getpid())
     sleeper = subprocess.Popen(["sleep", "60"])
     known = [(sleeper.pid, born(sleeper.pid))]
@@ -231,13 +258,21 @@ def alone(folder: Path, prefix: list[str], **env: str) -> str:
     code = [*prefix, sys.executable, "-c", ALONE, str(folder)]
     path = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
     done = subprocess.run(
-        code, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path} | env, check=False
+        code,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": path} | env,
+        check=False,
     )
     return done.stdout.strip() or done.stderr[-2000:]
 
 
 def can_unshare() -> bool:
-    return subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 @pytest.mark.skipif(not can_unshare(), reason="a host name of its own takes a namespace of its own")
@@ -255,11 +290,13 @@ def test_69_few_open_files_are_enough_or_are_said_to_be_too_few(tiny):
     )
 
 
-# --- interrupts ------------------------------------------------------------------------------------------
+# --- interrupts -----------------------------------------------------------------------
 
 
 @two
-@pytest.mark.parametrize("times", [pytest.param(5, id="71-five"), pytest.param(100, id="71-hundred")])
+@pytest.mark.parametrize(
+    "times", [pytest.param(5, id="71-five"), pytest.param(100, id="71-hundred")]
+)
 def test_an_interrupt_at_any_moment_leaves_a_session_that_is_right(times, session, tiny):
     folder, seed = tiny("llama"), random.randrange(1 << 30)
     moments = random.Random(seed)
@@ -285,7 +322,7 @@ def test_an_interrupt_at_any_moment_leaves_a_session_that_is_right(times, sessio
     assert came == times
 
 
-# --- the wire --------------------------------------------------------------------------------------------
+# --- the wire -------------------------------------------------------------------------
 
 
 @two
@@ -298,9 +335,14 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
     content = serialize.pack_apply_message(bad.note, (str(mark),), {})
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = client.session.msg("apply_request", content={}, metadata=told)
-    frames = client.session.serialize(message, [client._engines[session.cluster.engines[0]].encode()]) + content
+    frames = (
+        client.session.serialize(message, [client._engines[session.cluster.engines[0]].encode()])
+        + content
+    )
     security = Path(session.cluster._cluster.profile_dir) / "security"
-    info = json.loads((security / f"ipcontroller-{session.cluster.cluster_id}-client.json").read_text())
+    info = json.loads(
+        (security / f"ipcontroller-{session.cluster.cluster_id}-client.json").read_text()
+    )
     url = f"{info['interface']}:{info['mux']}"
     with zmq.Context() as context:
         for _ in range(3):
@@ -318,7 +360,8 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
 
 
 def listening(session) -> list[tuple[int, str, int]]:
-    """(pid, address, port) of everything of ours that listens: this process's, the controller's, the engines'."""
+    """(pid, address, port) of everything of ours that listens: this process's, the controller's,
+    the engines'."""
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = [
         (p.pid, c.laddr.ip, c.laddr.port)

@@ -1,4 +1,5 @@
-"""The benchmarks have a row for each number to reach, and measure; `make bench` measures in earnest."""
+"""The benchmarks have a row for each number to reach, and measure; `make bench` measures in
+earnest."""
 
 from __future__ import annotations
 
@@ -34,11 +35,17 @@ def test_a_row_is_measured_and_printed(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "RESULTS.md")
     assert bench.main(["--quick", "ten-views"]) == 0
     printed = capsys.readouterr().out
-    assert "| ten-views |" in printed and "sent by ours" in printed and "could not be run" not in printed
+    assert (
+        "| ten-views |" in printed
+        and "sent by ours" in printed
+        and "could not be run" not in printed
+    )
     assert not list(tmp_path.iterdir()), "a quick run writes nothing"
 
 
-def test_a_row_that_cannot_be_run_says_so_and_is_the_only_reason_to_fail(capsys, monkeypatch, tmp_path):
+def test_a_row_that_cannot_be_run_says_so_and_is_the_only_reason_to_fail(
+    capsys, monkeypatch, tmp_path
+):
     def broken(_lab):
         raise ValueError("no such | thing")
 
@@ -53,7 +60,9 @@ def test_a_row_that_cannot_be_run_says_so_and_is_the_only_reason_to_fail(capsys,
     assert "| could not be run |" in page and "ValueError: no such / thing" in page
     assert "| **no** |" in page and "load average" in page and "torch" in page
     assert bench.main(["missed"]) == 0
-    assert "| could not be run |" in (tmp_path / "RESULTS.md").read_text(), "other rows stay as they were"
+    assert "| could not be run |" in (tmp_path / "RESULTS.md").read_text(), (
+        "other rows stay as they were"
+    )
 
 
 def test_ways_take_turns_and_the_first_is_not_counted():
@@ -71,7 +80,9 @@ def test_ways_take_turns_and_the_first_is_not_counted():
 
 def test_a_figure_knows_its_goal():
     assert Figure("x", one(1.0), at_most=1).reached and not Figure("x", one(1.1), at_most=1).reached
-    assert Figure("x", one(4.0), at_least=4).reached and not Figure("x", one(3.9), at_least=4).reached
+    assert (
+        Figure("x", one(4.0), at_least=4).reached and not Figure("x", one(3.9), at_least=4).reached
+    )
     assert Figure("x", one(1.0)).reached is None
     assert str(Figure("x", Spread(1.0, 2.0, 3.0), "ms")) == "x 2 ms (1–3)"
 
@@ -94,7 +105,9 @@ def test_what_would_take_too_long_or_cannot_be_started_is_said_and_spoils_nothin
 
     clock = [0.0]
     monkeypatch.setattr(scale, "measured", measured)
-    monkeypatch.setattr(scale, "time", SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime))
+    monkeypatch.setattr(
+        scale, "time", SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime)
+    )
     sizes, skipped = scale.within(None, (1, 2, 4, 8), 100.0)
     assert [size.engines for size in sizes] == [1, 2]
     assert skipped == {

@@ -64,7 +64,9 @@ def bridge(page):
 
 
 def drawn(page: Any, count: int = 1) -> None:
-    page.wait_for_function(f"() => Number(document.querySelector('.fk-plot')?.dataset.tiles ?? 0) >= {count}")
+    page.wait_for_function(
+        f"() => Number(document.querySelector('.fk-plot')?.dataset.tiles ?? 0) >= {count}"
+    )
 
 
 def num_tiles(page: Any) -> int:
@@ -131,7 +133,8 @@ def test_ten_small_views_cost_less_than_a_megabyte(page, bridge: Bridge):
     began = time.perf_counter()
     stills = 0
     for _ in range(10):
-        view = tensor_map(Source(torch.randn(1, 9, 576), tokens=[["token"] * 9]))  # what a short prompt gives
+        # what a short prompt gives
+        view = tensor_map(Source(torch.randn(1, 9, 576), tokens=[["token"] * 9]))
         stills += len(json.dumps(view._repr_mimebundle_()[0]))
         bridge.show(view)
     page.wait_for_function("() => document.querySelectorAll('.fk-plot[data-tiles]').length === 10")
@@ -170,7 +173,9 @@ def test_tokens_are_text_whatever_they_look_like(page, bridge: Bridge):
     assert page.locator(".fk-title").text_content() == "<b>name</b>"
     assert page.locator(".fk-map script, .fk-map img, .fk-map b").count() == 0
     point_at(page, 2, 5)
-    page.wait_for_function("() => document.querySelector('.fk-read').textContent.includes('<script>alert(1)</script>')")
+    page.wait_for_function(
+        "() => document.querySelector('.fk-read').textContent.includes('<script>alert(1)</script>')"
+    )
     page.set_content(view._repr_mimebundle_()[0]["text/html"])
     assert page.locator("script, b").count() == 0
 
@@ -192,7 +197,9 @@ def test_hovering_a_reduced_pixel_says_where_its_extreme_is(page, bridge: Bridge
     bridge.show(tensor_map(x))
     drawn(page)
     point_at(page, *HOT)
-    page.wait_for_function("() => document.querySelector('.fk-read').textContent.includes('at row 1234, column 4321')")
+    page.wait_for_function(
+        "() => document.querySelector('.fk-read').textContent.includes('at row 1234, column 4321')"
+    )
     assert "signed extreme -3 at" in page.locator(".fk-read").text_content()
 
 
@@ -244,7 +251,9 @@ def test_one_question_is_in_flight_and_a_stale_answer_is_dropped(page, bridge: B
     page.wait_for_function("() => window.sent.length === 2")
     for _ in range(5):
         page.locator(".fk-plot canvas").press("+")
-    page.wait_for_function("() => document.querySelector('.fk-busy').textContent.startsWith('kernel busy')")
+    page.wait_for_function(
+        "() => document.querySelector('.fk-busy').textContent.startsWith('kernel busy')"
+    )
     assert page.evaluate("window.sent.length") == 2
     (content, buffers), view.send = held[0], answer
     view.send({**content, "seq": 1}, buffers)  # an answer nobody waits for
@@ -288,7 +297,8 @@ def test_shards_are_drawn_with_their_ranks(page, bridge: Bridge):
     assert page.locator(".fk-top span").all_text_contents() == ["rank 0", "rank 1"]
     assert page.locator(".fk-side span").all_text_contents() == ["rank 0", "rank 2"]
     boxes = "() => ['.fk-plot', '.fk-cut'].map(s => document.querySelector(s)?.getBoundingClientRect().toJSON())"
-    page.wait_for_function(f"() => ({boxes})().every(Boolean)")  # a map that is drawn again has no cuts for a moment
+    # a map that is drawn again has no cuts for a moment
+    page.wait_for_function(f"() => ({boxes})().every(Boolean)")
     plot, cut = page.evaluate(boxes)
     assert cut["x"] == pytest.approx(plot["x"] + plot["width"] / 2, abs=2)
 
@@ -298,7 +308,10 @@ def test_the_map_takes_its_colours_from_the_theme(browser):
     with open_page(browser) as page, bridged(page, dark) as bridge:
         bridge.show(tensor_map(torch.randn(5, 6)))
         drawn(page)
-        assert page.evaluate("getComputedStyle(document.querySelector('.fk-rows bdi')).color") == "rgb(1, 200, 3)"
+        assert (
+            page.evaluate("getComputedStyle(document.querySelector('.fk-rows bdi')).color")
+            == "rgb(1, 200, 3)"
+        )
         assert "5 rows by 6 columns" in page.locator(".fk-plot canvas").get_attribute("aria-label")
 
 
@@ -316,14 +329,18 @@ def test_an_expired_capture_says_so_in_the_page(page, bridge: Bridge):
     drawn(page)
     source.gone = True
     page.locator(".fk-plot canvas").press("+")
-    page.wait_for_function("() => document.querySelector('.fk-busy').textContent.includes('the run was freed')")
+    page.wait_for_function(
+        "() => document.querySelector('.fk-busy').textContent.includes('the run was freed')"
+    )
     assert page.evaluate(RED)["share"] > 0.99  # what was drawn stays
 
 
 def test_the_static_picture_and_the_tree_need_no_script(browser):
     with open_page(browser, java_script_enabled=False) as page:
         html = tensor_map(torch.randn(20, 30))._repr_mimebundle_()[0]["text/html"]
-        rows = [{"name": f"layers.{i}.mlp", "cls": "MLP", "hooks": [("h", ["g"])]} for i in range(4)]
+        rows = [
+            {"name": f"layers.{i}.mlp", "cls": "MLP", "hooks": [("h", ["g"])]} for i in range(4)
+        ]
         page.set_content(html + model_tree(rows)._repr_html_())
         assert page.locator("img").bounding_box()["width"] > 300
         assert page.get_by_text("0–3 ×4").is_visible()
@@ -344,7 +361,10 @@ def test_without_chromium_a_test_is_skipped_with_the_reason_and_on_ci_it_fails(m
 
 def test_a_page_that_leaves_this_machine_or_has_an_error_fails(browser):
     for content in ("<img src='http://192.0.2.1/x.png'>", "<script>throw Error('broken')</script>"):
-        with pytest.raises(AssertionError, match=r"192\.0\.2\.1|broken"), open_page(browser) as page:
+        with (
+            pytest.raises(AssertionError, match=r"192\.0\.2\.1|broken"),
+            open_page(browser) as page,
+        ):
             page.set_content(content, wait_until="commit")
             page.wait_for_timeout(200)
 
@@ -386,7 +406,9 @@ def test_a_large_map_in_jupyterlab_from_drawing_to_a_reopened_notebook(browser, 
             assert 0 < traffic.take() <= MAX_VIEW
             assert page.evaluate(RED)["red"] >= 4
         page.screenshot(path=tmp_path / "zoomed.png")
-        assert execute(page, "print(view.window[1][1] - view.window[1][0] < 4000)").strip() == "True"
+        assert (
+            execute(page, "print(view.window[1][1] - view.window[1][0] < 4000)").strip() == "True"
+        )
         command(page, "docmanager:save")
         wait_for_output(path, "application/vnd.jupyter.widget-view+json")
         assert_html_shows_the_picture(browser, path, tmp_path)
@@ -395,11 +417,14 @@ def test_a_large_map_in_jupyterlab_from_drawing_to_a_reopened_notebook(browser, 
         page.wait_for_function(PICTURE)
         assert page.locator(".fk-plot").count() == 0
         command(page, "docmanager:save")
-        outputs = wait_for_output(path, "text/html", without="application/vnd.jupyter.widget-view+json")
+        outputs = wait_for_output(
+            path, "text/html", without="application/vnd.jupyter.widget-view+json"
+        )
         assert len(json.dumps(outputs)) <= 500_000
         page.evaluate(f"() => ({KERNEL}).shutdown()")
 
-    with open_page(browser, viewport={"width": 1200, "height": 1200}) as page:  # the kernel is gone
+    # the kernel is gone
+    with open_page(browser, viewport={"width": 1200, "height": 1200}) as page:
         page.goto(f"{lab.url}/doc/tree/map.ipynb?token={lab.token}&reset")
         page.wait_for_function(PICTURE, timeout=60_000)
         assert page.get_by_text("Error displaying widget").count() == 0
@@ -420,7 +445,8 @@ def wait_for_output(path: Path, mime: str, without: str = "") -> list[Any]:
 
 
 def assert_html_shows_the_picture(browser: Any, path: Path, folder: Path) -> None:
-    """nbconvert's HTML, opened with the network cut: its template names scripts elsewhere, the picture needs none."""
+    """nbconvert's HTML, opened with the network cut: its template names scripts elsewhere, the
+    picture needs none."""
     from nbconvert import HTMLExporter
 
     page_path = folder / "notebook.html"
@@ -447,8 +473,11 @@ assert capture.shape == (1, 4096, 16384) and capture.placement == "Shard(dim=-1)
 
 @pytest.mark.slow
 def test_a_large_sharded_activation_is_drawn_and_zoomed_in_jupyterlab(browser, lab, tmp_path):
-    """268 MB that two engines wrote: what crosses the wire is pixels, and they are those of the whole tensor."""
-    lab.write("activation.ipynb", ACTIVATION.format(folder=str(tmp_path)), "view = capture.show()\nview")
+    """268 MB that two engines wrote: what crosses the wire is pixels, and they are those of the
+    whole tensor."""
+    lab.write(
+        "activation.ipynb", ACTIVATION.format(folder=str(tmp_path)), "view = capture.show()\nview"
+    )
     with open_page(browser, viewport={"width": 1200, "height": 1200}) as page:
         traffic = Traffic().on(page)
         lab.open(page, "activation.ipynb")
@@ -467,7 +496,8 @@ def test_a_large_sharded_activation_is_drawn_and_zoomed_in_jupyterlab(browser, l
 
 @pytest.mark.slow
 def test_a_capture_that_expires_freezes_the_map_in_jupyterlab(browser, lab):
-    """The browser's question may be answered on another thread than the cell's: from there the output is replaced."""
+    """The browser's question may be answered on another thread than the cell's: from there the
+    output is replaced."""
     lab.write(
         "expire.ipynb",
         "import time, torch\nfrom flexkernel.errors import CaptureExpired\nfrom flexkernel.views import tensor_map\n"

@@ -1,4 +1,5 @@
-"""How a model is called: by the names its forward takes, or as its user says; what is not known is refused."""
+"""How a model is called: by the names its forward takes, or as its user says; what is not known is
+refused."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from flexkernel.cluster.cluster import packed
 from flexkernel.engine.model.caller import Caller
 from flexkernel.errors import LoadError, PromptError
 
-IDS, MASK, PLACES = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long), torch.tensor([[0, 1, 2]])
+IDS, MASK, PLACES = (
+    torch.tensor([[5, 6, 7]]),
+    torch.ones(1, 3, dtype=torch.long),
+    torch.tensor([[0, 1, 2]]),
+)
 BATCH = {"input_ids": IDS, "attention_mask": MASK, "position_ids": PLACES}
 
 
@@ -30,7 +35,9 @@ def same(got: dict, want: dict) -> None:
 
 
 def test_a_forward_gets_by_name_what_it_asks_for_by_name():
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, labels=None):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, use_cache=None, labels=None
+    ):
         return locals()
 
     got = given(forward, use_cache=False)
@@ -43,7 +50,9 @@ def test_the_ids_go_to_the_first_parameter_where_none_is_called_so():
         return {"x": x, "targets": targets}
 
     same(given(forward, use_cache=False), {"x": IDS, "targets": None})
-    assert Caller(type("Model", (nn.Module,), {"forward": forward})()).takes("attention_mask") is False
+    assert (
+        Caller(type("Model", (nn.Module,), {"forward": forward})()).takes("attention_mask") is False
+    )
 
 
 def test_the_order_of_the_parameters_does_not_matter():
@@ -71,14 +80,20 @@ def test_one_that_takes_any_name_gets_all(named):
 @pytest.mark.parametrize(
     ("forward", "says"),
     [
-        (lambda self, tokens, start_pos, cache=None: 0, r"Model.forward\(tokens, start_pos, cache\) needs start_pos"),
+        (
+            lambda self, tokens, start_pos, cache=None: 0,
+            r"Model.forward\(tokens, start_pos, cache\) needs start_pos",
+        ),
         (lambda self: 0, r"Model.forward\(\) takes no token ids"),
         (lambda self, attention_mask: 0, r"Model.forward\(attention_mask\) takes no token ids"),
         (lambda self, *, tokens: 0, "needs tokens"),
     ],
 )
 def test_what_else_it_needs_is_refused_with_what_to_write(forward, says):
-    with pytest.raises(LoadError, match=says + r": say how it is called, .*forward=lambda model, batch: model\(batch"):
+    with pytest.raises(
+        LoadError,
+        match=says + r": say how it is called, .*forward=lambda model, batch: model\(batch",
+    ):
         given(forward)
 
 
@@ -113,19 +128,30 @@ def test_a_forward_without_a_mask_refuses_pads():
 
     call = Caller(Model())
     call.check_pads(False)
-    with pytest.raises(PromptError, match=r"Model.forward takes no attention_mask, so that it would read the pads"):
+    with pytest.raises(
+        PromptError, match=r"Model.forward takes no attention_mask, so that it would read the pads"
+    ):
         call.check_pads(True)
 
 
 def test_megatrons_mask_means_something_else():
-    """True is where attention must not look: transformers' mask would hide every token but the pads."""
+    """True is where attention must not look: transformers' mask would hide every token but the
+    pads."""
 
     def forward(self, input_ids, position_ids, attention_mask, labels=None):
-        return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+        }
 
-    model = type("GPTModel", (nn.Module,), {"forward": forward, "__module__": "megatron.core.models.gpt"})()
+    model = type(
+        "GPTModel", (nn.Module,), {"forward": forward, "__module__": "megatron.core.models.gpt"}
+    )()
     got = Caller(model)(BATCH)
-    assert got["attention_mask"].tolist() == [[[[False, True, True], [False, False, True], [False, False, False]]]]
+    assert got["attention_mask"].tolist() == [
+        [[[False, True, True], [False, False, True], [False, False, False]]]
+    ]
     same({**got, "attention_mask": None}, {**BATCH, "attention_mask": None})
     with pytest.raises(PromptError, match="has a mask of another meaning"):
         Caller(model).check_pads(True)
@@ -134,7 +160,10 @@ def test_megatrons_mask_means_something_else():
 def test_models_of_transformers_are_called_as_before():
     for arch in ("llama", "gpt2"):
         call = Caller(models.build(arch))
-        assert all(call.takes(name) for name in (*BATCH, "use_cache", "past_key_values")) and call.caches
+        assert (
+            all(call.takes(name) for name in (*BATCH, "use_cache", "past_key_values"))
+            and call.caches
+        )
         call.check_pads(True)
 
 
@@ -154,7 +183,11 @@ def test_a_session_says_it_before_anything_is_loaded(session, tiny):
     with pytest.raises(LoadError, match=r"Doubling.forward\(ids, twice\) needs twice"):
         session.load(Doubling, reference=Doubling)
     assert session.run([[5, 6]]).logits.shape == (1, 2, 256)
-    session.load(Doubling, reference=Doubling, forward=lambda model, batch: model(batch["input_ids"], twice=True))
+    session.load(
+        Doubling,
+        reference=Doubling,
+        forward=lambda model, batch: model(batch["input_ids"], twice=True),
+    )
     run = session.run([[5, 6]])
     assert torch.equal(run.logits.tensor(), 2 * session.parameter("embed.weight")[[5, 6]][None])
 
@@ -178,5 +211,7 @@ class Bare(nn.Module):
 
 
 def test_what_is_no_function_is_said():
-    with pytest.raises(LoadError, match="forward= is a function of the model and a batch; found int"):
+    with pytest.raises(
+        LoadError, match="forward= is a function of the model and a batch; found int"
+    ):
         Caller(nn.Linear(1, 1), packed(3))

@@ -1,4 +1,5 @@
-"""Capture, by itself: the parts that ranks wrote, here and on other hosts, are one tensor, or an error that says why.
+"""Capture, by itself: the parts that ranks wrote, here and on other hosts, are one tensor, or an
+error that says why.
 
 Captures here are made by hand over real slabs; those of real runs are compared in test_parity.py.
 """
@@ -68,8 +69,11 @@ def index_of(box: Box, ndim: int) -> tuple:
     return tuple(parts.get(dim, slice(None)) for dim in range(ndim))
 
 
-def written(tmp_path, whole: torch.Tensor, hosts: str, *boxes: Box | None, holds=None, digests=None, **more) -> Capture:
-    """What a run leaves when rank i wrote box i on its host; elsewhere in the slabs there is rubbish."""
+def written(
+    tmp_path, whole: torch.Tensor, hosts: str, *boxes: Box | None, holds=None, digests=None, **more
+) -> Capture:
+    """What a run leaves when rank i wrote box i on its host; elsewhere in the slabs there is
+    rubbish."""
     home = Home(tmp_path, hosts)
     region = Region("p.slab", PAGE, tuple(whole.shape), str(whole.dtype).removeprefix("torch."))
     for host in hosts:
@@ -89,17 +93,24 @@ def whole() -> torch.Tensor:
     return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
-# --- one tensor ------------------------------------------------------------------------------------
+# --- one tensor -----------------------------------------------------------------------
 
 
 def test_what_one_rank_wrote_is_the_tensor(tmp_path, whole):
     capture = written(tmp_path, whole, "a", ())
     assert torch.equal(capture.tensor(), whole)
-    assert (capture.shape, capture.dtype, capture.ndim, capture.num_bytes) == ((3, 5, 8), torch.float32, 3, 480)
+    assert (capture.shape, capture.dtype, capture.ndim, capture.num_bytes) == (
+        (3, 5, 8),
+        torch.float32,
+        3,
+        480,
+    )
     assert capture.evidence == "scan+digest" and "by scan+digest" in repr(capture)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64]
+)
 def test_every_dtype_comes_as_it_is(dtype, tmp_path, whole):
     value = (whole * 10).to(dtype)
     got = written(tmp_path, value, "a", ()).tensor()
@@ -113,20 +124,36 @@ def test_a_scalar_and_a_tensor_of_nothing_are_captures_too(shape, tmp_path):
     assert torch.equal(capture.tensor(), value) and capture.shape == shape
 
 
-INDICES = [0, -1, (0, -1), (slice(None), -1), (..., slice(1, 8, 3)), (0, [1, 3]), (None, 2), ..., torch.tensor([2, 0])]
+INDICES = [
+    0,
+    -1,
+    (0, -1),
+    (slice(None), -1),
+    (..., slice(1, 8, 3)),
+    (0, [1, 3]),
+    (None, 2),
+    ...,
+    torch.tensor([2, 0]),
+]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
-@pytest.mark.parametrize(("hosts", "boxes"), [("a", [()]), ("b", [()]), ("ab", [((0, 0, 2),), ((0, 2, 3),)])])
+@pytest.mark.parametrize(
+    ("hosts", "boxes"), [("a", [()]), ("b", [()]), ("ab", [((0, 0, 2),), ((0, 2, 3),)])]
+)
 def test_a_slice_is_what_torch_takes_wherever_it_lies(index, hosts, boxes, tmp_path, whole):
     assert torch.equal(written(tmp_path, whole, hosts, *boxes)[index], whole[index])
 
 
-@pytest.mark.parametrize(("hosts", "boxes"), [("a", [()]), ("b", [()]), ("ab", [((2, 0, 4),), ((2, 4, 8),)])])
+@pytest.mark.parametrize(
+    ("hosts", "boxes"), [("a", [()]), ("b", [()]), ("ab", [((2, 0, 4),), ((2, 4, 8),)])]
+)
 @pytest.mark.parametrize("op", ["mean", "norm", "var", "amax", "amin"])
 @pytest.mark.parametrize("dim", [-1, 0, (0, 2)])
 @pytest.mark.parametrize("keepdim", [False, True])
-def test_a_reduction_is_what_torch_makes_wherever_it_lies(op, dim, keepdim, hosts, boxes, tmp_path, whole):
+def test_a_reduction_is_what_torch_makes_wherever_it_lies(
+    op, dim, keepdim, hosts, boxes, tmp_path, whole
+):
     got = getattr(written(tmp_path, whole, hosts, *boxes), op)(dim=dim, keepdim=keepdim)
     want = getattr(whole, op)(dim=dim, keepdim=keepdim)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
@@ -134,7 +161,9 @@ def test_a_reduction_is_what_torch_makes_wherever_it_lies(op, dim, keepdim, host
 
 @pytest.mark.parametrize("op", ["mean", "norm", "var", "amax", "amin"])
 def test_a_reduction_of_all_dims_is_a_scalar(op, tmp_path, whole):
-    torch.testing.assert_close(getattr(written(tmp_path, whole, "a", ()), op)(), getattr(whole, op)())
+    torch.testing.assert_close(
+        getattr(written(tmp_path, whole, "a", ()), op)(), getattr(whole, op)()
+    )
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -159,7 +188,7 @@ def test_tiles_of_a_capture_in_parts_are_those_of_the_whole(tmp_path, whole):
     assert torch.equal(one.bounds(height=4, width=3)[0], parts.bounds(height=4, width=3)[0])
 
 
-# --- yours to change -------------------------------------------------------------------------------
+# --- yours to change ------------------------------------------------------------------
 
 
 def test_changing_a_tensor_changes_neither_the_capture_nor_a_second_read(tmp_path, whole):
@@ -203,7 +232,7 @@ def test_slices_and_reductions_hold_nothing(tmp_path, whole):
     assert kept and pool.take(PAGE).base == extent.base
 
 
-# --- saving ----------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------
 
 
 def test_a_saved_capture_is_read_by_safetensors_under_its_name(tmp_path, whole):
@@ -226,7 +255,9 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, whole, mo
     monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(CaptureError, match="cannot be written, and is as it was: the disk is full"):
         capture.save(target)
-    assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == [target.name]
+    assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == [
+        target.name
+    ]
 
 
 def test_a_relative_path_is_in_the_working_folder(tmp_path, whole, monkeypatch):
@@ -235,11 +266,13 @@ def test_a_relative_path_is_in_the_working_folder(tmp_path, whole, monkeypatch):
     assert capture.save("x.safetensors").exists() and (tmp_path / "x.safetensors").exists()
 
 
-# --- several ranks, several hosts ------------------------------------------------------------------
+# --- several ranks, several hosts -----------------------------------------------------
 
 
 def test_parts_on_two_hosts_are_put_together(tmp_path, whole):
-    capture = written(tmp_path, whole, "aabb", ((2, 0, 2),), ((2, 2, 4),), ((2, 4, 7),), ((2, 7, 8),))
+    capture = written(
+        tmp_path, whole, "aabb", ((2, 0, 2),), ((2, 2, 4),), ((2, 4, 7),), ((2, 7, 8),)
+    )
     assert torch.equal(capture.tensor(), whole)
 
 
@@ -251,19 +284,27 @@ def test_nothing_is_fetched_from_ranks_that_wrote_nothing(tmp_path, whole):
 def test_what_lies_on_one_other_host_is_reduced_there(tmp_path, whole):
     capture = written(tmp_path, whole, "b", ())
     torch.testing.assert_close(capture.amax(dim=-1), whole.amax(-1))
-    assert torch.equal(capture[0], whole[0]) and capture._home.clients["b"].asked == ["amax", "slice"]
+    assert torch.equal(capture[0], whole[0]) and capture._home.clients["b"].asked == [
+        "amax",
+        "slice",
+    ]
 
 
 def own_part(home: Home, rank: int, value: torch.Tensor, holds: Box = (), **more) -> Seen:
     """What a rank keeps in a file of its own."""
-    region = Region(f"extra-{rank}.slab", 0, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+    region = Region(
+        f"extra-{rank}.slab", 0, tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    )
     home.slab_of(home.hosts[rank], region.slab).tensor(region).copy_(value)
     return Seen("dtensor", "x", rank, holds, None, region, **more)
 
 
 def test_addends_of_two_hosts_are_summed(tmp_path, whole):
     home = Home(tmp_path, "ab")
-    seen = {0: own_part(home, 0, whole - 1, partial=2), 1: own_part(home, 1, torch.ones(3, 5, 8), partial=2)}
+    seen = {
+        0: own_part(home, 0, whole - 1, partial=2),
+        1: own_part(home, 1, torch.ones(3, 5, 8), partial=2),
+    }
     capture = Capture(KEY, (3, 5, 8), torch.float32, seen, None, home)
     torch.testing.assert_close(capture.tensor(), whole)
     torch.testing.assert_close(capture[0, 1], whole[0, 1])
@@ -281,7 +322,10 @@ def test_addends_of_half_precision_are_summed_in_float32(tmp_path):
 
 def test_parts_without_a_planned_place_are_put_together(tmp_path, whole):
     home = Home(tmp_path, "ab")
-    seen = {r: own_part(home, r, part, ((2, 4 * r, 4 * r + 4),)) for r, part in enumerate(whole.chunk(2, -1))}
+    seen = {
+        r: own_part(home, r, part, ((2, 4 * r, 4 * r + 4),))
+        for r, part in enumerate(whole.chunk(2, -1))
+    }
     capture = Capture(KEY, (3, 5, 8), torch.float32, seen, None, home)
     assert torch.equal(capture.tensor(), whole)
     torch.testing.assert_close(capture.mean(dim=0), whole.mean(0))
@@ -294,7 +338,12 @@ def test_a_value_that_one_rank_has_in_a_file_of_its_own_is_a_view(tmp_path, whol
 
 
 def test_shards_say_where_parts_end_and_who_has_them(tmp_path, whole):
-    holds = [((0, 0, 2), (2, 0, 4)), ((0, 0, 2), (2, 4, 8)), ((0, 2, 3), (2, 0, 4)), ((0, 2, 3), (2, 4, 8))]
+    holds = [
+        ((0, 0, 2), (2, 0, 4)),
+        ((0, 0, 2), (2, 4, 8)),
+        ((0, 2, 3), (2, 0, 4)),
+        ((0, 2, 3), (2, 4, 8)),
+    ]
     capture = written(tmp_path, whole, "aaaa", *holds)
     assert capture.shards == [
         (0, [2, 3], ["rank 0, 1", "rank 2, 3"]),
@@ -309,7 +358,7 @@ def test_ranks_that_are_no_range_are_not_called_one(tmp_path, whole):
     assert capture.shards == [(2, [4, 8], ["rank 0, 2, 4, 6, 8", "rank 1, 3, 5, 7, 9"])]
 
 
-# --- not to be read --------------------------------------------------------------------------------
+# --- not to be read -------------------------------------------------------------------
 
 LOOKS = {
     "tensor": lambda c: c.tensor(),
@@ -333,13 +382,21 @@ def test_an_expired_capture_says_why_however_it_is_looked_at(tmp_path, whole):
     capture = written(tmp_path, whole, "a", ())
     held = capture.tensor()
     capture.expire("it expired to make room for newer runs; run.keep() keeps one")
-    refuses(capture, CaptureExpired, r"m: it expired to make room for newer runs; run\.keep\(\) keeps one")
+    refuses(
+        capture,
+        CaptureExpired,
+        r"m: it expired to make room for newer runs; run\.keep\(\) keeps one",
+    )
     assert torch.equal(held, whole) and capture.shape == (3, 5, 8) and repr(capture)
 
 
 def test_copies_that_differ_are_not_shown(tmp_path, whole):
     capture = written(tmp_path, whole, "aa", (), None, holds=[(), ()], digests=[1, 2])
-    refuses(capture, PlacementError, "ranks 0 and 1 hold the same part .* different numbers: it is a partial sum, or")
+    refuses(
+        capture,
+        PlacementError,
+        "ranks 0 and 1 hold the same part .* different numbers: it is a partial sum, or",
+    )
     assert repr(capture) == "<Capture m: PlacementError>"
 
 
@@ -351,13 +408,22 @@ def test_different_parts_may_have_different_digests(tmp_path, whole):
 def test_a_rank_whose_rows_were_a_copy_has_no_say(tmp_path, whole):
     boxes = [((0, 0, 3),), None, None]
     capture = written(
-        tmp_path, whole, "aaa", *boxes, holds=[((0, 0, 3),), ((0, 3, 3),), ((0, 3, 3),)], digests=[1, 2, 3]
+        tmp_path,
+        whole,
+        "aaa",
+        *boxes,
+        holds=[((0, 0, 3),), ((0, 3, 3),), ((0, 3, 3),)],
+        digests=[1, 2, 3],
     )
     assert torch.equal(capture.tensor(), whole)
 
 
 def test_a_missing_part_is_counted(tmp_path, whole):
-    refuses(written(tmp_path, whole, "aa", ((0, 0, 2),), None), CaptureError, "m: 80 of 120 elements were written")
+    refuses(
+        written(tmp_path, whole, "aa", ((0, 0, 2),), None),
+        CaptureError,
+        "m: 80 of 120 elements were written",
+    )
 
 
 def test_a_module_that_did_not_fire_says_so(tmp_path, whole):
@@ -381,7 +447,10 @@ def test_a_sum_without_one_of_its_addends_is_not_shown(tmp_path, whole):
 
 def test_an_error_of_one_rank_is_the_captures(tmp_path, whole):
     ok = written(tmp_path, whole, "aa", (), None, holds=[(), ()])
-    seen = {**ok.seen, 1: Seen("none", "unknown", box=None, error=("PlacementError", "it has no tensor"))}
+    seen = {
+        **ok.seen,
+        1: Seen("none", "unknown", box=None, error=("PlacementError", "it has no tensor")),
+    }
     capture = Capture(KEY, ok.shape, ok.dtype, seen, ok._region, ok._home, 16 * PAGE)
     refuses(capture, PlacementError, r"it has no tensor \(rank 1\)")
 

@@ -74,7 +74,9 @@ def ask(server, header: dict | bytes, wait_ms: int = 2000) -> dict | None:
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_comes_bit_for_bit_from_any_byte(dtype, offset, folder, client):
-    values = torch.randint(0, 2 if dtype == "bool" else 256, (3 * 5 * DTYPES[dtype].itemsize,), dtype=torch.uint8)
+    values = torch.randint(
+        0, 2 if dtype == "bool" else 256, (3 * 5 * DTYPES[dtype].itemsize,), dtype=torch.uint8
+    )
     tensor = values.view(DTYPES[dtype]).view(3, 5)
     region = put(folder, tensor, f"{dtype}-{offset}.slab", offset)
     got = client.read(region)
@@ -129,7 +131,9 @@ def test_a_large_slice_comes_in_parts(folder, client):
     tensor = torch.arange(2 * CHUNK_BYTES, dtype=torch.int32).view(1, 4, -1, 8)
     region = put(folder, tensor, "large-slice.slab")
     assert torch.equal(client.slice(region, (..., slice(0, 7))), tensor[..., :7])
-    assert torch.equal(client.slice(region, (0, slice(None), slice(5, None), 1)), tensor[0, :, 5:, 1])
+    assert torch.equal(
+        client.slice(region, (0, slice(None), slice(5, None), 1)), tensor[0, :, 5:, 1]
+    )
 
 
 @pytest.mark.parametrize("index", [[0, 1], True, torch.tensor([0]), "a", (0, [1])], ids=str)
@@ -146,7 +150,9 @@ def test_an_index_out_of_range_is_an_index_error(folder, client):
 # Reductions, computed over there
 
 
-@pytest.mark.parametrize(("name", "dims"), [("norm", -1), ("mean", [0, 1]), ("var", None), ("amax", 0), ("amin", (1,))])
+@pytest.mark.parametrize(
+    ("name", "dims"), [("norm", -1), ("mean", [0, 1]), ("var", None), ("amax", 0), ("amin", (1,))]
+)
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reduction_equals_the_one_made_here(name, dims, keepdim, dtype, folder, client):
@@ -167,9 +173,13 @@ def test_pictures_and_counts_equal_those_made_here(folder, client):
     tensor[0, 3, 5] = torch.nan
     region, matrix = put(folder, tensor, "tiles.slab"), tensor.reshape(-1, 60)
     same = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(client.tiles(region, height=8, width=9), reduce.tiles(matrix, height=8, width=9), **same)
+    torch.testing.assert_close(
+        client.tiles(region, height=8, width=9), reduce.tiles(matrix, height=8, width=9), **same
+    )
     part = reduce.tiles(tensor[1], (3, 30), (0, 7), 4, 4, "mean")
-    torch.testing.assert_close(client.tiles(region, (3, 30), (0, 7), 4, 4, "mean", index=1), part, **same)
+    torch.testing.assert_close(
+        client.tiles(region, (3, 30), (0, 7), 4, 4, "mean", index=1), part, **same
+    )
     for got, expected in zip(client.bounds(region), reduce.bounds(matrix), strict=True):
         torch.testing.assert_close(got, expected, **same)
     got, expected = client.histogram(region, -1, 1, 16), reduce.histogram(tensor, -1, 1, 16)
@@ -190,7 +200,9 @@ def test_a_wrong_token_gets_no_answer_and_the_client_says_what_to_do(folder, ser
     region = put(folder, torch.ones(3), "token.slab")
     with Client(server.address, "another", timeout_s=0.3) as client:
         start = time.monotonic()
-        with pytest.raises(ClusterError, match=r"no answer from .* for 0.3 s: .* token .* session.status"):
+        with pytest.raises(
+            ClusterError, match=r"no answer from .* for 0.3 s: .* token .* session.status"
+        ):
             client.read(region)
     assert time.monotonic() - start < 2
 
@@ -224,12 +236,16 @@ def test_keys_encrypt_and_a_client_without_them_gets_nothing(folder):
         with Client(server.address, TOKEN, key=server.public_key, timeout_s=10) as client:
             assert torch.equal(client.read(region), torch.arange(5.0))
         for key in (None, channel.new_keys()[0]):
-            with Client(server.address, TOKEN, key=key, timeout_s=0.4) as client, pytest.raises(ClusterError):
+            with (
+                Client(server.address, TOKEN, key=key, timeout_s=0.4) as client,
+                pytest.raises(ClusterError),
+            ):
                 client.read(region)
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "a\0b", "link.slab", "sub"]
+    "name",
+    ["../secret", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "a\0b", "link.slab", "sub"],
 )
 def test_only_regular_files_of_the_folder_are_served(name, folder, server):
     (folder.parent / "secret").write_bytes(b"secret")
@@ -237,7 +253,13 @@ def test_only_regular_files_of_the_folder_are_served(name, folder, server):
     (folder / ".hidden").write_bytes(b"hidden")
     if not (folder / "link.slab").is_symlink():
         (folder / "link.slab").symlink_to(folder.parent / "secret")
-    request = {"op": "read", "offset": 0, "shape": [1], "dtype": "uint8", "args": {"start": 0, "num_bytes": 1}}
+    request = {
+        "op": "read",
+        "offset": 0,
+        "shape": [1],
+        "dtype": "uint8",
+        "args": {"start": 0, "num_bytes": 1},
+    }
     answer = ask(server, {"token": TOKEN, "slab": name, **request})
     assert answer and answer["status"] == "error" and "slab" in answer["message"]
 
@@ -290,7 +312,14 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("bad", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_a_senseless_request_gets_an_error_and_the_next_an_answer(bad, folder, server):
     put(folder, torch.arange(4.0), "bad.slab")
-    good = {"token": TOKEN, "op": "read", "slab": "bad.slab", "offset": 0, "shape": [4], "dtype": "float32"}
+    good = {
+        "token": TOKEN,
+        "op": "read",
+        "slab": "bad.slab",
+        "offset": 0,
+        "shape": [4],
+        "dtype": "float32",
+    }
     good["args"] = {"start": 0, "num_bytes": 16}
     answer = ask(server, {**good, **bad})
     assert answer and answer["status"] == "error" and answer["message"]
@@ -371,11 +400,26 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from([*DTYPES, "fuzz.slab"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 ARGS = [
-    *("start", "num_bytes", "index", "narrow", "name", "dims", "keepdim", "rows", "cols", "height", "width", "how"),
+    *(
+        "start",
+        "num_bytes",
+        "index",
+        "narrow",
+        "name",
+        "dims",
+        "keepdim",
+        "rows",
+        "cols",
+        "height",
+        "width",
+        "how",
+    ),
     *("lo", "hi", "bins", "k", "largest", "offset", "slabs", "region"),
 ]
 REQUESTS = st.fixed_dictionaries(
@@ -385,14 +429,17 @@ REQUESTS = st.fixed_dictionaries(
         "offset": st.integers(0, 16) | JSON,
         "shape": st.lists(st.integers(0, 3), max_size=4) | JSON,
         "dtype": st.sampled_from(sorted(DTYPES)) | JSON,
-        "args": st.dictionaries(st.sampled_from(ARGS), st.integers(-2, 9) | JSON, max_size=6) | JSON,
+        "args": st.dictionaries(st.sampled_from(ARGS), st.integers(-2, 9) | JSON, max_size=6)
+        | JSON,
         "id": JSON,
     },
 )
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(REQUESTS, min_size=1, max_size=8))
 def test_any_json_with_the_token_gets_an_answer(server, folder, requests):
     put(folder, torch.arange(64.0), "fuzz.slab")
@@ -416,10 +463,16 @@ def test_random_frames_and_random_bytes_leave_the_server_serving(server, folder)
                 dealer.connect(server.address)
                 for _ in range(5):
                     dealer.send_multipart(
-                        [rng.randbytes(rng.choice([0, 3, 100, 100_000])) for _ in range(rng.randint(1, 5))]
+                        [
+                            rng.randbytes(rng.choice([0, 3, 100, 100_000]))
+                            for _ in range(rng.randint(1, 5))
+                        ]
                     )
             with socket.create_connection((host, int(port))) as plain:
-                plain.sendall(rng.choice([b"", b"\xff" + bytes(8) + b"\x01\x7f"]) + rng.randbytes(rng.randint(0, 500)))
+                plain.sendall(
+                    rng.choice([b"", b"\xff" + bytes(8) + b"\x01\x7f"])
+                    + rng.randbytes(rng.randint(0, 500))
+                )
     assert still_serves(server, folder)
 
 
@@ -443,10 +496,17 @@ def test_two_clients_and_several_threads_of_one_read_at_the_same_time(folder, se
 
         def work(client, i):
             for _ in range(3):
-                if not torch.equal(client.read(regions[i]), tensors[i]) or client.slice(regions[i], 5) != tensors[i][5]:
+                if (
+                    not torch.equal(client.read(regions[i]), tensors[i])
+                    or client.slice(regions[i], 5) != tensors[i][5]
+                ):
                     wrong.append(i)
 
-        threads = [threading.Thread(target=work, args=(client, i)) for i in range(4) for client in (one, two)]
+        threads = [
+            threading.Thread(target=work, args=(client, i))
+            for i in range(4)
+            for client in (one, two)
+        ]
         [thread.start() for thread in threads]
         [thread.join(60) for thread in threads]
     assert not wrong and not any(thread.is_alive() for thread in threads)
@@ -496,7 +556,9 @@ def test_the_server_answers_while_the_main_thread_computes(folder, server):
         "c = Client(sys.argv[1], sys.argv[2], timeout_s=10);"
         "print(sum(c.slice(Region('busy.slab', 0, (65536,), 'float32'), slice(None)).sum().item() for _ in range(20)))"
     )
-    other = subprocess.Popen([sys.executable, "-c", script, server.address, TOKEN], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, server.address, TOKEN], stdout=subprocess.PIPE, text=True
+    )
     matrix = torch.randn(300, 300)
     while other.poll() is None:
         matrix = (matrix @ matrix).clamp(-1, 1)
@@ -555,7 +617,9 @@ def test_a_process_that_closes_nothing_still_ends(folder):
         "print(c.read(Region('end.slab', 0, (3,), 'float32')).sum().item())"
     )
     put(folder, torch.ones(3), "end.slab")
-    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stdout == "3.0\n", done.stderr
 
 

@@ -1,4 +1,5 @@
-"""The cluster: one answer a rank, errors that come at once with their cause, engines usable again, an end."""
+"""The cluster: one answer a rank, errors that come at once with their cause, engines usable again,
+an end."""
 
 from __future__ import annotations
 
@@ -46,9 +47,13 @@ def test_a_rank_that_raises_leaves_nobody_waiting(loaded, rank):
     name = f"model.layers.{3 * rank}.mlp"
     session.on_ranks(watched.raise_at, name, rank)
     begin = time.monotonic()
-    with pytest.raises(fk.errors.EngineError, match=rf"ZeroDivisionError on rank {rank}: a test raised this") as caught:
+    with pytest.raises(
+        fk.errors.EngineError, match=rf"ZeroDivisionError on rank {rank}: a test raised this"
+    ) as caught:
         session.run(IDS)
-    assert time.monotonic() - begin < 10, "five times the bound of 2 s; the groups' own timeout is 60"
+    assert time.monotonic() - begin < 10, (
+        "five times the bound of 2 s; the groups' own timeout is 60"
+    )
     assert caught.value.rank == rank and "watched.py" in caught.value.remote_traceback
     still_right(session, logits, weights)
 
@@ -121,7 +126,12 @@ def test_all_our_sockets_are_on_loopback(session, tiny):
     pids = session.on_ranks(os.getpid)
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     assert set(pids) <= {p.pid for p in mine}
-    listening = [(p.pid, c.laddr) for p in mine for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    listening = [
+        (p.pid, c.laddr)
+        for p in mine
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
     assert len(listening) > 5
     assert {address.ip for _, address in listening} <= {"127.0.0.1", "::1", "127.0.1.1"}
 
@@ -154,11 +164,17 @@ time.sleep(100)
 
 @pytest.mark.slow
 def test_an_owned_cluster_goes_when_its_driver_is_killed(tiny):
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert driver.stdout is not None
         *pids, folder = driver.stdout.readline().split()
-        processes = [p for p in psutil.Process(driver.pid).children(recursive=True) if "reaper" not in str(p.cmdline())]
+        processes = [
+            p
+            for p in psutil.Process(driver.pid).children(recursive=True)
+            if "reaper" not in str(p.cmdline())
+        ]
         assert {int(pid) for pid in pids} <= {p.pid for p in processes} and os.path.isdir(folder)
         driver.kill()
         gone, alive = psutil.wait_procs(processes, 30)
@@ -190,7 +206,8 @@ def started_for(prefix: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get("IPP_CLUSTER_ID", "").startswith(prefix) or (
-                process.name() == "flex-engine" and any(f"-{prefix}" in file.path for file in process.open_files())
+                process.name() == "flex-engine"
+                and any(f"-{prefix}" in file.path for file in process.open_files())
             ):
                 found.append(process)
     return found
@@ -198,7 +215,10 @@ def started_for(prefix: str) -> list[psutil.Process]:
 
 def test_a_cluster_that_is_not_there_is_said_to_be_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    with pytest.raises(fk.errors.ClusterError, match=r"no cluster to attach to at cluster_id='none-such'.*ipcluster"):
+    with pytest.raises(
+        fk.errors.ClusterError,
+        match=r"no cluster to attach to at cluster_id='none-such'.*ipcluster",
+    ):
         fk.attach(cluster_id="none-such")
 
 
@@ -252,7 +272,9 @@ def crash(cluster_id: str) -> None:
 
 @pytest.mark.slow
 def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
-    driver = subprocess.Popen([sys.executable, "-c", KEEPER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", KEEPER, str(tiny("llama"))], stdout=subprocess.PIPE, text=True
+    )
     assert driver.stdout is not None
     cluster_id, norm = driver.stdout.readline().split()
     driver.kill()
@@ -270,7 +292,9 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
         assert "kept: it stays" in repr(session.status())
         pids = session.on_ranks(os.getpid)
-        assert session.on_ranks(watched.waits_for_a_controller_s) == [24 * 3600.0] * 2, "FLEX_IDLE_TTL"
+        assert session.on_ranks(watched.waits_for_a_controller_s) == [24 * 3600.0] * 2, (
+            "FLEX_IDLE_TTL"
+        )
     finally:
         session.close(end=True)
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20)
@@ -286,7 +310,9 @@ def test_a_session_of_a_kept_cluster_says_how_its_controller_comes_back(tiny):
         session.close()
         session = fk.attach(cluster_id=cluster_id)
         crash(cluster_id)
-        with pytest.raises(fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"):
+        with pytest.raises(
+            fk.errors.ClusterError, match=f"model still: %flex_cluster attach .*{cluster_id}"
+        ):
             session.run(IDS)
         session = fk.attach(cluster_id=cluster_id)
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
@@ -296,7 +322,8 @@ def test_a_session_of_a_kept_cluster_says_how_its_controller_comes_back(tiny):
 
 @pytest.mark.engines(2)
 def test_groups_are_made_anew_for_each_model_and_are_found_again_after_a_break(session, tiny):
-    """Model after model, then a break: the meshes find their groups, and none of the old ones are left."""
+    """Model after model, then a break: the meshes find their groups, and none of the old ones are
+    left."""
 
     def num_groups():
         import torch.distributed as dist
@@ -337,12 +364,17 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
         before = session.run([[1, 2, 3]]).next_tokens(1)
         cluster_id = session.cluster.cluster_id
         other = subprocess.run(
-            [sys.executable, "-c", OTHER, cluster_id, str(tiny("llama"))], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", OTHER, cluster_id, str(tiny("llama"))],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert other.returncode == 0, other.stderr
         me = rf"another notebook has these engines: pid {os.getpid()} on \S+, since 20\d\d-.*--take"
         assert re.match(me, other.stdout), other.stdout
-        with pytest.raises(fk.errors.ClusterError, match=r"another notebook \(pid \d+ on .*\) has attached"):
+        with pytest.raises(
+            fk.errors.ClusterError, match=r"another notebook \(pid \d+ on .*\) has attached"
+        ):
             session.run([[1, 2, 3]])
         again = fk.attach(cluster_id=cluster_id)
         assert str(again.info.layout) == "fsdp=2"
@@ -354,8 +386,12 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
 def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
     session = fk.start(2)
     session.load(tiny("llama"), pp=2)
-    other = "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1], take=True).close(end=True)"
-    subprocess.run([sys.executable, "-c", other, session.cluster.cluster_id], check=True, timeout=120)
+    other = (
+        "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1], take=True).close(end=True)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", other, session.cluster.cluster_id], check=True, timeout=120
+    )
     begin = time.monotonic()
     with pytest.raises((fk.errors.ClusterError, fk.errors.EngineDied)):
         session.run([[1, 2, 3]])
@@ -368,7 +404,10 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
     with fk.start(2) as session:
         session.load(tiny("llama"), tp=2)
         session.hook("model.layers.*.mlp")
-        logits, weights = session.run(IDS).logits.tensor().clone(), session.on_ranks(watched.weights_at)
+        logits, weights = (
+            session.run(IDS).logits.tensor().clone(),
+            session.on_ranks(watched.weights_at),
+        )
         controller = session.cluster._cluster.controller.process
         crashed = [controller, *controller.children(recursive=True)]
 
@@ -378,7 +417,9 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
 
         timer = threading.Timer(1.0, crash)
         timer.start()
-        assert session.on_ranks(watched.slowly, 4.0) == [0, 1], "the answers of a call that was in flight"
+        assert session.on_ranks(watched.slowly, 4.0) == [0, 1], (
+            "the answers of a call that was in flight"
+        )
         assert session.cluster._cluster.controller.process.pid != controller.pid
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert session.on_ranks(watched.weights_at) == weights and len(session.hooks) == 1
@@ -391,9 +432,14 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
 
 
 def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
-    """ipyparallel chooses ports first and binds them later: whoever takes one meanwhile ends the part whose it was."""
+    """ipyparallel chooses ports first and binds them later: whoever takes one meanwhile ends the
+    part whose it was."""
     lame, answers, begun = clusters.lame, iter([True]), []
-    monkeypatch.setattr(clusters, "lame", lambda cluster: begun.append(cluster) or next(answers, None) or lame(cluster))
+    monkeypatch.setattr(
+        clusters,
+        "lame",
+        lambda cluster: begun.append(cluster) or next(answers, None) or lame(cluster),
+    )
     with fk.start(2) as session:
         first, second = begun
         assert first.cluster_id != second.cluster_id == session.cluster.cluster_id
@@ -450,7 +496,9 @@ def test_a_call_that_others_have_overtaken_is_not_made_any_more(monkeypatch):
     made = []
     for name in ("_last", "_runtime", "_owner"):
         monkeypatch.setattr(door, name, None)
-    monkeypatch.setattr(door, "called", lambda driver, method, *args: made.append(method) or len(made))
+    monkeypatch.setattr(
+        door, "called", lambda driver, method, *args: made.append(method) or len(made)
+    )
     assert [door.call("me", 1, "a"), door.call("me", 1, "a"), door.call("me", 2, "b")] == [1, 1, 2]
     assert door.call("me", 1, "a") is None and door.call("other", 1, "c") == 3
     assert made == ["a", "b", "c"]
@@ -471,7 +519,9 @@ def test_a_rank_whose_answer_is_lost_at_an_interrupt_is_back_at_once(session, ti
 
 
 @pytest.mark.slow
-def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(tiny, tmp_path, monkeypatch):
+def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     with open(tmp_path / "log", "w") as log:
         shell = {"stdout": log, "stderr": log, "start_new_session": True}
@@ -490,8 +540,11 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(t
 
             os.kill(session.cluster.pids[0], signal.SIGKILL)
             wait_for(lambda: not session.cluster.alive()[0])
-            session.cluster._cluster.engine_launcher_class = "mpi"  # as if the engines were somewhere else
-            with pytest.raises(fk.errors.ClusterError, match=r"MPI\S+ by somebody else: .* Start 1 there") as refused:
+            # as if the engines were somewhere else
+            session.cluster._cluster.engine_launcher_class = "mpi"
+            with pytest.raises(
+                fk.errors.ClusterError, match=r"MPI\S+ by somebody else: .* Start 1 there"
+            ) as refused:
                 session.restart()
             command = re.findall("`(ipcluster .*)`", str(refused.value))
             by_hand = subprocess.Popen(shlex.split(*command), **shell)

@@ -1,4 +1,5 @@
-"""Pins: the private APIs that compat.py wraps are as it takes them. A new torch or transformers fails here."""
+"""Pins: the private APIs that compat.py wraps are as it takes them. A new torch or transformers
+fails here."""
 
 from __future__ import annotations
 
@@ -29,16 +30,21 @@ def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-# --- transformers: generation ----------------------------------------------------------------------
+# --- transformers: generation ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [range(2), range(2, 4)])
 def test_a_stages_cache_answers_from_a_layer_of_the_same_kind_that_it_has(layers):
-    """Gemma-2's layers take turns, sliding and not; transformers asks the model's first of each kind."""
-    config = transformers.Gemma2Config(num_hidden_layers=4, sliding_window=8, num_attention_heads=2, head_dim=4)
+    """Gemma-2's layers take turns, sliding and not; transformers asks the model's first of each
+    kind."""
+    config = transformers.Gemma2Config(
+        num_hidden_layers=4, sliding_window=8, num_attention_heads=2, head_dim=4
+    )
     model = nn.Module()
     model.config = config
-    stage = SimpleNamespace(pp_rank=0, layer_range_for_rank=lambda _rank, _num_layers: (layers.start, layers.stop))
+    stage = SimpleNamespace(
+        pp_rank=0, layer_range_for_rank=lambda _rank, _num_layers: (layers.start, layers.stop)
+    )
     model._pp_stage = stage
     cache, plain = compat.StageCache(model), transformers.DynamicCache(config=config)
     assert cache.is_sliding == [True, False, True, False]
@@ -49,15 +55,23 @@ def test_a_stages_cache_answers_from_a_layer_of_the_same_kind_that_it_has(layers
         plain.update(keys, keys, layer)
     for asked in (0, 1):
         assert cache.get_seq_length(asked) == 20
-        assert cache.get_mask_sizes(1, asked) == plain.get_mask_sizes(1, asked) == ((8, 13) if asked == 0 else (21, 0))
+        assert (
+            cache.get_mask_sizes(1, asked)
+            == plain.get_mask_sizes(1, asked)
+            == ((8, 13) if asked == 0 else (21, 0))
+        )
 
 
 def test_transformers_takes_the_loops_arguments():
     assert {"streamer", "synced_gpus"} <= set(parameters(transformers.GenerationMixin.generate))
-    assert parameters(transformers.DynamicCache.get_mask_sizes) == ["self", "query_length", "layer_idx"]
+    assert parameters(transformers.DynamicCache.get_mask_sizes) == [
+        "self",
+        "query_length",
+        "layer_idx",
+    ]
 
 
-# --- transformers: loading -------------------------------------------------------------------------
+# --- transformers: loading ------------------------------------------------------------
 
 
 def test_the_pinned_transformers_is_there():
@@ -69,9 +83,12 @@ def test_a_distributed_config_has_the_degrees():
     assert {"tp_size", "pp_size", "fsdp_size", "dp_replicate_size"} <= names
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2, tp=3), Layout(pp=2, fsdp=2), Layout(pp=2, dp=3, fsdp=2)])
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(pp=2, tp=3), Layout(pp=2, fsdp=2), Layout(pp=2, dp=3, fsdp=2)]
+)
 def test_every_product_of_degrees_is_configured(layout):
-    """transformers' own check refuses pp together with fsdp or dp; were it to accept them, the way around can go."""
+    """transformers' own check refuses pp together with fsdp or dp; were it to accept them, the way
+    around can go."""
     config = compat.distributed_config(layout)
     degrees = (config.pp_size, config.dp_replicate_size, config.fsdp_size, config.tp_size)
     assert degrees == (layout.pp, layout.dp, layout.fsdp, layout.tp)
@@ -83,7 +100,9 @@ def test_transformers_still_refuses_pp_with_fsdp():
 
 
 def test_a_placeholder_is_told_from_a_module():
-    assert compat.is_placeholder(PipelineIdentityLayer()) and not compat.is_placeholder(nn.Identity())
+    assert compat.is_placeholder(PipelineIdentityLayer()) and not compat.is_placeholder(
+        nn.Identity()
+    )
 
 
 PATCHED = {
@@ -123,7 +142,9 @@ def test_they_are_stood_in_for_while_loading_under_stages_only():
 
 def test_a_plan_is_filtered_to_what_the_stage_holds(monkeypatch):
     seen = []
-    monkeypatch.setattr(mixin, "apply_tensor_parallelism", lambda model, mesh, plan: seen.append(plan))
+    monkeypatch.setattr(
+        mixin, "apply_tensor_parallelism", lambda model, mesh, plan: seen.append(plan)
+    )
     model = nn.ModuleDict({"here": nn.Linear(2, 2), "there": PipelineIdentityLayer()})
     plan = {
         "here": "colwise",
@@ -139,7 +160,12 @@ def test_a_plan_is_filtered_to_what_the_stage_holds(monkeypatch):
 
 def tiny_llama(**more) -> nn.Module:
     config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, **more
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=32,
+        **more,
     )
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
@@ -173,7 +199,7 @@ def test_buffers_that_no_checkpoint_has_are_filled_as_from_pretrained_does(arch)
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
-# --- transformers: attention -----------------------------------------------------------------------
+# --- transformers: attention ----------------------------------------------------------
 
 
 def test_attention_functions_are_those_of_transformers_whatever_stands_in():
@@ -212,7 +238,7 @@ def test_eager_attention_is_the_modeling_files_own():
         compat.eager_attention(nn.Linear(1, 1))
 
 
-# --- wrappers --------------------------------------------------------------------------------------
+# --- wrappers -------------------------------------------------------------------------
 
 
 def inner() -> nn.Module:
@@ -233,7 +259,10 @@ def one_rank():
 
 def test_a_bare_model_has_its_own_names():
     model = inner()
-    assert compat.own_modules(model) == dict(model.named_modules()) and list(compat.own_modules(model)) == NAMES
+    assert (
+        compat.own_modules(model) == dict(model.named_modules())
+        and list(compat.own_modules(model)) == NAMES
+    )
 
 
 def test_ddp_takes_no_part_in_names(one_rank):
@@ -261,7 +290,9 @@ def test_fsdp1_takes_no_part_in_names(one_rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = inner()
-    model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"), use_orig_params=True)
+    model[0] = FullyShardedDataParallel(
+        model[0], device_id=torch.device("cpu"), use_orig_params=True
+    )
     whole = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     found = compat.own_modules(whole)
     assert list(found) == NAMES and isinstance(found["0"], nn.Linear)
@@ -270,7 +301,9 @@ def test_fsdp1_takes_no_part_in_names(one_rank):
 def test_a_shared_module_has_one_name_the_first():
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
-    assert list(compat.own_modules(model)) == ["", "a", "b"] == [n for n, _ in model.named_modules()]
+    assert (
+        list(compat.own_modules(model)) == ["", "a", "b"] == [n for n, _ in model.named_modules()]
+    )
 
 
 def test_a_module_of_the_users_that_is_called_module_stays():
@@ -278,7 +311,7 @@ def test_a_module_of_the_users_that_is_called_module_stays():
     assert list(compat.own_modules(model)) == ["", "module"]
 
 
-# --- torch -----------------------------------------------------------------------------------------
+# --- torch ----------------------------------------------------------------------------
 
 
 def test_a_value_that_is_there_is_not_waited_for():
@@ -339,7 +372,9 @@ def test_what_fsdp_remembers_of_its_groups_can_be_made_anew(one_rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",)))
+    model = fully_shard(
+        nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
+    )
     before = model(torch.ones(1, 2))
     (group, *_) = compat.fsdp_groups(model)
     assert group.mesh_info.shard_process_group is not None
@@ -356,7 +391,8 @@ def test_the_meshes_are_made_by_transformers_in_one_call():
 
 
 def test_meshes_are_on_the_device_asked_for_whatever_the_machine_has(monkeypatch):
-    """A machine with a GPU: transformers would bind it, and load there, though the groups are the CPU's."""
+    """A machine with a GPU: transformers would bind it, and load there, though the groups are the
+    CPU's."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     with compat.alone(0, 2):
         with compat.meshes_on("cpu"):
@@ -401,14 +437,17 @@ def test_dtensor_can_be_made_to_forget_its_meshes():
     gc.collect()
     assert forgotten == [1] and not _redistribute._planner_cache
     assert _redistribute._gen_transform_infos.cache_info().currsize == 0
-    assert DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_info().currsize == 0
+    assert (
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_info().currsize == 0
+    )
 
 
-# --- FSDP1 ------------------------------------------------------------------------------------------
+# --- FSDP1 ----------------------------------------------------------------------------
 
 
 def test_fsdp1_keeps_what_its_flat_parameters_are_made_of(one_rank):
-    """Pins what session.parameter reads of FSDP1: the names, whole shapes and tied names of a flat parameter."""
+    """Pins what session.parameter reads of FSDP1: the names, whole shapes and tied names of a flat
+    parameter."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, _runtime_utils
 
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
@@ -416,9 +455,15 @@ def test_fsdp1_keeps_what_its_flat_parameters_are_made_of(one_rank):
     wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     assert compat.flat_shape(wrapped, model[0], "weight") is None, "one rank splits nothing"
     wrapped.sharding_strategy = ShardingStrategy.FULL_SHARD
-    assert compat.flat_shape(wrapped, model[0], "weight") == compat.flat_shape(wrapped, model[1], "weight") == (2, 3)
+    assert (
+        compat.flat_shape(wrapped, model[0], "weight")
+        == compat.flat_shape(wrapped, model[1], "weight")
+        == (2, 3)
+    )
     assert compat.flat_shape(wrapped, model[0], "bias") is None
-    assert hasattr(wrapped._handle, "needs_unshard") and hasattr(wrapped._handle, "uses_sharded_strategy")
+    assert hasattr(wrapped._handle, "needs_unshard") and hasattr(
+        wrapped._handle, "uses_sharded_strategy"
+    )
     assert list(inspect.signature(_runtime_utils._reshard).parameters)[:3] == [
         "state",
         "handle",
@@ -428,7 +473,8 @@ def test_fsdp1_keeps_what_its_flat_parameters_are_made_of(one_rank):
 
 
 def test_what_was_compiled_can_run_as_it_is_written():
-    """Compiled code has the hooks of the moment in which it was made: one that came later does not fire."""
+    """Compiled code has the hooks of the moment in which it was made: one that came later does not
+    fire."""
     model = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
     assert compat.is_compiled(model) and not compat.is_compiled(nn.Linear(2, 2))
     inside = nn.Sequential(nn.Linear(2, 2))
@@ -443,7 +489,7 @@ def test_what_was_compiled_can_run_as_it_is_written():
         assert fired == [1]
 
 
-# --- torch: where a parameter lies -------------------------------------------------------------------
+# --- torch: where a parameter lies ----------------------------------------------------
 
 
 def test_the_inner_tensor_of_a_dtensor_parameter_can_be_given_other_memory(one_rank):

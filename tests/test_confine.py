@@ -61,7 +61,9 @@ def test_what_an_edit_may_not_do_is_refused_at_once(loaded, function, says):
     session.edit("bad")(function)
     session.hook(NAME, edit="bad")
     begin = time.monotonic()
-    with pytest.raises(fk.errors.EditError, match=rf"edit 'bad' at {NAME} raised Refused: {says}.*\(rank 0\)"):
+    with pytest.raises(
+        fk.errors.EditError, match=rf"edit 'bad' at {NAME} raised Refused: {says}.*\(rank 0\)"
+    ):
         session.run(IDS)
     assert time.monotonic() - begin < 10, "five times the bound of 2 s"
     session.unhook()
@@ -75,7 +77,9 @@ def test_an_edit_that_loops_for_ever_is_broken_off_by_the_timeout(loaded):
     session.hook(NAME, edit="endless")
     session.timeout_s = 2.0
     said = rf"rank 0 did not arrive, no progress for 2 s: it is in {NAME}, at .*test_confine.py.*"
-    with pytest.raises(fk.errors.EditError, match=rf"{said}edit 'endless' at {NAME} .*; rank 1 waited in {NAME}"):
+    with pytest.raises(
+        fk.errors.EditError, match=rf"{said}edit 'endless' at {NAME} .*; rank 1 waited in {NAME}"
+    ):
         session.run(IDS)
     session.unhook()
     assert torch.equal(session.run(IDS).logits.tensor(), logits)

@@ -1,5 +1,5 @@
-"""A dataset holds the unsharded model's activations of every real token, whatever layouts wrote it and wherever it was
-interrupted."""
+"""A dataset holds the unsharded model's activations of every real token, whatever layouts wrote it
+and wherever it was interrupted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def lengths() -> list[int]:
 
 
 @pytest.mark.engines(2)
-def test_a_dataset_is_the_unsharded_models_whatever_layouts_wrote_it(session, tiny, unsharded, tmp_path):
+def test_a_dataset_is_the_unsharded_models_whatever_layouts_wrote_it(
+    session, tiny, unsharded, tmp_path
+):
     """It is begun under one layout and ended under another."""
     told: list[tuple[str, int, int]] = []
 
@@ -65,13 +67,23 @@ def test_a_dataset_is_the_unsharded_models_whatever_layouts_wrote_it(session, ti
         session.hook(LAYER, reduce="mean:1", name="means")
         session.hook(LAYER, positions=[-1], name="last")
         if number < 2:
-            part = session.collect(PROMPTS[: 4 * number + 4], path=folder, batch_size=2, progress=interrupted)
+            part = session.collect(
+                PROMPTS[: 4 * number + 4], path=folder, batch_size=2, progress=interrupted
+            )
             assert len(part) == 4 * number + 4 and part.complete == (number == 1)
         else:
             made = session.collect(PROMPTS, path=folder, batch_size=2)
     data = fk.open_dataset(folder)
-    assert data.complete and made.complete and len(data) == 11 and data.lengths == lengths() and data.tokens == PROMPTS
-    writers = {name.partition("-")[2] for batch in data._index["batches"] for name in batch["files"]}
+    assert (
+        data.complete
+        and made.complete
+        and len(data) == 11
+        and data.lengths == lengths()
+        and data.tokens == PROMPTS
+    )
+    writers = {
+        name.partition("-")[2] for batch in data._index["batches"] for name in batch["files"]
+    }
     assert writers == {"0.safetensors", "1.safetensors", "driver.safetensors"}
     for name, want in unsharded.items():
         close(data[name], want)
@@ -94,7 +106,10 @@ def test_hooks_of_a_collection_are_there_for_it_only(loaded, unsharded, tmp_path
     loaded.hook(LAYER, edit="zero")
     before = loaded.hook_set
     data = loaded.collect(PROMPTS, [MLP, Z], tmp_path / "a", batch_size=4)
-    assert loaded.hook_set == before and data.names == [*(f"model.layers.{i}.mlp" for i in range(4)), Z]
+    assert loaded.hook_set == before and data.names == [
+        *(f"model.layers.{i}.mlp" for i in range(4)),
+        Z,
+    ]
     close(data["model.layers.3.mlp"], unsharded["model.layers.3.mlp"])  # without the user's edit
     assert data[Z].shape == (sum(lengths()), 8, 8)
     last = loaded.collect(iter(PROMPTS), MLP, tmp_path / "b", positions=-1, batch_size=4)
@@ -109,12 +124,28 @@ def test_what_is_not_to_be_told_by_prompts_is_refused(loaded, tmp_path):
             HookError,
             "more than one dim is as long as a prompt",
         ),
-        (lambda: loaded.collect(PROMPTS, MLP, tmp_path, reduce="mean:0"), HookError, "prompts cannot be told apart"),
+        (
+            lambda: loaded.collect(PROMPTS, MLP, tmp_path, reduce="mean:0"),
+            HookError,
+            "prompts cannot be told apart",
+        ),
         (lambda: loaded.collect(PROMPTS, path=tmp_path), HookError, "no hook would keep anything"),
         (lambda: loaded.collect("text", MLP, tmp_path), HookError, "give a list of them"),
-        (lambda: loaded.collect(PROMPTS, MLP, tmp_path, batch_size=0), HookError, "batch_size=0 is none"),
-        (lambda: loaded.collect(PROMPTS, path=tmp_path, at="input"), HookError, "your own hooks have theirs"),
-        (lambda: fk.open_dataset(tmp_path / "nothing"), CaptureError, "cannot be read as a dataset"),
+        (
+            lambda: loaded.collect(PROMPTS, MLP, tmp_path, batch_size=0),
+            HookError,
+            "batch_size=0 is none",
+        ),
+        (
+            lambda: loaded.collect(PROMPTS, path=tmp_path, at="input"),
+            HookError,
+            "your own hooks have theirs",
+        ),
+        (
+            lambda: fk.open_dataset(tmp_path / "nothing"),
+            CaptureError,
+            "cannot be read as a dataset",
+        ),
     ]:
         with pytest.raises(kind, match=says):
             does()
@@ -123,7 +154,9 @@ def test_what_is_not_to_be_told_by_prompts_is_refused(loaded, tmp_path):
         loaded.collect(PROMPTS, MLP, tmp_path / "a")
     with pytest.raises(CaptureError, match="holds a dataset of other hooks"):
         loaded.collect(PROMPTS[:3], LAYER, tmp_path / "a")
-    with pytest.raises(CaptureError, match=r"has no capture 'model\.layers\.1\.mpl'; it has model\.layers\.1\.mlp"):
+    with pytest.raises(
+        CaptureError, match=r"has no capture 'model\.layers\.1\.mpl'; it has model\.layers\.1\.mlp"
+    ):
         data["model.layers.1.mpl"]
     with pytest.raises(CaptureError, match="no prompt 3"):
         data.prompt("model.layers.1.mlp", 3)
@@ -145,9 +178,13 @@ with fk.local() as session:
 
 def test_a_collection_that_was_killed_goes_on(loaded, tiny, unsharded, tmp_path):
     folder = tmp_path / "acts"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tiny("llama"))], env={**os.environ})
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), str(tiny("llama"))], env={**os.environ}
+    )
     until = time.monotonic() + 120
-    while not (folder / "index.json").exists() and child.poll() is None and time.monotonic() < until:
+    while (
+        not (folder / "index.json").exists() and child.poll() is None and time.monotonic() < until
+    ):
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()

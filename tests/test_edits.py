@@ -1,4 +1,5 @@
-"""Edits: under every layout what they do to a sharded model is what a plain torch hook does to the unsharded one."""
+"""Edits: under every layout what they do to a sharded model is what a plain torch hook does to the
+unsharded one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ import flexkernel as fk
 
 TOLERANCE = 2e-5
 BATCH = models.ids_and_mask([5, 7, 6])
-ROWS = [r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)]
+ROWS = [
+    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
+]
 MASK = BATCH["attention_mask"].bool()
 REAL = MASK[..., None].float()
 
@@ -56,11 +59,31 @@ def without(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 CASES = [
     Case("zero sharded", "model.layers.1.mlp.gate_proj", {"edit": "zero"}, torch.zeros_like),
     Case("scale whole", "model.layers.1.mlp", {"edit": "scale", "value": -2.0}, lambda x: -2 * x),
-    Case("add sharded", "model.layers.2.mlp.act_fn", {"edit": "add", "value": WIDE}, lambda x: x + WIDE),
+    Case(
+        "add sharded",
+        "model.layers.2.mlp.act_fn",
+        {"edit": "add", "value": WIDE},
+        lambda x: x + WIDE,
+    ),
     Case("add residual", "model.layers.1", {"edit": "add", "value": VECTOR}, lambda x: x + VECTOR),
-    Case("set", "model.layers.0.mlp", {"edit": "set", "value": 0.25}, lambda x: torch.full_like(x, 0.25)),
-    Case("clamp", "model.layers.1.mlp.up_proj", {"edit": "clamp", "value": (-0.1, 0.1)}, lambda x: x.clamp(-0.1, 0.1)),
-    Case("project_out", "model.layers.2", {"edit": "project_out", "value": VECTOR}, lambda x: without(x, VECTOR)),
+    Case(
+        "set",
+        "model.layers.0.mlp",
+        {"edit": "set", "value": 0.25},
+        lambda x: torch.full_like(x, 0.25),
+    ),
+    Case(
+        "clamp",
+        "model.layers.1.mlp.up_proj",
+        {"edit": "clamp", "value": (-0.1, 0.1)},
+        lambda x: x.clamp(-0.1, 0.1),
+    ),
+    Case(
+        "project_out",
+        "model.layers.2",
+        {"edit": "project_out", "value": VECTOR},
+        lambda x: without(x, VECTOR),
+    ),
     Case(
         "project_out sharded",
         "model.layers.2.mlp.gate_proj",
@@ -76,7 +99,13 @@ CASES = [
     Case("user's, sharded", "model.layers.1.mlp.gate_proj", {"edit": "mix"}, mix),
     Case("user's, whole", "model.layers.1", {"edit": "mix"}, mix),
     Case("user's, a tuple", "model.layers.2.self_attn", {"edit": "mix"}, mix),
-    Case("user's, of an input", "model.layers.2.mlp.down_proj", {"edit": "mix", "at": "input"}, mix, at="input"),
+    Case(
+        "user's, of an input",
+        "model.layers.2.mlp.down_proj",
+        {"edit": "mix", "at": "input"},
+        mix,
+        at="input",
+    ),
     Case("user's, per row", "model.layers.1.mlp.up_proj", {"edit": "mix_row"}, mix),
     Case("last position", "model.layers.2", {"edit": "zero", "positions": [-1]}, at_last),
     Case(
@@ -92,7 +121,11 @@ LAYOUTS = {
     4: [{"tp": 2, "pp": 2}, {"tp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2}],
 }
 layouts = [
-    pytest.param(layout, id="x".join(f"{k}{v}" for k, v in layout.items()) or "one", marks=pytest.mark.engines(n))
+    pytest.param(
+        layout,
+        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
+        marks=pytest.mark.engines(n),
+    )
     for n, group in LAYOUTS.items()
     for layout in group
 ]
@@ -116,7 +149,8 @@ def edited_logits(folder, case: Case | None) -> torch.Tensor:
 
 
 def some_of(cases: list, session) -> list:
-    """All of them on up to two engines; every third on four, of which equality.py has the rest in one table."""
+    """All of them on up to two engines; every third on four, of which equality.py has the rest in
+    one table."""
     return cases if session.cluster.size <= 2 else cases[::3]
 
 
@@ -126,11 +160,15 @@ def define(session) -> None:
 
 
 @pytest.mark.parametrize("layout", layouts)
-def test_every_edit_does_what_it_does_to_the_unsharded_model(session, tiny, layout, record_property):
+def test_every_edit_does_what_it_does_to_the_unsharded_model(
+    session, tiny, layout, record_property
+):
     session.load(tiny("llama"), **layout)
     define(session)
     base = edited_logits(tiny("llama"), None)
-    torch.testing.assert_close(session.run(ROWS).logits.tensor()[MASK], base[MASK], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        session.run(ROWS).logits.tensor()[MASK], base[MASK], atol=TOLERANCE, rtol=0
+    )
     for case in some_of(CASES, session):
         truth = edited_logits(tiny("llama"), case)
         moved = (truth - base)[MASK].abs().max().item()
@@ -142,7 +180,9 @@ def test_every_edit_does_what_it_does_to_the_unsharded_model(session, tiny, layo
         record_property(f"{case.name}", f"moves {moved:.1e}, error {error:.1e}")
         assert error < TOLERANCE, f"{case.name}: error {error:.1e} of {moved:.1e}"
         session.unhook("edited")
-    assert torch.equal(session.run(ROWS).logits.tensor()[MASK], session.run(ROWS).logits.tensor()[MASK])
+    assert torch.equal(
+        session.run(ROWS).logits.tensor()[MASK], session.run(ROWS).logits.tensor()[MASK]
+    )
 
 
 @pytest.mark.parametrize("layout", layouts)
@@ -173,7 +213,12 @@ def test_both_sides_of_an_edit_are_captured_apart(session, tiny, layout):
     session.hook(name, edit="mix", capture="both")
     session.hook(name, at="input", edit="scale", value=1.0, capture="both")
     run = session.run(ROWS)
-    assert [c.name for c in run] == [f"{name} output before", name, f"{name} input before [0]", f"{name} input [0]"]
+    assert [c.name for c in run] == [
+        f"{name} output before",
+        name,
+        f"{name} input before [0]",
+        f"{name} input [0]",
+    ]
     torch.testing.assert_close(run[name, "output before"].tensor(), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(run[name, "output"].tensor(), mix(plain), atol=1e-5, rtol=1e-5)
     assert torch.equal(run[name, "input before"].tensor(), run[name, "input"].tensor())
@@ -209,10 +254,14 @@ def test_heads_are_zeroed_inside_attention(session, tiny, layout):
         truth = model(**BATCH, use_cache=False).logits
     assert (truth - base)[MASK].abs().max() > 100 * TOLERANCE
     session.hook("model.layers.1.self_attn.@z", edit="zero", heads=[3, 4])
-    torch.testing.assert_close(session.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        session.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0
+    )
     session.unhook()
     session.hook("model.layers.1.self_attn.@pattern", edit="zero", heads=[3, 4])
-    torch.testing.assert_close(session.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        session.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0
+    )
 
 
 @pytest.mark.parametrize("layout", layouts)
@@ -233,7 +282,8 @@ def test_noise_does_not_depend_on_the_layout(session, tiny, layout):
 
 @pytest.mark.parametrize("layout", layouts)
 def test_a_capture_is_patched_into_another_run(session, tiny, layout):
-    """Patching the residual of layer 1 with another prompt's makes everything after it that prompt's."""
+    """Patching the residual of layer 1 with another prompt's makes everything after it that
+    prompt's."""
     session.load(tiny("llama"), **layout)
     other = [[9, 8, 7, 6, 5, 4, 3], [3, 4, 5, 6, 7, 8, 9]]
     here = [[3, 3, 4, 4, 5, 5, 6], [7, 7, 8, 8, 9, 9, 3]]
@@ -242,7 +292,9 @@ def test_a_capture_is_patched_into_another_run(session, tiny, layout):
     plain = session.run(here).logits.tensor()
     session.hook("model.layers.1", edit="patch", value=source["model.layers.1"], name="patch")
     assert not torch.allclose(plain, source.logits.tensor(), atol=1e-2)
-    torch.testing.assert_close(session.run(here).logits.tensor(), source.logits.tensor(), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        session.run(here).logits.tensor(), source.logits.tensor(), atol=TOLERANCE, rtol=0
+    )
     source.free()  # the hook holds what it patches in: other runs do not write over it
     want = session.run(other, groups=()).logits.tensor()
     for _ in range(5):
@@ -267,7 +319,9 @@ def test_a_rank_without_rows_takes_part_in_every_edit(session, tiny, layout):
             torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0, msg=case.name)
 
 
-@pytest.mark.parametrize("edit", [{"edit": "add", "value": 1.0}, {"edit": "project_out", "value": VECTOR}], ids=str)
+@pytest.mark.parametrize(
+    "edit", [{"edit": "add", "value": 1.0}, {"edit": "project_out", "value": VECTOR}], ids=str
+)
 @pytest.mark.engines(2)
 def test_an_edit_of_a_partial_sum_is_refused(session, tiny, edit):
     """Each rank would edit its addend: added up, that is another edit than the one asked for."""
@@ -289,7 +343,12 @@ def test_an_edit_runs_once_and_keeps_what_it_saves(session, tiny):
     @session.edit("count")
     def count(x, ctx):
         ctx.save["calls"] = ctx.save.get("calls", 0) + 1
-        ctx.save["seen"] = (ctx.module, tuple(x.shape), tuple(ctx.tokens.shape), int(ctx.mask.sum()))
+        ctx.save["seen"] = (
+            ctx.module,
+            tuple(x.shape),
+            tuple(ctx.tokens.shape),
+            int(ctx.mask.sum()),
+        )
         return x
 
     session.hook("model.layers.1.mlp.gate_proj", edit="count")
@@ -319,7 +378,10 @@ def test_edits_on_one_module_are_made_in_the_order_of_registration(session, tiny
 
 
 BAD = {
-    "raises": (lambda x, ctx: 1 / 0, r"edit 'bad' at model\.layers\.1\.mlp.* raised ZeroDivisionError"),
+    "raises": (
+        lambda x, ctx: 1 / 0,
+        r"edit 'bad' at model\.layers\.1\.mlp.* raised ZeroDivisionError",
+    ),
     "shape": (lambda x, ctx: x[:, :1], r"returned \(3, 1, \d+\).*x is \(3, 7, \d+\)"),
     "dtype": (lambda x, ctx: x.double(), r"returned .* torch.float64"),
     "none": (lambda x, ctx: None, "returned NoneType; it has to return a tensor"),
@@ -369,7 +431,7 @@ def test_what_an_edit_cannot_have_is_said_before_any_run(session, tiny):
     assert len(session.hooks) == 0
 
 
-# --- magics ------------------------------------------------------------------------------------------
+# --- magics ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -408,7 +470,9 @@ def test_a_preset_takes_what_follows_the_colon_as_python(shell, session):
         ("zero --positions -1", at_last(plain)),
         ("'patch:run[\"model.layers.1.mlp\"]'", plain),
     ]:
-        hooked = shell.run_line_magic("flex_hook", f"model.layers.1.mlp --edit {text} --name edited")
+        hooked = shell.run_line_magic(
+            "flex_hook", f"model.layers.1.mlp --edit {text} --name edited"
+        )
         assert hooked.spec.edit == text.strip("'").partition(":")[0].split()[0]
         got = next(c for c in session.run(ROWS) if c.key.hook == "edited").tensor()
         torch.testing.assert_close(got, truth)
@@ -421,7 +485,7 @@ def test_an_error_in_an_edit_names_the_users_line(shell, session):
         session.run(ROWS)
 
 
-# --- the real model ----------------------------------------------------------------------------------
+# --- the real model -------------------------------------------------------------------
 
 PROMPTS = ("The capital of France is", "The capital of Italy is")
 REAL_LAYOUTS = [
@@ -435,8 +499,11 @@ def next_token(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, -1].float().softmax(-1)
 
 
-def unsharded_edits(folder, prompts: tuple[str, str], steering: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The next-token distributions of the unsharded model under four edits, by plain torch hooks."""
+def unsharded_edits(
+    folder, prompts: tuple[str, str], steering: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The next-token distributions of the unsharded model under four edits, by plain torch
+    hooks."""
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), reference.load(folder)
@@ -444,7 +511,11 @@ def unsharded_edits(folder, prompts: tuple[str, str], steering: torch.Tensor) ->
     layers = model.model.layers
 
     def forward(ids, module=None, hook=None, pre=False):
-        register = (module.register_forward_pre_hook if pre else module.register_forward_hook) if module else None
+        register = (
+            (module.register_forward_pre_hook if pre else module.register_forward_hook)
+            if module
+            else None
+        )
         handle = register(hook) if register else None
         with torch.no_grad():
             out = next_token(model(ids, use_cache=False).logits)
@@ -456,7 +527,9 @@ def unsharded_edits(folder, prompts: tuple[str, str], steering: torch.Tensor) ->
     forward(other, layers[20], lambda _m, _a, out: kept.append(out.clone()) or None)
     return {
         "none": forward(ids),
-        "mean": forward(ids, layers[10].mlp, lambda _m, _a, out: out.mean(1, keepdim=True).expand_as(out)),
+        "mean": forward(
+            ids, layers[10].mlp, lambda _m, _a, out: out.mean(1, keepdim=True).expand_as(out)
+        ),
         "add": forward(ids, layers[12], lambda _m, _a, out: out + steering),
         "head": forward(
             ids,
@@ -470,7 +543,9 @@ def unsharded_edits(folder, prompts: tuple[str, str], steering: torch.Tensor) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", REAL_LAYOUTS)
-def test_edits_of_the_real_model_give_the_unsharded_next_token(session, smollm2, layout, record_property):
+def test_edits_of_the_real_model_give_the_unsharded_next_token(
+    session, smollm2, layout, record_property
+):
     steering = torch.randn(576, generator=torch.Generator().manual_seed(0)) * 2
     truth = unsharded_edits(smollm2, PROMPTS, steering)
     session.load(smollm2, **layout)

@@ -1,4 +1,5 @@
-"""The environment of engines: what they need of the notebook's, and no keys that are no business of theirs."""
+"""The environment of engines: what they need of the notebook's, and no keys that are no business
+of theirs."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ SECRETS = {
     "JPY_API_TOKEN",
     "PGPASSWORD",
 }
-NEEDED = {"PATH", "HOME", "PYTHONPATH", "OMP_NUM_THREADS", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "LC_ALL"}
+NEEDED = {
+    "PATH",
+    "HOME",
+    "PYTHONPATH",
+    "OMP_NUM_THREADS",
+    "HF_TOKEN",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "LC_ALL",
+}
 
 
 def test_what_engines_need_is_inherited_and_keys_are_not():
@@ -27,7 +37,9 @@ def test_what_engines_need_is_inherited_and_keys_are_not():
 
 
 def test_the_user_names_what_else_there_is():
-    found = inherited({"FLEX_ENV": "PG*, MY_DATA,", "PGPASSWORD": "x", "MY_DATA": "y", "MY_DATA_KEY": "z"})
+    found = inherited(
+        {"FLEX_ENV": "PG*, MY_DATA,", "PGPASSWORD": "x", "MY_DATA": "y", "MY_DATA_KEY": "z"}
+    )
     assert set(found) == {"FLEX_ENV", "PGPASSWORD", "MY_DATA"}
 
 
@@ -44,7 +56,11 @@ def test_engines_have_only_that(session):
     """conftest.py puts a key into the environment before any engine starts."""
     assert os.environ["OF_NO_ENGINE"]
     for pid in session.cluster.pids:
-        there = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        there = dict(
+            v.split("=", 1)
+            for v in Path(f"/proc/{pid}/environ").read_text().split("\0")
+            if "=" in v
+        )
         assert there["PYTHONPATH"] == os.environ["PYTHONPATH"] and there["OMP_NUM_THREADS"] == "1"
         assert "OF_NO_ENGINE" not in there and inherited(there) == there
     assert session.on_ranks(os.getenv, "OF_NO_ENGINE") == [None, None]

@@ -18,7 +18,11 @@ def test_every_cell_is_the_unsharded_model(session, tiny, layout, record_propert
     print(equality.table({equality.title(layout): found}))
     record_property("column", str(found))
     assert list(found) == list(equality.ROWS_OF_TABLE)
-    wrong = {row: cell for row, cell in found.items() if isinstance(cell, str) or not cell < equality.TOLERANCE}
+    wrong = {
+        row: cell
+        for row, cell in found.items()
+        if isinstance(cell, str) or not cell < equality.TOLERANCE
+    }
     assert not wrong
 
 
@@ -26,7 +30,12 @@ def test_a_cell_is_never_empty_and_a_refusal_names_its_reason(session, tiny, mon
     def refused(session, folder):
         raise ValueError("for this reason")
 
-    monkeypatch.setattr(equality, "ROWS_OF_TABLE", {"parameters read": equality.parameters, "another": refused})
+    monkeypatch.setattr(
+        equality, "ROWS_OF_TABLE", {"parameters read": equality.parameters, "another": refused}
+    )
     found = equality.column(session, tiny(equality.ARCH), {})
     assert found == {"parameters read": 0.0, "another": "ValueError: for this reason"}
-    assert equality.table({"one": found}).splitlines()[-1] == "| another | ValueError: for this reason |"
+    assert (
+        equality.table({"one": found}).splitlines()[-1]
+        == "| another | ValueError: for this reason |"
+    )

@@ -14,7 +14,9 @@ from flexkernel.errors import EngineError, FlexError, HookError, named
 CLASSES = {
     name: found
     for name, found in vars(errors).items()
-    if inspect.isclass(found) and issubclass(found, FlexError) and found.__module__ == errors.__name__
+    if inspect.isclass(found)
+    and issubclass(found, FlexError)
+    and found.__module__ == errors.__name__
 }
 
 
@@ -34,7 +36,11 @@ def drawn_parents() -> dict[str, str]:
 
 
 def test_the_tree_that_is_drawn_is_the_tree_that_is_there():
-    real = {name: found.__bases__[0].__name__ for name, found in CLASSES.items() if found is not FlexError}
+    real = {
+        name: found.__bases__[0].__name__
+        for name, found in CLASSES.items()
+        if found is not FlexError
+    }
     assert len(real) >= 10
     assert drawn_parents() == real
 
@@ -50,7 +56,9 @@ def test_an_error_shows_as_its_sentence_without_our_insides(name):
 
 
 def test_an_engines_error_shows_its_rank_and_its_own_traceback():
-    error = EngineError("rank 2: ZeroDivisionError: division by zero", 2, 'File "edit.py", line 3\n  1 / 0\n')
+    error = EngineError(
+        "rank 2: ZeroDivisionError: division by zero", 2, 'File "edit.py", line 3\n  1 / 0\n'
+    )
     assert error._render_traceback_() == [
         "EngineError: rank 2: ZeroDivisionError: division by zero",
         "--- traceback of rank 2 ---",

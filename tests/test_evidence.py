@@ -1,4 +1,5 @@
-"""Each kind of evidence for a placement occurs on real engines, and decides: without it there is no value."""
+"""Each kind of evidence for a placement occurs on real engines, and decides: without it there is
+no value."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def test_a_plan_that_the_scan_contradicts_is_refused(session, tiny):
     session.on_ranks(lie)
     session.hook("model.layers.0.mlp")
     run = session.run(IDS)
-    with pytest.raises(fk.errors.PlacementError, match=r"plan says .* should hold \(1, 6, 32\); it holds \(1, 6, 64\)"):
+    with pytest.raises(
+        fk.errors.PlacementError,
+        match=r"plan says .* should hold \(1, 6, 32\); it holds \(1, 6, 64\)",
+    ):
         run["model.layers.0.mlp"].tensor()
 
 
@@ -61,7 +65,8 @@ def test_the_scan_decides_where_no_plan_names_the_module(session, tiny):
 
 @pytest.mark.engines(2)
 def test_the_digest_decides_between_copies_and_addends(session, tiny):
-    """A partial sum has the whole shape: only the digests tell it from a copy, and declaring it mends it."""
+    """A partial sum has the whole shape: only the digests tell it from a copy, and declaring it
+    mends it."""
     folder = str(tiny("llama_untied"))
     build = functools.partial(watched.partial_sums, folder)
     unsharded = functools.partial(watched.whole_reduced, folder)
@@ -71,9 +76,13 @@ def test_the_digest_decides_between_copies_and_addends(session, tiny):
     session.hook("model.layers.1.mlp")
     run = session.run(IDS)
     close(run["model.layers.1.mlp"], whole)
-    with pytest.raises(fk.errors.PlacementError, match=r"ranks 0 and 1 hold the same part .* partial sum"):
+    with pytest.raises(
+        fk.errors.PlacementError, match=r"ranks 0 and 1 hold the same part .* partial sum"
+    ):
         run["model.layers.1.mlp.inner"].tensor()
-    session.load(build, tp=2, reference=unsharded, placements={"model.layers.*.mlp.inner": "partial"})
+    session.load(
+        build, tp=2, reference=unsharded, placements={"model.layers.*.mlp.inner": "partial"}
+    )
     session.hook("model.layers.1.mlp.inner")
     capture = session.run(IDS)["model.layers.1.mlp.inner"]
     assert (capture.evidence, capture.placement) == ("declared", "Partial(sum)")
@@ -84,7 +93,8 @@ def test_the_digest_decides_between_copies_and_addends(session, tiny):
 
 @pytest.mark.engines(2)
 def test_a_dtensor_decides(session, tiny):
-    """Sequence parallel norms put out DTensors, split along the sequence: what nothing but the value itself says."""
+    """Sequence parallel norms put out DTensors, split along the sequence: what nothing but the
+    value itself says."""
     folder = str(tiny("llama"))
     build = functools.partial(watched.parallelized, folder, sequence=True)
     session.load(build, tp=2, reference=functools.partial(watched.whole, folder))
@@ -121,9 +131,12 @@ def test_a_builders_model_without_a_reference_has_what_its_values_say(session, t
 
 @pytest.mark.engines(2)
 def test_a_known_parallel_layer_decides(session, tiny):
-    """fairscale's layers say by class and flags what they put out: no reference, no declaration is needed."""
+    """fairscale's layers say by class and flags what they put out: no reference, no declaration is
+    needed."""
     if os.environ.get("CI") != "true":
-        pytest.importorskip("fairscale", reason="pip install --no-build-isolation --no-deps fairscale")
+        pytest.importorskip(
+            "fairscale", reason="pip install --no-build-isolation --no-deps fairscale"
+        )
     folder = str(tiny("llama"))
     session.load(functools.partial(watched.fairscale_mlps, folder), tp=2)
     session.hook("model.layers.*.mlp.gate_proj")

@@ -1,4 +1,5 @@
-"""The table that tests/faults.py prints: the faults that are quick to make here, the others with `make long`."""
+"""The table that tests/faults.py prints: the faults that are quick to make here, the others with
+`make long`."""
 
 from __future__ import annotations
 
@@ -69,4 +70,6 @@ def test_what_is_broken_is_said():
     assert "was to be raised" in faults.misread(fault, None)
     assert "'this' is not in" in faults.misread(fault, EngineError("that"))
     assert faults.misread(fault, EngineError("this")) == ""
-    assert "DIFFERS" in faults.row(fault, [dataclasses.replace(good, equal=False)], ["next run differs"])
+    assert "DIFFERS" in faults.row(
+        fault, [dataclasses.replace(good, equal=False)], ["next run differs"]
+    )

@@ -1,4 +1,5 @@
-"""Sixty runs of one cell in a real kernel take no more memory than twenty; `make flat N=1000` makes more."""
+"""Sixty runs of one cell in a real kernel take no more memory than twenty; `make flat N=1000`
+makes more."""
 
 from __future__ import annotations
 
@@ -10,8 +11,12 @@ import pytest
 def test_the_same_cell_again_and_again_takes_nothing_more(tiny):
     samples = flat.repeated(tiny("llama"), 60, 10)
     print(flat.table(samples))
-    assert len(samples) == 6 and {"driver", "engine 0", "engine 1", "controller", "slabs"} == set(samples[0][1])
-    assert all(sample["slabs"]["files"] >= 1 and sample["driver"]["MB"] > 50 for _, sample in samples)
+    assert len(samples) == 6 and {"driver", "engine 0", "engine 1", "controller", "slabs"} == set(
+        samples[0][1]
+    )
+    assert all(
+        sample["slabs"]["files"] >= 1 and sample["driver"]["MB"] > 50 for _, sample in samples
+    )
     assert flat.grown(samples, 20) == []
 
 

@@ -1,4 +1,5 @@
-"""What went wrong in FlexModel does not here: a test for each of its defects, by the number of our list of them."""
+"""What went wrong in FlexModel does not here: a test for each of its defects, by the number of our
+list of them."""
 
 from __future__ import annotations
 
@@ -57,8 +58,12 @@ def test_1_a_read_only_hook_leaves_gradients_alone(session, tiny):
     alone = {c.name: c.tensor().clone() for c in session.run(IDS, loss=weighed)}
     session.hook("**.gate_proj", name="read")
     run = session.run(IDS, loss=weighed)
-    assert len(alone) == 4 and all(torch.equal(run["gradients"][i].tensor(), g) for i, g in enumerate(alone.values()))
-    close(alone["model.layers.0 grad_output"], gradients(tiny("llama")).outputs["model.layers.0", ""])
+    assert len(alone) == 4 and all(
+        torch.equal(run["gradients"][i].tensor(), g) for i, g in enumerate(alone.values())
+    )
+    close(
+        alone["model.layers.0 grad_output"], gradients(tiny("llama")).outputs["model.layers.0", ""]
+    )
 
 
 @pytest.mark.engines(2)
@@ -122,7 +127,10 @@ def test_6_a_gradient_that_did_not_come_once_comes_the_next_time(session, tiny):
     session.hook("model.layers.3", at="grad_output")
     session.run(IDS, loss=lambda logits, batch: batch.captures["model.layers.0"].sum())
     run = session.run(IDS, loss=weighed)
-    close(run["model.layers.3", "grad_output"].tensor(), gradients(tiny("llama")).outputs["model.layers.3", ""])
+    close(
+        run["model.layers.3", "grad_output"].tensor(),
+        gradients(tiny("llama")).outputs["model.layers.3", ""],
+    )
 
 
 @pytest.mark.engines(2)
@@ -147,7 +155,9 @@ def test_8_what_a_run_says_is_there_is_there_when_it_is_read_at_once(session, ti
         run = session.run(ids)
         got = [capture.tensor().clone() for capture in run]
         run.free()
-        want = reference.reference(tiny("llama"), **(BATCH | {"input_ids": torch.tensor(ids)})).outputs
+        want = reference.reference(
+            tiny("llama"), **(BATCH | {"input_ids": torch.tensor(ids)})
+        ).outputs
         for layer, value in enumerate(got):
             close(value, want[f"model.layers.{layer}.mlp", 0, ""])
 
@@ -201,7 +211,9 @@ def test_12_groups_hook_something_and_go_off_and_on_and_away(session, tiny):
 @pytest.mark.engines(2)
 def test_13_parameters_are_read_and_hooked_under_fsdp(session, tiny, build):
     folder = str(tiny("llama"))
-    session.load(functools.partial(build, folder), fsdp=2, reference=functools.partial(watched.whole, folder))
+    session.load(
+        functools.partial(build, folder), fsdp=2, reference=functools.partial(watched.whole, folder)
+    )
     want = dict(models.build("llama").named_parameters())
     assert torch.equal(session.parameter(f"{GATE}.weight").tensor(), want[f"{GATE}.weight"])
     check(session, tiny("llama"), GATE, MLP)
@@ -236,8 +248,12 @@ def test_17_it_generates_and_names_carry_no_wrapper(session, tiny):
     session.load(tiny("llama"), tp=2)
     new = session.generate([IDS[0]], max_new_tokens=4)
     ids = torch.tensor(IDS[:1])
-    want = reference.load(tiny("llama")).generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    want = reference.load(tiny("llama")).generate(
+        ids, max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
     assert [list(row) for row in new.new_ids] == want[:, 5:].tolist()
     for build, layout in ((foreign.in_ddp, {"dp": 2}), (foreign.in_fsdp1, {"fsdp": 2})):
         session.load(functools.partial(build, str(tiny("llama"))), **layout)
-        assert set(dict(models.build("llama").named_modules())) == {m.name for m in session.info.modules}
+        assert set(dict(models.build("llama").named_modules())) == {
+            m.name for m in session.info.modules
+        }

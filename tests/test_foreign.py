@@ -1,4 +1,5 @@
-"""Models that users shard by themselves: every module's input and output is the unsharded model's, under its name."""
+"""Models that users shard by themselves: every module's input and output is the unsharded model's,
+under its name."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from flexkernel.errors import LoadError, PlacementError, PromptError
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
 GATE, HEAD = "model.layers.1.mlp.gate_proj.weight", "lm_head.weight"
-PREFIXES = re.compile(r"(^|\.)(module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|inner)(\.|$)")
+PREFIXES = re.compile(
+    r"(^|\.)(module|_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|inner)(\.|$)"
+)
 
 
 @functools.cache
@@ -30,7 +33,11 @@ def llama() -> torch.nn.Module:
 def check_llama(session, folder, build, lengths=(4, 10, 6), **layout) -> parity.Row:
     """Everything of a sharded tiny Llama against the unsharded one."""
     folder = str(folder)
-    session.load(functools.partial(build, folder), reference=functools.partial(watched.whole, folder), **layout)
+    session.load(
+        functools.partial(build, folder),
+        reference=functools.partial(watched.whole, folder),
+        **layout,
+    )
     assert session.info.names and not [name for name in session.info.names if PREFIXES.search(name)]
     row = parity.Row("llama", str(layout), "sdpa")
     parity.hook_everything(session, points=False)
@@ -68,7 +75,9 @@ def test_torchs_own_wrappers(session, tiny, build, layout):
 @pytest.mark.engines(2)
 def test_fairscales_layers(session, tiny):
     if not foreign.on_ci():
-        pytest.importorskip("fairscale", reason="pip install --no-build-isolation --no-deps fairscale")
+        pytest.importorskip(
+            "fairscale", reason="pip install --no-build-isolation --no-deps fairscale"
+        )
     row = check_llama(session, tiny("llama"), watched.fairscale_mlps, tp=2)
     assert row.evidence["class"] == 24
     check_parameters(session)
@@ -93,10 +102,16 @@ def test_gradients_of_models_that_users_shard(session, tiny, build, layout, requ
     if "fairscale" in request.node.name and not foreign.on_ci():
         pytest.importorskip("fairscale")
     folder = str(tiny("llama"))
-    session.load(functools.partial(build, folder), reference=functools.partial(watched.whole, folder), **layout)
+    session.load(
+        functools.partial(build, folder),
+        reference=functools.partial(watched.whole, folder),
+        **layout,
+    )
     batch = models.ids_and_mask([6, 6, 6, 6])
     weight = torch.randn(4, 6, 256, generator=torch.Generator().manual_seed(2))
-    want = reference.gradients(models.build("llama"), batch, lambda logits: (logits * weight).sum() / 100)
+    want = reference.gradients(
+        models.build("llama"), batch, lambda logits: (logits * weight).sum() / 100
+    )
     for name in ("model.layers.*", "model.layers.*.mlp.gate_proj", "model.norm", "lm_head"):
         session.hook(name, at="grad_output")
     session.hook("**", at="param_grad", name="parameters")
@@ -105,10 +120,14 @@ def test_gradients_of_models_that_users_shard(session, tiny, build, layout, requ
             session.run(batch["input_ids"].tolist(), loss="next_token")
         session.unhook("parameters")
     for _ in range(2):
-        run = session.run(batch["input_ids"].tolist(), loss=lambda logits, batch: (logits * weight).sum() / 100)
+        run = session.run(
+            batch["input_ids"].tolist(), loss=lambda logits, batch: (logits * weight).sum() / 100
+        )
         assert run.loss == pytest.approx(want.loss, rel=1e-4)
         found = test_autograd.compare(run, want, 2e-5)
-        assert found["grad_output"][0] == 10 and (build is foreign.in_fsdp1 or found["param_grad"][0] == 39)
+        assert found["grad_output"][0] == 10 and (
+            build is foreign.in_fsdp1 or found["param_grad"][0] == 39
+        )
 
 
 @pytest.mark.slow
@@ -132,7 +151,7 @@ def test_hooks_of_a_compiled_model_come_and_go(session, tiny):
     assert torch.equal(session.run(IDS).logits.tensor(), plain)
 
 
-# --- Megatron-core -----------------------------------------------------------------------------------
+# --- Megatron-core --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +169,10 @@ def gpt(tmp_path_factory):
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
         file = tmp_path_factory.mktemp("megatron") / "weights.pt"
         torch.save(dict(model.state_dict()), file)
-        places, mask = torch.arange(4).expand(3, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1)
+        places, mask = (
+            torch.arange(4).expand(3, 4),
+            torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1),
+        )
         own = model.forward
         model.forward = lambda input_ids, use_cache: own(input_ids, places, mask)
         outputs, inputs = reference.record(model, {"input_ids": torch.tensor(IDS)})
@@ -164,7 +186,8 @@ def gpt(tmp_path_factory):
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}], ids=str)
 @pytest.mark.engines(2)
 def test_a_megatron_model_needs_no_reference(session, gpt, layout):
-    """Its values are (S, B, D), split as their classes say; only a gated MLP's packed projections are refused."""
+    """Its values are (S, B, D), split as their classes say; only a gated MLP's packed projections
+    are refused."""
     file, outputs, inputs = gpt
     session.load(functools.partial(foreign.megatron, file, layout.get("tp", 1)), **layout)
     for at in ("output", "input"):
@@ -189,7 +212,7 @@ def test_a_megatron_model_needs_no_reference(session, gpt, layout):
         session.run([[1, 2], [1, 2, 3]])
 
 
-# --- a model of the user's own, in (S, B, D) order ---------------------------------------------------
+# --- a model of the user's own, in (S, B, D) order ------------------------------------
 
 
 OWN = functools.partial(foreign.seeded, foreign.Own)
@@ -240,7 +263,12 @@ def test_rows_may_lie_along_any_dim(session):
 
 @pytest.mark.engines(2)
 def test_without_a_reference_the_rows_are_where_they_are_declared_or_nowhere(session):
-    declared = {"blocks.*": "batch:1", "blocks.*.* input": "batch:1", "": "batch:0", "embed.places": "batch:none"}
+    declared = {
+        "blocks.*": "batch:1",
+        "blocks.*.* input": "batch:1",
+        "": "batch:0",
+        "embed.places": "batch:none",
+    }
     session.load(OWN, dp=2, placements=declared)
     session.hook("**")
     session.hook("blocks.*.*", at="input")
@@ -250,17 +278,24 @@ def test_without_a_reference_the_rows_are_where_they_are_declared_or_nowhere(ses
     for key in found:
         torch.testing.assert_close(run[key].tensor(), want[key], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(run.logits.tensor(), want["", "output"], atol=1e-6, rtol=1e-5)
-    with pytest.raises(PlacementError, match=r"head output: .* or no reference says it.*placements={'head': 'batch:0"):
+    with pytest.raises(
+        PlacementError,
+        match=r"head output: .* or no reference says it.*placements={'head': 'batch:0",
+    ):
         run["head", "output"].tensor()
 
 
 @pytest.mark.engines(2)
 def test_a_wrong_dim_of_rows_is_refused(session):
-    session.load(OWN, dp=2, placements={"blocks.0": "batch:2", "blocks.1": "batch:3", "blocks.2": "batch:0"})
+    session.load(
+        OWN, dp=2, placements={"blocks.0": "batch:2", "blocks.1": "batch:3", "blocks.2": "batch:0"}
+    )
     session.hook("blocks.*")
     run = session.run([row[:3] for row in IDS])
     for name, dim in (("blocks.1", 3), ("blocks.2", 0)):  # 3 positions are no 2 rows
-        with pytest.raises(PlacementError, match=rf"rows are said to lie along dim {dim}, but rank"):
+        with pytest.raises(
+            PlacementError, match=rf"rows are said to lie along dim {dim}, but rank"
+        ):
             run[name].tensor()
     session.load(OWN, dp=2, reference=OWN, placements={"blocks.0": "batch:2"})
     session.hook("blocks.0")
@@ -273,7 +308,10 @@ def test_two_dims_that_could_be_the_rows_are_refused_until_one_is_declared(sessi
     grid = functools.partial(foreign.seeded, foreign.Grid)
     session.load(grid, dp=2, reference=grid)
     session.hook("pairs")
-    with pytest.raises(PlacementError, match=r"pairs is B×B: dims 0 and 1 could both.*placements={'pairs': 'batch:0'}"):
+    with pytest.raises(
+        PlacementError,
+        match=r"pairs is B×B: dims 0 and 1 could both.*placements={'pairs': 'batch:0'}",
+    ):
         session.run(IDS)["pairs"].tensor()
     session.load(grid, dp=2, reference=grid, placements={"pairs": "batch:0"})
     session.hook("pairs")
@@ -292,15 +330,19 @@ def test_pads_are_refused_by_a_model_without_a_mask(session):
 @pytest.mark.engines(2)
 def test_what_a_forward_needs_beside_the_ids_is_the_users_to_say(session):
     started = functools.partial(foreign.seeded, foreign.Started)
-    with pytest.raises(LoadError, match=r"Started.forward\(tokens, start_pos, flag\) needs start_pos"):
+    with pytest.raises(
+        LoadError, match=r"Started.forward\(tokens, start_pos, flag\) needs start_pos"
+    ):
         session.load(started, dp=2, reference=started)
     with pytest.raises(LoadError, match="needs start_pos"):
         session.load(started, dp=2)
-    session.load(started, dp=2, reference=started, forward=lambda model, batch: model(batch["input_ids"], 0))
+    session.load(
+        started, dp=2, reference=started, forward=lambda model, batch: model(batch["input_ids"], 0)
+    )
     check_own(session, own_values())
 
 
-# --- a pipeline split by hand ------------------------------------------------------------------------
+# --- a pipeline split by hand ---------------------------------------------------------
 
 
 @pytest.mark.engines(2)
@@ -317,5 +359,7 @@ def test_a_pipeline_split_by_hand_has_the_whole_models_names(session):
 
 @pytest.mark.engines(2)
 def test_parts_under_other_names_are_refused_with_what_to_write(session):
-    with pytest.raises(LoadError, match=r"no rank .* has blocks.0.norm.*part.blocks.0.norm.*names="):
+    with pytest.raises(
+        LoadError, match=r"no rank .* has blocks.0.norm.*part.blocks.0.norm.*names="
+    ):
         session.load(foreign.by_hand, pp=2, reference=OWN)

@@ -27,7 +27,9 @@ def test_a_read_sends_nothing(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     session.run(IDS)
     bare = what_is_sent(session)
-    assert all(sum(sent.values()) > 1 for sent in bare), "the bare run sends the header and what the model sends"
+    assert all(sum(sent.values()) > 1 for sent in bare), (
+        "the bare run sends the header and what the model sends"
+    )
     session.hook("**")
     session.hook("**", at="input")
     session.hook("**.@pattern")
@@ -49,7 +51,11 @@ def test_a_bare_run_sends_one_header_more_than_the_model(session, tiny):
     alone = [Counter(names) for names in session.on_ranks(forward_alone, IDS)]
     assert alone[0]["all_reduce"] >= 8, "two reductions a layer"
     run = what_is_sent(session)
-    gather = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    gather = (
+        "all_gather_single"
+        if hasattr(torch.distributed, "all_gather_single")
+        else "all_gather_into_tensor"
+    )
     header = Counter({gather: 1, "c10d._allgather_base_": 1})  # one call, seen at both levels
     for a, b in zip(alone, run, strict=True):
         assert b - a == header and not a - b
@@ -139,5 +145,7 @@ def test_uneven_batches_leave_no_rank_out(session, tiny):
         run = session.run(batch["input_ids"])
         for layer in range(4):
             name = f"model.layers.{layer}.mlp"
-            torch.testing.assert_close(run[name].tensor(), truth.outputs[name, 0, ""], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                run[name].tensor(), truth.outputs[name, 0, ""], atol=1e-5, rtol=1e-5
+            )
         assert run.logits.shape[0] == rows

@@ -1,4 +1,5 @@
-"""Generation: under every layout the tokens of the unsharded model's own generate, and at each step its activations."""
+"""Generation: under every layout the tokens of the unsharded model's own generate, and at each
+step its activations."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ from flexkernel.wire import RunReport
 
 TOLERANCE = 2e-5
 BATCH = models.ids_and_mask([5, 9, 7])
-ROWS = [r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)]
+ROWS = [
+    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
+]
 S, N = 9, 32
 POINTS = ("q", "k", "v", "pattern", "z")
 LAYOUTS = {
@@ -47,7 +50,11 @@ LAYOUTS = {
     4: [{"tp": 2, "pp": 2}],
 }
 layouts = [
-    pytest.param(layout, id="x".join(f"{k}{v}" for k, v in layout.items()) or "one", marks=pytest.mark.engines(n))
+    pytest.param(
+        layout,
+        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
+        marks=pytest.mark.engines(n),
+    )
     for n, group in LAYOUTS.items()
     for layout in group
 ]
@@ -67,9 +74,14 @@ def unsharded(folder, attn: str = "sdpa"):
 
 
 @functools.cache
-def truth(folder, new: int = N, ends: tuple[int, ...] | None = None, attn: str = "sdpa") -> list[list[int]]:
+def truth(
+    folder, new: int = N, ends: tuple[int, ...] | None = None, attn: str = "sdpa"
+) -> list[list[int]]:
     """What the unsharded model's own generate adds to each row, run by itself."""
-    return [by_itself(unsharded(folder, attn), row, new, eos_token_id=list(ends or ()) or None) for row in ROWS]
+    return [
+        by_itself(unsharded(folder, attn), row, new, eos_token_id=list(ends or ()) or None)
+        for row in ROWS
+    ]
 
 
 def by_itself(model, row: list[int], new: int, **options) -> list[int]:
@@ -87,7 +99,9 @@ def over_the_text(folder, run, attn: str = "sdpa") -> reference.Reference:
 @functools.cache
 def forward_over(folder, attn: str, ids: tuple, mask: tuple) -> reference.Reference:
     real = torch.tensor(mask).long()
-    return reference.reference(unsharded(folder, attn), torch.tensor(ids), real, (real.cumsum(-1) - 1).clamp(min=0))
+    return reference.reference(
+        unsharded(folder, attn), torch.tensor(ids), real, (real.cumsum(-1) - 1).clamp(min=0)
+    )
 
 
 def compare(run, truth: reference.Reference) -> int:
@@ -108,7 +122,9 @@ def compare(run, truth: reference.Reference) -> int:
             got, want = (x.unflatten(0, (B, T)) for x in (got, want))
         assert got.shape == want.shape, capture
         error = (got[real[: len(got)]] - want[real[: len(want)]]).abs().max().item()
-        assert error <= TOLERANCE * max(1.0, want.abs().max().item()), f"{capture.name}: off by {error:.1e}"
+        assert error <= TOLERANCE * max(1.0, want.abs().max().item()), (
+            f"{capture.name}: off by {error:.1e}"
+        )
         compared += 1
     return compared
 
@@ -120,7 +136,7 @@ def hook_everything(session) -> None:
         session.hook(f"**.@{point}")
 
 
-# --- equal to the unsharded model ------------------------------------------------------------------
+# --- equal to the unsharded model -----------------------------------------------------
 
 
 @pytest.mark.parametrize(("layout", "attn"), LAYOUTS_AND_ATTENTIONS)
@@ -135,7 +151,9 @@ def test_tokens_and_every_activation_are_the_unsharded_models(session, tiny, lay
     assert compare(run, over_the_text(folder, run, attn)) > 80
     pattern = run["model.layers.2.self_attn.@pattern"].tensor()
     assert pattern.shape == (3, 8, S + N - 1, S + N - 1)
-    assert pattern.triu(1).transpose(1, 2)[run.mask].abs().max() == 0, "zeros where a query does not see"
+    assert pattern.triu(1).transpose(1, 2)[run.mask].abs().max() == 0, (
+        "zeros where a query does not see"
+    )
     assert run.logits.shape == (3, N, 256)
     torch.testing.assert_close(run.logits[1], run["lm_head"][1, S - 1 :])
     assert run.logits.tensor().argmax(-1).tolist() == run.new_ids
@@ -150,15 +168,26 @@ def test_a_row_that_ends_early_ends_and_the_run_ends_with_the_last(session, tiny
     session.load(folder, **layout)
     hook_everything(session)
     for ends in ((176, ENDS), (176, ENDS, 242)):
-        run, want = session.generate(ROWS, max_new_tokens=N, eos_token_id=list(ends)), truth(folder, ends=ends)
-        assert run.new_ids == want and len({len(row) for row in want}) > 1, "rows end at different steps"
+        run, want = (
+            session.generate(ROWS, max_new_tokens=N, eos_token_id=list(ends)),
+            truth(folder, ends=ends),
+        )
+        assert run.new_ids == want and len({len(row) for row in want}) > 1, (
+            "rows end at different steps"
+        )
         assert run.forwards == max(map(len, want))
         assert run.mask[:, S:].sum(1).tolist() == [len(row) - 1 for row in want]
         assert compare(run, over_the_text(folder, run)) > 80
         assert {len(row) for row in run.tokens} == {S + run.forwards}
-    assert run.forwards < N and run["model.layers.1.mlp", "output"].shape == (3, S + run.forwards - 1, 64)
+    assert run.forwards < N and run["model.layers.1.mlp", "output"].shape == (
+        3,
+        S + run.forwards - 1,
+        64,
+    )
     assert run["model.layers.1.mlp", "output"].norm(dim=-1).shape == (3, S + run.forwards - 1)
-    assert torch.equal(run["model.layers.1.mlp", "output"][1], run["model.layers.1.mlp", "output"].tensor()[1])
+    assert torch.equal(
+        run["model.layers.1.mlp", "output"][1], run["model.layers.1.mlp", "output"].tensor()[1]
+    )
     with pytest.raises(CaptureError, match="one piece"):
         run["model.layers.1.mlp", "output"].as_value()
 
@@ -177,7 +206,7 @@ def test_one_token_is_the_plain_run_with_its_next_token(session, tiny, layout, r
         torch.testing.assert_close(a.tensor(), b.tensor(), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-# --- edits at each step ----------------------------------------------------------------------------
+# --- edits at each step ---------------------------------------------------------------
 
 VECTOR = torch.linspace(-1, 1, 64)
 REAL = BATCH["attention_mask"].bool()
@@ -220,7 +249,8 @@ def zero_at(position):
     return lambda x, _step, columns, _text: at(x, columns, position, 0 * x)
 
 
-# name → (module, what the hook does there), (the module of a plain hook that does the same, what it makes of x)
+# name → (module, what the hook does there), (the module of a plain hook that does the same, what
+# it makes of x)
 EDITS = {
     "whole": ((LAYER, {"edit": "mix"}), (LAYER, lambda x, *_: mix(x))),
     "whole, sharded": ((GATE, {"edit": "mix"}), (GATE, lambda x, *_: mix(x))),
@@ -238,7 +268,8 @@ MOVED = 7  # tokens: enough that one edit's effect is fed back
 
 
 def edited_truth(folder, module: str = "", function=None) -> tuple[list[list[int]], torch.Tensor]:
-    """Tokens, and the logits they were taken from, of the unsharded model with a plain torch hook."""
+    """Tokens, and the logits they were taken from, of the unsharded model with a plain torch
+    hook."""
     model, steps, done = reference.load(folder), [], [0]
 
     def count(_module, _args, kwargs):
@@ -273,7 +304,9 @@ def edited_truth(folder, module: str = "", function=None) -> tuple[list[list[int
 @pytest.fixture(scope="module")
 def edit_truths(tiny):
     plain = edited_truth(tiny("llama"))
-    return {"plain": plain} | {name: edited_truth(tiny("llama"), m, f) for name, (_, (m, f)) in EDITS.items()}
+    return {"plain": plain} | {
+        name: edited_truth(tiny("llama"), m, f) for name, (_, (m, f)) in EDITS.items()
+    }
 
 
 @pytest.mark.parametrize("layout", layouts)
@@ -285,7 +318,10 @@ def test_an_edit_is_made_at_every_step(session, tiny, layout, edit_truths):
     @session.edit("told")
     def told(x, ctx):
         columns = ctx.positions[1]  # of the longest row, which has no pads
-        assert ctx.mask[1].all() and ctx.tokens.shape == ctx.mask.shape == ctx.positions.shape == x.shape[:2]
+        assert (
+            ctx.mask[1].all()
+            and ctx.tokens.shape == ctx.mask.shape == ctx.positions.shape == x.shape[:2]
+        )
         return x + ctx.step + (ctx.tokens / 256 + columns * 0.1)[..., None]
 
     for name, ((module, how), _) in EDITS.items():
@@ -353,7 +389,8 @@ def test_an_edit_that_raises_at_a_later_step_is_one_error_and_the_next_run_is_ri
 @pytest.mark.parametrize("layout", [{"fsdp": 2}, {"dp": 2}], ids=str)
 @two
 def test_ranks_whose_rows_have_ended_still_take_part_in_edits(session, tiny, layout):
-    """The edit sees all rows on one rank: each rank must come to it as often as the others, and a row's end shows."""
+    """The edit sees all rows on one rank: each rank must come to it as often as the others, and a
+    row's end shows."""
     found = []
     with fk.local() as here:
         for one, where in ((here, {}), (session, layout)):
@@ -361,7 +398,11 @@ def test_ranks_whose_rows_have_ended_still_take_part_in_edits(session, tiny, lay
 
             @one.edit("told")
             def told(x, ctx):
-                ctx.save[ctx.step] = (ctx.tokens.tolist(), ctx.mask.tolist(), ctx.positions.tolist())
+                ctx.save[ctx.step] = (
+                    ctx.tokens.tolist(),
+                    ctx.mask.tolist(),
+                    ctx.positions.tolist(),
+                )
                 return x + ctx.step + x.mean(1, keepdim=True)
 
             one.hook(GATE, edit="told")
@@ -375,7 +416,7 @@ def test_ranks_whose_rows_have_ended_still_take_part_in_edits(session, tiny, lay
     assert got_mask.tolist() == mask.tolist() and got_saved == saved
 
 
-# --- what is kept ----------------------------------------------------------------------------------
+# --- what is kept ---------------------------------------------------------------------
 
 
 @two
@@ -389,14 +430,25 @@ def test_positions_are_the_whole_texts_and_the_last_is_each_forwards_newest(sess
     run = session.generate(ROWS, max_new_tokens=6)
     newest = run["newest"]
     assert newest.shape == (3, 7, 64)
-    assert torch.equal(newest.tensor(), whole["model.layers.1"].tensor()[:, [0, 8, 9, 10, 11, 12, 13]])
-    assert newest.mask.tolist() == run.mask[:, [0, 8, 9, 10, 11, 12, 13]].tolist() and len(newest.tokens[0]) == 7
+    assert torch.equal(
+        newest.tensor(), whole["model.layers.1"].tensor()[:, [0, 8, 9, 10, 11, 12, 13]]
+    )
+    assert (
+        newest.mask.tolist() == run.mask[:, [0, 8, 9, 10, 11, 12, 13]].tolist()
+        and len(newest.tokens[0]) == 7
+    )
     assert torch.equal(run["two"].tensor(), whole["all"].tensor()[:, [2, S + 1]])
     end = whole.new_ids[1][1]
     early = session.generate(ROWS[1:2], max_new_tokens=6, eos_token_id=end)
-    assert early.forwards == 2 and early["newest"].shape == (1, 3, 64) and early["two"].shape == (1, 1, 176)
+    assert (
+        early.forwards == 2
+        and early["newest"].shape == (1, 3, 64)
+        and early["two"].shape == (1, 1, 176)
+    )
     session.hook("model.layers.1", positions=[S + 5], name="newest")
-    with pytest.raises(HookError, match=r"keeps position 14, but the run has 14, of which 9 are the prompt's"):
+    with pytest.raises(
+        HookError, match=r"keeps position 14, but the run has 14, of which 9 are the prompt's"
+    ):
         session.generate(ROWS, max_new_tokens=6)
 
 
@@ -406,7 +458,10 @@ def test_large_logits_are_kept_of_the_last_forward_only(session, tiny, monkeypat
     session.on_ranks(watched.limit_logits, 3 * 4 * 256 * 4 - 1)
     try:
         session.load(tiny("llama"), tp=2)
-        small, large = session.generate(ROWS, max_new_tokens=3), session.generate(ROWS, max_new_tokens=4)
+        small, large = (
+            session.generate(ROWS, max_new_tokens=3),
+            session.generate(ROWS, max_new_tokens=4),
+        )
     finally:
         session.on_ranks(watched.limit_logits, 64 << 20)
     assert small.logits.shape == (3, 3, 256) and not small.logits_are_last_only
@@ -417,7 +472,8 @@ def test_large_logits_are_kept_of_the_last_forward_only(session, tiny, monkeypat
 @pytest.mark.parametrize("arch", ["gemma2", "mistral", "mixtral"])
 @two
 def test_sliding_windows_and_folded_rows_are_right_too(session, tiny, arch):
-    """Windows of 8 are passed by; Gemma-2's layers take turns; Mixtral's routers have rows and positions in one dim."""
+    """Windows of 8 are passed by; Gemma-2's layers take turns; Mixtral's routers have rows and
+    positions in one dim."""
     layout = {"gemma2": {"pp": 2}, "mistral": {"tp": 2}, "mixtral": {"fsdp": 2}}[arch]
     attn = "sdpa"  # Gemma-2 has eager only, whichever is asked for
     session.load(tiny(arch), **layout)
@@ -432,7 +488,9 @@ def test_sliding_windows_and_folded_rows_are_right_too(session, tiny, arch):
     assert compare(run, over_the_text(tiny(arch), run, attn)) >= 20
     if arch == "mixtral":
         end = run.new_ids[1][4]
-        early = session.generate(ROWS, max_new_tokens=12, eos_token_id=[end, *(row[6] for row in run.new_ids)])
+        early = session.generate(
+            ROWS, max_new_tokens=12, eos_token_id=[end, *(row[6] for row in run.new_ids)]
+        )
         assert early.forwards < 12 and compare(early, over_the_text(tiny(arch), early, attn)) >= 20
 
 
@@ -448,7 +506,7 @@ def test_what_has_no_formula_is_refused_by_name_and_the_rest_is_there(session, t
         refused[0].tensor()
 
 
-# --- asking for it ---------------------------------------------------------------------------------
+# --- asking for it --------------------------------------------------------------------
 
 
 def test_what_cannot_be_had_is_said_before_anything_runs(session, tiny):
@@ -465,7 +523,10 @@ def test_what_cannot_be_had_is_said_before_anything_runs(session, tiny):
     ]:
         with pytest.raises(GenerationError, match=message):
             session.generate(ROWS, **how)
-    with pytest.raises(PromptError, match=r"a prompt of 9 tokens and 2040 new ones are 2049, and the model has 2048"):
+    with pytest.raises(
+        PromptError,
+        match=r"a prompt of 9 tokens and 2040 new ones are 2049, and the model has 2048",
+    ):
         session.generate(ROWS, max_new_tokens=2040)
     session.hook("**")
     budget, session.store.budget = session.store.budget, 1 << 20
@@ -498,7 +559,13 @@ def test_sampling_is_the_unsharded_models_where_rows_stay_together(session, tiny
         eos_token_id=None,
     )[:, S:].tolist()
     session.load(tiny("llama"), **layout)
-    how = {"do_sample": True, "temperature": 2.0, "top_k": 40, "eos_token_id": None, "max_new_tokens": 12}
+    how = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "top_k": 40,
+        "eos_token_id": None,
+        "max_new_tokens": 12,
+    }
     run = session.generate(ROWS, seed=7, **how)
     if "fsdp" not in layout:
         assert run.new_ids == want
@@ -507,12 +574,13 @@ def test_sampling_is_the_unsharded_models_where_rows_stay_together(session, tiny
     assert session.generate(ROWS, seed=drawn.seed, **how).new_ids == drawn.new_ids
 
 
-# --- as it comes -----------------------------------------------------------------------------------
+# --- as it comes ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def told_model(tiny, tmp_path_factory):
-    """The tiny Llama with a tokenizer whose tokens are bytes: most of what it says is no whole character."""
+    """The tiny Llama with a tokenizer whose tokens are bytes: most of what it says is no whole
+    character."""
     tokenizer = Tokenizer(token_models.BPE(models.byte_letters(), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -525,7 +593,8 @@ HELD = 12  # the step at which engines wait until some text has been told
 
 
 def check_told(session, folder, layout) -> None:
-    """The engines wait in the middle for a file that on_token makes: so what it is told, it is told meanwhile."""
+    """The engines wait in the middle for a file that on_token makes: so what it is told, it is
+    told meanwhile."""
     session.load(folder, **layout)
     told = folder / f"told-{time.time_ns()}"
 
@@ -546,11 +615,17 @@ def check_told(session, folder, layout) -> None:
 
     came: list[tuple[int, str]] = []
     session.hook("model.layers.1", edit="hold", capture="none")
-    run = session.generate(["ab", "the other"], max_new_tokens=40, eos_token_id=None, on_token=on_token)
+    run = session.generate(
+        ["ab", "the other"], max_new_tokens=40, eos_token_id=None, on_token=on_token
+    )
     assert ["".join(text for row, text in came if row == i) for i in (0, 1)] == run.generated
     assert run.text == [a + b for a, b in zip(["ab", "the other"], run.generated, strict=True)]
     assert run.forwards == 40 and len(came) > 3, "in pieces"
-    assert repr(run.generated[0])[1:20] in repr(run) and "40 new" in repr(run) and "<b>" in run._repr_html_()
+    assert (
+        repr(run.generated[0])[1:20] in repr(run)
+        and "40 new" in repr(run)
+        and "<b>" in run._repr_html_()
+    )
 
 
 def test_text_is_told_as_it_comes_in_this_process(session, told_model):
@@ -596,10 +671,18 @@ def stops(session, layout, tiny, callback, error) -> None:
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"fsdp": 2}], ids=str)
 @two
 def test_ctrl_c_frees_all_ranks_and_the_next_run_is_right(session, tiny, layout):
-    stops(session, layout, tiny, lambda _row, _text: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)
+    stops(
+        session,
+        layout,
+        tiny,
+        lambda _row, _text: signal.raise_signal(signal.SIGINT),
+        KeyboardInterrupt,
+    )
 
 
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.engines(1)), pytest.param(2, marks=two)])
+@pytest.mark.parametrize(
+    "n", [pytest.param(1, marks=pytest.mark.engines(1)), pytest.param(2, marks=two)]
+)
 def test_an_error_in_on_token_is_the_users_own(session, tiny, n):
     stops(session, {"pp": n}, tiny, lambda row, _text: [][row], IndexError)
 
@@ -622,14 +705,18 @@ def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
     try:
         session.store.recover(described, session.planner, None)
         again = session.store.runs[run.number]
-        assert again.new_ids == run.new_ids and again.mask.tolist() == run.mask.tolist() and again.text == run.text
+        assert (
+            again.new_ids == run.new_ids
+            and again.mask.tolist() == run.mask.tolist()
+            and again.text == run.text
+        )
         assert again["model.layers.1.mlp"].shape == (1, 5 + 1, 64)
         assert torch.equal(again["model.layers.1.mlp"].tensor(), run["model.layers.1.mlp"].tensor())
     finally:
         session.store = store
 
 
-# --- the magic -------------------------------------------------------------------------------------
+# --- the magic ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -644,10 +731,15 @@ def shell(session, told_model):
 
 def test_the_magic_generates_and_is_its_twin(shell, session):
     session.hook("model.layers.1.mlp")
-    run, twin = shell.run_line_magic("flex_run", "--generate 6 abc"), session.generate("abc", max_new_tokens=6)
+    run, twin = (
+        shell.run_line_magic("flex_run", "--generate 6 abc"),
+        session.generate("abc", max_new_tokens=6),
+    )
     assert run.new_ids == twin.new_ids and len(run.new_ids[0]) == 6 and run.text.startswith("abc")
     assert torch.equal(run["model.layers.1.mlp"].tensor(), twin["model.layers.1.mlp"].tensor())
-    drawn = shell.run_line_magic("flex_run", "--generate 6 --sample --temperature 3 --top-k 50 --seed 5 abc")
+    drawn = shell.run_line_magic(
+        "flex_run", "--generate 6 --sample --temperature 3 --top-k 50 --seed 5 abc"
+    )
     twin = session.generate("abc", 6, do_sample=True, temperature=3.0, top_k=50, seed=5)
     assert drawn.new_ids == twin.new_ids != run.new_ids
     batch = shell.run_cell_magic("flex_run", "--generate 3", "abc\nsome more\n")
@@ -677,21 +769,31 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
             "print(ascii(run.generated))",
         ):
             outputs = seen.setdefault(code.split()[0], [])
-            reply = client.execute_interactive(code, output_hook=outputs.append, timeout=240)["content"]
+            reply = client.execute_interactive(code, output_hook=outputs.append, timeout=240)[
+                "content"
+            ]
             assert reply["status"] == "ok", reply
     finally:
         client.stop_channels()
         manager.shutdown_kernel()
-    shown = [m["content"] for m in seen["run"] if m["msg_type"] in ("display_data", "update_display_data")]
+    shown = [
+        m["content"]
+        for m in seen["run"]
+        if m["msg_type"] in ("display_data", "update_display_data")
+    ]
     texts = [content["data"]["text/plain"] for content in shown]
     assert len(texts) > 1 and all(set(content["data"]) == {"text/plain"} for content in shown)
     assert all(b.startswith(a) for a, b in itertools.pairwise(texts)), "it grows"
     assert len({content["transient"]["display_id"] for content in shown}) == 1, "in one place"
-    printed = "".join(m["content"]["text"] for m in seen["print(ascii(run.generated))"] if m["msg_type"] == "stream")
+    printed = "".join(
+        m["content"]["text"]
+        for m in seen["print(ascii(run.generated))"]
+        if m["msg_type"] == "stream"
+    )
     assert printed.strip() == ascii(texts[-1])
 
 
-# --- the real model --------------------------------------------------------------------------------
+# --- the real model -------------------------------------------------------------------
 
 REAL_LAYOUTS = [
     pytest.param({"pp": 2}, id="pp2", marks=two),
@@ -715,7 +817,9 @@ def test_the_real_model_goes_on_as_unsharded(session, smollm2, layout, record_pr
     worst = 0.0
     for capture in run:
         expected = whole.outputs[capture.key.module, 0, ""][real]
-        worst = max(worst, ((capture.tensor()[real] - expected).abs().max() / expected.abs().max()).item())
+        worst = max(
+            worst, ((capture.tensor()[real] - expected).abs().max() / expected.abs().max()).item()
+        )
     record_property("worst", worst)
     print(f"{layout}: worst relative error of 30 MLP outputs {worst:.1e}")
     assert worst < 1e-4

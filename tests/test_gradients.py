@@ -1,4 +1,5 @@
-"""Gradients of parameters: edited whole, once, and what a step is then made of, under every layout."""
+"""Gradients of parameters: edited whole, once, and what a step is then made of, under every
+layout."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_an_edit_sees_the_whole_gradient(session, tiny, layout):
 
 @pytest.mark.parametrize("layout", layouts)
 def test_a_step_is_made_of_the_edited_gradients(session, tiny, layout):
-    """Two edits of one gradient are made in their order; a parameter of two names, on two stages, has one gradient."""
+    """Two edits of one gradient are made in their order; a parameter of two names, on two stages,
+    has one gradient."""
     session.load(tiny("llama"), **layout)
     session.edit("clipped")(clipped)
     session.hook(WEIGHTS, at="param_grad", edit="clipped", name="first", capture="none")
@@ -79,14 +81,24 @@ def test_a_step_is_made_of_the_edited_gradients(session, tiny, layout):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gradient = gradients[name]
-            gradient = clipped(gradient) if name.endswith("gate_proj.weight") or name == EMBEDDING else gradient
+            gradient = (
+                clipped(gradient)
+                if name.endswith("gate_proj.weight") or name == EMBEDDING
+                else gradient
+            )
             parameter -= gradient * (3 if name == GATE else 1)
         want = model(**BATCH, use_cache=False).logits
-    session.train_step(ROWS, loss, lambda parameters: torch.optim.SGD(parameters, lr=1.0), parameters="**")
+    session.train_step(
+        ROWS, loss, lambda parameters: torch.optim.SGD(parameters, lr=1.0), parameters="**"
+    )
     real = WEIGHT.abs().sum(-1) > 0
-    torch.testing.assert_close(session.run(ROWS).logits.tensor()[real], want[real], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        session.run(ROWS).logits.tensor()[real], want[real], atol=1e-3, rtol=1e-4
+    )
     for name in (GATE, EMBEDDING, "model.layers.0.mlp.up_proj.weight"):
-        assert relative(session.parameter(name).tensor(), dict(model.named_parameters())[name]) < 2e-5, name
+        assert (
+            relative(session.parameter(name).tensor(), dict(model.named_parameters())[name]) < 2e-5
+        ), name
 
 
 @pytest.mark.engines(2)

@@ -1,4 +1,5 @@
-"""A source as a matrix: leading dims become rows, and every row, column and shard has its words."""
+"""A source as a matrix: leading dims become rows, and every row, column and shard has its
+words."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ class Source:
 
     def __init__(self, tensor: torch.Tensor, **more: Any):
         self.held, self.shape, self.dtype = tensor, tuple(tensor.shape), tensor.dtype
-        self.name, self.tokens, self.shards, self.evidence = "model.layers.3.mlp", None, None, "plan"
+        self.name, self.tokens, self.shards, self.evidence = (
+            "model.layers.3.mlp",
+            None,
+            None,
+            "plan",
+        )
         self.__dict__.update(more)
 
     def tensor(self) -> torch.Tensor:
@@ -48,7 +54,11 @@ def test_batch_and_position_become_rows_with_their_tokens():
 
 @pytest.mark.parametrize(
     ("shape", "labels"),
-    [((4,), [""]), ((2, 4), ["0", "1"]), ((1, 2, 2, 3), ["[0, 0, 0]", "[0, 0, 1]", "[0, 1, 0]", "[0, 1, 1]"])],
+    [
+        ((4,), [""]),
+        ((2, 4), ["0", "1"]),
+        ((1, 2, 2, 3), ["[0, 0, 0]", "[0, 0, 1]", "[0, 1, 0]", "[0, 1, 1]"]),
+    ],
 )
 def test_rows_of_other_ranks(shape, labels):
     grid = Grid(torch.zeros(shape))
@@ -68,7 +78,9 @@ def test_a_part_is_the_elements_themselves(shape, far):
 def test_a_source_that_reduces_itself_is_never_gathered():
     grid = Grid(FarSource(torch.randn(2, 30, 50)))
     most, least = grid.bounds((0, 60), (0, 50), 10, 10)
-    assert torch.equal(most, reduce.tiles(grid.source.held.reshape(60, 50), height=10, width=10, how="max"))
+    assert torch.equal(
+        most, reduce.tiles(grid.source.held.reshape(60, 50), height=10, width=10, how="max")
+    )
     assert (least <= most).all()
     assert grid.count_nan() is None
 
@@ -83,7 +95,12 @@ def test_shards_of_the_last_dim_are_pieces_of_the_columns(cuts):
 
 def test_shards_of_a_leading_dim_repeat_for_each_index_before_it():
     grid = Grid(Source(torch.zeros(2, 4, 8), shards=[(1, [3, 4], ["rank a", 7])]))
-    assert grid.row_axis((0, 8), 9).shards == [(0, 3, "rank a"), (3, 4, "rank 7"), (4, 7, "rank a"), (7, 8, "rank 7")]
+    assert grid.row_axis((0, 8), 9).shards == [
+        (0, 3, "rank a"),
+        (3, 4, "rank 7"),
+        (4, 7, "rank a"),
+        (7, 8, "rank 7"),
+    ]
     batch = Grid(Source(torch.zeros(2, 4, 8), shards=[(0, [1, 2], [0, 1])]))
     assert batch.row_axis((0, 8), 9).shards == [(0, 4, "rank 0"), (4, 8, "rank 1")]
 
@@ -113,7 +130,13 @@ def test_every_token_is_one_visible_line(token, shown):
 
 
 def test_ticks_are_round_and_no_more_than_asked_for():
-    for start, stop, most in [(0, 5, 5), (0, 4096, 20), (17, 16384, 9), (3, 4, 1), (1_000_000, 3_000_000, 7)]:
+    for start, stop, most in [
+        (0, 5, 5),
+        (0, 4096, 20),
+        (17, 16384, 9),
+        (3, 4, 1),
+        (1_000_000, 3_000_000, 7),
+    ]:
         ticks = ticks_in(start, stop, most)
         assert len(ticks) <= most
         assert all(start <= t < stop for t in ticks)

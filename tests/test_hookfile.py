@@ -36,7 +36,9 @@ def fill(session) -> None:
     session.hook(NAME, at="input", index=0, name="in")
     session.hook(NAME, edit="add", value=STEERING, capture="both", name="steered", groups="b")
     session.hook("model.layers.2", edit="clamp", value=(-1, 1), neurons=[3, 5], name="clamped")
-    session.hook("model.layers.*.self_attn.@z", edit="scale", value=0.5, heads=[0, 2], capture="none")
+    session.hook(
+        "model.layers.*.self_attn.@z", edit="scale", value=0.5, heads=[0, 2], capture="none"
+    )
     session.hook("model.layers.3.mlp", edit="soft")
     session.hook("model.layers.3", edit="double")
     session.hook("model.layers.0", edit="steer")
@@ -47,8 +49,12 @@ def text(path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"tp": 2}, marks=pytest.mark.engines(2))], ids=["one", "tp"])
-def test_a_file_of_hooks_gives_equal_hooks_and_edits_that_do_the_same(session, tiny, tmp_path, layout):
+@pytest.mark.parametrize(
+    "layout", [{}, pytest.param({"tp": 2}, marks=pytest.mark.engines(2))], ids=["one", "tp"]
+)
+def test_a_file_of_hooks_gives_equal_hooks_and_edits_that_do_the_same(
+    session, tiny, tmp_path, layout
+):
     session.load(tiny("llama"), **layout)
     fill(session)
     before, logits = session.hook_set, session.run(IDS).logits.tensor()
@@ -57,7 +63,9 @@ def test_a_file_of_hooks_gives_equal_hooks_and_edits_that_do_the_same(session, t
     session.edits = {}
     assert session.hook_set != before and len(before.hooks) == 8 and before.off == {"a"}
     shown = session.load_hooks(path)
-    assert session.hook_set == before and session.hook_set.digest == before.digest and len(shown) == 8
+    assert (
+        session.hook_set == before and session.hook_set.digest == before.digest and len(shown) == 8
+    )
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
     again = session.save_hooks(tmp_path / "again.json")
     assert text(again)["hooks"] == text(path)["hooks"]
@@ -70,16 +78,29 @@ def test_an_edit_is_text_where_its_text_is_all_of_it(session, tiny, tmp_path):
     session.load(tiny("llama"))
     fill(session)
     edits = text(session.save_hooks(tmp_path / "hooks.json"))["edits"]
-    assert edits["soft"]["imports"] == {"F": "torch.nn.functional", "torch": "torch", "math": "math"}
-    assert edits["soft"]["source"].startswith("def soft(x, ctx):\n") and "# a comment" in edits["soft"]["source"]
+    assert edits["soft"]["imports"] == {
+        "F": "torch.nn.functional",
+        "torch": "torch",
+        "math": "math",
+    }
+    assert (
+        edits["soft"]["source"].startswith("def soft(x, ctx):\n")
+        and "# a comment" in edits["soft"]["source"]
+    )
     assert edits["soft"]["per"] == "row"
     assert edits["double"]["source"] == "def double(x, ctx):\n    return x * 2.0\n"
-    assert "source" not in edits["steer"] and edits["steer"]["warning"].startswith("pickled code: loading this file")
+    assert "source" not in edits["steer"] and edits["steer"]["warning"].startswith(
+        "pickled code: loading this file"
+    )
 
 
 def test_the_body_of_a_cell_is_text_and_gives_its_last_line(tmp_path):
-    function = hookfile.compiled("cell", "def cell(x, ctx):\n    y = x + 1\n    y * 2\n", {"__name__": "__main__"})
-    path = hookfile.write(tmp_path / "h.json", HookSet(), {"cell": EditSpec("cell", "whole", packed(function))})
+    function = hookfile.compiled(
+        "cell", "def cell(x, ctx):\n    y = x + 1\n    y * 2\n", {"__name__": "__main__"}
+    )
+    path = hookfile.write(
+        tmp_path / "h.json", HookSet(), {"cell": EditSpec("cell", "whole", packed(function))}
+    )
     assert text(path)["edits"]["cell"]["source"] == "def cell(x, ctx):\n    y = x + 1\n    y * 2\n"
     _, edits = hookfile.read(path, packed)
     import pickle
@@ -90,7 +111,10 @@ def test_the_body_of_a_cell_is_text_and_gives_its_last_line(tmp_path):
 def test_another_process_can_read_it(tmp_path):
     path = tmp_path / "h.json"
     edits = {}
-    for name, function in {"text": lambda x, ctx: torch.relu(x), "pickled": lambda x, ctx: x + STEERING[0]}.items():
+    for name, function in {
+        "text": lambda x, ctx: torch.relu(x),
+        "pickled": lambda x, ctx: x + STEERING[0],
+    }.items():
         edits[name] = EditSpec(name, "whole", packed(function))
     hookfile.write(path, HookSet((HookSpec("a.*", groups=("g",)),), frozenset("g")), edits)
     code = f"""
@@ -101,7 +125,9 @@ hooks, edits = hookfile.read({str(path)!r}, packed)
 x = torch.tensor([-1.0, 2.0])
 print(hooks, [pickle.loads(e.code)(x, None).tolist() for e in edits.values()], flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert "off=frozenset({'g'})) [[0.0, 2.0], [-2.0, 1.0]]" in done.stdout, done.stderr
 
 
@@ -125,7 +151,8 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
     session.hook(NAME)
     session.hook(NAME, edit="patch", value=session.run(IDS)[NAME], name="from Rome")
     with pytest.raises(
-        fk.errors.HookError, match=r"hook 'from Rome' patches in a capture.*session\.unhook\('from Rome'"
+        fk.errors.HookError,
+        match=r"hook 'from Rome' patches in a capture.*session\.unhook\('from Rome'",
     ):
         session.save_hooks(tmp_path / "hooks.json")
     assert list(tmp_path.iterdir()) == []
@@ -139,7 +166,10 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
         ('{"cells": []}', "is no file of hooks"),
         ('{"flexkernel hooks": 2}', "has schema 2, this flexkernel reads 1"),
         ('{"flexkernel hooks": 1}', "is not whole: KeyError"),
-        ('{"flexkernel hooks": 1, "hooks": [{"glob": "a", "colour": 1}], "off": [], "edits": {}}', "is not whole"),
+        (
+            '{"flexkernel hooks": 1, "hooks": [{"glob": "a", "colour": 1}], "off": [], "edits": {}}',
+            "is not whole",
+        ),
         (
             '{"flexkernel hooks": 1, "hooks": [], "off": [], "edits": {"e": {"per": "row", "imports": {}, '
             '"source": "import os"}}}',

@@ -20,7 +20,7 @@ def asked(glob="m", at="output", index=None, groups=(), positions=None, name="")
     return spec_of(glob, at, index, groups, positions, name)
 
 
-# --- what may be asked for -------------------------------------------------------------------------
+# --- what may be asked for ------------------------------------------------------------
 
 
 def test_a_hook_is_kept_as_asked():
@@ -31,7 +31,8 @@ def test_a_hook_is_kept_as_asked():
 
 
 @pytest.mark.parametrize(
-    ("positions", "want"), [(None, None), (-1, (-1,)), (0, (0,)), ([2, 0], (2, 0)), (range(2), (0, 1))]
+    ("positions", "want"),
+    [(None, None), (-1, (-1,)), (0, (0,)), ([2, 0], (2, 0)), (range(2), (0, 1))],
 )
 def test_positions_are_one_or_several_whole_numbers(positions, want):
     assert indices(positions, "positions") == want
@@ -45,7 +46,9 @@ def test_other_positions_are_refused(positions):
 
 @pytest.mark.parametrize("at", ["outputs", "", "grad", None])
 def test_an_unknown_side_is_refused(at):
-    with pytest.raises(HookError, match=f"at={at!r} is not there; a hook is at output, input, grad_output"):
+    with pytest.raises(
+        HookError, match=f"at={at!r} is not there; a hook is at output, input, grad_output"
+    ):
         asked(at=at)
 
 
@@ -62,7 +65,7 @@ def test_the_runs_own_hook_cannot_be_taken(where):
     assert asked("logits", name="mine").key == "mine"
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------
 
 
 def test_a_hook_tells_where_it_is_and_what_never_fires():
@@ -75,7 +78,9 @@ def test_a_hook_tells_where_it_is_and_what_never_fires():
     assert repr(Hooked(HookSpec(""), ("",))) == "Hook '(root)' on 1 module: (root)"
 
 
-@pytest.mark.parametrize(("count", "want"), [(0, ""), (1, "m0"), (3, "m0, m1, m2"), (5, "m0, m1, ..., m4")])
+@pytest.mark.parametrize(
+    ("count", "want"), [(0, ""), (1, "m0"), (3, "m0, m1, m2"), (5, "m0, m1, ..., m4")]
+)
 def test_some_names_stand_for_many(count, want):
     assert some([f"m{i}" for i in range(count)]) == want
 
@@ -85,7 +90,13 @@ def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
     table = Hooks(off, lambda hook: (hook.glob.replace("*", "0"),))
     assert [row[0] for row in table.rows()] == [MLP.key, ATTN.key, "head"] and len(table) == 3
     assert list(table) == list(off.hooks)
-    assert table.rows()[1] == (ATTN.key, "model.layers.0.self_attn", "1", "input", "early, attn (off)")
+    assert table.rows()[1] == (
+        ATTN.key,
+        "model.layers.0.self_attn",
+        "1",
+        "input",
+        "early, attn (off)",
+    )
     assert repr(table).splitlines()[0].split() == ["hook", "modules", "n", "at", "groups"]
 
 
@@ -97,10 +108,12 @@ def test_an_empty_table_says_so():
 def test_names_and_groups_are_text_in_html():
     evil = HookSpec("<script>", name="<img src=x>", groups=("<b>",))
     page = Hooks(HookSet().put(evil), lambda hook: (hook.glob,))._repr_html_()
-    assert "<script" not in page and "<img" not in page and "<b>" not in page and "&lt;b&gt;" in page
+    assert (
+        "<script" not in page and "<img" not in page and "<b>" not in page and "&lt;b&gt;" in page
+    )
 
 
-# --- groups ----------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------
 
 
 def keys(hook_set: HookSet) -> list[str]:
@@ -137,7 +150,11 @@ def test_taking_hooks_out_leaves_the_hooks():
 
 def test_removing_a_group_leaves_its_hooks_and_they_fire():
     gone = regrouped(regrouped(THREE, "off", "early", None), "remove", "early", None)
-    assert gone.groups == {"attn": [ATTN.key]} and keys(gone) == keys(THREE) and gone.off == frozenset()
+    assert (
+        gone.groups == {"attn": [ATTN.key]}
+        and keys(gone) == keys(THREE)
+        and gone.off == frozenset()
+    )
 
 
 def test_listing_changes_nothing():
@@ -153,7 +170,12 @@ def test_listing_changes_nothing():
         ("on", "none", None, "there is no group 'none'"),
         ("remove", "none", None, "there is no group 'none'"),
         ("add", "new", None, r"which hooks\?"),
-        ("add", "new", "model.layers.0.nothing", r"no hook is meant by 'model\.layers\.0\.nothing'; there are"),
+        (
+            "add",
+            "new",
+            "model.layers.0.nothing",
+            r"no hook is meant by 'model\.layers\.0\.nothing'; there are",
+        ),
         ("remove", "early", "nothing", "no hook is meant by 'nothing'"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Captures of engines on another host: fetched over the data plane, the same numbers. FLEX_HOST names a host."""
+"""Captures of engines on another host: fetched over the data plane, the same numbers. FLEX_HOST
+names a host."""
 
 from __future__ import annotations
 
@@ -61,7 +62,10 @@ def test_what_lies_on_another_host_is_the_same(elsewhere, tiny, layout):
     elsewhere.load(tiny("llama"), **layout)
     assert elsewhere.cluster.hosts == ["b", "b"]
     run = hook_and_run(elsewhere)
-    assert len(want) > 60 and not (elsewhere.store.folder.parent / elsewhere.cluster.folder / "x").exists()
+    assert (
+        len(want) > 60
+        and not (elsewhere.store.folder.parent / elsewhere.cluster.folder / "x").exists()
+    )
     for key, whole in want.items():
         capture = run[key.module, key.at, key.index, key.call]
         torch.testing.assert_close(capture.tensor(), whole, atol=1e-5, rtol=1e-5)
@@ -79,7 +83,9 @@ def test_what_lies_on_another_host_is_the_same(elsewhere, tiny, layout):
 def check_parameters(elsewhere, folder) -> None:
     """A packed one too, of which a rank holds several runs of rows."""
     elsewhere.load(folder, tp=2)
-    want = {n: p.detach() for n, p in models.build("mixtral").named_parameters() if "layers.0" not in n}
+    want = {
+        n: p.detach() for n, p in models.build("mixtral").named_parameters() if "layers.0" not in n
+    }
     assert len(want) > 20 and any("gate_up_proj" in n for n in want)
     for name, whole in want.items():
         capture = elsewhere.parameter(name)
@@ -133,7 +139,9 @@ def test_a_parameter_on_other_hosts_is_edited_and_given_back(elsewhere, tiny):
     with elsewhere.parameters_edited({packed: lambda whole: whole.flip(1), norm: before[norm] * 3}):
         assert torch.equal(elsewhere.parameter(packed).tensor(), before[packed].flip(1))
         assert torch.equal(elsewhere.parameter(norm).tensor(), before[norm] * 3)
-    assert all(torch.equal(elsewhere.parameter(name).tensor(), whole) for name, whole in before.items())
+    assert all(
+        torch.equal(elsewhere.parameter(name).tensor(), whole) for name, whole in before.items()
+    )
 
 
 @pytest.mark.slow
@@ -146,7 +154,7 @@ def test_a_driver_on_one_of_the_hosts_uses_its_own_slab(elsewhere, tiny, monkeyp
     assert torch.equal(capture.tensor(), elsewhere.run(IDS)["model.layers.0.mlp"].tensor())
 
 
-# --- what needs whole activations: their parts are sent ------------------------------------------------
+# --- what needs whole activations: their parts are sent -------------------------------
 
 
 @pytest.fixture
@@ -165,13 +173,17 @@ def test_edits_and_gradients_over_hosts_are_the_unsharded_models(apart, tiny, la
     assert apart.cluster.hosts == ["b", "c"]
     test_edits.define(apart)
     base = test_edits.edited_logits(tiny("llama"), None)
-    cases = [case for case in CASES if case.name.startswith(("user's", "project_out", "mean", "add"))]
+    cases = [
+        case for case in CASES if case.name.startswith(("user's", "project_out", "mean", "add"))
+    ]
     assert len(cases) == 10
     for case in cases:
         apart.hook(case.module, name="edited", **case.how)
         truth = test_edits.edited_logits(tiny("llama"), case)
         assert (truth - base)[MASK].abs().max() > 100 * TOLERANCE
-        torch.testing.assert_close(apart.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            apart.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0
+        )
     test_autograd.through_edits(apart, tiny("llama"), cases)
     apart.unhook()
     apart.hook(test_gradients.WEIGHTS, at="param_grad", edit="scale", value=3.0)
@@ -187,7 +199,12 @@ def test_a_loss_over_hosts_sees_captures_of_all_of_them(apart, tiny):
     for name in names:
         apart.hook(name)
     apart.hook("model.layers.*.mlp", reduce="norm:-1", name="reduced")
-    run = apart.run(IDS, loss=lambda logits, batch: sum(batch.captures[name].double().square().sum() for name in names))
+    run = apart.run(
+        IDS,
+        loss=lambda logits, batch: sum(
+            batch.captures[name].double().square().sum() for name in names
+        ),
+    )
     want = sum(run[name, "output"].tensor().double().square().sum().item() for name in names)
     assert want > 1e-3 and run.loss == pytest.approx(want, rel=1e-6)
 
@@ -203,7 +220,9 @@ def test_a_patch_travels_to_other_hosts(apart, tiny):
     apart.hook(name, edit="patch", value=source[name])
     patched = apart.run(IDS)
     assert not torch.allclose(patched.logits.tensor(), alone.logits.tensor(), atol=1e-2)
-    torch.testing.assert_close(patched.logits.tensor(), source.logits.tensor(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        patched.logits.tensor(), source.logits.tensor(), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Interrupts: none is lost, none leaves something half done, and what was captured before one is kept or not there."""
+"""Interrupts: none is lost, none leaves something half done, and what was captured before one is
+kept or not there."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def press() -> None:
     time.sleep(0.05)  # the handler runs here
 
 
-# --- Held --------------------------------------------------------------------------------------------
+# --- Held -----------------------------------------------------------------------------
 
 
 def test_an_interrupt_waits_until_what_it_came_into_is_done():
@@ -33,7 +34,9 @@ def test_an_interrupt_waits_until_what_it_came_into_is_done():
             press()
             done.append("inner")
         done.append("outer")
-    assert done == ["inner", "outer"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (
+        done == ["inner", "outer"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
 
 
 def test_where_it_is_heard_it_is_heard_at_once_also_one_that_came_before():
@@ -76,7 +79,7 @@ def test_other_threads_and_ignored_signals_are_left_alone():
     assert seen == [before]
 
 
-# --- what is kept of a run that ended early ---------------------------------------------------------------
+# --- what is kept of a run that ended early -------------------------------------------
 
 
 def interrupt_at(session, module: str, rank: int, run) -> None:
@@ -98,15 +101,27 @@ def test_what_was_whole_before_an_interrupt_is_kept_and_nothing_else(session, ti
     whole = {c.key: c.tensor().clone() for c in session.run(IDS)}
     interrupt_at(session, "model.layers.3.input_layernorm", 1, lambda: session.run(IDS))
     run = session.last
-    assert run.partial == "interrupted" and "PARTIAL: interrupted" in repr(run) and "PARTIAL" in run._repr_html_()
-    assert [c.key.module for c in run] == MLPS[:3], "rank 0 of tp has its half of q_proj, rank 1 has not"
+    assert (
+        run.partial == "interrupted"
+        and "PARTIAL: interrupted" in repr(run)
+        and "PARTIAL" in run._repr_html_()
+    )
+    assert [c.key.module for c in run] == MLPS[:3], (
+        "rank 0 of tp has its half of q_proj, rank 1 has not"
+    )
     assert all(torch.equal(c.tensor(), whole[c.key]) for c in run)
-    with pytest.raises(CaptureError, match=r"ended before .*q_proj.* was whole \(interrupted\); it has 3 captures"):
+    with pytest.raises(
+        CaptureError, match=r"ended before .*q_proj.* was whole \(interrupted\); it has 3 captures"
+    ):
         run["model.layers.3.self_attn.q_proj"]
     with pytest.raises(CaptureError, match="no logits: interrupted"):
         run.logits  # noqa: B018
     after = session.run(IDS)
-    assert after.partial == "" and all(torch.equal(c.tensor(), whole[c.key]) for c in after) and len(after) == 5
+    assert (
+        after.partial == ""
+        and all(torch.equal(c.tensor(), whole[c.key]) for c in after)
+        and len(after) == 5
+    )
     assert all(torch.equal(c.tensor(), whole[c.key]) for c in run), "its memory is its own"
     before = session.store.pool.num_bytes
     run.free()
@@ -179,4 +194,6 @@ def test_an_interrupt_at_any_moment_leaves_hooks_and_runs_as_they_were_said(sess
     session.run(IDS)
     assert len(session.runs) == stored + 1
     in_use = {extent.base for extent in session.store._extents.values()}
-    assert {e.base for held in session.store.pool._extents.values() for e in held} == in_use, "no memory is lost"
+    assert {e.base for held in session.store.pool._extents.values() for e in held} == in_use, (
+        "no memory is lost"
+    )

@@ -1,4 +1,5 @@
-"""FlexKernel as Jupyter starts it, from a kernelspec in a folder of its own: the user's are not touched."""
+"""FlexKernel as Jupyter starts it, from a kernelspec in a folder of its own: the user's are not
+touched."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ LOADED = "'flexkernel' in get_ipython().extension_manager.loaded"
 
 @pytest.fixture(scope="module", autouse=True)
 def jupyter_folders(tmp_path_factory):
-    """Jupyter's user folder, first in the search order too: a venv's own kernelspecs would win otherwise."""
+    """Jupyter's user folder, first in the search order too: a venv's own kernelspecs would win
+    otherwise."""
     folder = tmp_path_factory.mktemp("jupyter")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("JUPYTER_DATA_DIR", "JUPYTER_PATH", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
@@ -42,7 +44,11 @@ def jupyter_folders(tmp_path_factory):
 def test_the_installed_kernelspec_is_the_one_jupyter_finds(jupyter_folders):
     spec = KernelSpecManager().get_kernel_spec("flexkernel")
     assert Path(spec.resource_dir) == jupyter_folders / "kernels" / "flexkernel"
-    assert (spec.display_name, spec.language, spec.metadata["debugger"]) == ("FlexKernel", "python", True)
+    assert (spec.display_name, spec.language, spec.metadata["debugger"]) == (
+        "FlexKernel",
+        "python",
+        True,
+    )
     assert spec.argv[0] == sys.executable and spec.argv[-4:] == [
         "-m",
         "flexkernel.notebook.kernel",
@@ -67,7 +73,9 @@ def test_install_takes_a_prefix(tmp_path, capsys):
     assert main(["install", "--prefix", str(tmp_path)]) == 0
     folder = tmp_path / "share" / "jupyter" / "kernels" / "flexkernel"
     assert capsys.readouterr().out == f"{folder}\n"
-    assert {path.name for path in folder.iterdir()} == {path.name for path in kernel.SOURCES[0].iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in kernel.SOURCES[0].iterdir()
+    }
 
 
 def test_install_twice_is_install_once(tmp_path):
@@ -76,7 +84,10 @@ def test_install_twice_is_install_once(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FlexError, match=r"the kernelspec cannot be written: .*; --user and --prefix name other places"):
+    with pytest.raises(
+        FlexError,
+        match=r"the kernelspec cannot be written: .*; --user and --prefix name other places",
+    ):
         kernel.install(prefix=str(tmp_path / "file"))
 
 
@@ -91,10 +102,14 @@ def test_an_extension_that_does_not_load_leaves_a_kernel(caplog):
         raise ImportError(f"cannot import {name}")
 
     stub = SimpleNamespace(
-        shell=SimpleNamespace(extension_manager=SimpleNamespace(load_extension=broken)), log=logging.getLogger("kernel")
+        shell=SimpleNamespace(extension_manager=SimpleNamespace(load_extension=broken)),
+        log=logging.getLogger("kernel"),
     )
     kernel.FlexKernel.load_extension(stub)
-    assert "%load_ext flexkernel shows why" in caplog.text and "cannot import flexkernel" in caplog.text
+    assert (
+        "%load_ext flexkernel shows why" in caplog.text
+        and "cannot import flexkernel" in caplog.text
+    )
 
 
 # Jupyter's own suite for kernels
@@ -115,7 +130,10 @@ class TestProtocol(jupyter_kernel_test.KernelTests):
     code_generate_error = "raise ValueError('x')"
     code_execute_result = [{"code": "1+2+3", "result": "6"}]
     code_display_data = [
-        {"code": "from IPython.display import HTML, display; display(HTML('<b>x</b>'))", "mime": "text/html"}
+        {
+            "code": "from IPython.display import HTML, display; display(HTML('<b>x</b>'))",
+            "mime": "text/html",
+        }
     ]
     code_inspect_sample = "zip"
     code_clear_output = "from IPython.display import clear_output; clear_output()"
@@ -141,7 +159,11 @@ def run(client, code: str) -> tuple[dict, str]:
     def collect(message):
         content = message["content"]
         shown.extend(
-            [content.get("text", ""), *content.get("traceback", []), content.get("data", {}).get("text/plain", "")]
+            [
+                content.get("text", ""),
+                *content.get("traceback", []),
+                content.get("data", {}).get("text/plain", ""),
+            ]
         )
 
     reply = client.execute_interactive(code, output_hook=collect, timeout=60)
@@ -151,8 +173,14 @@ def run(client, code: str) -> tuple[dict, str]:
 @pytest.mark.slow
 def test_the_kernel_says_what_it_is(client):
     info = client.kernel_info(reply=True, timeout=60)["content"]
-    assert (info["implementation"], info["implementation_version"]) == ("flexkernel", flexkernel.__version__)
-    assert info["banner"].startswith(f"FlexKernel {flexkernel.__version__}: ") and "IPython" in info["banner"]
+    assert (info["implementation"], info["implementation_version"]) == (
+        "flexkernel",
+        flexkernel.__version__,
+    )
+    assert (
+        info["banner"].startswith(f"FlexKernel {flexkernel.__version__}: ")
+        and "IPython" in info["banner"]
+    )
 
 
 @pytest.mark.slow
@@ -165,7 +193,10 @@ def test_the_magics_are_there_without_loading_them(client):
 
 @pytest.mark.slow
 def test_an_error_of_ours_is_one_block_and_the_kernel_goes_on(client):
-    reply, shown = run(client, "from flexkernel.errors import HookError\nraise HookError(\"no module matches 'x'\")")
+    reply, shown = run(
+        client,
+        "from flexkernel.errors import HookError\nraise HookError(\"no module matches 'x'\")",
+    )
     assert (reply["status"], reply["ename"]) == ("error", "HookError")
     assert shown == "HookError: no module matches 'x'"
     assert run(client, "6 * 7")[1] == "42"

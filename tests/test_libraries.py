@@ -1,4 +1,5 @@
-"""What the modules of fairscale and Megatron-core say by class: placements over tp, the batch's dim, split weights.
+"""What the modules of fairscale and Megatron-core say by class: placements over tp, the batch's
+dim, split weights.
 
 Against the libraries themselves: test_foreign.py.
 """
@@ -27,10 +28,20 @@ def linear(name: str, module: str, **flags) -> torch.nn.Module:
     [
         ("ColumnParallelLinear", {"gather_output": False}, Replicate(), Shard(-1)),
         ("ColumnParallelLinear", {"gather_output": True}, Replicate(), Replicate()),
-        ("ColumnParallelLinear", {"gather_output": False, "sequence_parallel": True}, Shard(0), Shard(-1)),
+        (
+            "ColumnParallelLinear",
+            {"gather_output": False, "sequence_parallel": True},
+            Shard(0),
+            Shard(-1),
+        ),
         ("RowParallelLinear", {"input_is_parallel": True}, Shard(-1), Replicate()),
         ("RowParallelLinear", {"input_is_parallel": False}, Replicate(), Replicate()),
-        ("RowParallelLinear", {"input_is_parallel": True, "sequence_parallel": True}, Shard(-1), Shard(0)),
+        (
+            "RowParallelLinear",
+            {"input_is_parallel": True, "sequence_parallel": True},
+            Shard(-1),
+            Shard(0),
+        ),
         ("VocabParallelEmbedding", {}, Replicate(), Replicate()),
         ("Linear", {}, None, None),
     ],
@@ -69,32 +80,50 @@ def test_megatrons_modules_say_which_dim_has_the_rows(name, flags, outer, batch)
 
 
 def test_fairscales_layers_look_at_the_last_dim_only():
-    assert known("a", linear("ColumnParallelLinear", "fairscale.nn", gather_output=True), "output").batch is None
+    assert (
+        known(
+            "a", linear("ColumnParallelLinear", "fairscale.nn", gather_output=True), "output"
+        ).batch
+        is None
+    )
 
 
 def test_other_tensors_of_a_value_and_what_experts_order_are_not_meant():
     layer = linear("RowParallelLinear", "megatron.core.x")
     assert known("a", layer, "output", "0") is not None
-    assert known("a", layer, "output", "1") is None and known("mlp.experts.0", layer, "output", "0") is None
+    assert (
+        known("a", layer, "output", "1") is None
+        and known("mlp.experts.0", layer, "output", "0") is None
+    )
 
 
 def test_logits_of_transformers_have_the_rows_first():
     model = linear("LlamaForCausalLM", "transformers.models.llama")
-    assert known("", model, "output", "logits").batch == 0 and known("", model, "output", "") is None
+    assert (
+        known("", model, "output", "logits").batch == 0 and known("", model, "output", "") is None
+    )
 
 
 def test_packed_projections_are_split_each_by_itself_or_refused():
     weight = torch.zeros(4, 2)
-    layer = linear("ColumnParallelLinear", "megatron.core.x", config=SimpleNamespace(gated_linear_unit=True))
+    layer = linear(
+        "ColumnParallelLinear", "megatron.core.x", config=SimpleNamespace(gated_linear_unit=True)
+    )
     layer.weight = weight
     assert weight_placement("linear_qkv.weight", layer, weight) == Shard(0)
     for ask in (
         lambda: weight_placement("mlp.linear_fc1.weight", layer, weight),
         lambda: known("mlp.linear_fc1", layer, "output", "0"),
     ):
-        with pytest.raises(PlacementError, match="packs several projections, whose order over tp is not known"):
+        with pytest.raises(
+            PlacementError, match="packs several projections, whose order over tp is not known"
+        ):
             ask()
     weight.partition_stride = 2
-    assert weight_placement("mlp.linear_fc1.weight", layer, weight) == _StridedShard(0, split_factor=2)
-    assert known("mlp.linear_fc1", layer, "output", "0").placement == _StridedShard(-1, split_factor=2)
+    assert weight_placement("mlp.linear_fc1.weight", layer, weight) == _StridedShard(
+        0, split_factor=2
+    )
+    assert known("mlp.linear_fc1", layer, "output", "0").placement == _StridedShard(
+        -1, split_factor=2
+    )
     assert weight_placement("norm.weight", linear("LayerNorm", "megatron.core.x"), weight) is None

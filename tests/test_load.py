@@ -1,4 +1,5 @@
-"""Loading: what cannot be is refused before anything is read, by a sentence; what can be is what transformers loads."""
+"""Loading: what cannot be is refused before anything is read, by a sentence; what can be is what
+transformers loads."""
 
 from __future__ import annotations
 
@@ -40,23 +41,32 @@ def on_meta(kind: str, **options) -> tuple:
         return config, transformers.AutoModelForCausalLM.from_config(config)
 
 
-# --- degrees ---------------------------------------------------------------------------------------
+# --- degrees --------------------------------------------------------------------------
 
 
 def test_tp_must_divide_the_heads_and_says_what_would():
     config, model = on_meta("Llama", **SMOLLM2)
     check(config, model, Layout(tp=3))
     with pytest.raises(
-        LayoutError, match=r"tp=2 does not divide LlamaForCausalLM's 9 attention heads; tp could be \[3\]"
+        LayoutError,
+        match=r"tp=2 does not divide LlamaForCausalLM's 9 attention heads; tp could be \[3\]",
     ):
         check(config, model, Layout(tp=2))
-    with pytest.raises(LayoutError, match="tp=9 does not divide LlamaForCausalLM's 3 key/value heads"):
+    with pytest.raises(
+        LayoutError, match="tp=9 does not divide LlamaForCausalLM's 3 key/value heads"
+    ):
         check(config, model, Layout(tp=9))
 
 
 def test_tp_must_divide_the_mlp():
     config, model = on_meta(
-        "Llama", **{**SMOLLM2, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1022}
+        "Llama",
+        **{
+            **SMOLLM2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 1022,
+        },
     )
     with pytest.raises(LayoutError, match="tp=4 does not divide LlamaForCausalLM's 1022 MLP width"):
         check(config, model, Layout(tp=4))
@@ -67,9 +77,13 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
 
 def test_an_architecture_without_a_plan_is_refused_with_what_does_work():
     config, model = on_meta("GPT2", **GPT2)
-    with pytest.raises(LayoutError, match=r"tp=2: GPT2LMHeadModel has no tensor-parallel plan .* use fsdp= or dp="):
+    with pytest.raises(
+        LayoutError, match=r"tp=2: GPT2LMHeadModel has no tensor-parallel plan .* use fsdp= or dp="
+    ):
         check(config, model, Layout(tp=2))
-    with pytest.raises(LayoutError, match=r"pp=2: GPT2LMHeadModel cannot be split into stages.*transformer\.layers"):
+    with pytest.raises(
+        LayoutError, match=r"pp=2: GPT2LMHeadModel cannot be split into stages.*transformer\.layers"
+    ):
         check(config, model, Layout(pp=2))
     check(config, model, Layout(fsdp=2))
 
@@ -77,7 +91,9 @@ def test_an_architecture_without_a_plan_is_refused_with_what_does_work():
 def test_stages_need_a_layer_each():
     config, model = on_meta("Llama", **SMOLLM2)
     check(config, model, Layout(pp=4))
-    with pytest.raises(LayoutError, match="pp=5 stages need as many layers; LlamaForCausalLM has 4"):
+    with pytest.raises(
+        LayoutError, match="pp=5 stages need as many layers; LlamaForCausalLM has 4"
+    ):
         check(config, model, Layout(pp=5))
 
 
@@ -90,11 +106,13 @@ def test_one_engine_needs_nothing():
         check(*on_meta(kind, **options), Layout())
 
 
-# --- paths -----------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------
 
 
 def inspected(source: str | Source, layout: Layout = Layout(), dtype: str = "float32", attn=None):  # noqa: B008
-    return inspect(source if isinstance(source, Source) else Source(str(source)), layout, dtype, attn, {})
+    return inspect(
+        source if isinstance(source, Source) else Source(str(source)), layout, dtype, attn, {}
+    )
 
 
 def test_a_folder_that_is_not_there_names_those_beside_it(tmp_path):
@@ -106,7 +124,9 @@ def test_a_folder_that_is_not_there_names_those_beside_it(tmp_path):
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path):
-    with pytest.raises(LoadError, match=r"holds no config\.json: it is not a saved transformers model"):
+    with pytest.raises(
+        LoadError, match=r"holds no config\.json: it is not a saved transformers model"
+    ):
         inspected(tmp_path)
 
 
@@ -138,7 +158,10 @@ def test_code_of_a_repository_is_not_run(tiny, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((tiny("llama") / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise SystemExit")
     with pytest.raises(LoadError):
@@ -155,12 +178,14 @@ def test_weights_are_never_unpickled(tiny, session, tmp_path):
         session.load(folder)
 
 
-# --- dtypes and attention --------------------------------------------------------------------------
+# --- dtypes and attention -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["int64", "float33", "", "nn", "bool", "cuda", "Tensor"])
 def test_a_dtype_that_is_none_is_refused(name):
-    with pytest.raises(LoadError, match=f"dtype '{name}' is not one of torch's floating point types"):
+    with pytest.raises(
+        LoadError, match=f"dtype '{name}' is not one of torch's floating point types"
+    ):
         dtype_of(name)
 
 
@@ -181,14 +206,19 @@ def test_the_attention_asked_for_is_loaded(attn, tiny, session):
     assert session.cluster._runtime.model.config._attn_implementation == attn
 
 
-# --- devices ---------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda:1", "device='cuda:1' is not there; it is cpu or cuda"), ("cuda", "device='cuda': torch sees no GPU on")],
+    [
+        ("cuda:1", "device='cuda:1' is not there; it is cpu or cuda"),
+        ("cuda", "device='cuda': torch sees no GPU on"),
+    ],
 )
-def test_a_device_that_is_not_there_is_refused_and_the_loaded_model_stays(device, message, tiny, session, monkeypatch):
+def test_a_device_that_is_not_there_is_refused_and_the_loaded_model_stays(
+    device, message, tiny, session, monkeypatch
+):
     monkeypatch.setattr(session.cluster, "gpus", {})
     session.load(tiny("llama"))
     with pytest.raises(LoadError, match=message):
@@ -196,7 +226,7 @@ def test_a_device_that_is_not_there_is_refused_and_the_loaded_model_stays(device
     assert session.cluster.device == "cpu" and session.run([[5, 6]]).logits.shape[1] == 2
 
 
-# --- what is known before, and what is loaded ------------------------------------------------------
+# --- what is known before, and what is loaded -----------------------------------------
 
 
 def test_a_model_is_known_before_anything_is_read(tiny, tmp_path):
@@ -214,7 +244,9 @@ def test_what_is_loaded_is_what_transformers_loads(arch, tiny, session):
     ours, theirs = session.cluster._runtime.model, reference.load(tiny(arch))
     assert info.rank_parameters == (info.num_parameters,)
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
-    for (name, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(
+        ours.state_dict().items(), theirs.state_dict().items(), strict=True
+    ):
         assert name == other and torch.equal(a, b)
 
 
@@ -234,7 +266,9 @@ def test_tied_parameters_are_counted_once():
 def test_a_builder_must_return_a_module():
     import cloudpickle
 
-    with pytest.raises(LoadError, match=r"the builder returned str on this rank; it should return an nn.Module"):
+    with pytest.raises(
+        LoadError, match=r"the builder returned str on this rank; it should return an nn.Module"
+    ):
         build(cloudpickle.dumps(lambda: "model"))
     assert not build(cloudpickle.dumps(lambda: nn.Dropout())).training
 
@@ -243,9 +277,12 @@ def test_a_model_is_scanned_once_for_each_config_and_dtype(tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny("llama"), folder)
     first, again, half = (
-        inspect(Source(str(folder)), Layout(), dtype, None, {}).scan for dtype in ("float32", "float32", "bfloat16")
+        inspect(Source(str(folder)), Layout(), dtype, None, {}).scan
+        for dtype in ("float32", "float32", "bfloat16")
     )
-    assert again is first and {f.dtype for calls in half.values() for call in calls for f in call} >= {"bfloat16"}
+    assert again is first and {
+        f.dtype for calls in half.values() for call in calls for f in call
+    } >= {"bfloat16"}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     other = inspect(Source(str(folder)), Layout(), "float32", None, {}).scan

@@ -1,4 +1,5 @@
-"""The magics, in a real IPython shell over one engine in this process, and in real kernels over two engines."""
+"""The magics, in a real IPython shell over one engine in this process, and in real kernels over
+two engines."""
 
 from __future__ import annotations
 
@@ -25,14 +26,23 @@ from jupyter_client.manager import start_new_kernel
 from traitlets.config import Config
 
 import flexkernel as fk
-from flexkernel.errors import CaptureError, ClusterError, EngineError, HookError, LayoutError, LoadError, PromptError
+from flexkernel.errors import (
+    CaptureError,
+    ClusterError,
+    EngineError,
+    HookError,
+    LayoutError,
+    LoadError,
+    PromptError,
+)
 from flexkernel.notebook import magics
 
 MLP = "model.layers.*.mlp"
 
 
 class Notebook:
-    """An IPython shell. `do` gives a cell's value, or raises what it raised; what it showed is then in `shown`."""
+    """An IPython shell. `do` gives a cell's value, or raises what it raised; what it showed is
+    then in `shown`."""
 
     def __init__(self):
         config = Config()
@@ -110,7 +120,10 @@ def loaded(model, folder):
 
 
 def ids_of(run) -> list[list[int]]:
-    return [[i for i, m in zip(*row, strict=True) if m] for row in zip(run.plan.ids, run.plan.mask, strict=True)]
+    return [
+        [i for i, m in zip(*row, strict=True) if m]
+        for row in zip(run.plan.ids, run.plan.mask, strict=True)
+    ]
 
 
 # Loading the extension
@@ -135,7 +148,10 @@ def test_loading_again_keeps_the_session_and_doubles_nothing(loaded):
     session = loaded.magics.session
     loaded.do("%reload_ext flexkernel")
     assert session is not None and loaded.magics.session is session
-    assert len([m for m in loaded.shell.Completer.custom_matchers if "FlexMagics" in m.__qualname__]) == 1
+    assert (
+        len([m for m in loaded.shell.Completer.custom_matchers if "FlexMagics" in m.__qualname__])
+        == 1
+    )
     assert loaded.shell.input_transformer_manager.token_transformers.count(magics.Question) == 1
 
 
@@ -157,7 +173,19 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
     names = [re.match(r"\| `%(flex_\w+)", row)[1] for row in rows]
     assert names == [
         f"flex_{n}"
-        for n in ("cluster", "load", "tree", "param", "hook", "unhook", "group", "run", "show", "freeze", "verify")
+        for n in (
+            "cluster",
+            "load",
+            "tree",
+            "param",
+            "hook",
+            "unhook",
+            "group",
+            "run",
+            "show",
+            "freeze",
+            "verify",
+        )
     ]
     for row in rows:
         cells = re.split(r"(?<!\\)\|", row)[1:-1]
@@ -168,7 +196,9 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
 @pytest.mark.parametrize("name", sorted(magics.FlexMagics.magics["line"]))
 def test_help_lists_the_options(shell, name, monkeypatch):
     seen = []
-    monkeypatch.setitem(shell.shell.hooks, "show_in_pager", lambda data, **more: seen.append(data["text/plain"]))
+    monkeypatch.setitem(
+        shell.shell.hooks, "show_in_pager", lambda data, **more: seen.append(data["text/plain"])
+    )
     shell.do(f"%{name}?")
     options = magics.options_of(getattr(magics.FlexMagics, name))
     assert len(seen) == 1 and f"%{name}" in seen[0] and all(option in seen[0] for option in options)
@@ -195,7 +225,11 @@ def test_help_lists_the_options(shell, name, monkeypatch):
 )
 def test_what_needs_engines_says_how_to_get_them(fresh, code):
     error = fresh.fails(code)
-    assert type(error) is ClusterError and "%flex_cluster start -n 2" in str(error) and "local" in str(error)
+    assert (
+        type(error) is ClusterError
+        and "%flex_cluster start -n 2" in str(error)
+        and "local" in str(error)
+    )
     assert fresh.shown.strip() == f"ClusterError: {error}"
 
 
@@ -245,9 +279,14 @@ def test_a_session_shows_its_status(fresh):
 def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
     info = loaded.do(f"x = %flex_load --dtype bfloat16 --attn eager {folder}\nx")
     assert info is loaded.do("flex.info") and (info.dtype, info.attention) == ("bfloat16", "eager")
-    assert "LlamaForCausalLM: 201,280 parameters" in loaded.shown and "201,280    100%  0.4 MB" in loaded.shown
+    assert (
+        "LlamaForCausalLM: 201,280 parameters" in loaded.shown
+        and "201,280    100%  0.4 MB" in loaded.shown
+    )
     data, _ = loaded.shell.display_formatter.format(info)
-    assert "<th>rank</th><th>parameters</th>" in data["text/html"] and "201,280" in data["text/html"]
+    assert (
+        "<th>rank</th><th>parameters</th>" in data["text/html"] and "201,280" in data["text/html"]
+    )
     loaded.do("%flex_load {flex.info.path}")
     assert loaded.do("flex.info.dtype") == "float32"
 
@@ -264,13 +303,21 @@ def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
     with magics.Progress(SimpleNamespace(kernel=None), "a<b", 2) as progress:
         progress("loading", 1, 2)
         progress("loaded", 2, 2)
-    assert ['value="0"' in shown[0], 'value="1"' in shown[1], "<progress" in shown[2]] == [True, True, False]
-    assert "preparing a&lt;b: 2 engines" in shown[0] and "loading a&lt;b: 1 of 2 engines" in shown[1]
+    assert ['value="0"' in shown[0], 'value="1"' in shown[1], "<progress" in shown[2]] == [
+        True,
+        True,
+        False,
+    ]
+    assert (
+        "preparing a&lt;b: 2 engines" in shown[0] and "loading a&lt;b: 1 of 2 engines" in shown[1]
+    )
     assert "loaded a&lt;b: 2 engines" in shown[2]
 
 
 def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
-    monkeypatch.setattr(magics, "display", lambda shown, display_id: SimpleNamespace(update=lambda shown: None))
+    monkeypatch.setattr(
+        magics, "display", lambda shown, display_id: SimpleNamespace(update=lambda shown: None)
+    )
     with magics.Progress(SimpleNamespace(kernel=None), "sweep", 1, "cell") as progress:
         progress("running", 3, 24)
         assert (
@@ -284,7 +331,10 @@ def test_a_load_that_fails_leaves_no_bar(monkeypatch):
     shown = []
     handle = SimpleNamespace(update=lambda thing: shown.append((repr(thing), thing._repr_html_())))
     monkeypatch.setattr(magics, "display", lambda thing, display_id: handle)
-    with contextlib.suppress(ValueError), magics.Progress(SimpleNamespace(kernel=None), "m", 2) as progress:
+    with (
+        contextlib.suppress(ValueError),
+        magics.Progress(SimpleNamespace(kernel=None), "m", 2) as progress,
+    ):
         progress("loading", 1, 2)
         raise ValueError
     assert "loading m: 1 of 2" in shown[0][0] and shown[1:] == [("", "")]
@@ -294,9 +344,13 @@ def test_a_load_that_fails_leaves_no_bar(monkeypatch):
 
 
 def test_a_hook_and_its_twin_are_the_same(loaded):
-    hooked = loaded.do(f"x = %flex_hook {MLP} --at input --index 0 --group a --group b --positions -1,0 --name mine\nx")
+    hooked = loaded.do(
+        f"x = %flex_hook {MLP} --at input --index 0 --group a --group b --positions -1,0 --name mine\nx"
+    )
     assert (
-        loaded.do(f"flex.hook('{MLP}', at='input', index=0, groups=['a', 'b'], positions=[-1, 0], name='mine')").spec
+        loaded.do(
+            f"flex.hook('{MLP}', at='input', index=0, groups=['a', 'b'], positions=[-1, 0], name='mine')"
+        ).spec
         == hooked.spec
     )
     assert [spec.key for spec in loaded.do("%flex_hook")] == ["mine"]
@@ -313,7 +367,9 @@ def test_tree_is_the_sessions(loaded):
 def test_param_is_the_sessions(loaded):
     embedding = loaded.do("%flex_param lm_head.weight")
     assert embedding.shape == (256, 64)
-    assert torch.equal(embedding.tensor(), loaded.do("flex.parameter('model.embed_tokens.weight')").tensor())
+    assert torch.equal(
+        embedding.tensor(), loaded.do("flex.parameter('model.embed_tokens.weight')").tensor()
+    )
     assert "lm_head.weight (256, 64) float32" in repr(embedding)
 
 
@@ -327,7 +383,9 @@ def test_verify_is_the_sessions(loaded):
 
 
 def test_unhook_takes_a_name_a_glob_or_all(loaded):
-    loaded.do(f"%flex_hook {MLP}\n%flex_hook {MLP} --at input\n%flex_hook lm_head --name head\n%flex_hook model.norm")
+    loaded.do(
+        f"%flex_hook {MLP}\n%flex_hook {MLP} --at input\n%flex_hook lm_head --name head\n%flex_hook model.norm"
+    )
     assert loaded.do("%flex_unhook head") == ["head"]
     assert loaded.do(f"%flex_unhook {MLP} input") == [f"{MLP} input"]
     assert loaded.do("%flex_unhook") == [MLP, "model.norm"]
@@ -337,7 +395,10 @@ def test_unhook_takes_a_name_a_glob_or_all(loaded):
 def test_groups_switch_hooks(loaded):
     loaded.do(f"%flex_hook {MLP} --group a\n%flex_hook lm_head\n%flex_hook model.norm")
     assert loaded.do("%flex_group add b model.norm") == {"a": [MLP], "b": ["model.norm"]}
-    assert [len(loaded.do(f"%flex_run {o} abc")) for o in ("", "--groups a", "--groups a,b --complement")] == [6, 4, 1]
+    assert [
+        len(loaded.do(f"%flex_run {o} abc"))
+        for o in ("", "--groups a", "--groups a,b --complement")
+    ] == [6, 4, 1]
     loaded.do("%flex_group off a")
     assert len(loaded.do("%flex_run abc")) == 2
     loaded.do("%flex_group on a\n%flex_group remove b")
@@ -345,7 +406,9 @@ def test_groups_switch_hooks(loaded):
 
 
 def test_python_variables_are_expanded_in_globs(loaded):
-    assert loaded.do("layer = 2\n%flex_hook model.layers.{layer}.mlp").modules == ("model.layers.2.mlp",)
+    assert loaded.do("layer = 2\n%flex_hook model.layers.{layer}.mlp").modules == (
+        "model.layers.2.mlp",
+    )
 
 
 # Runs
@@ -379,10 +442,15 @@ def test_the_prompt_is_the_raw_rest_of_the_line(loaded, line, prompt):
 
 def test_a_question_in_other_lines_still_asks_for_help(shell):
     transform = shell.shell.transform_cell
-    assert "pinfo" in transform("%flex_run?") and "pinfo2" in transform("%flex_run??") and "pinfo" in transform("zip?")
+    assert (
+        "pinfo" in transform("%flex_run?")
+        and "pinfo2" in transform("%flex_run??")
+        and "pinfo" in transform("zip?")
+    )
     assert transform("a = '''\n%flex_run x?\n'''") == "a = '''\n%flex_run x?\n'''\n"
     assert (
-        transform("if 1:\n    x = %flex_run it?") == "if 1:\n    x = get_ipython().run_line_magic('flex_run', 'it?')\n"
+        transform("if 1:\n    x = %flex_run it?")
+        == "if 1:\n    x = get_ipython().run_line_magic('flex_run', 'it?')\n"
     )
     assert "pinfo" in transform("%flex_run it?\nzip?").splitlines()[1]
 
@@ -410,7 +478,11 @@ def test_a_preview_runs_nothing(loaded):
     before = len(loaded.magics.session.runs)
     seen = loaded.do("%flex_run --preview --generate 5 The capital of France is")
     twin = loaded.magics.session.preview("The capital of France is", max_new_tokens=5)
-    assert seen.num_bytes == twin.num_bytes and seen.new == 5 and len(loaded.magics.session.runs) == before
+    assert (
+        seen.num_bytes == twin.num_bytes
+        and seen.new == 5
+        and len(loaded.magics.session.runs) == before
+    )
 
 
 def test_stop_at_ends_the_run_there(loaded):
@@ -435,8 +507,14 @@ def drawn(loaded, monkeypatch):
 
 def test_show_draws_a_capture_of_the_last_run_by_the_name_the_run_lists(drawn):
     assert drawn.do("x = %flex_show model.layers.0.mlp\nx") == ("model.layers.0.mlp", "map")
-    assert drawn.do("%flex_show model.layers.0.mlp input --as map") == ("model.layers.0.mlp input [0]", "map")
-    assert drawn.do("%flex_show model.layers.0.mlp input [0]") == ("model.layers.0.mlp input [0]", "map")
+    assert drawn.do("%flex_show model.layers.0.mlp input --as map") == (
+        "model.layers.0.mlp input [0]",
+        "map",
+    )
+    assert drawn.do("%flex_show model.layers.0.mlp input [0]") == (
+        "model.layers.0.mlp input [0]",
+        "map",
+    )
     assert drawn.do("%flex_show logits") == ("(root) [logits]", "map")
 
 
@@ -467,7 +545,10 @@ def test_several_views_are_shown_one_after_another(loaded):
 def test_show_takes_an_earlier_run(drawn, monkeypatch):
     monkeypatch.setattr(fk.Capture, "show", lambda self: self.shape[1])
     last = drawn.do("flex.runs[-1].number")
-    assert (drawn.do("%flex_show logits"), drawn.do(f"%flex_show logits --run {last - 1}")) == (4, 3)
+    assert (drawn.do("%flex_show logits"), drawn.do(f"%flex_show logits --run {last - 1}")) == (
+        4,
+        3,
+    )
     assert "is not stored; there are" in str(drawn.fails("%flex_show logits --run 99999"))
 
 
@@ -497,7 +578,11 @@ def test_freeze_gives_the_views_it_froze(loaded):
 @pytest.mark.parametrize(
     ("code", "kind", "says"),
     [
-        ("%flex_hook model.layers.*.mpl", HookError, r"no module matches 'model.layers.\*.mpl'.*model.layers.0.mlp"),
+        (
+            "%flex_hook model.layers.*.mpl",
+            HookError,
+            r"no module matches 'model.layers.\*.mpl'.*model.layers.0.mlp",
+        ),
         ("%flex_hook lm_head --index 3", HookError, "no tensor at index '3'"),
         ("%flex_tree nothing.here", HookError, "no module matches 'nothing.here'"),
         (
@@ -505,20 +590,40 @@ def test_freeze_gives_the_views_it_froze(loaded):
             HookError,
             "no parameter or buffer 'model.norm.wieght'; nearest: model.norm.weight",
         ),
-        ("%flex_param model.norm", HookError, "'model.norm' is a module; a parameter of it is model.norm.weight"),
+        (
+            "%flex_param model.norm",
+            HookError,
+            "'model.norm' is a module; a parameter of it is model.norm.weight",
+        ),
         ("%flex_unhook nothing", HookError, "no hook is called 'nothing'"),
         ("%flex_group off nothing", HookError, "there is no group 'nothing'"),
         ("%flex_load /no/such/folder", LoadError, "there is no model folder /no/such/folder"),
-        ("%flex_load {flex.info.path} --tp 3", LayoutError, "tp=3 makes 3 ranks, the cluster has 1 engine"),
-        ("%flex_load {flex.info.path} --dtype int7", LoadError, "dtype 'int7' is not one of torch's"),
+        (
+            "%flex_load {flex.info.path} --tp 3",
+            LayoutError,
+            "tp=3 makes 3 ranks, the cluster has 1 engine",
+        ),
+        (
+            "%flex_load {flex.info.path} --dtype int7",
+            LoadError,
+            "dtype 'int7' is not one of torch's",
+        ),
         ("%flex_run", PromptError, "the prompt is empty"),
         ("%flex_run ''", PromptError, "the prompt is empty"),
         ("%%flex_run\n\n", PromptError, "the prompt is empty"),
         ("%flex_run --groups nothing abc", HookError, "no hook is in group 'nothing'"),
         ("%flex_run --stop-at nothing abc", HookError, "no module matches 'nothing'"),
         ("%flex_run --chat abc", PromptError, "no chat template"),
-        ("long = 'x' * 5000\n%flex_run --var long", PromptError, "the prompt has 5000 tokens and the model 2048"),
-        ("ids = [[5, 256]]\n%flex_run --var ids", PromptError, "token id 256 at position 1 is outside the vocabulary"),
+        (
+            "long = 'x' * 5000\n%flex_run --var long",
+            PromptError,
+            "the prompt has 5000 tokens and the model 2048",
+        ),
+        (
+            "ids = [[5, 256]]\n%flex_run --var ids",
+            PromptError,
+            "token id 256 at position 1 is outside the vocabulary",
+        ),
         (
             "%flex_cluster attach --cluster-id none-such",
             ClusterError,
@@ -552,8 +657,14 @@ def test_bad_input_is_one_block_and_the_session_goes_on(loaded, code, kind, says
         ("%flex_group", "the following arguments are required: on|off|add|remove|list"),
         ("%flex_cluster begin", "invalid choice: 'begin'"),
         ("%flex_cluster attach -n 2", "-n belongs to %flex_cluster start, not to attach"),
-        ("%flex_cluster start --cluster-id 2", "--cluster-id belongs to %flex_cluster attach, not to start"),
-        ("%flex_run --chats abc", "there is no option --chats; there are --groups, --complement, --chat"),
+        (
+            "%flex_cluster start --cluster-id 2",
+            "--cluster-id belongs to %flex_cluster attach, not to start",
+        ),
+        (
+            "%flex_run --chats abc",
+            "there is no option --chats; there are --groups, --complement, --chat",
+        ),
         ("%flex_run --var", "argument --var: expected one argument"),
         ("%flex_run --var nothing_there", "--var nothing_there: there is no variable of that name"),
         ("%flex_run --var x abc", "the prompt is given twice: in --var and in the line"),
@@ -571,7 +682,9 @@ def test_bad_arguments_are_a_usage_error_without_a_traceback(loaded, code, says)
 
 def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
     def broken(*args, **kwargs):
-        raise EngineError("ValueError on rank 0: boom", 0, "Traceback of the engine\nValueError: boom\n")
+        raise EngineError(
+            "ValueError on rank 0: boom", 0, "Traceback of the engine\nValueError: boom\n"
+        )
 
     monkeypatch.setattr(loaded.magics.session.cluster, "call", broken)
     loaded.fails("%flex_run abc")
@@ -601,7 +714,10 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         ),
         ("%flex_hook model.layers.*.m", ["model.layers.*.mlp"]),
         ("%flex_hook **.q", ["**.q_proj"]),
-        ("%flex_hook lm_head --at ", ["output", "input", "grad_output", "grad_input", "param_grad"]),
+        (
+            "%flex_hook lm_head --at ",
+            ["output", "input", "grad_output", "grad_input", "param_grad"],
+        ),
         ("%flex_hook lm_head --group ", ["red", "blue"]),
         ("%flex_unhook m", ["model.layers.*.mlp", "'model.norm input'"]),
         ("%flex_group o", ["on", "off"]),
@@ -613,8 +729,14 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         ("%flex_param model.layers.", [f"model.layers.{i}" for i in range(4)]),
         (
             "%flex_run --",
-            [f"--{option}" for option in ["groups", "complement", "chat", "generate", "sample", "temperature"]]
-            + [f"--{option}" for option in ["top-k", "top-p", "seed", "preview", "stop-at", "backward", "var"]],
+            [
+                f"--{option}"
+                for option in ["groups", "complement", "chat", "generate", "sample", "temperature"]
+            ]
+            + [
+                f"--{option}"
+                for option in ["top-k", "top-p", "seed", "preview", "stop-at", "backward", "var"]
+            ],
         ),
         ("%flex_run --groups red,b", ["blue"]),
         ("%flex_run --stop-at model.layers.*.se", ["model.layers.*.self_attn"]),
@@ -626,7 +748,9 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
 )
 @pytest.mark.parametrize("before", ["", "x = ", "a = 1\n", "    "])
 def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
-    loaded.do(f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name head")
+    loaded.do(
+        f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name head"
+    )
     loaded.do("%flex_hook model.norm --at input\n%flex_run abc")
     if code.startswith("%%"):
         before = ""
@@ -634,7 +758,9 @@ def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
     stem = code.removesuffix(typed) + (typed.rpartition(",")[0] + "," if "," in typed else "")
     stem += "--dtype=" if typed.startswith("--dtype=") else ""
     found = loaded.completions(before + code)
-    assert [c for c in found if c.startswith(before + stem)] == [before + stem + offer for offer in offers]
+    assert [c for c in found if c.startswith(before + stem)] == [
+        before + stem + offer for offer in offers
+    ]
     assert len(found) == len(offers)
 
 
@@ -650,20 +776,37 @@ def test_a_prompt_is_not_completed(loaded):
 
 
 def test_completion_in_other_lines_is_left_alone(loaded):
-    for line in ("model.layers.", "%timeit model.layers.", "x = y % flex_hook model.", "%flex_nothing model."):
+    for line in (
+        "model.layers.",
+        "%timeit model.layers.",
+        "x = y % flex_hook model.",
+        "%flex_nothing model.",
+    ):
         assert loaded.magics.matcher(context(line))["completions"] == []
 
 
 def test_completion_before_there_is_anything_is_empty_or_static(fresh):
     assert fresh.magics.matcher(context("%flex_hook mod"))["completions"] == []
-    assert [c.text for c in fresh.magics.matcher(context("%flex_hook --a"))["completions"]] == ["--at"]
+    assert [c.text for c in fresh.magics.matcher(context("%flex_hook --a"))["completions"]] == [
+        "--at"
+    ]
 
 
 def test_completion_is_fast_with_the_names_of_a_large_model(loaded, monkeypatch):
-    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.@q", "mlp", "mlp.gate_proj"]
+    parts = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.@q",
+        "mlp",
+        "mlp.gate_proj",
+    ]
     names = [f"model.layers.{i}.{part}" for i in range(126) for part in parts * 4]
     monkeypatch.setattr(loaded.magics, "_names", lambda: names)
-    best = min(seconds(lambda: loaded.magics.matcher(context("%flex_hook model.layers.*.m"))) for _ in range(5))
+    best = min(
+        seconds(lambda: loaded.magics.matcher(context("%flex_hook model.layers.*.m")))
+        for _ in range(5)
+    )
     assert best < 0.100, f"{best * 1e3:.1f} ms for {len(names)} names"
 
 
@@ -681,7 +824,8 @@ def seconds(function) -> float:
 
 
 class Kernel:
-    """A notebook's kernel. `do` gives what a cell showed as text/plain; `fails` the one block of its error."""
+    """A notebook's kernel. `do` gives what a cell showed as text/plain; `fails` the one block of
+    its error."""
 
     def __init__(self, env: dict[str, str]):
         self.manager, self.client = start_new_kernel(kernel_name="python3", env=env)
@@ -740,7 +884,9 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
     with kernel(tmp_path) as k:
         assert "2 of 2 alive" in k.do("%flex_cluster start -n 2")
         assert k.fails("%flex_hook lm_head")[0] == "LoadError"
-        assert k.fails(f"%flex_load {smollm2} --tp 2")[1].startswith("LayoutError: tp=2 does not divide")
+        assert k.fails(f"%flex_load {smollm2} --tp 2")[1].startswith(
+            "LayoutError: tp=2 does not divide"
+        )
         assert "9 attention heads" in k.fails(f"%flex_load {smollm2} --tp 2")[1]
         assert "the degrees must multiply to 2" in k.fails(f"%flex_load {smollm2} --pp 3")[1]
         assert "no model folder" in k.fails(f"%flex_load {smollm2}-none --pp 2")[1]
@@ -748,11 +894,19 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
         assert "pp=2" in table and "rank  pp" in table
         assert [m for m in k.mimes if "<progress" in m.get("text/html", "")]
         name, block = k.fails("%flex_hook model.layers.*.mpl")
-        assert name == "HookError" and block.startswith("HookError: no module matches") and "\n" not in block
+        assert (
+            name == "HookError"
+            and block.startswith("HookError: no module matches")
+            and "\n" not in block
+        )
         assert "30 modules" in k.do(f"%flex_hook {MLP}")
-        assert k.do("r = %flex_run The capital of France is\nr.next_tokens(1)[0][0][0]") == "' Paris'"
+        assert (
+            k.do("r = %flex_run The capital of France is\nr.next_tokens(1)[0][0][0]") == "' Paris'"
+        )
         assert k.do("tuple(r['model.layers.29.mlp'].tensor().shape)") == "(1, 5, 576)"
-        assert k.completions("r = %flex_hook model.layers.*.self_attn.q") == ["model.layers.*.self_attn.q_proj"]
+        assert k.completions("r = %flex_hook model.layers.*.self_attn.q") == [
+            "model.layers.*.self_attn.q_proj"
+        ]
         assert k.do("%flex_cluster attach --cluster-id {flex.cluster.cluster_id}") == k.do("flex")
         assert k.do("len(flex.runs)") == "1"
         assert "model  " in k.do("%flex_cluster restart")
@@ -765,14 +919,25 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
 
 
 class IPCluster:
-    """What a user types into a shell: `ipcluster start -n 2`, with an IPython folder of its own."""
+    """What a user types into a shell: `ipcluster start -n 2`, with an IPython folder of its
+    own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         env = {**os.environ, "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "ipyparallel.cluster", "start", "-n", "2", "--log-level=ERROR"]
+        command = [
+            sys.executable,
+            "-m",
+            "ipyparallel.cluster",
+            "start",
+            "-n",
+            "2",
+            "--log-level=ERROR",
+        ]
         with open(folder / "ipcluster.log", "w") as log:
-            self.process = psutil.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+            self.process = psutil.Popen(
+                command, env=env, stdout=log, stderr=log, start_new_session=True
+            )
         wait_for(lambda: list(folder.glob("profile_default/security/cluster-*.json")))
 
     def stop(self) -> None:
@@ -816,9 +981,15 @@ def test_a_restarted_notebook_attaches_again_and_finds_model_hooks_and_runs(smol
         assert k.fails("%flex_hook")[0] == "ClusterError"
         k.do("%flex_cluster attach")
         assert "red (off)" in k.do("%flex_hook")
-        assert k.do("len(flex.runs), flex.runs[0].text, len(flex.runs[0])") == "(1, 'The capital of France is', 31)"
+        assert (
+            k.do("len(flex.runs), flex.runs[0].text, len(flex.runs[0])")
+            == "(1, 'The capital of France is', 31)"
+        )
         assert k.do("float(flex.runs[0]['model.layers.20.mlp'].tensor().double().sum())") == first
-        assert k.do("r = %flex_run The capital of France is\nlen(r), r.next_tokens(1)[0][0][0]") == "(1, ' Paris')"
+        assert (
+            k.do("r = %flex_run The capital of France is\nlen(r), r.next_tokens(1)[0][0][0]")
+            == "(1, ' Paris')"
+        )
         k.do("%flex_group on red\nr = %flex_run The capital of France is")
         assert k.do("float(r['model.layers.20.mlp'].tensor().double().sum())") == first
         assert k.do("float(flex.runs[0]['model.layers.20.mlp'].tensor().double().sum())") == first

@@ -22,13 +22,18 @@ def test_where_each_engine_sees_its_own_gpu_only_it_takes_that():
 
 @pytest.mark.parametrize(("local_rank", "count"), [(0, 0), (2, 2)])
 def test_an_engine_without_a_gpu_is_told_what_it_sees(local_rank, count):
-    with pytest.raises(LoadError, match=rf"engine {local_rank} of its host.* sees {count} GPUs.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(
+        LoadError,
+        match=rf"engine {local_rank} of its host.* sees {count} GPUs.*CUDA_VISIBLE_DEVICES",
+    ):
         gpu_of(local_rank, count)
 
 
 def test_alone_the_process_keeps_its_threads_and_is_no_rank(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("the threads are the user's"))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda _: pytest.fail("the threads are the user's")
+    )
     settle_in(Seat(), "cpu")
     assert "LOCAL_RANK" not in os.environ
 
@@ -40,4 +45,8 @@ def test_an_engine_says_which_rank_it_is_and_has_the_threads_it_was_given(monkey
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     settle_in(Seat(rank=5, world=8, local_rank=1), "cpu")
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"] and given == [3]
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [
+        "5",
+        "8",
+        "1",
+    ] and given == [3]

@@ -15,23 +15,29 @@ NAMES = ("", "model", "model.embed", "model.layers", "model.layers.0", "model.la
 
 def info(layout: Layout, names=NAMES, num_parameters: int = 100, scan=None) -> ModelInfo:
     modules = tuple(ModuleInfo(name, "M", 1) for name in names)
-    return ModelInfo("p", "Llama", layout, "float32", "sdpa", modules, scan or {}, num_parameters, (), (), 9, 9)
+    return ModelInfo(
+        "p", "Llama", layout, "float32", "sdpa", modules, scan or {}, num_parameters, (), (), 9, 9
+    )
 
 
 def part(*names: str, parameters: int = 50) -> tuple[list[ModuleInfo], int, int]:
     return [ModuleInfo(name, "M", 1) for name in names], parameters, 4 * parameters
 
 
-# --- degrees ---------------------------------------------------------------------------------------
+# --- degrees --------------------------------------------------------------------------
 
 
 def test_degrees_must_multiply_to_the_engines():
     check_world(Layout(pp=2, tp=3), 6)
-    with pytest.raises(LayoutError, match=r"pp=2 × tp=3 makes 6 ranks, the cluster has 4 engines.*pp=4 or tp=4"):
+    with pytest.raises(
+        LayoutError, match=r"pp=2 × tp=3 makes 6 ranks, the cluster has 4 engines.*pp=4 or tp=4"
+    ):
         check_world(Layout(pp=2, tp=3), 4)
     with pytest.raises(LayoutError, match="no degree makes 1 rank, the cluster has 2 engines"):
         check_world(Layout(), 2)
-    with pytest.raises(LayoutError, match=r"tp=2 makes 2 ranks, the cluster has 1 engine: .*leave them out"):
+    with pytest.raises(
+        LayoutError, match=r"tp=2 makes 2 ranks, the cluster has 1 engine: .*leave them out"
+    ):
         check_world(Layout(tp=2), 1)
 
 
@@ -41,7 +47,7 @@ def test_a_degree_is_a_whole_number_from_one(degree):
         check_world(Layout(dp=degree), 1)
 
 
-# --- sources ---------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------
 
 
 def test_a_source_is_a_folder_or_a_builder(tmp_path):
@@ -55,12 +61,13 @@ def test_a_source_is_a_folder_or_a_builder(tmp_path):
 @pytest.mark.parametrize("what", [3, None, ["a"], b"path"])
 def test_anything_else_is_no_source(what):
     with pytest.raises(
-        LoadError, match=f"a folder, a hub id or a function that builds it; found {type(what).__name__}"
+        LoadError,
+        match=f"a folder, a hub id or a function that builds it; found {type(what).__name__}",
     ):
         source(what, None)
 
 
-# --- stages ----------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------
 
 TWO_STAGES = Layout(pp=2)
 
@@ -71,9 +78,15 @@ def stages(*parts, layout=TWO_STAGES) -> dict[str, tuple[tuple[int, ...], bool]]
 
 def test_each_module_knows_its_stages_and_containers_that_they_span():
     shared = ("", "model", "model.layers")
-    found = stages(part(*shared, "model.embed", "model.layers.0"), part(*shared, "model.layers.1", "head"))
+    found = stages(
+        part(*shared, "model.embed", "model.layers.0"), part(*shared, "model.layers.1", "head")
+    )
     assert found["model.embed"] == ((0,), False) and found["model.layers.1"] == ((1,), False)
-    assert found["model"] == ((0, 1), True) and found["model.layers"] == ((0, 1), True) and found[""] == ((0, 1), True)
+    assert (
+        found["model"] == ((0, 1), True)
+        and found["model.layers"] == ((0, 1), True)
+        and found[""] == ((0, 1), True)
+    )
 
 
 def test_a_module_on_both_stages_with_nothing_apart_beneath_it_does_not_span():
@@ -105,20 +118,26 @@ def test_a_builder_may_have_modules_beside_those_of_the_unsharded_model():
 
 
 def test_a_builder_may_leave_out_containers_but_nothing_that_has_parameters():
-    unsharded = dataclasses.replace(info(Layout(), scan={("model", "output"): OUT}), parameters={"head.weight": (2, 2)})
+    unsharded = dataclasses.replace(
+        info(Layout(), scan={("model", "output"): OUT}), parameters={"head.weight": (2, 2)}
+    )
     found = merged(unsharded, [part(*(n for n in NAMES if n != "model"))], foreign=True)
     assert "model" not in found.names and "head" in found.names and found.scan == {}
-    with pytest.raises(LoadError, match=r"no rank .* model has head; what it has .* not: heads\. If .*names="):
+    with pytest.raises(
+        LoadError, match=r"no rank .* model has head; what it has .* not: heads\. If .*names="
+    ):
         merged(unsharded, [part(*NAMES[:-1], "heads", "wrapper")], foreign=True)
 
 
-# --- really sharded --------------------------------------------------------------------------------
+# --- really sharded -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(fsdp=2)])
 def test_a_load_that_did_not_shard_is_an_error(layout):
     whole = merged(info(layout), [part(*NAMES, parameters=100)] * 2)
-    with pytest.raises(LoadError, match=f"loaded as {layout}, but every rank holds all 100 parameters"):
+    with pytest.raises(
+        LoadError, match=f"loaded as {layout}, but every rank holds all 100 parameters"
+    ):
         check_sharded(whole)
     check_sharded(merged(info(layout), [part(*NAMES, parameters=50)] * 2))
 
@@ -127,7 +146,7 @@ def test_copies_over_dp_are_meant():
     check_sharded(merged(info(Layout(dp=2)), [part(*NAMES, parameters=100)] * 2))
 
 
-# --- stopping --------------------------------------------------------------------------------------
+# --- stopping -------------------------------------------------------------------------
 
 OUT = ((ShapeFormula("", ((1, "B"),), "float32"),),)
 

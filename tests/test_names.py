@@ -14,7 +14,10 @@ from flexkernel.names import match, nearest, select
 LLAMA = ["", "model", "model.embed_tokens", "model.layers"]
 for layer in range(12):
     LLAMA += [f"model.layers.{layer}"]
-    LLAMA += [f"model.layers.{layer}.{part}" for part in ("self_attn", "self_attn.@q", "self_attn.q_proj", "mlp")]
+    LLAMA += [
+        f"model.layers.{layer}.{part}"
+        for part in ("self_attn", "self_attn.@q", "self_attn.q_proj", "mlp")
+    ]
 LLAMA += ["model.norm", "lm_head"]
 
 
@@ -77,7 +80,8 @@ def test_only_the_empty_glob_matches_the_root(glob):
 
 
 @pytest.mark.parametrize(
-    "glob", ["model.layers.?", "model.layers.[0-3]", "model.layers.(0|1)", "model|lm_head", "model+"]
+    "glob",
+    ["model.layers.?", "model.layers.[0-3]", "model.layers.(0|1)", "model|lm_head", "model+"],
 )
 def test_other_wildcards_are_plain_characters(glob):
     assert match(glob, glob) and not any(match(glob, name) for name in LLAMA)
@@ -87,14 +91,20 @@ def test_a_dot_is_only_a_dot():
     assert not match("lm.head", "lm_head")
 
 
-@pytest.mark.parametrize("glob", ["**", "model.layers.*.self_attn.*", "model.**", "**.*q", "**.self_attn.**", "**.*"])
+@pytest.mark.parametrize(
+    "glob", ["**", "model.layers.*.self_attn.*", "model.**", "**.*q", "**.self_attn.**", "**.*"]
+)
 def test_a_virtual_point_matches_only_if_its_at_is_written(glob):
     assert not match(glob, "model.layers.0.self_attn.@q")
 
 
-@pytest.mark.parametrize("glob", ["model.layers.*.self_attn.@q", "**.@q", "**.self_attn.@*", "model.**.@q"])
+@pytest.mark.parametrize(
+    "glob", ["model.layers.*.self_attn.@q", "**.@q", "**.self_attn.@*", "model.**.@q"]
+)
 def test_a_written_virtual_point_matches(glob):
-    assert match(glob, "model.layers.0.self_attn.@q") and not match(glob, "model.layers.0.self_attn.q_proj")
+    assert match(glob, "model.layers.0.self_attn.@q") and not match(
+        glob, "model.layers.0.self_attn.q_proj"
+    )
 
 
 def test_selection_keeps_the_models_order():
@@ -143,7 +153,12 @@ NAMES = st.builds(
 )
 GLOBS = st.lists(
     st.one_of(
-        st.just("**"), st.just("*"), SEGMENTS, st.text("ab1*", min_size=1, max_size=3), st.just("@a"), st.just("@*")
+        st.just("**"),
+        st.just("*"),
+        SEGMENTS,
+        st.text("ab1*", min_size=1, max_size=3),
+        st.just("@a"),
+        st.just("@*"),
     ),
     min_size=1,
     max_size=5,

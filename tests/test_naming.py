@@ -19,7 +19,9 @@ class Holder(nn.Module):
 
 
 def model() -> nn.Module:
-    return Holder(stage=Holder(layers=nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])), head=nn.Linear(2, 2))
+    return Holder(
+        stage=Holder(layers=nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])), head=nn.Linear(2, 2)
+    )
 
 
 def names(mapping) -> list[str]:
@@ -27,10 +29,15 @@ def names(mapping) -> list[str]:
 
 
 def third(name: str) -> str | None:
-    """As a pipeline's stage would: its layers are the third and fourth; its container is nothing."""
+    """As a pipeline's stage would: its layers are the third and fourth; its container is
+    nothing."""
     if name == "stage":
         return None
-    return name.replace("stage.layers.0", "layers.2").replace("stage.layers.1", "layers.3").removeprefix("stage.")
+    return (
+        name.replace("stage.layers.0", "layers.2")
+        .replace("stage.layers.1", "layers.3")
+        .removeprefix("stage.")
+    )
 
 
 def wrong(name: str) -> int:
@@ -38,7 +45,14 @@ def wrong(name: str) -> int:
 
 
 def test_without_names_they_are_the_modules_own():
-    assert sorted(modules_of(model())) == ["", "head", "stage", "stage.layers", "stage.layers.0", "stage.layers.1"]
+    assert sorted(modules_of(model())) == [
+        "",
+        "head",
+        "stage",
+        "stage.layers",
+        "stage.layers.0",
+        "stage.layers.1",
+    ]
 
 
 def test_a_mapping_replaces_the_longest_prefix():
@@ -63,13 +77,17 @@ def test_a_wrappers_inner_model_can_take_the_roots_name():
 
 
 def test_two_modules_of_one_name_are_refused():
-    with pytest.raises(LoadError, match=r"names= calls both 'stage.layers.0' and 'stage.layers.1' 'layer'"):
+    with pytest.raises(
+        LoadError, match=r"names= calls both 'stage.layers.0' and 'stage.layers.1' 'layer'"
+    ):
         names({"stage.layers.0": "layer", "stage.layers.1": "layer"})
 
 
 @pytest.mark.parametrize("what", [3, ["a"], {"a": 1}, wrong])
 def test_what_gives_no_names_is_refused(what):
-    with pytest.raises(LoadError, match=r"names= (is a function of a module's name|gave 3 for '(head|stage))"):
+    with pytest.raises(
+        LoadError, match=r"names= (is a function of a module's name|gave 3 for '(head|stage))"
+    ):
         names(what)
 
 

@@ -1,4 +1,5 @@
-"""Every notebook of notebooks/ is executed on the real model over real engines, and shows what its text says."""
+"""Every notebook of notebooks/ is executed on the real model over real engines, and shows what its
+text says."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs. A cell that raises raises here. metadata.processes: how many it had at most."""
+    """The notebook with its outputs. A cell that raises raises here. metadata.processes: how many
+    it had at most."""
     book = read(path)
     book.metadata.processes = 0
     client = NotebookClient(book, timeout=240, kernel_name="python3", store_widget_state=False)
@@ -35,7 +37,9 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         book.metadata.processes = max(book.metadata.processes, len(processes(folder)))
 
     client.on_cell_executed = count
-    client.execute(cwd=str(folder), env={**os.environ, "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"})
+    client.execute(
+        cwd=str(folder), env={**os.environ, "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    )
     book.metadata.left = left(folder)
     return book
 
@@ -49,7 +53,8 @@ def left(folder: Path, patience_s: float = 10) -> list[str]:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Those that were begun, directly or not, with this as their IPython folder: kernel, controller, engines."""
+    """Those that were begun, directly or not, with this as their IPython folder: kernel,
+    controller, engines."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -106,7 +111,11 @@ def assert_quiet(book: nbformat.NotebookNode) -> None:
 def test_the_quickstart_spreads_the_model_and_finds_paris(quickstart):
     table = shown(quickstart, "%flex_load")["text/plain"]
     parts = [int(row.split()[2].replace(",", "")) for row in table.splitlines()[-2:]]
-    assert "pp=2" in table and all(0 < part < 134_515_008 for part in parts) and sum(parts) > 134_515_008
+    assert (
+        "pp=2" in table
+        and all(0 < part < 134_515_008 for part in parts)
+        and sum(parts) > 134_515_008
+    )
     run = shown(quickstart, "run = %flex_run The capital of France is\nrun")
     assert re.search(r"next: ' Paris' 0\.\d+", run["text/plain"]) and "Paris" in run["text/html"]
     assert "30 captures" in run["text/plain"] and "model.layers.0–29.mlp" in run["text/plain"]
@@ -137,7 +146,11 @@ def values(y: dict) -> np.ndarray:
 def test_the_quickstarts_attention_never_looks_ahead_and_its_group_goes_off(quickstart):
     rows = re.findall(r"\[+([\d., ]+)\]", shown(quickstart, "pattern[0].mean(0)")["text/plain"])
     pattern = np.array([[float(cell) for cell in row.split(",") if cell.strip()] for row in rows])
-    assert pattern.shape == (5, 5) and np.allclose(pattern.sum(1), 1, atol=1e-3) and not np.triu(pattern, 1).any()
+    assert (
+        pattern.shape == (5, 5)
+        and np.allclose(pattern.sum(1), 1, atol=1e-3)
+        and not np.triu(pattern, 1).any()
+    )
     assert shown(quickstart, "%flex_group off attention")["text/plain"] == "30"
 
 

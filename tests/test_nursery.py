@@ -23,7 +23,9 @@ MODULES = ("numpy", "nursling")
 
 def order(tmp_path: Path, *arguments: str, stays: bool = False, **environment: str) -> Order:
     log = tmp_path / f"{time.monotonic_ns()}.log"
-    return Order("nursling", list(arguments), {**os.environ, **environment}, str(tmp_path), str(log), stays)
+    return Order(
+        "nursling", list(arguments), {**os.environ, **environment}, str(tmp_path), str(log), stays
+    )
 
 
 @pytest.fixture
@@ -60,8 +62,14 @@ def test_what_it_forks_is_as_if_it_had_been_started(bred, tmp_path):
     said = [json.loads(Path(one.log).read_text()) for one in orders]
     assert said[0]["arguments"] == ["say", "--and=more"] and said[0]["name"] == "__main__"
     assert said[0]["environment"] == orders[0].environment
-    assert said[0]["folder"] == said[0]["first"] == str(tmp_path) and said[0]["session"] and said[0]["mask"] == 0o077
-    assert "socket" not in said[0]["files"] and {"/dev/null", orders[0].log} <= set(said[0]["files"])
+    assert (
+        said[0]["folder"] == said[0]["first"] == str(tmp_path)
+        and said[0]["session"]
+        and said[0]["mask"] == 0o077
+    )
+    assert "socket" not in said[0]["files"] and {"/dev/null", orders[0].log} <= set(
+        said[0]["files"]
+    )
     assert said[0]["drawn"] != said[1]["drawn"], "each draws its own random numbers"
     assert Path(orders[0].log).stat().st_mode & 0o077 == 0
 
@@ -70,7 +78,9 @@ def test_it_sees_what_it_has_open(tmp_path, monkeypatch):
     with (tmp_path / "here").open("w"):
         assert str(tmp_path / "here") in opened()
     monkeypatch.setattr("os.listdir", lambda path: ["one thread"])
-    monkeypatch.setattr("flexkernel.cluster.forkserver.opened", lambda: ["/dev/null", "/dev/nvidiactl"])
+    monkeypatch.setattr(
+        "flexkernel.cluster.forkserver.opened", lambda: ["/dev/null", "/dev/nvidiactl"]
+    )
     assert unfit() == "/dev/nvidiactl is open"
 
 
@@ -79,7 +89,9 @@ def test_it_tells_how_they_ended(bred, tmp_path):
     pid = bred.fork(order(tmp_path, "sleep"))
     os.kill(pid, signal.SIGSEGV)
     assert bred.wait(pid, never) == -signal.SIGSEGV
-    assert bred.wait(bred.fork(order(tmp_path, "sleep")), lambda: True) is None, "who waits may give up"
+    assert bred.wait(bred.fork(order(tmp_path, "sleep")), lambda: True) is None, (
+        "who waits may give up"
+    )
 
 
 def test_what_comes_too_late_is_ended(bred, tmp_path, monkeypatch):
@@ -113,7 +125,9 @@ def test_engines_are_started_where_it_cannot_fork(monkeypatch, tmp_path):
     assert launcher._popen_process is not None and exit_code(launcher) == 7
 
 
-def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last(monkeypatch, tmp_path):
+def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr("flexkernel.cluster.forkserver._nursery", None)
     first = nursery(MODULES, os.environ)
     pid = first.fork(order(tmp_path, "sleep"))
@@ -139,7 +153,8 @@ time.sleep(60)
 
 
 def killed_driver(tmp_path: Path, *modules: str, **environment: str) -> list[int]:
-    """The pids that a driver told before it was killed: its nursery's, and those of two that it had it fork."""
+    """The pids that a driver told before it was killed: its nursery's, and those of two that it
+    had it fork."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path / "log"), *modules],
         env={**os.environ, **environment},

@@ -60,9 +60,19 @@ def test_a_second_notebook_sees_hooks_runs_and_captures_and_changes_nothing(sess
     session.load(tiny("llama"), tp=2)
     session.hook("model.layers.*.mlp", name="mine")
     run = session.run(IDS)
-    sums = [float(run["model.layers.1.mlp"].tensor().double().sum()), float(run.logits[0, -1].double().sum())]
+    sums = [
+        float(run["model.layers.1.mlp"].tensor().double().sum()),
+        float(run.logits[0, -1].double().sum()),
+    ]
     logits, weights = run.logits.tensor().clone(), session.on_ranks(watched.weights_at)
-    command = [sys.executable, "-c", READER, session.cluster.cluster_id, str(tiny("llama")), str(os.getpid())]
+    command = [
+        sys.executable,
+        "-c",
+        READER,
+        session.cluster.cluster_id,
+        str(tiny("llama")),
+        str(os.getpid()),
+    ]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert reader.stdin is not None and reader.stdout is not None
@@ -73,6 +83,8 @@ def test_a_second_notebook_sees_hooks_runs_and_captures_and_changes_nothing(sess
     finally:
         reader.kill()
         reader.wait()
-    assert session.cluster.answering() == [True, True] and [hook.key for hook in session.hooks] == ["mine"]
+    assert session.cluster.answering() == [True, True] and [hook.key for hook in session.hooks] == [
+        "mine"
+    ]
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
     assert session.on_ranks(watched.weights_at) == weights

@@ -1,4 +1,5 @@
-"""Parameters: whole and bit for bit the unsharded model's, under every layout, or refused with a reason."""
+"""Parameters: whole and bit for bit the unsharded model's, under every layout, or refused with a
+reason."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ from flexkernel.session import parameters
 from flexkernel.wire import Held
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]
-NORM, GATE, DOWN = "model.norm.weight", "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
+NORM, GATE, DOWN = (
+    "model.norm.weight",
+    "model.layers.0.mlp.gate_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+)
 ARCHS = [("llama", 257), ("llama_untied", 256), ("qwen3", 256), ("mixtral", 256)]
 
 
@@ -63,7 +68,7 @@ def read_under(session, folder, want: dict[str, torch.Tensor], **layout: int) ->
     assert session.parameter("lm_head.weight").error is None
 
 
-# --- every layout ----------------------------------------------------------------------------------
+# --- every layout ---------------------------------------------------------------------
 
 
 def test_in_one_process_it_is_the_models(session, tiny):
@@ -101,10 +106,17 @@ def test_the_real_models_are_those_of_its_file(session, smollm2):
 
     session.load(smollm2, tp=3, dtype="bfloat16")
     files = [safe_open(path, "pt") for path in sorted(smollm2.glob("*.safetensors"))]
-    for name in ("model.embed_tokens.weight", NORM, *(f"model.layers.29.{n}_proj.weight" for n in ("self_attn.o",))):
+    for name in (
+        "model.embed_tokens.weight",
+        NORM,
+        *(f"model.layers.29.{n}_proj.weight" for n in ("self_attn.o",)),
+    ):
         stored = next(file.get_tensor(name) for file in files if name in file.keys())  # noqa: SIM118
         assert torch.equal(session.parameter(name).tensor(), stored.to(torch.bfloat16)), name
-    assert torch.equal(session.parameter("lm_head.weight").tensor(), session.parameter("model.embed_tokens.weight")[:])
+    assert torch.equal(
+        session.parameter("lm_head.weight").tensor(),
+        session.parameter("model.embed_tokens.weight")[:],
+    )
 
 
 @pytest.mark.engines(2)
@@ -148,7 +160,9 @@ def test_nothing_is_sent(session, tiny, layout):
 
     for name in (GATE, "model.embed_tokens.weight", "lm_head.weight", NORM):
         answers = session.on_ranks(sent, name)
-        assert any(there for _, there in answers) and all(counted == [] for counted, _ in answers), name
+        assert any(there for _, there in answers) and all(
+            counted == [] for counted, _ in answers
+        ), name
 
 
 @pytest.mark.engines(2)
@@ -161,10 +175,12 @@ def test_it_is_read_as_it_is_now(session, tiny):
 
     session.on_ranks(double, GATE)
     after = session.parameter(GATE)
-    assert torch.equal(after.tensor(), 2 * before.tensor()) and not torch.equal(after.tensor(), before.tensor())
+    assert torch.equal(after.tensor(), 2 * before.tensor()) and not torch.equal(
+        after.tensor(), before.tensor()
+    )
 
 
-# --- builders --------------------------------------------------------------------------------------
+# --- builders -------------------------------------------------------------------------
 
 
 @pytest.mark.engines(2)
@@ -173,8 +189,13 @@ def test_a_builders_dtensors_say_where_they_lie(session, tiny):
     want = truth("llama")
     for name in (GATE, DOWN, NORM, "lm_head.weight", "model.rotary_emb.inv_freq"):
         assert torch.equal(session.parameter(name).tensor(), want[name]), name
-    assert session.parameter(DOWN).evidence == "dtensor" and session.parameter(NORM).evidence == "described"
-    with pytest.raises(HookError, match=r"no parameter or buffer 'model.norm.wait'; nearest: model.norm.weight"):
+    assert (
+        session.parameter(DOWN).evidence == "dtensor"
+        and session.parameter(NORM).evidence == "described"
+    )
+    with pytest.raises(
+        HookError, match=r"no parameter or buffer 'model.norm.wait'; nearest: model.norm.weight"
+    ):
         session.parameter("model.norm.wait")
 
 
@@ -199,19 +220,28 @@ def test_plain_parts_are_put_together_when_declared_only(session, tiny):
     name = "model.layers.1.mlp.inner.gate_proj.weight"
     session.load(build, tp=2, reference=unsharded)
     with pytest.raises(
-        PlacementError, match=r"should hold \(176, 64\) of \(176, 64\); it holds \(88, 64\): declare it"
+        PlacementError,
+        match=r"should hold \(176, 64\) of \(176, 64\); it holds \(88, 64\): declare it",
     ):
         session.parameter(name)
     session.load(build, tp=2)
-    with pytest.raises(PlacementError, match="ranks 0 and 1 hold the same part of it with different numbers"):
+    with pytest.raises(
+        PlacementError, match="ranks 0 and 1 hold the same part of it with different numbers"
+    ):
         session.parameter(name)
-    declared = {"**.gate_proj.weight": "shard:0", "**.up_proj.weight": "shard:0", "**.down_proj.weight": "shard:1"}
+    declared = {
+        "**.gate_proj.weight": "shard:0",
+        "**.up_proj.weight": "shard:0",
+        "**.down_proj.weight": "shard:1",
+    }
     for reference in (unsharded, None):
         session.load(build, tp=2, reference=reference, placements=declared)
         for part in ("gate", "up", "down"):
             capture = session.parameter(f"model.layers.1.mlp.inner.{part}_proj.weight")
             assert capture.evidence == "declared"
-            assert torch.equal(capture.tensor(), truth("llama_untied")[f"model.layers.1.mlp.{part}_proj.weight"])
+            assert torch.equal(
+                capture.tensor(), truth("llama_untied")[f"model.layers.1.mlp.{part}_proj.weight"]
+            )
     session.load(build, tp=2, reference=unsharded, placements={"**.gate_proj.weight": "shard:1"})
     with pytest.raises(PlacementError, match=r"declared says Shard\(dim=1\)"):
         session.parameter(name)
@@ -223,7 +253,9 @@ def test_plain_parts_are_put_together_when_declared_only(session, tiny):
 @pytest.mark.engines(2)
 def test_known_parallel_layers_say_how_they_split(session, tiny):
     if os.environ.get("CI") != "true":
-        pytest.importorskip("fairscale", reason="pip install --no-build-isolation --no-deps fairscale")
+        pytest.importorskip(
+            "fairscale", reason="pip install --no-build-isolation --no-deps fairscale"
+        )
     session.load(functools.partial(watched.fairscale_mlps, str(tiny("llama"))), tp=2)
     for name in (GATE, DOWN):
         capture = session.parameter(name)
@@ -239,13 +271,17 @@ def test_wrappers_are_no_part_of_a_name(session, tiny):
 @pytest.mark.parametrize("original", [True, False])
 @pytest.mark.engines(2)
 def test_flat_parameters_are_gathered(session, tiny, original):
-    """FSDP1's, of which each rank has a piece of all, flattened; after a forward its root keeps them whole."""
+    """FSDP1's, of which each rank has a piece of all, flattened; after a forward its root keeps
+    them whole."""
     session.load(functools.partial(foreign.in_fsdp1, str(tiny("llama")), original), fsdp=2)
     for _ in range(2):
         for name in (GATE, NORM, "lm_head.weight", "model.embed_tokens.weight"):
             capture = session.parameter(name)
             assert torch.equal(capture.tensor(), truth("llama")[name]), name
-            assert (capture.evidence, capture.placement) == ("flat", "part of a flat parameter over fsdp")
+            assert (capture.evidence, capture.placement) == (
+                "flat",
+                "part of a flat parameter over fsdp",
+            )
         session.run(IDS)
     with pytest.raises(HookError, match=r"no parameter or buffer 'model.norm.wait'"):
         session.parameter("model.norm.wait")
@@ -261,13 +297,15 @@ def test_ranks_that_have_diverged_are_refused(session, tiny):
 
     session.on_ranks(nudge, NORM)
     used = session.store.pool.num_bytes
-    with pytest.raises(PlacementError, match=f"{NORM}: ranks 0 and 1 hold the same part .* different numbers"):
+    with pytest.raises(
+        PlacementError, match=f"{NORM}: ranks 0 and 1 hold the same part .* different numbers"
+    ):
         session.parameter(NORM)
     assert session.store.pool.num_bytes == used
     assert session.parameter(GATE).error is None
 
 
-# --- edits -----------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 EMBED = "model.embed_tokens.weight"
 TOLERANCE = 1e-5
@@ -281,7 +319,12 @@ def doubled(whole: torch.Tensor) -> torch.Tensor:
 def edits() -> dict:
     """A whole new tensor, and functions of the old one; the embedding is tied in "llama"."""
     new = torch.randn(truth("llama")[DOWN].shape, generator=torch.Generator().manual_seed(1))
-    return {DOWN: new, GATE: doubled, EMBED: lambda whole: whole.flip(0), NORM: lambda whole: whole.mul_(1.5)}
+    return {
+        DOWN: new,
+        GATE: doubled,
+        EMBED: lambda whole: whole.flip(0),
+        NORM: lambda whole: whole.mul_(1.5),
+    }
 
 
 @functools.cache
@@ -310,10 +353,14 @@ def check_edited(session, arch: str) -> None:
         return doubled(whole)
 
     with session.parameters_edited({**edits(), GATE: once}):
-        torch.testing.assert_close(session.run(IDS).logits.tensor(), want, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(
+            session.run(IDS).logits.tensor(), want, atol=TOLERANCE, rtol=TOLERANCE
+        )
         assert torch.equal(session.parameter(DOWN).tensor(), edits()[DOWN])
         if arch == "llama":
-            assert torch.equal(session.parameter("lm_head.weight").tensor(), truth(arch)[EMBED].flip(0))
+            assert torch.equal(
+                session.parameter("lm_head.weight").tensor(), truth(arch)[EMBED].flip(0)
+            )
     assert calls == [tuple(truth(arch)[GATE].shape)]
     assert torch.equal(session.run(IDS).logits.tensor(), before)
     check_as_it_was(session, arch)
@@ -360,7 +407,11 @@ def test_edits_are_the_unsharded_models_on_four_engines(session, tiny):
 @pytest.mark.engines(2)
 def test_a_builders_parameters_are_edited_alike(session, tiny, build, layout):
     folder = str(tiny("llama"))
-    session.load(functools.partial(build, folder), reference=functools.partial(watched.whole, folder), **layout)
+    session.load(
+        functools.partial(build, folder),
+        reference=functools.partial(watched.whole, folder),
+        **layout,
+    )
     check_edited(session, "llama")
 
 
@@ -368,7 +419,9 @@ def test_a_builders_parameters_are_edited_alike(session, tiny, build, layout):
 def test_edits_may_lie_within_edits(session, tiny):
     session.load(tiny("llama"), tp=2)
     with session.parameters_edited({GATE: doubled}):
-        with session.parameters_edited({GATE: torch.zeros_like(truth("llama")[GATE]), NORM: doubled}):
+        with session.parameters_edited(
+            {GATE: torch.zeros_like(truth("llama")[GATE]), NORM: doubled}
+        ):
             assert not session.parameter(GATE).tensor().any()
         assert torch.equal(session.parameter(GATE).tensor(), doubled(truth("llama")[GATE]))
         assert torch.equal(session.parameter(NORM).tensor(), truth("llama")[NORM])
@@ -414,7 +467,10 @@ def test_a_stop_while_they_are_given_back_does_it_again():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda whole: whole[:3], r"its new value is \(3, 64\) torch.float32; it is \(176, 64\) torch.float32"),
+        (
+            lambda whole: whole[:3],
+            r"its new value is \(3, 64\) torch.float32; it is \(176, 64\) torch.float32",
+        ),
         (lambda whole: whole.double(), r"its new value is \(176, 64\) torch.float64; it is"),
         (lambda whole: None, "its new value is NoneType; it has to be a tensor like it"),
         (3.0, "its new value is float"),
@@ -423,7 +479,10 @@ def test_a_stop_while_they_are_given_back_does_it_again():
 @pytest.mark.engines(2)
 def test_what_cannot_take_its_place_changes_nothing(session, tiny, change, says):
     session.load(tiny("llama"), tp=2)
-    with pytest.raises(EditError, match=says), session.parameters_edited({DOWN: edits()[DOWN], GATE: change}):
+    with (
+        pytest.raises(EditError, match=says),
+        session.parameters_edited({DOWN: edits()[DOWN], GATE: change}),
+    ):
         pytest.fail("the block is not entered")
     check_as_it_was(session)
 
@@ -431,7 +490,10 @@ def test_what_cannot_take_its_place_changes_nothing(session, tiny, change, says)
 @pytest.mark.engines(2)
 def test_a_function_that_raises_changes_nothing(session, tiny):
     session.load(tiny("llama"), tp=2)
-    with pytest.raises(ZeroDivisionError), session.parameters_edited({DOWN: edits()[DOWN], GATE: lambda w: 1 / 0}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        session.parameters_edited({DOWN: edits()[DOWN], GATE: lambda w: 1 / 0}),
+    ):
         pytest.fail("the block is not entered")
     check_as_it_was(session)
 
@@ -445,8 +507,12 @@ def test_two_names_of_one_parameter_are_refused(session, tiny):
         session.parameters_edited(both),
     ):
         pytest.fail("the block is not entered")
-    session.load(functools.partial(foreign.llama, str(tiny("llama"))), dp=2)  # nothing says it, but they are
-    with pytest.raises(HookError, match="are one parameter: change one"), session.parameters_edited(both):
+    # nothing says it, but they are
+    session.load(functools.partial(foreign.llama, str(tiny("llama"))), dp=2)
+    with (
+        pytest.raises(HookError, match="are one parameter: change one"),
+        session.parameters_edited(both),
+    ):
         pytest.fail("the block is not entered")
     check_as_it_was(session)
     with pytest.raises(HookError, match="at least one"), session.parameters_edited({}):
@@ -462,15 +528,21 @@ def test_a_load_in_the_block_ends_it(session, tiny):
     check_as_it_was(session)
 
 
-# --- what goes wrong -------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------
 
 
 @pytest.mark.engines(2)
 def test_a_name_that_is_not_there_is_an_error_with_the_nearest(session, tiny):
     session.load(tiny("llama"), pp=2)
-    with pytest.raises(HookError, match=r"LlamaForCausalLM has no parameter or buffer 'model.norm.wait'; nearest: mod"):
+    with pytest.raises(
+        HookError,
+        match=r"LlamaForCausalLM has no parameter or buffer 'model.norm.wait'; nearest: mod",
+    ):
         session.parameter("model.norm.wait")
-    with pytest.raises(HookError, match=r"'model.layers.3.mlp' is a module; a parameter of it is model.layers.3.mlp."):
+    with pytest.raises(
+        HookError,
+        match=r"'model.layers.3.mlp' is a module; a parameter of it is model.layers.3.mlp.",
+    ):
         session.parameter("model.layers.3.mlp")
     for name in ("", ".", "model..weight", "model.layers.*.mlp.gate_proj.weight"):
         with pytest.raises(HookError, match="no parameter"):
@@ -483,11 +555,16 @@ def test_before_a_load_there_are_none():
         session.parameter(NORM)
 
 
-def test_memory_that_does_not_suffice_is_refused_before_anything_is_read(session, tiny, monkeypatch):
+def test_memory_that_does_not_suffice_is_refused_before_anything_is_read(
+    session, tiny, monkeypatch
+):
     session.load(tiny("llama"))
     monkeypatch.setattr(session.store, "budget", 1000)
     monkeypatch.setattr(session.cluster, "call", watched_call(session.cluster.call, asked := []))
-    with pytest.raises(MemoryBudgetError, match=rf"{GATE} would keep 45,056 bytes and the session's budget is 1,000"):
+    with pytest.raises(
+        MemoryBudgetError,
+        match=rf"{GATE} would keep 45,056 bytes and the session's budget is 1,000",
+    ):
         session.parameter(GATE)
     assert asked == ["parameters.held"]
 
@@ -506,20 +583,27 @@ def test_gaps_and_overlaps_are_refused():
 
     good = held(((0, 0, 2),), ((0, 2, 4),), ((0, 2, 4),))
     parameters.check_cover("w", (4, 6), good)
-    parameters.check_cover("w", (4, 6), held(((0, 0, 1), (0, 2, 3)), ((0, 1, 2), (0, 3, 4)), ((0, 0, 0),)))
+    parameters.check_cover(
+        "w", (4, 6), held(((0, 0, 1), (0, 2, 3)), ((0, 1, 2), (0, 3, 4)), ((0, 0, 0),))
+    )
     for wrong in (
         held(((0, 0, 2),)),
         held(((0, 0, 2),), ((0, 1, 4),)),
         held((), ((0, 2, 4),)),
-        held(((0, 0, 2),), ((1, 0, 3),)),  # as many elements as the whole, twice some, some not at all
+        # as many elements as the whole, twice some, some not at all
+        held(((0, 0, 2),), ((1, 0, 3),)),
     ):
-        with pytest.raises(PlacementError, match=r"w: the parts there are make .* of its 24 elements, or lie over"):
+        with pytest.raises(
+            PlacementError, match=r"w: the parts there are make .* of its 24 elements, or lie over"
+        ):
             parameters.check_cover("w", (4, 6), wrong)
-    with pytest.raises(PlacementError, match=r"is \(4, 6\) float32 on rank 0 and \(4, 7\) float32 on rank 1"):
+    with pytest.raises(
+        PlacementError, match=r"is \(4, 6\) float32 on rank 0 and \(4, 7\) float32 on rank 1"
+    ):
         parameters.agreed("w", held(()) | {1: Held((4, 7), "float32", (), "scan", "")})
 
 
-# --- its memory ------------------------------------------------------------------------------------
+# --- its memory -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -569,7 +653,9 @@ def test_parameters_expire_before_runs_to_make_room(loaded, monkeypatch):
     tensor = looked_into.tensor()
     monkeypatch.setattr(loaded.store, "budget", used(loaded) + 100)
     again = loaded.parameter(NORM)
-    with pytest.raises(CaptureExpired, match=r"expired to make room; session.parameter\(name\) reads it again"):
+    with pytest.raises(
+        CaptureExpired, match=r"expired to make room; session.parameter\(name\) reads it again"
+    ):
         oldest.tensor()
     assert looked_into.error is None and torch.equal(looked_into.tensor(), tensor)
     assert torch.equal(newest.tensor(), again.tensor()) and not run.freed
@@ -592,7 +678,7 @@ def test_reading_again_and_again_takes_no_more(loaded):
     assert used(loaded) == before and len(loaded.store._lent) < 10
 
 
-# --- where parts lie -------------------------------------------------------------------------------
+# --- where parts lie ------------------------------------------------------------------
 
 
 def indices(shape, *axes):
@@ -614,8 +700,12 @@ def test_an_uneven_split_in_an_order_that_is_not_known_is_refused():
     def axes(rank: int):
         return (_StridedShard(0, split_factor=2), 3, rank // 2), (Shard(0), 2, rank % 2)
 
-    assert sorted(i for rank in range(6) for i in indices((258,), *axes(rank))[0]) == list(range(258))
-    with pytest.raises(PlacementError, match=r"splits \(259,\) unevenly and in an order that is not known"):
+    assert sorted(i for rank in range(6) for i in indices((258,), *axes(rank))[0]) == list(
+        range(258)
+    )
+    with pytest.raises(
+        PlacementError, match=r"splits \(259,\) unevenly and in an order that is not known"
+    ):
         [indices((259,), *axes(rank)) for rank in range(6)]
 
 
@@ -633,9 +723,14 @@ def test_torch_splits_data_as_compat_splits_an_index():
             data = torch.randn(size)
             parts, _ = placement._split_tensor(data, 4, with_padding=False)
             for rank, part in enumerate(parts):
-                assert torch.equal(data[compat.split_index(placement, torch.arange(size), 4, rank)], part)
+                assert torch.equal(
+                    data[compat.split_index(placement, torch.arange(size), 4, rank)], part
+                )
     assert compat.is_split(_StridedShard(0, split_factor=2)) and not compat.is_split(Replicate())
-    assert (compat.split_factor(Shard(0)), compat.split_factor(_StridedShard(0, split_factor=3))) == (1, 3)
+    assert (
+        compat.split_factor(Shard(0)),
+        compat.split_factor(_StridedShard(0, split_factor=3)),
+    ) == (1, 3)
 
 
 def test_reshard_is_a_method_without_arguments():

@@ -11,14 +11,26 @@ import flexkernel as fk
 TINY = {
     1: [("llama", {}), ("mixtral", {}), ("gpt2", {}), ("gemma2", {})],
     2: [
-        *((arch, layout) for arch in ("llama", "qwen3", "mixtral") for layout in ({"tp": 2}, {"pp": 2}, {"fsdp": 2})),
+        *(
+            (arch, layout)
+            for arch in ("llama", "qwen3", "mixtral")
+            for layout in ({"tp": 2}, {"pp": 2}, {"fsdp": 2})
+        ),
         ("mistral", {"tp": 2}),
         ("llama", {"dp": 2}),
         ("gpt2", {"fsdp": 2}),
     ],
     4: [
         *((arch, {"tp": 2, "fsdp": 2}) for arch in ("llama", "qwen3", "mixtral")),
-        *(("llama", d) for d in ({"tp": 2, "pp": 2}, {"pp": 2, "fsdp": 2}, {"pp": 2, "dp": 2}, {"tp": 2, "dp": 2})),
+        *(
+            ("llama", d)
+            for d in (
+                {"tp": 2, "pp": 2},
+                {"pp": 2, "fsdp": 2},
+                {"pp": 2, "dp": 2},
+                {"tp": 2, "dp": 2},
+            )
+        ),
     ],
 }
 REAL = {2: [{"pp": 2}, {"fsdp": 2}, {"dp": 2}], 3: [{"tp": 3}], 6: [{"tp": 3, "pp": 2}]}
@@ -47,8 +59,11 @@ def accept(row: parity.Row, record) -> None:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize(("arch", "layout"), cases(TINY))
-def test_every_module_of_a_tiny_model_equals_the_unsharded_one(arch, layout, attn, session, tiny, record_property):
-    if arch == "gemma2" and attn == "sdpa":  # transformers refuses it by name; without a name eager is taken
+def test_every_module_of_a_tiny_model_equals_the_unsharded_one(
+    arch, layout, attn, session, tiny, record_property
+):
+    # transformers refuses it by name; without a name eager is taken
+    if arch == "gemma2" and attn == "sdpa":
         with pytest.raises(fk.errors.LoadError, match="scaled_dot_product_attention"):
             session.load(tiny(arch), attn="sdpa")
         assert session.load(tiny(arch)).attention == "eager"
@@ -68,7 +83,9 @@ real_cases = [
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("layout", real_cases)
-def test_every_module_of_the_real_model_equals_the_unsharded_one(layout, attn, session, smollm2, record_property):
+def test_every_module_of_the_real_model_equals_the_unsharded_one(
+    layout, attn, session, smollm2, record_property
+):
     row = parity.measure(session, "SmolLM2", smollm2, attn, layout)
     accept(row, record_property)
 

@@ -1,4 +1,5 @@
-"""Placement, rank by rank in one process: the pieces of any layout are the whole again, each element written once.
+"""Placement, rank by rank in one process: the pieces of any layout are the whole again, each
+element written once.
 
 What the engines themselves make of real layouts is in test_parity.py and test_evidence.py.
 """
@@ -43,7 +44,16 @@ class Home:
 class Ranks:
     """All ranks of a layout, writing one value into one slab, as the hooks of a run do."""
 
-    def __init__(self, folder, layout: Layout, formula: ShapeFormula, B: int, S: int, hook: HookSpec, placer: Placer):
+    def __init__(
+        self,
+        folder,
+        layout: Layout,
+        formula: ShapeFormula,
+        B: int,
+        S: int,
+        hook: HookSpec,
+        placer: Placer,
+    ):
         self.layout, self.formula, self.B, self.S, self.placer = layout, formula, B, S, placer
         key = CaptureKey(hook.key, hook.glob, hook.at, formula.path)
         shape = list(formula.shape(B, S))
@@ -54,7 +64,8 @@ class Ranks:
         self.plan = Plan((self.entry,), self.num_bytes, (), False)
         self.home, self.hook = Home(folder, layout.world), hook
         self.region = Region("planned.slab", 0, tuple(shape), formula.dtype)
-        self.home.slab("planned.slab", self.num_bytes).bytes.fill_(0x55)  # what nobody writes is seen
+        # what nobody writes is seen
+        self.home.slab("planned.slab", self.num_bytes).bytes.fill_(0x55)
 
     def place(self, rank: int) -> Place:
         rows = share(self.B, self.layout.batch_groups, self.layout.coordinate(rank)["batch"])
@@ -62,10 +73,15 @@ class Ranks:
 
     def spill(self, rank: int):
         def keep(tensor: torch.Tensor) -> Region:
-            region = Region(f"extra-{rank}.slab", 0, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            self.home.slab(region.slab, max(pages(size_of(region.shape, region.dtype)), PAGE)).tensor(region).copy_(
-                tensor
+            region = Region(
+                f"extra-{rank}.slab",
+                0,
+                tuple(tensor.shape),
+                str(tensor.dtype).removeprefix("torch."),
             )
+            self.home.slab(
+                region.slab, max(pages(size_of(region.shape, region.dtype)), PAGE)
+            ).tensor(region).copy_(tensor)
             return region
 
         return keep
@@ -76,12 +92,21 @@ class Ranks:
             active = frozenset({self.hook.key})
             slab = self.home.slab("planned.slab", self.num_bytes)
             recording = Recording(
-                self.plan, active, slab, lambda _: self.region, self.placer, self.place(rank), self.spill(rank), None
+                self.plan,
+                active,
+                slab,
+                lambda _: self.region,
+                self.placer,
+                self.place(rank),
+                self.spill(rank),
+                None,
             )
             recording.record(self.hook, self.hook.glob, lambda local=local: local)
             seen[rank] = recording.planned[0]
         dtype = getattr(torch, self.formula.dtype)
-        return Capture(self.entry.key, self.entry.shape, dtype, seen, self.region, self.home, self.num_bytes)
+        return Capture(
+            self.entry.key, self.entry.shape, dtype, seen, self.region, self.home, self.num_bytes
+        )
 
 
 def rows_of(whole: torch.Tensor, formula: ShapeFormula, here: Place) -> torch.Tensor:
@@ -99,7 +124,10 @@ def numbered(shape) -> torch.Tensor:
 
 terms = st.sampled_from(TERMS)
 formulas = st.lists(st.tuples(st.integers(1, 5), terms), max_size=4).filter(
-    lambda dims: sum(term in ("B", "B*S") for _, term in dims) <= 1 and all(f == 1 or term != "B" for f, term in dims)
+    lambda dims: (
+        sum(term in ("B", "B*S") for _, term in dims) <= 1
+        and all(f == 1 or term != "B" for f, term in dims)
+    )
 )
 layouts = st.builds(Layout, st.just(1), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4))
 
@@ -111,13 +139,20 @@ def folder(tmp_path_factory):
 
 @given(formulas, layouts, st.integers(1, 5), st.integers(1, 6), st.data())
 @settings(max_examples=250, deadline=None)
-def test_the_pieces_of_any_layout_are_the_whole_written_once(tmp_path_factory, dims, layout, B, S, data):
-    """By scan: replicated, or sharded in any dim that tp divides as torch.chunk does, uneven and empty pieces too."""
+def test_the_pieces_of_any_layout_are_the_whole_written_once(
+    tmp_path_factory, dims, layout, B, S, data
+):
+    """By scan: replicated, or sharded in any dim that tp divides as torch.chunk does, uneven and
+    empty pieces too."""
     formula = ShapeFormula("", tuple(dims), "float32")
     whole = numbered(formula.shape(B, S))
-    free = [d for d, (_, term) in enumerate(dims) if term not in ("B", "B*S") and whole.shape[d] > 1]
+    free = [
+        d for d, (_, term) in enumerate(dims) if term not in ("B", "B*S") and whole.shape[d] > 1
+    ]
     split = data.draw(st.sampled_from([None, *free])) if layout.tp > 1 else None
-    ranks = Ranks(tmp_path_factory.mktemp("s"), layout, formula, B, S, HookSpec("m"), Placer(layout, {}, {}))
+    ranks = Ranks(
+        tmp_path_factory.mktemp("s"), layout, formula, B, S, HookSpec("m"), Placer(layout, {}, {})
+    )
     locals_ = {}
     for rank in range(layout.world):
         local = rows_of(whole, formula, ranks.place(rank))
@@ -130,7 +165,9 @@ def test_the_pieces_of_any_layout_are_the_whole_written_once(tmp_path_factory, d
     written = torch.zeros(whole.shape, dtype=torch.int64)
     for seen in capture.seen.values():
         if seen.box is not None:
-            written[tuple(slice(*dict_of(seen.box).get(d, (0, n))) for d, n in enumerate(whole.shape))] += 1
+            written[
+                tuple(slice(*dict_of(seen.box).get(d, (0, n))) for d, n in enumerate(whole.shape))
+            ] += 1
     assert (written == 1).all()
 
 
@@ -144,9 +181,16 @@ def test_addends_are_summed_once_whatever_the_batch_groups(tmp_path_factory, lay
     formula = ShapeFormula("", ((1, "B" if batched else ""), (1, "S"), (3, "")), "float32")
     whole = numbered(formula.shape(B, S))
     ranks = Ranks(
-        tmp_path_factory.mktemp("s"), layout, formula, B, S, HookSpec("m"), Placer(layout, {}, {"m": "partial"})
+        tmp_path_factory.mktemp("s"),
+        layout,
+        formula,
+        B,
+        S,
+        HookSpec("m"),
+        Placer(layout, {}, {"m": "partial"}),
     )
-    weight = [1.0 if t else 1.0 - (layout.tp - 1) for t in range(layout.tp)]  # of each rank's addend
+    # of each rank's addend
+    weight = [1.0 if t else 1.0 - (layout.tp - 1) for t in range(layout.tp)]
     locals_ = {
         rank: rows_of(whole, formula, ranks.place(rank)) * weight[layout.coordinate(rank)["tp"]]
         for rank in range(layout.world)
@@ -170,7 +214,9 @@ BSD = ShapeFormula("", ((1, "B"), (1, "S"), (6, "")), "float32")
 TWO = Layout(tp=2)
 
 
-def two_ranks(folder, *locals_, declared=None, styles=None, formula=BSD, hook=None, B=2, S=4) -> Capture:
+def two_ranks(
+    folder, *locals_, declared=None, styles=None, formula=BSD, hook=None, B=2, S=4
+) -> Capture:
     hook = hook or HookSpec("m")
     ranks = Ranks(folder, TWO, formula, B, S, hook, Placer(TWO, styles or {}, declared or {}))
     return ranks.capture(dict(enumerate(locals_)))
@@ -179,7 +225,9 @@ def two_ranks(folder, *locals_, declared=None, styles=None, formula=BSD, hook=No
 def test_copies_that_differ_are_refused(tmp_path):
     one = torch.randn(2, 4, 6)
     capture = two_ranks(tmp_path, one, one + 1e-6)
-    with pytest.raises(PlacementError, match=r"m: ranks 0 and 1 hold the same part of it with different numbers"):
+    with pytest.raises(
+        PlacementError, match=r"m: ranks 0 and 1 hold the same part of it with different numbers"
+    ):
         capture.tensor()
     assert two_ranks(tmp_path, one, one.clone()).error is None
 
@@ -193,16 +241,20 @@ def test_what_a_rank_with_copied_rows_holds_is_dropped(tmp_path):
 
 
 def test_rows_repeated_in_an_unknown_order_are_refused_when_the_batch_is_split(tmp_path):
-    """x.repeat(2, 1) puts the copies apart, x.repeat_interleave(2) side by side: the shape is the same."""
+    """x.repeat(2, 1) puts the copies apart, x.repeat_interleave(2) side by side: the shape is the
+    same."""
     formula, whole = ShapeFormula("", ((2, "B"), (3, "")), "float32"), numbered((8, 3))
     for layout, refused in ((Layout(dp=2), True), (Layout(tp=2), False)):
         folder = tmp_path / str(layout)
         folder.mkdir()
         ranks = Ranks(folder, layout, formula, 4, 1, HookSpec("m"), Placer(layout, {}, {}))
-        capture = ranks.capture({0: whole[:4] if refused else whole, 1: whole[4:] if refused else whole})
+        capture = ranks.capture(
+            {0: whole[:4] if refused else whole, 1: whole[4:] if refused else whole}
+        )
         if refused:
             with pytest.raises(
-                PlacementError, match="2 entries for each row of the batch, in an order that is not known"
+                PlacementError,
+                match="2 entries for each row of the batch, in an order that is not known",
             ):
                 capture.tensor()
         else:
@@ -224,27 +276,45 @@ def test_positions_of_rows_that_run_over_the_batch_are_refused(tmp_path):
         capture.tensor()
 
 
-# --- wrong shapes ----------------------------------------------------------------------------------
+# --- wrong shapes ---------------------------------------------------------------------
 
 
-def place(local_shape, placer=None, rank=0, layout=TWO, formula=BSD, at="output", name="m", B=2, S=4):
+def place(
+    local_shape, placer=None, rank=0, layout=TWO, formula=BSD, at="output", name="m", B=2, S=4
+):
     rows = share(B, layout.batch_groups, layout.coordinate(rank)["batch"])
     here = Place(layout, rank, B, S, rows)
-    return (placer or Placer(layout, {}, {})).place(name, at, torch.zeros(local_shape), formula, here)
+    return (placer or Placer(layout, {}, {})).place(
+        name, at, torch.zeros(local_shape), formula, here
+    )
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 4), (2, 4, 6, 1), (1, 4, 3), (2, 2, 3), (2, 4, 2), (2, 4, 7), (2, 4, 12), (0, 4, 6), (2, 4, 0)],
+    [
+        (2, 4),
+        (2, 4, 6, 1),
+        (1, 4, 3),
+        (2, 2, 3),
+        (2, 4, 2),
+        (2, 4, 7),
+        (2, 4, 12),
+        (0, 4, 6),
+        (2, 4, 0),
+    ],
 )
 def test_a_shape_that_no_split_explains_is_refused_with_both_shapes(shape):
     with pytest.raises(PlacementError) as caught:
         place(shape)
-    assert str(tuple(shape)) in str(caught.value) and "placements={'m': 'shard:-1'}" in str(caught.value)
+    assert str(tuple(shape)) in str(caught.value) and "placements={'m': 'shard:-1'}" in str(
+        caught.value
+    )
 
 
 def test_without_tp_nothing_is_split():
-    with pytest.raises(PlacementError, match=r"holds \(2, 4, 3\), the unsharded model's value is \(2, 4, 6\)"):
+    with pytest.raises(
+        PlacementError, match=r"holds \(2, 4, 3\), the unsharded model's value is \(2, 4, 6\)"
+    ):
         place((2, 4, 3), layout=Layout(dp=1))
 
 
@@ -279,7 +349,7 @@ def test_a_value_of_another_dtype_than_scanned_is_refused(tmp_path):
         two_ranks(tmp_path, whole, whole).tensor()
 
 
-# --- declarations ----------------------------------------------------------------------------------
+# --- declarations ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,12 +371,24 @@ def test_a_declaration_is_read(text, want):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "shard", "shard:", "shard:x", "shard:--1", "Shard(0)", "partial:0", "batch", "batch:x"),
+        *(
+            "",
+            "shard",
+            "shard:",
+            "shard:x",
+            "shard:--1",
+            "Shard(0)",
+            "partial:0",
+            "batch",
+            "batch:x",
+        ),
         *("batch:0 batch:1", "replicate shard:0", "partial nothing", None),
     ],
 )
 def test_a_declaration_that_says_nothing_is_refused(text):
-    with pytest.raises(PlacementError, match="a placement is 'shard:DIM', 'replicate' or 'partial'"):
+    with pytest.raises(
+        PlacementError, match="a placement is 'shard:DIM', 'replicate' or 'partial'"
+    ):
         parse(text)
 
 
@@ -320,7 +402,10 @@ def test_a_declaration_is_of_the_output_unless_it_says_input():
 
 def test_a_declaration_that_the_shape_denies_is_refused():
     placer = Placer(TWO, {}, {"m": "shard:1"})
-    with pytest.raises(PlacementError, match=r"declared says S(hard)?\(.*1\) over tp=2, so rank 0 .*\(2, 2, 6\); it"):
+    with pytest.raises(
+        PlacementError,
+        match=r"declared says S(hard)?\(.*1\) over tp=2, so rank 0 .*\(2, 2, 6\); it",
+    ):
         place((2, 4, 3), placer)
 
 
@@ -339,7 +424,7 @@ def test_declarations_are_checked_before_anything_is_loaded(session, tiny):
     assert session.run([[5, 6]]).logits.shape == (1, 2, 256)
 
 
-# --- plans and classes -----------------------------------------------------------------------------
+# --- plans and classes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,15 +450,20 @@ def test_a_plan_that_the_shape_denies_is_refused():
         place((2, 4, 6), Placer(TWO, {"m": "colwise"}, {}))
 
 
-@pytest.mark.parametrize(("style", "at"), [("packed_colwise", "output"), ("packed_rowwise", "input")])
+@pytest.mark.parametrize(
+    ("style", "at"), [("packed_colwise", "output"), ("packed_rowwise", "input")]
+)
 def test_interleaved_columns_are_refused_under_tp_only(style, at):
-    with pytest.raises(PlacementError, match=rf"m is {style} over tp=2.*interleaved.*hook the modules around it"):
+    with pytest.raises(
+        PlacementError, match=rf"m is {style} over tp=2.*interleaved.*hook the modules around it"
+    ):
         place((2, 4, 3), Placer(TWO, {"m": style}, {}), at=at)
     assert place((2, 4, 6), Placer(Layout(), {"m": style}, {}), layout=Layout()).evidence == "scan"
 
 
 def test_every_style_of_transformers_is_known_or_left_to_the_scan():
-    """A style that is new in transformers shows here, before its output is placed by shape alone."""
+    """A style that is new in transformers shows here, before its output is placed by shape
+    alone."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     scanned = set(ALL_PARALLEL_STYLES) - set(placements.STYLES) - set(placements.STRIDED)
@@ -381,7 +471,14 @@ def test_every_style_of_transformers_is_known_or_left_to_the_scan():
 
 
 SCANNED = {
-    *("embedding_colwise", "colwise_rep", "rowwise_rep", "rowwise_split_input", "sequence_parallel", "replicate"),
+    *(
+        "embedding_colwise",
+        "colwise_rep",
+        "rowwise_rep",
+        "rowwise_split_input",
+        "sequence_parallel",
+        "replicate",
+    ),
     *(
         "ep_dispatch_experts",
         "grouped_gemm",
@@ -393,7 +490,7 @@ SCANNED = {
 }
 
 
-# --- arithmetic ------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -413,12 +510,22 @@ def test_the_pieces_that_copies_write_make_up_what_they_hold(shape, copies):
     assert (written == 1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int64]
+)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5), (16, 16)])
 def test_equal_values_have_equal_digests_however_they_lie(shape, dtype):
     value = (torch.randn(shape) * 10).to(dtype)
-    assert digest(value) == digest(value.clone()) == digest(value.t().contiguous().t() if value.dim() == 2 else value)
-    shifted = torch.cat([value.reshape(-1)[:1], value.reshape(-1)])[1:].reshape(shape) if value.numel() else value
+    assert (
+        digest(value)
+        == digest(value.clone())
+        == digest(value.t().contiguous().t() if value.dim() == 2 else value)
+    )
+    shifted = (
+        torch.cat([value.reshape(-1)[:1], value.reshape(-1)])[1:].reshape(shape)
+        if value.numel()
+        else value
+    )
     assert digest(shifted) == digest(value)
 
 

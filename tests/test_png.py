@@ -19,7 +19,9 @@ def decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     while at < len(data):
         (size,) = struct.unpack(">I", data[at : at + 4])
         kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(kind + body),)
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (
+            zlib.crc32(kind + body),
+        )
         chunks[kind] = body
         at += 12 + size
     width, height, depth, colour_type = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
@@ -62,7 +64,9 @@ def test_lightness_is_ordered_so_that_the_map_reads_without_hue(signed):
 
 def picture(values, rows=(), cols=(), **options) -> tuple[np.ndarray, np.ndarray]:
     height, width = values.shape
-    data, wide, high = png.render(values, -1.0, 1.0, True, Axis(0, height, rows), Axis(0, width, cols), **options)
+    data, wide, high = png.render(
+        values, -1.0, 1.0, True, Axis(0, height, rows), Axis(0, width, cols), **options
+    )
     index, palette = decode(data)
     assert index.shape == (high, wide)
     return index, palette[index]
@@ -75,7 +79,9 @@ def ink(rgb: np.ndarray) -> np.ndarray:
 def test_a_hot_cell_a_nan_and_a_label_are_all_in_the_picture():
     values = np.zeros((20, 40), np.float32)
     values[3, 4], values[5, 6] = 1.0, np.nan
-    _, rgb = picture(values, rows=[(3, "tok")], cols=[(4, "4")], title="name", bar=[(1.0, "1"), (0.0, "0")])
+    _, rgb = picture(
+        values, rows=[(3, "tok")], cols=[(4, "4")], title="name", bar=[(1.0, "1"), (0.0, "0")]
+    )
     assert (rgb == png.colours(True)[255]).all(-1).sum() >= 24 * 24
     assert (rgb == png.NAN).all(-1).sum() == 24 * 24
     assert ink(rgb).sum() > 200
@@ -97,7 +103,8 @@ def test_shard_strips_carry_their_ranks_and_the_cut_is_dotted():
     rgb = palette[index]
     for band in png.BANDS:
         assert (rgb == band).all(-1).sum() > 5000
-    cut = ink(rgb).sum(axis=0).max()  # the column of the cut has the most ink: a third of its pixels
+    # the column of the cut has the most ink: a third of its pixels
+    cut = ink(rgb).sum(axis=0).max()
     assert 130 < cut < 240
 
 
@@ -110,12 +117,16 @@ def test_every_printable_character_has_a_glyph_of_its_own():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (400, 1), (192, 384)])
 def test_any_shape_makes_a_picture_of_readable_size(shape):
-    _, rgb = picture(np.random.default_rng(0).normal(size=shape).astype(np.float32), title="t", caption="c")
+    _, rgb = picture(
+        np.random.default_rng(0).normal(size=shape).astype(np.float32), title="t", caption="c"
+    )
     assert 60 < rgb.shape[0] < 700 and 60 < rgb.shape[1] < 1300
 
 
 def test_extremes_of_pure_noise_stay_small():
     rng = np.random.default_rng(0)
-    values = (rng.choice([-1, 1], (192, 384)) * rng.normal(0.6, 0.13, (192, 384))).astype(np.float32)
+    values = (rng.choice([-1, 1], (192, 384)) * rng.normal(0.6, 0.13, (192, 384))).astype(
+        np.float32
+    )
     data, _, _ = png.render(values, -1, 1, True, Axis(0, 192), Axis(0, 384))
     assert len(data) < 70_000

@@ -1,4 +1,5 @@
-"""A preview says before a run what the run will keep, rank by rank, and refuses what would not fit with its reasons."""
+"""A preview says before a run what the run will keep, rank by rank, and refuses what would not fit
+with its reasons."""
 
 from __future__ import annotations
 
@@ -35,8 +36,16 @@ def test_a_preview_is_what_the_run_then_keeps(layout, session, tiny):
     session.hook("model.embed_tokens")
     seen = session.preview(ROWS)
     run = session.run(ROWS)
-    assert seen.fits and seen.by_rank == pytest.approx(written(run, 2), rel=0.02) and min(seen.by_rank) > 0
-    assert seen.num_bytes == run.plan.num_bytes == sum(num_bytes for _, num_bytes in seen.hooks.values())
+    assert (
+        seen.fits
+        and seen.by_rank == pytest.approx(written(run, 2), rel=0.02)
+        and min(seen.by_rank) > 0
+    )
+    assert (
+        seen.num_bytes
+        == run.plan.num_bytes
+        == sum(num_bytes for _, num_bytes in seen.hooks.values())
+    )
     assert {hook: count for hook, (count, _) in seen.hooks.items()} == {
         MLP: 4,
         GATE: 4,
@@ -70,7 +79,9 @@ def test_what_would_not_fit_says_what_costs_most(loaded):
 
 def test_a_folder_that_is_too_small_is_said_to_be(loaded, monkeypatch):
     monkeypatch.setattr("flexkernel.engine.place.slabs.free", lambda runtime: (4096, 1 << 30))
-    assert re.search(r"a slab of [\d,]+ bytes is needed and 4,096 are free for it", loaded.preview(ROWS).problem)
+    assert re.search(
+        r"a slab of [\d,]+ bytes is needed and 4,096 are free for it", loaded.preview(ROWS).problem
+    )
     loaded.run(ROWS)  # from here on there is a slab with room in it
     assert loaded.preview(ROWS).fits
 

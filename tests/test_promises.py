@@ -12,7 +12,9 @@ from flexkernel.cluster.guarantees import EXAMPLES, PROMISES, How, promises, pro
 def test_every_way_to_come_to_engines_has_every_promise_in_words():
     for facts in itertools.product(("", "local", "slurm", "other"), *[(True, False)] * 3):
         found = promises(How(*facts))
-        assert [what for what, _ in found] == list(PROMISES) and all(len(said) > 4 for _, said in found)
+        assert [what for what, _ in found] == list(PROMISES) and all(
+            len(said) > 4 for _, said in found
+        )
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,9 @@ def test_every_way_to_come_to_engines_has_every_promise_in_words():
 )
 def test_who_may_not_start_an_engine_is_told_to_start_one_by_hand(how, may):
     said = dict(promises(how))["a dead engine"]
-    assert how.may_start is may and ("by `ipcluster engines`" in said) is (how.launcher != "" and not may)
+    assert how.may_start is may and ("by `ipcluster engines`" in said) is (
+        how.launcher != "" and not may
+    )
 
 
 def test_the_session_says_what_is_promised_for_its_engines(session):
@@ -44,4 +48,6 @@ def test_a_session_that_started_its_engines_knows_that(session):
 
 def test_the_table_has_a_column_for_each_way():
     lines = promises_table().splitlines()
-    assert len(lines) == len(PROMISES) + 2 and {line.count(" | ") for line in lines[2:]} == {len(EXAMPLES)}
+    assert len(lines) == len(PROMISES) + 2 and {line.count(" | ") for line in lines[2:]} == {
+        len(EXAMPLES)
+    }

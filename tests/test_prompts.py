@@ -180,7 +180,9 @@ def test_an_empty_system_message_is_a_message(tokenizer):
 
 def test_a_conversation_that_ends_with_the_assistant_asks_for_no_other_turn(tokenizer):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    assert not texts(batch(talk, tokenizer), tokenizer, skip_special=False)[0].endswith("assistant\n")
+    assert not texts(batch(talk, tokenizer), tokenizer, skip_special=False)[0].endswith(
+        "assistant\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,11 +210,20 @@ def test_chat_without_a_template_is_refused(tokenizer):
 
 
 def test_a_prompt_longer_than_the_model_is_refused_with_both_numbers(tokenizer):
-    with pytest.raises(PromptError, match="prompt in row 1 has 9001 tokens and the model 8192 positions"):
+    with pytest.raises(
+        PromptError, match="prompt in row 1 has 9001 tokens and the model 8192 positions"
+    ):
         batch(["short", "the" + " the" * 9000], tokenizer, max_positions=8192)
 
 
 def test_prompts_import_neither_torch_nor_transformers():
     heavy = ("torch", "transformers", "numpy")
-    code = f"import sys, flexkernel.session.prompts; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        f"import sys, flexkernel.session.prompts; print([m for m in {heavy} if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -33,7 +33,9 @@ def test_the_tables_are_the_codes():
 def test_the_files_that_readme_names_exist():
     text = README.read_text()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)  # code has brackets of its own
-    named = re.findall(r"\]\(([^):]+)\)", prose) + re.findall(r"`((?:tests|notebooks)/[\w./]+)`", text)
+    named = re.findall(r"\]\(([^):]+)\)", prose) + re.findall(
+        r"`((?:tests|notebooks)/[\w./]+)`", text
+    )
     assert len(named) >= 2
     for name in named:
         assert (README.parent / name).exists(), name

@@ -48,7 +48,9 @@ def test_what_is_masked_has_no_say(op, dims):
     have = reduce.masked(op, torch.where(mask, x, math.nan), dims, mask).value()
     known = torch.as_tensor(~np.ma.getmaskarray(want)).broadcast_to(have.shape)
     assert known.sum() > 0 and have.dtype == torch.float32
-    torch.testing.assert_close(have[known], torch.as_tensor(np.ma.filled(want, 0)).float()[known], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        have[known], torch.as_tensor(np.ma.filled(want, 0)).float()[known], rtol=1e-5, atol=1e-6
+    )
     nothing = reduce.masked(op, x, dims, torch.zeros_like(mask))
     some = reduce.partial(op, x, dims)
     assert torch.equal(reduce.combine([nothing, some]).value(), reduce.combine([some]).value())
@@ -63,7 +65,9 @@ def test_over_uneven_shards_every_reduction_equals_the_whole(whole, op, shard_di
     shards = whole.split(2 if shard_dim == 0 else 9, dim=shard_dim)
     assert len(shards) == 3 and shards[-1].shape != shards[0].shape
     got = reduce.reduce_shards(op, shards, shard_dim, dim, keepdim)
-    torch.testing.assert_close(got, TORCH[op](whole.double(), dim, keepdim).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got, TORCH[op](whole.double(), dim, keepdim).float(), rtol=1e-6, atol=0
+    )
 
 
 def test_reducing_all_dims_gives_a_scalar(whole):
@@ -106,7 +110,9 @@ def test_an_unknown_reduction_names_those_there_are():
 def slow_tile(x: torch.Tensor, height: int, width: int, pick) -> torch.Tensor:
     down, along = -(-x.shape[0] // height), -(-x.shape[1] // width)
     rows = [x[r : r + down] for r in range(0, x.shape[0], down)]
-    return torch.tensor([[float(pick(row[:, c : c + along])) for c in range(0, x.shape[1], along)] for row in rows])
+    return torch.tensor(
+        [[float(pick(row[:, c : c + along])) for c in range(0, x.shape[1], along)] for row in rows]
+    )
 
 
 PICKS = {
@@ -138,7 +144,9 @@ def test_many_cache_blocks_make_the_same_tile(monkeypatch):
             torch.testing.assert_close(reduce.tiles(x, height=40, width=30, how=how), once)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+)
 @pytest.mark.parametrize("how", list(PICKS))
 def test_tiles_of_every_dtype(dtype, how):
     x = (torch.rand(20, 30) * 9).to(dtype)
@@ -202,7 +210,10 @@ def test_a_part_outside_the_matrix_is_refused_with_both_sizes():
 def test_histograms_of_shards_add_up_to_that_of_the_whole():
     x = torch.randn(1000)
     x[3], x[700] = math.nan, 9.0
-    total = sum((reduce.histogram(s, -3, 3, 32) for s in x[300:].split(200)), reduce.histogram(x[:300], -3, 3, 32))
+    total = sum(
+        (reduce.histogram(s, -3, 3, 32) for s in x[300:].split(200)),
+        reduce.histogram(x[:300], -3, 3, 32),
+    )
     whole = reduce.histogram(x, -3, 3, 32)
     assert torch.equal(total.counts, whole.counts)
     assert (total.below, total.above, total.nan) == (whole.below, whole.above, whole.nan)

@@ -1,4 +1,5 @@
-"""A hook that keeps only a reduction: the unsharded model's, whatever the layout, and no pad counts in it."""
+"""A hook that keeps only a reduction: the unsharded model's, whatever the layout, and no pad
+counts in it."""
 
 from __future__ import annotations
 
@@ -79,7 +80,11 @@ def test_a_reduction_is_the_unsharded_models(layout, session, tiny, unsharded):
         error = (capture.tensor() - want).abs().max() / want.abs().max()
         assert error < 1e-5, f"{name} {reduce}: {error}"
     norms = run["case 0"]
-    assert norms.name == f"{LAYER} output norm:-1" and norms.evidence in ("plan", "scan+digest", "scan")
+    assert norms.name == f"{LAYER} output norm:-1" and norms.evidence in (
+        "plan",
+        "scan+digest",
+        "scan",
+    )
     torch.testing.assert_close(norms.amax(), norms.tensor().amax())
     assert torch.equal(norms.mask, MASK) and run["case 1"].mask is None
 
@@ -93,10 +98,14 @@ def test_a_reduction_is_the_unsharded_models(layout, session, tiny, unsharded):
     made = session.generate(ROWS, 6, eos_token_id=generated_in(session))
     whole = made[LAYER, "output"].tensor()
     assert made.forwards > 1 and not made.mask[:, 5:].all(), "a row has to end before the others"
-    torch.testing.assert_close(made["by position"].tensor(), whole.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        made["by position"].tensor(), whole.norm(dim=-1), rtol=1e-5, atol=1e-6
+    )
     assert made["by position"].shape == tuple(made.mask.shape)
     columns = [0, *range(4, 4 + made.forwards)]
-    torch.testing.assert_close(made["of two"].tensor(), whole[:, columns].norm(dim=-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        made["of two"].tensor(), whole[:, columns].norm(dim=-1), rtol=1e-5, atol=1e-6
+    )
     torch.testing.assert_close(
         made["over positions"].tensor(), wanted(whole, "mean:1", made.mask), rtol=1e-5, atol=1e-6
     )
@@ -106,8 +115,14 @@ def test_a_reduction_is_the_unsharded_models(layout, session, tiny, unsharded):
 def generated_in(session) -> int:
     """A token that one row makes sooner than the others."""
     new = session.generate(ROWS, 6).new_ids
-    firsts = {token: [row.index(token) if token in row else 99 for row in new] for row in new for token in row}
-    return next(token for token, at in firsts.items() if 0 < min(at) < 4 and sorted(at)[1] > min(at))
+    firsts = {
+        token: [row.index(token) if token in row else 99 for row in new]
+        for row in new
+        for token in row
+    }
+    return next(
+        token for token, at in firsts.items() if 0 < min(at) < 4 and sorted(at)[1] > min(at)
+    )
 
 
 @pytest.fixture
@@ -136,7 +151,11 @@ def test_only_the_reduction_takes_memory(loaded):
     assert loaded.preview(ids).hooks["model.layers.*.mlp.*_proj"][1] < whole / 20
     run = loaded.run(ids)
     assert len(run) == 12 and all(capture.shape == (1, 512) for capture in run)
-    assert "norm:-1" in repr(loaded.hooks) and "norm:-1" in repr(run) and run["model.layers.*.mlp.*_proj"]
+    assert (
+        "norm:-1" in repr(loaded.hooks)
+        and "norm:-1" in repr(run)
+        and run["model.layers.*.mlp.*_proj"]
+    )
 
 
 def test_a_reduction_and_the_whole_are_told_apart(loaded):
@@ -145,7 +164,10 @@ def test_a_reduction_and_the_whole_are_told_apart(loaded):
     run = loaded.run(ROWS)
     with pytest.raises(Exception, match="has 2 captures: say which"):
         run[LAYER]
-    assert run[LAYER, "output"].ndim == 3 and run[LAYER, "output norm:-1"].ndim == run["norms"].ndim == 2
+    assert (
+        run[LAYER, "output"].ndim == 3
+        and run[LAYER, "output norm:-1"].ndim == run["norms"].ndim == 2
+    )
 
 
 def test_integers_and_booleans_keep_their_dtype_as_extremes(loaded):
@@ -168,7 +190,10 @@ def test_hooks_that_reduce_go_into_a_file_and_come_back(loaded, tmp_path):
     [
         ({"reduce": "mode:1"}, "reduce='mode:1' is not there; it is OP:DIMS"),
         ({"reduce": "norm:x"}, "reduce='norm:x' is not there"),
-        ({"reduce": "norm:3"}, r"model\.layers\.1 output is B×S×64: it has no dim 3, which norm:3 would reduce"),
+        (
+            {"reduce": "norm:3"},
+            r"model\.layers\.1 output is B×S×64: it has no dim 3, which norm:3 would reduce",
+        ),
         ({"reduce": "last", "positions": [0]}, "reduce='last' keeps the last position"),
     ],
 )

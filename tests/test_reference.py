@@ -1,4 +1,5 @@
-"""The reference is what all other tests believe, so it is checked against torch and transformers alone."""
+"""The reference is what all other tests believe, so it is checked against torch and transformers
+alone."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def test_every_call_has_its_input_and_output_and_the_logits_are_the_models(arch,
     ref = reference(tiny(arch, folder), **batch)
     assert "" in fired and len(fired) > 4 * 8
     for found in (ref.outputs, ref.inputs):
-        assert {(name, call) for name, call, _ in found} == {(n, c) for n, times in fired.items() for c in range(times)}
+        assert {(name, call) for name, call, _ in found} == {
+            (n, c) for n, times in fired.items() for c in range(times)
+        }
     assert torch.equal(ref.outputs["", 0, "logits"], logits)
     assert torch.equal(ref.inputs["", 0, "input_ids"], batch["input_ids"])
 
@@ -47,9 +50,13 @@ def test_values_are_far_from_trivial(folder):
 def test_a_folder_is_built_once_and_a_seed_gives_one_model(folder):
     path = tiny("qwen3", folder)
     before = (path / "model.safetensors").stat().st_mtime_ns
-    assert tiny("qwen3", folder) == path and (path / "model.safetensors").stat().st_mtime_ns == before
+    assert (
+        tiny("qwen3", folder) == path and (path / "model.safetensors").stat().st_mtime_ns == before
+    )
     torch.manual_seed(1)
-    for (name, a), b in zip(load(path).state_dict().items(), build("qwen3").state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        load(path).state_dict().items(), build("qwen3").state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
@@ -60,7 +67,9 @@ def test_a_vocabulary_of_257_is_another_folder(folder):
 
 @pytest.mark.parametrize("arch", ["mistral", "gemma2"])
 def test_sixteen_positions_exceed_the_window(arch, folder):
-    pattern = reference(tiny(arch, folder), **ids_and_mask([16])).attention["model.layers.0.self_attn", "pattern"]
+    pattern = reference(tiny(arch, folder), **ids_and_mask([16])).attention[
+        "model.layers.0.self_attn", "pattern"
+    ]
     assert pattern[0, :, 15, :8].abs().max() == 0 and pattern[0, :, 15, 8:].min() > 0
 
 
@@ -73,7 +82,9 @@ def test_attention_points_rebuild_the_attention(arch, attn, folder):
     modules = {name for name, _ in ref.attention}
     assert len(modules) == 4 and len(ref.attention) == 20
     for name in modules:
-        q, k, v, pattern, z = (ref.attention[name, point] for point in ("q", "k", "v", "pattern", "z"))
+        q, k, v, pattern, z = (
+            ref.attention[name, point] for point in ("q", "k", "v", "pattern", "z")
+        )
         groups = q.shape[1] // k.shape[1]
         mixed = (pattern @ v.repeat_interleave(groups, 1)).transpose(1, 2)
         torch.testing.assert_close(mixed[real], z[real], rtol=1e-4, atol=1e-5)
@@ -81,13 +92,17 @@ def test_attention_points_rebuild_the_attention(arch, attn, folder):
         if cap := getattr(ref.model.config, "attn_logit_softcapping", None):
             scores = torch.tanh(scores / cap) * cap
         rebuilt = scores.masked_fill(pattern == 0, -torch.inf).softmax(-1).transpose(1, 2)
-        torch.testing.assert_close(rebuilt[real], pattern.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            rebuilt[real], pattern.transpose(1, 2)[real], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_asking_for_attention_leaves_the_model_as_it_was(folder):
     batch = ids_and_mask([9])
     ref = reference(tiny("llama", folder), **batch)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ref.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in ref.model.modules()
+    )
     assert ref.attention
     again = reference(ref.model, **batch)
     assert ref.model.config._attn_implementation == "sdpa"

@@ -1,4 +1,5 @@
-"""New groups under old weights, and a new engine in a dead one's place: nothing is loaded that was not lost."""
+"""New groups under old weights, and a new engine in a dead one's place: nothing is loaded that was
+not lost."""
 
 from __future__ import annotations
 
@@ -27,14 +28,17 @@ def end(session, rank: int, name: str, of: int) -> None:
     """Kill that rank's engine in a forward."""
     session.on_ranks(watched.die_at, name, rank, of)
     begin = time.monotonic()
-    with pytest.raises(fk.errors.EngineDied, match=rf"rank {rank}'s engine died .*{SAID[of]}") as caught:
+    with pytest.raises(
+        fk.errors.EngineDied, match=rf"rank {rank}'s engine died .*{SAID[of]}"
+    ) as caught:
         session.run(IDS)
     assert caught.value.rank == rank
     assert time.monotonic() - begin < 10, "five times the bound of 2 s"
 
 
 def lost_and_found(session, rank: int, name: str, bring_back, of: int = signal.SIGKILL) -> None:
-    """Kill a rank in a forward and bring it back: the others kept what they had, and the next run is bit-equal."""
+    """Kill a rank in a forward and bring it back: the others kept what they had, and the next run
+    is bit-equal."""
 
     def double(x, _ctx):
         return x * 2
@@ -60,15 +64,19 @@ def lost_and_found(session, rank: int, name: str, bring_back, of: int = signal.S
     assert session.cluster.pids == now and session.cluster.alive() == [True] * session.cluster.size
 
 
-@pytest.mark.parametrize(("layout", "rank"), [({"tp": 2}, 0), ({"pp": 2}, 1), ({"fsdp": 2}, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "rank"), [({"tp": 2}, 0), ({"pp": 2}, 1), ({"fsdp": 2}, 1)], ids=str
+)
 @pytest.mark.engines(2)
 def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank, monkeypatch):
     info = session.load(tiny("llama"), **layout)
-    for _ in range(4):  # whoever reads the cluster's file beside its owner does not take from it how an engine ended
+    # whoever reads the cluster's file beside its owner does not take from it how an engine ended
+    for _ in range(4):
         assert repr(session.cluster.cluster_id) in clusters.running_clusters()
 
     def bring_back():
-        with monkeypatch.context() as patch:  # what the dead one was in does not count as its heir's
+        # what the dead one was in does not count as its heir's
+        with monkeypatch.context() as patch:
             patch.setattr(clusters, "LATE_S", 0.1 - session.timeout_s)
             patch.setattr(clusters, "FREED_S", 0.3)
             assert session.restart(rank) == [rank]
@@ -91,7 +99,9 @@ def test_a_dead_rank_comes_back_by_itself_when_asked_to(session, tiny):
 @pytest.mark.engines(2)
 def test_a_builders_model_comes_back_too(session, tiny):
     folder = str(tiny("llama"))
-    session.load(lambda: watched.parallelized(folder), tp=2, reference=lambda: watched.whole(folder))
+    session.load(
+        lambda: watched.parallelized(folder), tp=2, reference=lambda: watched.whole(folder)
+    )
     lost_and_found(session, 1, "model.layers.2.mlp", session.restart)
 
 
@@ -99,7 +109,9 @@ def test_a_builders_model_comes_back_too(session, tiny):
 def test_a_builders_own_groups_are_made_again_after_a_break(session, tiny):
     pytest.importorskip("fairscale")
     folder = str(tiny("llama"))
-    session.load(lambda: watched.fairscale_mlps(folder), tp=2, reference=lambda: watched.whole(folder))
+    session.load(
+        lambda: watched.fairscale_mlps(folder), tp=2, reference=lambda: watched.whole(folder)
+    )
     logits = session.run(IDS).logits.tensor().clone()
     session.on_ranks(watched.raise_at, "model.layers.3.mlp", 1)
     with pytest.raises(fk.errors.EngineError, match="ZeroDivisionError"):
@@ -108,7 +120,9 @@ def test_a_builders_own_groups_are_made_again_after_a_break(session, tiny):
 
 
 @pytest.mark.engines(2)
-def test_an_engine_that_was_stopped_is_ended_before_its_rank_is_given_to_another(session, tiny, tmp_path):
+def test_an_engine_that_was_stopped_is_ended_before_its_rank_is_given_to_another(
+    session, tiny, tmp_path
+):
     session.load(tiny("llama"), pp=2)
     session.store.spill_to(tmp_path)
     logits = session.run(IDS).logits.tensor().clone()
@@ -128,7 +142,10 @@ def test_what_cannot_be_replaced_is_refused(session):
         session.restart()
     with pytest.raises(fk.errors.ClusterError, match="rank 2 is none of 0 to 1"):
         session.restart(2)
-    with fk.local() as here, pytest.raises(fk.errors.ClusterError, match="the engine is this process"):
+    with (
+        fk.local() as here,
+        pytest.raises(fk.errors.ClusterError, match="the engine is this process"),
+    ):
         here.restart(0)
 
 

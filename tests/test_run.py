@@ -1,4 +1,5 @@
-"""Run and the store of runs: a capture is found by what names it alone, and memory is bounded without surprises."""
+"""Run and the store of runs: a capture is found by what names it alone, and memory is bounded
+without surprises."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from flexkernel.errors import CaptureError, CaptureExpired, EngineError, MemoryBudgetError, PlacementError
+from flexkernel.errors import (
+    CaptureError,
+    CaptureExpired,
+    EngineError,
+    MemoryBudgetError,
+    PlacementError,
+)
 from flexkernel.memory.slabs import PAGE
 from flexkernel.session.run import Run, Store, described
 from flexkernel.wire import CaptureKey, Region, RunPlan, Seen
@@ -39,7 +46,7 @@ SECOND, FIRST_LEAF = CaptureKey("h", "m", call=1), CaptureKey("t", "t", index="0
 SECOND_LEAF = CaptureKey("t1", "t", index="1")
 
 
-# --- which capture ---------------------------------------------------------------------------------
+# --- which capture --------------------------------------------------------------------
 
 
 def test_a_module_means_its_only_capture():
@@ -48,7 +55,10 @@ def test_a_module_means_its_only_capture():
 
 def test_several_captures_of_a_module_have_to_be_told_apart():
     run = run_of(OUT, IN)
-    with pytest.raises(CaptureError, match=r"'m' has 2 captures.*\('m', 'output', '', 0\), \('m', 'input', '0', 0\)"):
+    with pytest.raises(
+        CaptureError,
+        match=r"'m' has 2 captures.*\('m', 'output', '', 0\), \('m', 'input', '0', 0\)",
+    ):
         run["m"]
     assert run["m", "output"].key == OUT and run["m", "input"].key == IN
 
@@ -86,7 +96,8 @@ def test_a_capture_is_found_by_its_key():
 def test_nothing_there_names_what_is_near():
     run = run_of(CaptureKey("h", "model.layers.0.mlp"), CaptureKey("h", "lm_head"))
     with pytest.raises(
-        CaptureError, match=r"run 7 captured nothing at .*'model\.layers\.0\.mpl'.*it has model\.layers\.0\.mlp"
+        CaptureError,
+        match=r"run 7 captured nothing at .*'model\.layers\.0\.mpl'.*it has model\.layers\.0\.mlp",
     ):
         run["model.layers.0.mpl"]
     with pytest.raises(CaptureError, match="captured nothing") as caught:
@@ -111,7 +122,9 @@ def test_a_hooks_name_is_what_it_captured():
     run = run_of(LOGITS, one, two)
     run.globs = {"mine": "a", "all": "a.*"}
     assert run["mine"].key == one
-    assert [c.key for c in run["all"]] == [two], "a list where the hook's glob has a star, however many it matched"
+    assert [c.key for c in run["all"]] == [two], (
+        "a list where the hook's glob has a star, however many it matched"
+    )
     run.captures |= {CaptureKey("mine", "a", call=1): Found(CaptureKey("mine", "a", call=1))}
     with pytest.raises(CaptureError, match="'mine' has 2 captures: say which, one of"):
         run["mine"]
@@ -125,7 +138,9 @@ def test_a_modules_name_goes_before_a_hooks():
 def test_what_was_there_before_an_edit_is_found_by_saying_so_or_alone():
     before, after = CaptureKey("h", "m", "output before"), CaptureKey("h", "m")
     run = run_of(before, after)
-    assert run["m"].key == run["m", "output"].key == after and run["m", "output before"].key == before
+    assert (
+        run["m"].key == run["m", "output"].key == after and run["m", "output before"].key == before
+    )
     assert str(before) == "m output before"
     assert run_of(before)["m"].key == run_of(before)["m", "output"].key == before
     assert [c.key for c in run["*"]] == [after]
@@ -153,7 +168,7 @@ def test_iterating_and_counting_leave_the_logits_out():
     assert [c.key for c in run] == [OUT, IN] and len(run) == 2 and len(run.captures) == 3
 
 
-# --- what it shows ---------------------------------------------------------------------------------
+# --- what it shows --------------------------------------------------------------------
 
 EVIL = "<script>alert(1)</script>&\"'"
 
@@ -179,7 +194,8 @@ def test_next_tokens_are_the_softmax_of_the_last_logits(session, tiny):
     assert len(rows) == 2
     for row, values, ids in zip(rows, want.values.tolist(), want.indices.tolist(), strict=True):
         assert [p for _, p in row] == pytest.approx(values, rel=1e-6)
-        assert [word for word, _ in row] == [str(i) for i in ids]  # without a tokenizer a token is its number
+        # without a tokenizer a token is its number
+        assert [word for word, _ in row] == [str(i) for i in ids]
     assert len(run.next_tokens(10_000)[0]) == 256
 
 
@@ -188,7 +204,9 @@ def test_a_run_shows_its_tokens_its_table_and_its_captures(session, tiny):
     session.hook("model.layers.*.mlp")
     run = session.run(IDS)
     text = repr(run)
-    assert "1 × 4 tokens, 4 captures" in text and "next: " in text and "model.layers.0–3.mlp" in text
+    assert (
+        "1 × 4 tokens, 4 captures" in text and "next: " in text and "model.layers.0–3.mlp" in text
+    )
     assert "1×4×64" in text and "<table>" in run._repr_html_()
 
 
@@ -220,12 +238,18 @@ def test_a_model_without_next_tokens_shows_none(session):
     session.load(Classifier, reference=Classifier)
     session.hook("head")
     run = session.run(IDS)
-    assert run.logits.shape == (1, 3) and "1 × 4 tokens, 1 captures" in repr(run) and run._repr_html_()
-    with pytest.raises(CaptureError, match=r"read from \(B, S, V\) logits; the model puts out \(1, 3\)"):
+    assert (
+        run.logits.shape == (1, 3) and "1 × 4 tokens, 1 captures" in repr(run) and run._repr_html_()
+    )
+    with pytest.raises(
+        CaptureError, match=r"read from \(B, S, V\) logits; the model puts out \(1, 3\)"
+    ):
         run.next_tokens()
 
 
-@pytest.mark.parametrize("reference", [None, lambda: Classifier(False)], ids=["alone", "with a reference"])
+@pytest.mark.parametrize(
+    "reference", [None, lambda: Classifier(False)], ids=["alone", "with a reference"]
+)
 def test_hidden_states_are_not_called_logits(reference, session):
     session.load(lambda: Classifier(False), reference=reference)
     session.hook("head")
@@ -241,7 +265,7 @@ def test_text_is_the_prompt(session, tiny):
     assert len(session.run([[5, 6], [7]]).text) == 2
 
 
-# --- the budget ------------------------------------------------------------------------------------
+# --- the budget -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -262,7 +286,9 @@ def numbers(session) -> list[int]:
 def test_above_the_budget_the_oldest_runs_expire(small):
     runs = [small.run(IDS) for _ in range(5)]
     assert numbers(small) == [run.number for run in runs[2:]]
-    with pytest.raises(CaptureExpired, match=r"expired to make room for newer runs; run\.keep\(\) keeps one"):
+    with pytest.raises(
+        CaptureExpired, match=r"expired to make room for newer runs; run\.keep\(\) keeps one"
+    ):
         runs[0][MLP].tensor()
     assert runs[4][MLP].tensor().shape == (1, 4, 64)
 
@@ -270,7 +296,10 @@ def test_above_the_budget_the_oldest_runs_expire(small):
 def test_a_kept_run_does_not_expire(small):
     kept = small.run(IDS).keep()
     later = [small.run(IDS) for _ in range(4)]
-    assert kept[MLP].tensor().shape == (1, 4, 64) and numbers(small) == [kept.number, *(r.number for r in later[2:])]
+    assert kept[MLP].tensor().shape == (1, 4, 64) and numbers(small) == [
+        kept.number,
+        *(r.number for r in later[2:]),
+    ]
 
 
 def test_a_run_somebody_looks_into_does_not_expire_until_they_look_away(small):
@@ -314,13 +343,16 @@ def test_too_much_is_refused_before_the_forward(small):
     try:
         small.run(IDS)
         with pytest.raises(
-            MemoryBudgetError, match=r"this run would keep [\d,]+ bytes and the session's budget is [\d,]+: hook"
+            MemoryBudgetError,
+            match=r"this run would keep [\d,]+ bytes and the session's budget is [\d,]+: hook",
         ):
             small.run([[5] * 400])
         small.store.budget = 2 * small.store.pool.num_bytes
         for _ in range(2):
             small.run(IDS).keep()
-        with pytest.raises(MemoryBudgetError, match=r"kept or looked into hold [\d,]+ of the session's budget"):
+        with pytest.raises(
+            MemoryBudgetError, match=r"kept or looked into hold [\d,]+ of the session's budget"
+        ):
             small.run(IDS)
         assert len(forwards) == 3
     finally:
@@ -331,7 +363,8 @@ def test_forty_runs_take_no_more_slabs_than_the_budget_holds(small):
     for i in range(40):
         small.run([[5 + i] * (1 + i % 4)])
     assert len(small.store.pool.slabs) == 1 and small.store.pool.num_bytes <= small.store.budget
-    assert len(small.cluster._runtime.runs) <= len(small.runs) + 3  # the engines hear with the next run
+    # the engines hear with the next run
+    assert len(small.cluster._runtime.runs) <= len(small.runs) + 3
 
 
 def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):
@@ -346,14 +379,18 @@ def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):
     with pytest.raises(EngineError, match="ValueError on rank 0: broken on purpose"):
         session.run(IDS)
     handle.remove()
-    assert session.last.partial.startswith("ValueError on rank 0: broken on purpose") and len(session.last) == 1
+    assert (
+        session.last.partial.startswith("ValueError on rank 0: broken on purpose")
+        and len(session.last) == 1
+    )
     session.last.free()
     assert session.store.pool.num_bytes == taken and session.runs == []
     assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64)
 
 
 def test_files_of_a_runs_own_go_with_it(session):
-    session.load(Classifier)  # without a reference nothing is planned: each value has a file of its own
+    # without a reference nothing is planned: each value has a file of its own
+    session.load(Classifier)
     session.hook("**")
     folder = session.store.folder
 
@@ -418,7 +455,7 @@ def test_where_memory_is_small_slabs_are(session, tiny, monkeypatch):
     assert store.pool.take(1).slab_bytes == 8 << 20 and store.budget <= 64 << 20
 
 
-# --- values nobody planned -------------------------------------------------------------------------
+# --- values nobody planned ------------------------------------------------------------
 
 
 def kept(shape, holds=()) -> Seen:
@@ -432,7 +469,10 @@ def test_the_whole_of_described_parts_spans_them():
 
 
 def test_a_value_that_failed_everywhere_has_no_shape():
-    assert described({0: Seen("none", "unknown", box=None, error=("PlacementError", "so"))}) == ((), torch.float32)
+    assert described({0: Seen("none", "unknown", box=None, error=("PlacementError", "so"))}) == (
+        (),
+        torch.float32,
+    )
 
 
 def test_a_failed_capture_is_in_the_table_and_raises_when_looked_at(session):

@@ -1,4 +1,5 @@
-"""The scan: a formula made on the meta device at two sizes is the shape that a real forward has at any other."""
+"""The scan: a formula made on the meta device at two sizes is the shape that a real forward has at
+any other."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from flexkernel.engine.model.scan import SIZES, TERMS, WINDOW, dim_of, formula, 
 from flexkernel.errors import LoadError
 from flexkernel.wire import ShapeFormula
 
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GQA = {**WIDTHS, "num_key_value_heads": 2}
 SPECIAL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WINDOWED = 5  # the real models' window; the scan's is another
@@ -56,7 +62,9 @@ def config(arch: str):
 
 
 def real(arch: str) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_config(config(arch), attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_config(
+        config(arch), attn_implementation="eager"
+    ).eval()
 
 
 Shapes = dict[tuple[str, str], list[dict[str, tuple[tuple[int, ...], str]]]]
@@ -67,7 +75,10 @@ def observed(model: nn.Module, B: int, S: int, past: int = 0) -> Shapes:
     found: Shapes = {}
 
     def note(name: str, at: str, value) -> None:
-        shapes = {p: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for p, t in reference.leaves(value)}
+        shapes = {
+            p: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for p, t in reference.leaves(value)
+        }
         found.setdefault((name, at), []).append(shapes)
 
     ids = torch.randint(3, 90, (B, past + S))
@@ -76,10 +87,20 @@ def observed(model: nn.Module, B: int, S: int, past: int = 0) -> Shapes:
     cache = transformers.DynamicCache(config=model.config) if past else None
     with torch.no_grad():
         if past:
-            model(ids[:, :past], attention_mask=mask[:, :past], position_ids=positions[:, :past], past_key_values=cache)
+            model(
+                ids[:, :past],
+                attention_mask=mask[:, :past],
+                position_ids=positions[:, :past],
+                past_key_values=cache,
+            )
         with noting(model, note):
             more = {"past_key_values": cache, "use_cache": True} if past else {"use_cache": False}
-            model(input_ids=ids[:, past:], attention_mask=mask, position_ids=positions[:, past:], **more)
+            model(
+                input_ids=ids[:, past:],
+                attention_mask=mask,
+                position_ids=positions[:, past:],
+                **more,
+            )
     return found
 
 
@@ -112,7 +133,9 @@ class noting:
                 attention.untap(module, point)
 
 
-def differences(found: dict, truth: Shapes, B: int, S: int, past: int, window: int) -> Iterator[str]:
+def differences(
+    found: dict, truth: Shapes, B: int, S: int, past: int, window: int
+) -> Iterator[str]:
     """Where a formula says another shape or dtype than the real forward, or says nothing."""
     for where, calls in truth.items():
         if len(found.get(where, ())) != len(calls):
@@ -143,7 +166,7 @@ def sorted_by_expert(line: str) -> bool:
     return ".experts." in line
 
 
-# --- against real forwards -------------------------------------------------------------------------
+# --- against real forwards ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("B", "S"), [(1, 1), (1, 7), (4, 6), (5, 13)])
@@ -152,7 +175,9 @@ def test_formulas_are_the_shapes_of_a_real_forward(arch, B, S, models):
     found, model = scanned(models, arch)
     truth = observed(model, B, S)
     assert len(truth) > 25
-    wrong = [line for line in differences(found, truth, B, S, 0, WINDOWED) if not sorted_by_expert(line)]
+    wrong = [
+        line for line in differences(found, truth, B, S, 0, WINDOWED) if not sorted_by_expert(line)
+    ]
     assert wrong == []
 
 
@@ -161,7 +186,11 @@ def test_formulas_are_the_shapes_of_a_real_forward(arch, B, S, models):
 def test_formulas_are_the_shapes_of_a_cached_step(arch, B, S, past, models):
     found, model = scanned(models, arch)
     truth = observed(model, B, S, past)
-    wrong = [line for line in differences(found, truth, B, S, past, WINDOWED) if not sorted_by_expert(line)]
+    wrong = [
+        line
+        for line in differences(found, truth, B, S, past, WINDOWED)
+        if not sorted_by_expert(line)
+    ]
     assert wrong == []
 
 
@@ -169,10 +198,21 @@ def test_formulas_are_the_shapes_of_a_cached_step(arch, B, S, past, models):
 def test_nothing_inside_experts_has_a_formula(arch, models):
     """Their rows may have a shape that a formula fits; their order is the data's."""
     found, _ = scanned(models, arch)
-    inside = [leaf for (name, _), calls in found.items() if ".experts." in name for leaves in calls for leaf in leaves]
+    inside = [
+        leaf
+        for (name, _), calls in found.items()
+        if ".experts." in name
+        for leaves in calls
+        for leaf in leaves
+    ]
     assert all(leaf.dims is None for leaf in inside)
     assert arch != "Mixtral" or inside
-    around = [leaves for (name, _), calls in found.items() if name.endswith(".experts") for leaves in calls]
+    around = [
+        leaves
+        for (name, _), calls in found.items()
+        if name.endswith(".experts")
+        for leaves in calls
+    ]
     assert around and all(leaf.dims is not None for leaves in around for leaf in leaves)
 
 
@@ -193,7 +233,10 @@ def test_a_window_is_a_term_of_its_own(models):
 def test_a_scan_leaves_nothing_on_the_model():
     model = unsharded(config("Llama"), torch.float32)
     scan(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or attention.TAPS in m.__dict__ for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or attention.TAPS in m.__dict__
+        for m in model.modules()
+    )
 
 
 def test_the_scan_of_a_windowed_model_leaves_the_config_alone():
@@ -210,15 +253,19 @@ def test_the_dtype_is_the_loads():
 
 def test_the_comparison_can_fail(models):
     found, model = scanned(models, "Llama")
-    broken = {**found, ("lm_head", "output"): ((ShapeFormula("", ((1, "S"), (1, "B"), (96, "")), "float32"),),)}
+    broken = {
+        **found,
+        ("lm_head", "output"): ((ShapeFormula("", ((1, "S"), (1, "B"), (96, "")), "float32"),),),
+    }
     assert any("lm_head" in line for line in differences(broken, observed(model, 2, 3), 2, 3, 0, 0))
 
 
-# --- other modules ---------------------------------------------------------------------------------
+# --- other modules --------------------------------------------------------------------
 
 
 class Odd(nn.Module):
-    """A module of each kind that is hard: called twice, returning a dict, sorting rows, flattening, keeping S first."""
+    """A module of each kind that is hard: called twice, returning a dict, sorting rows,
+    flattening, keeping S first."""
 
     def __init__(self):
         super().__init__()
@@ -238,7 +285,9 @@ class Odd(nn.Module):
 def formulas(name: str) -> list[list[str]]:
     with torch.device("meta"):
         found = scan(Odd())
-    return [[f"{leaf.path}: {leaf}" for leaf in leaves] for leaves in found.get((name, "output"), ())]
+    return [
+        [f"{leaf.path}: {leaf}" for leaf in leaves] for leaves in found.get((name, "output"), ())
+    ]
 
 
 def test_a_module_called_twice_has_two_calls():
@@ -255,7 +304,9 @@ def test_rows_that_outnumber_the_tokens_have_no_formula():
 
 def test_rows_inside_experts_have_no_formula_although_their_number_fits_one():
     """With one expert a token they are as many as the tokens, sorted by expert."""
-    assert formulas("flat") == [[": B*S×4"]] and formulas("experts.up") == [[": depends on the data"]]
+    assert formulas("flat") == [[": B*S×4"]] and formulas("experts.up") == [
+        [": depends on the data"]
+    ]
 
 
 def test_a_shape_that_is_no_multiple_has_no_formula():
@@ -271,11 +322,13 @@ def test_a_model_that_needs_data_is_refused_with_the_way_out(session):
         def forward(self, input_ids, **_):
             return self.embed(input_ids) * input_ids.sum().item()
 
-    with pytest.raises(LoadError, match=r"Reads cannot be scanned, .* meta device .*: load it with a builder"):
+    with pytest.raises(
+        LoadError, match=r"Reads cannot be scanned, .* meta device .*: load it with a builder"
+    ):
         session.load(Reads, reference=Reads)
 
 
-# --- one dim ---------------------------------------------------------------------------------------
+# --- one dim --------------------------------------------------------------------------
 
 
 @given(st.sampled_from(sorted(TERMS)), st.integers(1, 64))
@@ -298,7 +351,10 @@ def test_a_constant_is_a_constant(value):
 def test_whatever_is_found_gives_back_the_numbers_it_was_found_from(values):
     found = dim_of(values, SIZES)
     if found is not None:
-        shape = [ShapeFormula("", (found,), "float32").shape(B, S, past, WINDOW)[0] for B, S, past in SIZES]
+        shape = [
+            ShapeFormula("", (found,), "float32").shape(B, S, past, WINDOW)[0]
+            for B, S, past in SIZES
+        ]
         assert shape == values
 
 

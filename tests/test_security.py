@@ -1,5 +1,5 @@
-"""Security: another user of this machine reads nothing and is obeyed by nobody, checkpoints run no code, views show
-text, secrets stay where they are.
+"""Security: another user of this machine reads nothing and is obeyed by nobody, checkpoints run no
+code, views show text, secrets stay where they are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MARKUP = "<img src=x onerror=alert(1)>"
 HOME = Path(fk.__file__).parent
 
 
-# --- another user ------------------------------------------------------------------------------------------
+# --- another user ---------------------------------------------------------------------
 
 
 def as_nobody(does: Callable[[], Any]) -> Any:
@@ -76,11 +76,15 @@ def can_open(paths: list[str]) -> list[str]:
 
 
 def files_of(session) -> list[Path]:
-    """Everything that a session has on disk and in shared memory: slabs, pulses, the store, logs, keys."""
+    """Everything that a session has on disk and in shared memory: slabs, pulses, the store, logs,
+    keys."""
     cluster = session.cluster
     profile, name = Path(cluster._cluster.profile_dir), cluster.cluster_id
     home = slabs.place(cluster.folder)
-    mine = [home.parent, *(p for folder in home.parent.glob(f"{home.name}*") for p in (folder, *folder.rglob("*")))]
+    mine = [
+        home.parent,
+        *(p for folder in home.parent.glob(f"{home.name}*") for p in (folder, *folder.rglob("*"))),
+    ]
     named = [p for part in ("security", "log", "pid") for p in (profile / part).glob(f"*{name}*")]
     assert len(mine) > 4 and len(named) > 3
     return [*mine, *named, profile / "security"]
@@ -92,7 +96,9 @@ def served(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.hook("model.layers.1.mlp")
     run = session.run(bad.ROWS)
-    address, token = session.cluster.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[0]
+    address, token = session.cluster.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[
+        0
+    ]
     region = run["model.layers.1.mlp"]._region
     return session, address, token, region
 
@@ -115,12 +121,18 @@ def test_another_user_can_open_no_file_of_ours(served):
 @two
 @root
 def test_another_user_is_obeyed_by_nobody(served, tiny, tmp_path):
-    """He can connect, loopback is open to all. Without the key nothing is done for him; no store is there for him."""
+    """He can connect, loopback is open to all. Without the key nothing is done for him; no store
+    is there for him."""
     session, address, token, region = served
     tmp_path.chmod(0o777)
     tmp_path.parent.chmod(0o755)
     mark = tmp_path / "mark"
-    ports = {c.laddr.port for p in bad.processes() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    ports = {
+        c.laddr.port
+        for p in bad.processes()
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
     orders = [forged(session, mark, key) for key in (b"", b"guessed")]
 
     def tries() -> str:
@@ -157,10 +169,12 @@ def forged(session, mark: Path, key: bytes) -> list[bytes]:
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = other.msg("apply_request", content={}, metadata=told)
     ident = session.cluster._client._engines[session.cluster.engines[0]].encode()
-    return other.serialize(message, [ident]) + serialize.pack_apply_message(bad.note, (str(mark),), {})
+    return other.serialize(message, [ident]) + serialize.pack_apply_message(
+        bad.note, (str(mark),), {}
+    )
 
 
-# --- other machines ----------------------------------------------------------------------------------------
+# --- other machines -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +190,9 @@ def forged(session, mark: Path, key: bytes) -> list[bytes]:
         ("ipc:///run/user/0/sock", None, False),
     ],
 )
-def test_a_controller_that_other_machines_reach_has_to_encrypt(interface, curve, refused, tmp_path, monkeypatch):
+def test_a_controller_that_other_machines_reach_has_to_encrypt(
+    interface, curve, refused, tmp_path, monkeypatch
+):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     security = tmp_path / "profile_default" / "security"
     security.mkdir(parents=True, mode=0o700)
@@ -217,7 +233,7 @@ finally:
 """
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------
 
 
 def test_a_tokenizers_own_code_is_not_run(tiny, tmp_path):
@@ -247,7 +263,7 @@ def test_a_chat_template_is_text_and_no_program(template, smollm2):
         prompts.batch([{"role": "user", "content": "hi"}], tokenizer)
 
 
-# --- views ---------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -268,20 +284,35 @@ def test_names_and_tokens_are_text_wherever_they_are_shown():
         session.hook("**", groups=MARKUP, name=MARKUP)
         run = session.run([[5, 6]])
         run.tokens = [[MARKUP, "</script>"]]
-        shown = [run, session.hooks, session.tree(), session.status(), as_html(session.info), as_html(session)]
+        shown = [
+            run,
+            session.hooks,
+            session.tree(),
+            session.status(),
+            as_html(session.info),
+            as_html(session),
+        ]
         pages = [page if isinstance(page, str) else page._repr_html_() for page in shown]
         assert len(pages) >= 6
-        assert all("<img" not in page for page in pages) and any("&lt;img" in page for page in pages)
+        assert all("<img" not in page for page in pages) and any(
+            "&lt;img" in page for page in pages
+        )
 
 
 def test_no_view_makes_a_page_out_of_text():
-    sources = {path: path.read_text() for path in (HOME / "widgets").rglob("*") if path.suffix in (".js", ".py")}
+    sources = {
+        path: path.read_text()
+        for path in (HOME / "widgets").rglob("*")
+        if path.suffix in (".js", ".py")
+    }
     assert len(sources) >= 4
     for path, source in sources.items():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", source), path
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", source
+        ), path
 
 
-# --- secrets -------------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------
 
 
 @two
@@ -289,13 +320,20 @@ def test_secrets_are_in_no_log_no_status_and_no_command_line(served):
     session, _, token, _ = served
     key = session.cluster._client.session.key.decode()
     secrets = {key, token, os.environ["HF_TOKEN"]}
-    assert session.on_ranks(bad.environ, "HF_TOKEN") == [os.environ["HF_TOKEN"]] * 2, "engines fetch models with it"
-    said = [repr(thing) for thing in (session.status(), session, session.info, session.cluster, session.store)]
+    assert session.on_ranks(bad.environ, "HF_TOKEN") == [os.environ["HF_TOKEN"]] * 2, (
+        "engines fetch models with it"
+    )
+    said = [
+        repr(thing)
+        for thing in (session.status(), session, session.info, session.cluster, session.store)
+    ]
     said += [session.status()._repr_html_(), as_html(session)]
     with pytest.raises(FlexError) as caught:
         session.on_ranks(bad.raises_with_environment)
     said += ["\n".join(caught.value._render_traceback_())]
-    said += [" ".join(process.cmdline()) for process in bad.processes() if process.pid != os.getpid()]
+    said += [
+        " ".join(process.cmdline()) for process in bad.processes() if process.pid != os.getpid()
+    ]
     logs = [path for path in files_of(session) if path.suffix == ".log"]
     assert len(logs) >= 3
     said += [path.read_text(errors="replace") for path in logs]
@@ -305,4 +343,6 @@ def test_secrets_are_in_no_log_no_status_and_no_command_line(served):
 def test_nothing_is_unpickled_on_the_data_plane():
     """Its file knows no pickle at all; what it gets is JSON and bytes."""
     source = Path(channel.__file__).read_text()
-    assert "import pickle" not in source and "torch.load" not in source and "recv_pyobj" not in source
+    assert (
+        "import pickle" not in source and "torch.load" not in source and "recv_pyobj" not in source
+    )

@@ -1,4 +1,5 @@
-"""The session: what a user gets wrong is one sentence and changes nothing; a hook reads all and disturbs nothing."""
+"""The session: what a user gets wrong is one sentence and changes nothing; a hook reads all and
+disturbs nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ MLP = "model.layers.*.mlp"
 
 
 def num_torch_hooks(session) -> int:
-    """Hooks on all modules of the model in this process, but for the one that keeps the logits and the watch's."""
+    """Hooks on all modules of the model in this process, but for the one that keeps the logits and
+    the watch's."""
     runtime = session.cluster._runtime
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in runtime.model.modules())
     return hooks - 1 - len(runtime.watch._handles)
@@ -42,7 +44,7 @@ def loaded(session, tiny):
     return session
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------
 
 BAD = [
     (
@@ -50,9 +52,17 @@ BAD = [
         HookError,
         r"no module matches 'model\.layers\.\*\.mpl'.*model\.layers\.0\.mlp",
     ),
-    (lambda s: s.hook("lm_head", at="outputs"), HookError, "at='outputs' is not there; a hook is at output, input"),
+    (
+        lambda s: s.hook("lm_head", at="outputs"),
+        HookError,
+        "at='outputs' is not there; a hook is at output, input",
+    ),
     (lambda s: s.hook("lm_head", index=3), HookError, "lm_head output has no tensor at index '3'"),
-    (lambda s: s.hook("", index="logit"), HookError, r"\(root\) output has no tensor at index 'logit'.*logits"),
+    (
+        lambda s: s.hook("", index="logit"),
+        HookError,
+        r"\(root\) output has no tensor at index 'logit'.*logits",
+    ),
     (lambda s: s.hook("lm_head", positions=[]), HookError, "are no positions"),
     (lambda s: s.hook("lm_head", positions="last"), HookError, "positions='last' are no positions"),
     (lambda s: s.hook("lm_head", name="logits"), HookError, "the name 'logits' is taken"),
@@ -61,27 +71,63 @@ BAD = [
     (lambda s: s.unhook("nothing"), HookError, "no hook is called 'nothing'; there are"),
     (lambda s: s.group("off", "nothing"), HookError, "there is no group 'nothing'"),
     (lambda s: s.group("flip", "g"), HookError, "not 'flip'"),
-    (lambda s: s.run(IDS, groups="nothing"), HookError, r"no hook is in group 'nothing'; groups are \['g'\]"),
+    (
+        lambda s: s.run(IDS, groups="nothing"),
+        HookError,
+        r"no hook is in group 'nothing'; groups are \['g'\]",
+    ),
     (lambda s: s.run(IDS, stop_at="nothing"), HookError, "no module matches 'nothing'"),
-    (lambda s: s.run(IDS, stop_at="model.layers.*"), HookError, r"no module matches 'model\.layers\.\*'"),
-    (lambda s: s.run(IDS, stop_at="model.layers"), HookError, "stop_at='model.layers' never fires in a forward"),
+    (
+        lambda s: s.run(IDS, stop_at="model.layers.*"),
+        HookError,
+        r"no module matches 'model\.layers\.\*'",
+    ),
+    (
+        lambda s: s.run(IDS, stop_at="model.layers"),
+        HookError,
+        "stop_at='model.layers' never fires in a forward",
+    ),
     (lambda s: s.run([]), PromptError, "no rows|empty"),
     (lambda s: s.run([[]]), PromptError, "empty|no tokens"),
     (lambda s: s.run([[5] * 5000]), PromptError, r"5000 tokens .* 2048"),
-    (lambda s: s.run([[5, 256]]), PromptError, "token id 256 at position 1 is outside the vocabulary"),
+    (
+        lambda s: s.run([[5, 256]]),
+        PromptError,
+        "token id 256 at position 1 is outside the vocabulary",
+    ),
     (lambda s: s.run([[5, -1]]), PromptError, "token id -1"),
     (lambda s: s.run("text"), PromptError, "tokenizer"),
     (lambda s: s.run(None), PromptError, "NoneType|None"),
-    (lambda s: s.tree("model.layer.*"), HookError, r"no module matches 'model\.layer\.\*'; nearest: model\.layers\.0"),
+    (
+        lambda s: s.tree("model.layer.*"),
+        HookError,
+        r"no module matches 'model\.layer\.\*'; nearest: model\.layers\.0",
+    ),
     (lambda s: s.load("/no/such/folder"), LoadError, "there is no model folder /no/such/folder"),
     (lambda s: s.load("/tmp"), LoadError, r"/tmp holds no config\.json"),
-    (lambda s: s.load(s.info.path, tp=2), LayoutError, "tp=2 makes 2 ranks, the cluster has 1 engine"),
+    (
+        lambda s: s.load(s.info.path, tp=2),
+        LayoutError,
+        "tp=2 makes 2 ranks, the cluster has 1 engine",
+    ),
     (lambda s: s.load(s.info.path, pp=0), LayoutError, "pp=0 is not a degree"),
-    (lambda s: s.load(s.info.path, dtype="float33"), LoadError, "dtype 'float33' is not one of torch's"),
-    (lambda s: s.load(s.info.path, placements={"lm_head": "split"}), PlacementError, "a placement is 'shard:DIM'"),
+    (
+        lambda s: s.load(s.info.path, dtype="float33"),
+        LoadError,
+        "dtype 'float33' is not one of torch's",
+    ),
+    (
+        lambda s: s.load(s.info.path, placements={"lm_head": "split"}),
+        PlacementError,
+        "a placement is 'shard:DIM'",
+    ),
     (lambda s: s.load(7), LoadError, "a folder, a hub id or a function that builds it; found int"),
     (lambda s: s.run(IDS)["nothing"], CaptureError, "captured nothing at"),
-    (lambda s: s.on_ranks(lambda: 1 / 0), EngineError, "ZeroDivisionError on rank 0: division by zero"),
+    (
+        lambda s: s.on_ranks(lambda: 1 / 0),
+        EngineError,
+        "ZeroDivisionError on rank 0: division by zero",
+    ),
 ]
 
 
@@ -119,7 +165,11 @@ def test_before_a_load_everything_says_to_load():
         ):
             with pytest.raises(LoadError, match=r"no model is loaded: session\.load\(path"):
                 does()
-        assert session.runs == [] and "none loaded" in repr(session.status()) and repr(session.hooks) == "no hooks"
+        assert (
+            session.runs == []
+            and "none loaded" in repr(session.status())
+            and repr(session.hooks) == "no hooks"
+        )
 
 
 def test_a_closed_session_says_that_nothing_is_loaded(tiny):
@@ -143,10 +193,12 @@ def test_two_sessions_in_one_process_are_apart(loaded, tiny):
         other.hook("model.layers.0.self_attn.@q")
         run = other.run(IDS)
         assert len(run) == 1 and run["model.layers.0.self_attn.@q"].shape == (1, 8, 4, 16)
-    assert torch.equal(one[MLP.replace("*", "1")].tensor(), loaded.run(IDS)[MLP.replace("*", "1")].tensor())
+    assert torch.equal(
+        one[MLP.replace("*", "1")].tensor(), loaded.run(IDS)[MLP.replace("*", "1")].tensor()
+    )
 
 
-# --- hooks come and go -----------------------------------------------------------------------------
+# --- hooks come and go ----------------------------------------------------------------
 
 
 def test_hooking_twenty_times_leaves_one_hook(loaded):
@@ -187,10 +239,17 @@ def test_groups_choose_what_a_run_keeps(loaded):
     loaded.hook("model.norm")
 
     def kept(**how):
-        return [c.key.module for c in loaded.run(IDS, **how) if "layers" not in c.key.module or ".0." in c.key.module]
+        return [
+            c.key.module
+            for c in loaded.run(IDS, **how)
+            if "layers" not in c.key.module or ".0." in c.key.module
+        ]
 
     assert kept() == ["model.layers.0.mlp", "lm_head", "model.norm"]
-    assert kept(groups="a") == ["model.layers.0.mlp"] and kept(groups=["b"]) == ["model.layers.0.mlp", "lm_head"]
+    assert kept(groups="a") == ["model.layers.0.mlp"] and kept(groups=["b"]) == [
+        "model.layers.0.mlp",
+        "lm_head",
+    ]
     assert kept(groups="a", complement=True) == ["lm_head", "model.norm"]
     assert loaded.group("off", "a") == {"a": [MLP], "b": [MLP, "lm_head"]}
     assert kept() == ["lm_head", "model.norm"] and kept(groups="a") == ["model.layers.0.mlp"]
@@ -202,7 +261,9 @@ def test_groups_choose_what_a_run_keeps(loaded):
 def test_a_run_that_fails_leaves_hooks_ready(loaded):
     loaded.hook(MLP)
     want = loaded.run(IDS)
-    handle = loaded.cluster._runtime.model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = loaded.cluster._runtime.model.model.layers[1].register_forward_pre_hook(
+        lambda *_: 1 / 0
+    )
     for _ in range(3):
         with pytest.raises(EngineError, match="ZeroDivisionError"):
             loaded.run(IDS)
@@ -211,7 +272,7 @@ def test_a_run_that_fails_leaves_hooks_ready(loaded):
     assert all(torch.equal(a.tensor(), b.tensor()) for a, b in zip(want, got, strict=True))
 
 
-# --- what is read ----------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------
 
 
 def test_reading_changes_no_bit(loaded):
@@ -244,7 +305,9 @@ def test_a_container_that_never_fires_is_said_to(loaded):
 def test_a_module_called_by_keyword_is_read_at_its_input(loaded, tiny):
     """FlexModel saw nothing: transformers calls self_attn(hidden_states=...)."""
     batch = models.ids_and_mask([4])
-    truth = reference.reference(reference.load(tiny("llama")), **{**batch, "input_ids": torch.tensor(IDS)})
+    truth = reference.reference(
+        reference.load(tiny("llama")), **{**batch, "input_ids": torch.tensor(IDS)}
+    )
     loaded.hook("model.layers.*.self_attn", at="input", index="hidden_states")
     loaded.hook("model.layers.*.self_attn", at="input", index="position_embeddings.1")
     run = loaded.run(IDS)
@@ -259,7 +322,8 @@ def test_half_precision_is_read_bit_for_bit(session, tiny):
     session.hook("**")
     run = session.run([[5, 6, 7], [8]])
     batch = {
-        k: torch.tensor(v) for k, v in zip(("input_ids", "attention_mask", "position_ids"), parts(run), strict=True)
+        k: torch.tensor(v)
+        for k, v in zip(("input_ids", "attention_mask", "position_ids"), parts(run), strict=True)
     }
     truth = reference.reference(reference.load(tiny("llama"), dtype=torch.bfloat16), **batch)
     assert len(run) > 40
@@ -287,8 +351,16 @@ class Outputs(nn.Module):
         super().__init__()
         self.embed, self.twice = nn.Embedding(32, 4), nn.Linear(4, 4)
         self.tuple_, self.dict_, self.data = Returns(tuple_of), Returns(dict_of), Returns(data_of)
-        self.nothing, self.inplace, self.scalar = Returns(none_of), nn.ReLU(inplace=True), Returns(torch.sum)
-        self.strided, self.empty, self.bools = Returns(strided_of), Returns(empty_of), Returns(bools_of)
+        self.nothing, self.inplace, self.scalar = (
+            Returns(none_of),
+            nn.ReLU(inplace=True),
+            Returns(torch.sum),
+        )
+        self.strided, self.empty, self.bools = (
+            Returns(strided_of),
+            Returns(empty_of),
+            Returns(bools_of),
+        )
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
         x = self.twice(self.twice(self.embed(input_ids)))
@@ -344,7 +416,12 @@ def outputs():
     torch.manual_seed(3)
     model = Outputs()
     truth, inputs = reference.record(
-        model, {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 1]]), "attention_mask": None, "position_ids": None}
+        model,
+        {
+            "input_ids": torch.tensor([[5, 6, 7], [8, 9, 1]]),
+            "attention_mask": None,
+            "position_ids": None,
+        },
     )
     return model, truth, inputs
 
@@ -357,7 +434,9 @@ def test_every_kind_of_output_is_read_whole(with_reference, outputs, session):
         "tuple_": ["0", "1.0"],
         "dict_": ["a.b", "c.0"],
         "data": ["kept", "scores.s"],
-        **dict.fromkeys(("twice", "scalar", "strided", "empty", "bools", "inplace", "embed"), ("",)),
+        **dict.fromkeys(
+            ("twice", "scalar", "strided", "empty", "bools", "inplace", "embed"), ("",)
+        ),
     }.items():
         for index in indices:
             session.hook(name, index=index)
@@ -460,7 +539,12 @@ def test_hundreds_of_runs_leak_no_tensors_descriptors_or_threads(loaded):
     def census():
         gc.collect()
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-        return tensors, process.num_fds(), process.num_threads(), len(process.memory_maps(grouped=False))
+        return (
+            tensors,
+            process.num_fds(),
+            process.num_threads(),
+            len(process.memory_maps(grouped=False)),
+        )
 
     for i in range(30):
         held = loaded.run([[5 + i, 6, 7]])["model.layers.1.mlp"].tensor()
@@ -468,10 +552,13 @@ def test_hundreds_of_runs_leak_no_tensors_descriptors_or_threads(loaded):
     for i in range(60):
         held = loaded.run([[5 + i, 6, 7]])["model.layers.1.mlp"].tensor()
     after = census()
-    assert held is not None and all(b <= a + 3 for a, b in zip(before, after, strict=True)), (before, after)
+    assert held is not None and all(b <= a + 3 for a, b in zip(before, after, strict=True)), (
+        before,
+        after,
+    )
 
 
-# --- on engines ------------------------------------------------------------------------------------
+# --- on engines -----------------------------------------------------------------------
 
 
 @pytest.mark.engines(2)
@@ -487,7 +574,8 @@ def test_on_stages_hooks_come_and_go_and_a_container_is_no_place_to_stop(session
         session.hook(MLP)
     session.hook("**", at="input")
     held = [a - b for a, b in zip(session.on_ranks(num_hooks), before, strict=True)]
-    assert min(held) > 20 and sum(held) == 4 + len(session.info.names) - 1 - 20  # not the root, not the @ points
+    # not the root, not the @ points
+    assert min(held) > 20 and sum(held) == 4 + len(session.info.names) - 1 - 20
     with pytest.raises(HookError, match="never fires in a forward"):
         session.run(IDS, stop_at="model.layers")
     run = session.run(IDS)
@@ -505,8 +593,16 @@ def test_a_load_that_is_refused_leaves_the_loaded_model_on_the_engines(session, 
         ({"tp": 2, "source": "/no/such"}, LoadError, "no model folder"),
         ({"tp": 2, "source": tiny("gpt2")}, LayoutError, "no tensor-parallel plan"),
         ({"pp": 2, "source": tiny("gpt2")}, LayoutError, "cannot be split into stages"),
-        ({"tp": 4, "source": tiny("llama")}, LayoutError, "tp=4 makes 4 ranks, the cluster has 2 engines"),
-        ({"source": tiny("llama")}, LayoutError, "no degree makes 1 rank, the cluster has 2 engines"),
+        (
+            {"tp": 4, "source": tiny("llama")},
+            LayoutError,
+            "tp=4 makes 4 ranks, the cluster has 2 engines",
+        ),
+        (
+            {"source": tiny("llama")},
+            LayoutError,
+            "no degree makes 1 rank, the cluster has 2 engines",
+        ),
     ):
         with pytest.raises(kind, match=says):
             session.load(**bad)

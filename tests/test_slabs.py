@@ -1,4 +1,5 @@
-"""Slabs: what lies where, and who may use it again. Wrong here is wrong everywhere, without a word."""
+"""Slabs: what lies where, and who may use it again. Wrong here is wrong everywhere, without a
+word."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from hypothesis import strategies as st
 from flexkernel.errors import CaptureError, CaptureExpired, HookError
 from flexkernel.memory import slabs
 from flexkernel.memory.slabs import PAGE, Planner, Pool, Slab, first_gap, pages, size_of
-from flexkernel.wire import CaptureKey, HookSpec, Layout, ModelInfo, ModuleInfo, Region, ShapeFormula
+from flexkernel.wire import (
+    CaptureKey,
+    HookSpec,
+    Layout,
+    ModelInfo,
+    ModuleInfo,
+    Region,
+    ShapeFormula,
+)
 
 WIDTH = 8
 
@@ -34,8 +43,12 @@ SCAN = {
     ("data", "output"): ((ShapeFormula("", None, "float32"),),),
     ("odd", "output"): ((ShapeFormula("", ((3, ""),), "uint8"),),),
     ("nothing", "output"): ((),),
-    ("attn.@k", "output"): ((ShapeFormula("", ((1, "B"), (2, ""), (1, "P+S"), (4, "")), "float32"),),),
-    ("attn.@pattern", "output"): ((ShapeFormula("", ((1, "B"), (2, ""), (1, "S"), (1, "P+S")), "float32"),),),
+    ("attn.@k", "output"): (
+        (ShapeFormula("", ((1, "B"), (2, ""), (1, "P+S"), (4, "")), "float32"),),
+    ),
+    ("attn.@pattern", "output"): (
+        (ShapeFormula("", ((1, "B"), (2, ""), (1, "S"), (1, "P+S")), "float32"),),
+    ),
 }
 NAMES = ["", *dict.fromkeys(name for name, _ in SCAN if name and "@" not in name), "attn", "silent"]
 
@@ -49,10 +62,12 @@ def planned(*hooks: HookSpec, B: int = 2, S: int = 5) -> slabs.Plan:
     return Planner(info()).plan(hooks, B, S)
 
 
-# --- what lies where -------------------------------------------------------------------------------
+# --- what lies where ------------------------------------------------------------------
 
 some_hooks = st.lists(
-    st.sampled_from([HookSpec(n) for n in ("twice", "pair", "rows", "data", "odd", "nothing", "attn.@k", "**")]),
+    st.sampled_from(
+        [HookSpec(n) for n in ("twice", "pair", "rows", "data", "odd", "nothing", "attn.@k", "**")]
+    ),
     unique=True,
 )
 
@@ -93,7 +108,11 @@ def test_large_logits_are_kept_for_the_last_position(monkeypatch):
 
 
 def test_a_module_that_fires_twice_has_two_captures():
-    found = [entry.key.call for entry in planned(HookSpec("twice")).entries if entry.key.module == "twice"]
+    found = [
+        entry.key.call
+        for entry in planned(HookSpec("twice")).entries
+        if entry.key.module == "twice"
+    ]
     assert found == [0, 1]
 
 
@@ -107,7 +126,10 @@ def test_what_depends_on_the_data_or_holds_no_tensor_has_no_place():
 
 def test_an_index_names_a_leaf():
     entries = planned(HookSpec("pair"), HookSpec("pair", index="1")).entries
-    assert [(e.key.index, e.formula.dtype) for e in entries[:2]] == [("0", "float32"), ("1", "bfloat16")]
+    assert [(e.key.index, e.formula.dtype) for e in entries[:2]] == [
+        ("0", "float32"),
+        ("1", "bfloat16"),
+    ]
 
 
 def test_an_unknown_index_names_those_that_are_there():
@@ -130,10 +152,11 @@ def test_a_position_that_is_not_in_the_run_is_refused():
 
 def test_positions_of_keys_and_patterns_are_kept_too():
     assert planned(HookSpec("attn.@k", positions=(-1,))).entries[0].shape == (2, 2, 1, 4)
-    assert planned(HookSpec("attn.@pattern", positions=(-1,))).entries[0].shape == (2, 2, 1, 5)  # of the queries
+    # of the queries
+    assert planned(HookSpec("attn.@pattern", positions=(-1,))).entries[0].shape == (2, 2, 1, 5)
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,7 +229,8 @@ def test_sweeping_takes_the_folder_and_may_be_done_twice(folder):
 def test_a_folder_that_nobody_claims_any_more_is_swept(folder):
     """Who claimed it may have been killed: 64 MB and more of /dev/shm would stay for ever."""
     code = (
-        "from flexkernel import slabs as s; import os; p, c = s.claim('dead'); s.Slab(p / 'a.slab', 4096); os._exit(1)"
+        "from flexkernel.memory import slabs as s; import os; "
+        "p, c = s.claim('dead'); s.Slab(p / 'a.slab', 4096); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], timeout=60)
     assert (folder.parent / "dead" / "a.slab").exists()
@@ -263,7 +287,7 @@ def test_a_pool_makes_slabs_no_larger_than_it_is_told_to():
     assert pool.take(PAGE).slab_bytes == 4 * PAGE and pool.take(5 * PAGE).slab_bytes == 8 * PAGE
 
 
-# --- maps ------------------------------------------------------------------------------------------
+# --- maps -----------------------------------------------------------------------------
 
 DTYPES = ["float32", "bfloat16", "float16", "bool", "int64", "uint8", "float64", "complex64"]
 
@@ -288,7 +312,9 @@ def test_two_maps_of_a_file_see_the_same_numbers(dtype, shape, folder):
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])
 def test_a_tensor_of_nothing_is_a_tensor_and_is_counted_off_at_once(shape, folder):
     freed = []
-    seen = Slab(folder / "a.slab", PAGE).private(Region("a.slab", PAGE, shape, "float32"), lambda: freed.append(1))
+    seen = Slab(folder / "a.slab", PAGE).private(
+        Region("a.slab", PAGE, shape, "float32"), lambda: freed.append(1)
+    )
     assert seen.shape == shape and freed == [1]
 
 
@@ -298,7 +324,9 @@ def test_a_private_write_is_seen_by_nobody_else(folder):
     mine, second = slab.private(region, int), slab.private(region, int)
     mine.zero_()
     assert torch.equal(second, value) and torch.equal(slab.private(region, int), value)
-    assert torch.equal(slab.tensor(region), value) and torch.equal(Slab(folder / "a.slab", PAGE).tensor(region), value)
+    assert torch.equal(slab.tensor(region), value) and torch.equal(
+        Slab(folder / "a.slab", PAGE).tensor(region), value
+    )
 
 
 def test_a_private_map_ends_with_its_region(folder):
@@ -341,7 +369,9 @@ def two_megabytes(tmp_path):
     """A tmpfs of 2 MB; only root can make one."""
     where = tmp_path / "small"
     where.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", where], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", where], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("needs to mount a tmpfs")
     yield where
@@ -350,17 +380,26 @@ def two_megabytes(tmp_path):
 
 def test_a_full_tmpfs_is_refused_and_kills_nobody(two_megabytes):
     env = {**os.environ, "FLEX_SLABS": str(two_megabytes)}
-    run = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", FULL], env=env, capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0, run.stderr  # a SIGBUS would be -7
-    assert "refused a slab of 4,194,304 bytes does not fit" in run.stdout and "FLEX_SLABS" in run.stdout
+    assert (
+        "refused a slab of 4,194,304 bytes does not fit" in run.stdout
+        and "FLEX_SLABS" in run.stdout
+    )
     assert f"sum {1 << 20} {1 << 19}" in run.stdout
 
 
-# --- the pool --------------------------------------------------------------------------------------
+# --- the pool -------------------------------------------------------------------------
 
 
 def inside(pool: Pool) -> list[tuple[str, int, int]]:
-    return sorted((e.slab, e.base, e.base + e.num_bytes) for extents in pool._extents.values() for e in extents)
+    return sorted(
+        (e.slab, e.base, e.base + e.num_bytes)
+        for extents in pool._extents.values()
+        for e in extents
+    )
 
 
 def test_runs_share_a_slab_until_it_is_full():

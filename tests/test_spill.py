@@ -1,4 +1,5 @@
-"""Above the budget of memory captures lie on disk, the same numbers; what is there goes with its run."""
+"""Above the budget of memory captures lie on disk, the same numbers; what is there goes with its
+run."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_the_oldest_runs_go_to_disk_and_then_expire(small):
     later = [small.run(ids(i)) for i in range(3, 5)]
     assert (
         len(files(small)) == 3
-        and [run.plan.slab[:6] for run in (*runs, *later)] == ["spill-"] * 3 + [later[0].plan.slab[:6]] * 2
+        and [run.plan.slab[:6] for run in (*runs, *later)]
+        == ["spill-"] * 3 + [later[0].plan.slab[:6]] * 2
     )
     for run, whole in zip(runs[1:], want, strict=True):
         capture = run[MLP]
@@ -69,7 +71,9 @@ def test_the_oldest_runs_go_to_disk_and_then_expire(small):
     assert torch.equal(runs[1][MLP].tensor(), want[0]), "what a user changes is the user's"
 
     fifth = small.run(ids(5))
-    with pytest.raises(CaptureExpired, match=r"expired to make room for newer runs; run\.keep\(\) keeps one"):
+    with pytest.raises(
+        CaptureExpired, match=r"expired to make room for newer runs; run\.keep\(\) keeps one"
+    ):
         first[MLP].tensor()
     assert len(files(small)) == 3 and fifth[MLP].tensor().shape == (1, 4, 64)
     for run in small.runs:
@@ -82,7 +86,9 @@ def test_what_is_kept_or_looked_into_stays_in_memory(small):
     held = looked_into[MLP].tensor()
     with pytest.raises(MemoryBudgetError, match="kept or looked into"):
         small.run(ids(2))
-    assert files(small) == [] and held.shape == (1, 4, 64) and kept[MLP].tensor().shape == (1, 4, 64)
+    assert (
+        files(small) == [] and held.shape == (1, 4, 64) and kept[MLP].tensor().shape == (1, 4, 64)
+    )
 
 
 def test_a_capture_on_disk_is_patched_in(small):
@@ -128,7 +134,9 @@ def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tm
     long = [[5 + i % 200 for i in range(1024)]]
     size = small.preview(long).num_bytes
     small.store.spill_to(tmp_path, budget=size // 2)
-    with pytest.raises(MemoryBudgetError, match=r"of its budget on disk, in .* are free.*what costs most: "):
+    with pytest.raises(
+        MemoryBudgetError, match=r"of its budget on disk, in .* are free.*what costs most: "
+    ):
         small.run(long)
     small.store.spill_to(tmp_path, budget=3 * size // 2)
     assert small.preview(long).fits and "yes, on disk, in " in repr(small.preview(long))
@@ -142,7 +150,9 @@ def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tm
     run.free()
     assert files(small) == []
     small.store.spill.given = False
-    with pytest.raises(MemoryBudgetError, match=r"or have it on disk, session\.store\.spill_to\(FOLDER\)"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"or have it on disk, session\.store\.spill_to\(FOLDER\)"
+    ):
         small.run(long)
 
 
@@ -202,7 +212,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
     command = [sys.executable, "-c", KILLED, str(tiny("llama")), str(tmp_path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ}
+    )
     assert done.returncode == -signal.SIGKILL
     file = Path(done.stdout.strip())
     assert file.parent.parent.parent == tmp_path and file.name.startswith("spill-")
@@ -222,9 +234,14 @@ def test_six_gigabytes_are_foreseen_and_refused_or_on_disk(session, tiny, tmp_pa
     rows = [[3 + (b + s) % 250 for s in range(4096)] for b in range(6)]
     session.store.budget = 2 << 30
     me = psutil.Process()
-    before = me.memory_full_info().uss  # its own: pages of the file that it has looked at can be taken from it
+    # its own: pages of the file that it has looked at can be taken from it
+    before = me.memory_full_info().uss
     said = session.preview(rows)
-    assert said.num_bytes > 6e9 and not said.fits and "the session's budget is 2,147,483,648" in said.problem
+    assert (
+        said.num_bytes > 6e9
+        and not said.fits
+        and "the session's budget is 2,147,483,648" in said.problem
+    )
     begin = time.monotonic()
     with pytest.raises(MemoryBudgetError, match=r"would keep 6,\d{3},\d{3},\d{3} bytes"):
         session.run(rows)

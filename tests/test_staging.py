@@ -1,5 +1,5 @@
-"""Copies on their way from a GPU. A lane on which nothing arrives before it is waited for stands in for one; the tests
-below the line need a real one, and run where there is one."""
+"""Copies on their way from a GPU. A lane on which nothing arrives before it is waited for stands
+in for one; the tests below the line need a real one, and run where there is one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Arrival:
 
 
 class Delayed:
-    """A lane for tensors of the CPU: what is sent travels, in order, until somebody waits for it. `most` bytes did.
-    It carries to memory that is locked, and to no other."""
+    """A lane for tensors of the CPU: what is sent travels, in order, until somebody waits for it.
+    `most` bytes did. It carries to memory that is locked, and to no other."""
 
     def __init__(self, problem=""):
         self.travelling: deque[Arrival] = deque()
@@ -61,7 +61,9 @@ class Delayed:
 
     def send(self, clone, held):
         at = held.data_ptr()
-        assert held.is_contiguous() and (at in self.ours or any(a <= at < b for a, b in self.slabs)), "not locked"
+        assert held.is_contiguous() and (
+            at in self.ours or any(a <= at < b for a, b in self.slabs)
+        ), "not locked"
         self.travelling.append(Arrival(self, clone, held))
         self.most = max(self.most, sum(one.clone.nbytes for one in self.travelling))
         return self.travelling[-1]
@@ -124,7 +126,7 @@ def check_a_value_may_change(copies: Copies, slab: Slab, kind: str, device: str)
     copies.close()
 
 
-# --- the bookkeeping, on any machine ------------------------------------------------------------------------
+# --- the bookkeeping, on any machine --------------------------------------------------
 
 
 @pytest.mark.parametrize("problem", ["", "error 1"], ids=["locked", "not locked"])
@@ -144,7 +146,11 @@ def test_nothing_is_there_before_it_has_landed(slab, kind):
     assert torch.equal(place, value) and copies.num_bytes == 0
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40), st.booleans()), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 40), st.booleans()), min_size=1, max_size=12
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_no_more_than_the_bound_travels_and_all_of_it_comes(tmp_path_factory, writes):
     slab = Slab(tmp_path_factory.mktemp("slab") / "one.slab", 1 << 20)
@@ -199,7 +205,9 @@ def test_a_slab_is_locked_once_and_given_back(slab, tmp_path):
 def test_a_slab_that_cannot_be_locked_is_noted_and_not_unlocked(slab):
     copies = Staged(lane := Delayed("CUDA error 1"))
     copies.begin(slab)
-    assert copies.note == "one.slab cannot be page-locked (CUDA error 1): captures take a second copy"
+    assert (
+        copies.note == "one.slab cannot be page-locked (CUDA error 1): captures take a second copy"
+    )
     copies.close()
     assert lane.locks and not lane.unlocks
 
@@ -210,7 +218,11 @@ def test_without_page_locked_memory_a_copy_waits_for_those_before_it(slab):
     copies.write(place, value)
     lane.locked = none_left
     copies.write(place, value + 1)
-    assert torch.equal(place, value + 1) and not lane.travelling and "no page-locked memory" in copies.note
+    assert (
+        torch.equal(place, value + 1)
+        and not lane.travelling
+        and "no page-locked memory" in copies.note
+    )
 
 
 def none_left(shape, dtype):
@@ -219,13 +231,22 @@ def none_left(shape, dtype):
 
 def test_digests_in_flight_are_the_digests():
     torch.manual_seed(0)
-    values = [torch.randn(9, 33), torch.rand(5, 3) > 0.5, torch.randn(3, 7).bfloat16(), torch.tensor(3), torch.zeros(0)]
+    values = [
+        torch.randn(9, 33),
+        torch.rand(5, 3) > 0.5,
+        torch.randn(3, 7).bfloat16(),
+        torch.tensor(3),
+        torch.zeros(0),
+    ]
     seen = {i: Seen("scan", "whole", digest_in_flight(value)) for i, value in enumerate(values)}
     assert any(isinstance(one.digest, torch.Tensor) for one in seen.values())
     assert [one.digest for one in landed(seen).values()] == [digest(value) for value in values]
     numbers = flying = 0
     for value in values:
-        numbers, flying = joined_digest(numbers, digest(value)), joined_digest(flying, digest_in_flight(value))
+        numbers, flying = (
+            joined_digest(numbers, digest(value)),
+            joined_digest(flying, digest_in_flight(value)),
+        )
     assert isinstance(flying, torch.Tensor) and int(flying) == numbers != 0
 
 
@@ -236,13 +257,16 @@ def test_a_recording_that_has_landed_tells_numbers():
     recording.planned = {0: Seen("scan", "whole", recording.copies.digest(value))}
     recording.others = {CaptureKey("h", "m"): Seen("scan", "whole", recording.copies.digest(value))}
     recording.land()
-    assert [one.digest for one in (*recording.planned.values(), *recording.others.values())] == [digest(value)] * 2
+    assert [one.digest for one in (*recording.planned.values(), *recording.others.values())] == [
+        digest(value)
+    ] * 2
     assert type(recording.planned[0].digest) is int
 
 
 @pytest.fixture
 def delayed(session, tiny):
-    """A session whose copies travel. The bound is small: several are waited for within a forward."""
+    """A session whose copies travel. The bound is small: several are waited for within a
+    forward."""
     session.load(tiny("llama"), attn="eager")
     for glob in HOOKS:
         session.hook(glob)
@@ -284,7 +308,8 @@ def test_a_step_adds_to_what_the_step_before_it_wrote(delayed):
     for glob in HOOKS:
         session.unhook(glob)
     at_once = session.generate(IDS, max_new_tokens=4)
-    session.cluster._runtime.copies = Staged(Delayed())  # nothing of a forward has to land for another's sake
+    # nothing of a forward has to land for another's sake
+    session.cluster._runtime.copies = Staged(Delayed())
     travelled = session.generate(IDS, max_new_tokens=4)
     reduced = [key for key in at_once.captures if "norm" in key.at]
     assert len(reduced) == 4
@@ -337,7 +362,7 @@ def test_an_engine_on_the_cpu_copies_at_once():
     assert type(copies_from("cpu")) is Copies and not Copies.in_flight
 
 
-# --- a real GPU ---------------------------------------------------------------------------------------------
+# --- a real GPU -----------------------------------------------------------------------
 
 
 @on_a_gpu
@@ -385,12 +410,16 @@ def hooked_by_hand(session, globs) -> dict[str, torch.Tensor]:
     runtime, found = session.cluster._runtime, {}
     handles = [
         module.register_forward_hook(
-            lambda _m, _a, out, name=name: found.__setitem__(name, (out if torch.is_tensor(out) else out[0]).cpu())
+            lambda _m, _a, out, name=name: found.__setitem__(
+                name, (out if torch.is_tensor(out) else out[0]).cpu()
+            )
         )
         for name, module in runtime.model.named_modules()
         if name.startswith("model.layers.") and (name.count(".") == 2 or name.endswith("gate_proj"))
     ]
-    ids, mask = (torch.tensor(rows, device="cuda") for rows in (IDS, [[1] * len(row) for row in IDS]))
+    ids, mask = (
+        torch.tensor(rows, device="cuda") for rows in (IDS, [[1] * len(row) for row in IDS])
+    )
     with torch.no_grad():
         runtime.model(input_ids=ids, attention_mask=mask, use_cache=False)
     for handle in handles:
@@ -424,10 +453,14 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu(tiny, what):
             session.hook("model.layers.*.mlp", reduce="norm:0,1", name="reduced")
             session.hook("model.layers.2", edit="scale", value=0.5, name="scaled")
             run = ASKS[what](session)
-            found[device] = {k: c.tensor().clone() for k, c in run.captures.items() if c.error is None}
+            found[device] = {
+                k: c.tensor().clone() for k, c in run.captures.items() if c.error is None
+            }
     assert len(found["cpu"]) > 6 and found["cpu"].keys() == found["cuda"].keys()
     for key, value in found["cpu"].items():
-        torch.testing.assert_close(found["cuda"][key], value, atol=2e-3, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found["cuda"][key], value, atol=2e-3, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @on_a_gpu
@@ -451,7 +484,11 @@ def test_two_gpus_are_the_cpu_and_go_on_after_a_failure(tiny, degrees):
         for device in ("cpu", "cuda"):
             session.load(tiny("llama"), device=device, **degrees)
             session.hook("model.layers.*")
-            found[device] = session.run(ids_and_mask([16, 5])["input_ids"].tolist())["model.layers.2"].tensor().clone()
+            found[device] = (
+                session.run(ids_and_mask([16, 5])["input_ids"].tolist())["model.layers.2"]
+                .tensor()
+                .clone()
+            )
         torch.testing.assert_close(found["cuda"], found["cpu"], atol=2e-3, rtol=2e-3)
 
         @session.edit("broken")

@@ -37,7 +37,9 @@ def test_hooks_runs_and_slabs_are_counted(session, tiny):
     for _ in range(3):
         session.run(IDS)
     after = rows(session)
-    assert after["runs"].startswith("3 stored: 0.1 of 10 MB") and after["slabs"].startswith("1 files")
+    assert after["runs"].startswith("3 stored: 0.1 of 10 MB") and after["slabs"].startswith(
+        "1 files"
+    )
     assert str(session.store.folder) in after["slabs"]
 
 

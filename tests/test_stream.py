@@ -1,4 +1,5 @@
-"""A model streamed from its files does what the whole one does, with no more than a layer's weights in memory."""
+"""A model streamed from its files does what the whole one does, with no more than a layer's
+weights in memory."""
 
 from __future__ import annotations
 

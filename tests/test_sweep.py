@@ -1,4 +1,5 @@
-"""Sweep: each cell is what a plain hook does to the unsharded model, and an interrupted one goes on."""
+"""Sweep: each cell is what a plain hook does to the unsharded model, and an interrupted one goes
+on."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ import flexkernel as fk
 
 CLEAN, OTHER = [[5, 6, 7, 8, 9, 10]], [[5, 99, 7, 120, 9, 10]]
 LAYERS = [f"model.layers.{i}" for i in range(4)]
-LAYOUTS = [pytest.param({}, id="one"), pytest.param({"tp": 2}, id="tp", marks=pytest.mark.engines(2))]
+LAYOUTS = [
+    pytest.param({}, id="one"),
+    pytest.param({"tp": 2}, id="tp", marks=pytest.mark.engines(2)),
+]
 LAYOUTS += [pytest.param({"pp": 2}, id="pp", marks=pytest.mark.engines(2))]
 
 
@@ -23,7 +27,8 @@ def metric(run) -> torch.Tensor:
 
 
 def patched_by_hand() -> tuple[float, np.ndarray]:
-    """(baseline, values) of the unsharded model, the residual after each layer patched by plain hooks."""
+    """(baseline, values) of the unsharded model, the residual after each layer patched by plain
+    hooks."""
     model = models.build("llama")
     clean, other = torch.tensor(CLEAN), torch.tensor(OTHER)
     said = lambda out: (out.logits[0, -1, 3] - out.logits[0, -1, 77]).item()  # noqa: E731
@@ -31,7 +36,9 @@ def patched_by_hand() -> tuple[float, np.ndarray]:
     with torch.no_grad():
         kept = {}
         for i, layer in enumerate(model.model.layers):
-            handle = layer.register_forward_hook(lambda _m, _a, out, i=i: kept.__setitem__(i, out.clone()))
+            handle = layer.register_forward_hook(
+                lambda _m, _a, out, i=i: kept.__setitem__(i, out.clone())
+            )
             model(other)
             handle.remove()
         for i, layer in enumerate(model.model.layers):
@@ -77,7 +84,11 @@ def test_any_edit_at_some_positions_of_a_padded_batch(session, tiny):
     session.load(tiny("llama"))
     rows = [[5, 6, 7, 8], [9, 10]]
     swept = session.sweep(
-        rows, ["model.layers.1.mlp", "model.layers"], [0, -1], metric=lambda r: r.logits.norm(), edit="zero"
+        rows,
+        ["model.layers.1.mlp", "model.layers"],
+        [0, -1],
+        metric=lambda r: r.logits.norm(),
+        edit="zero",
     )
     assert swept.modules == ("model.layers.1.mlp",) and swept.labels == ["0", "-1"]
     session.hook("model.layers.1.mlp", edit="zero", positions=[-1])
@@ -95,19 +106,29 @@ def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny):
             raise KeyboardInterrupt
         return metric(run)
 
-    swept = session.sweep(CLEAN, "model.layers.*.mlp", [1, 2], metric=stops, edit="scale", value=3.0)
-    assert swept.left == 4 and np.isnan(swept.values).sum() == 4 and not np.isnan(swept.values[:2]).any()
+    swept = session.sweep(
+        CLEAN, "model.layers.*.mlp", [1, 2], metric=stops, edit="scale", value=3.0
+    )
+    assert (
+        swept.left == 4
+        and np.isnan(swept.values).sum() == 4
+        and not np.isnan(swept.values[:2]).any()
+    )
     assert "4 left: sweep.resume()" in repr(swept) and "<td>–</td>" in swept._repr_html_()
     assert session.hook_set.hooks == () and session.runs == []
     swept.resume()
-    whole = session.sweep(CLEAN, "model.layers.*.mlp", [1, 2], metric=metric, edit="scale", value=3.0)
+    whole = session.sweep(
+        CLEAN, "model.layers.*.mlp", [1, 2], metric=metric, edit="scale", value=3.0
+    )
     assert swept.left == 0 and len(calls) == 10, "nothing is done twice"
     assert np.array_equal(swept.values, whole.values) and swept.baseline == whole.baseline
 
 
 def test_a_metric_may_say_nan(session, tiny):
     session.load(tiny("llama"))
-    swept = session.sweep(CLEAN, "model.layers.0.mlp", [0], metric=lambda run: math.nan, edit="zero")
+    swept = session.sweep(
+        CLEAN, "model.layers.0.mlp", [0], metric=lambda run: math.nan, edit="zero"
+    )
     assert swept.left == 0 and np.isnan(swept.values).all()
 
 
@@ -116,7 +137,9 @@ def test_it_is_shown_with_its_modules_and_tokens(session, tiny):
     swept = session.sweep(CLEAN, "model.layers.*", [1, -1], metric=metric, edit="zero")
     page = html.unescape(swept._repr_html_())
     assert all(layer in page for layer in LAYERS) and "1 '6'" in page and "-1 '10'" in page
-    assert "furthest from the baseline" in repr(swept) and "Sweep of 'zero' over 4 modules × 2 positions" in repr(swept)
+    assert "furthest from the baseline" in repr(
+        swept
+    ) and "Sweep of 'zero' over 4 modules × 2 positions" in repr(swept)
     view = swept.show()
     data, _ = view._repr_mimebundle_()
     assert "image/png" in data and "sweep of zero  (4, 2)" in data["text/plain"]
@@ -137,9 +160,25 @@ def test_what_is_wrong_is_said_before_anything_runs(session, tiny):
         with pytest.raises(kind, match=says):
             session.sweep(CLEAN, modules, positions, metric=never, **how)
 
-    refused(fk.errors.CaptureError, r"captured nothing at 'model\.layers\.1', output", edit="patch", value=source)
-    refused(fk.errors.CaptureError, "has 6 tokens and that of run", "model.layers.0", edit="patch", value=longer)
-    refused(fk.errors.HookError, "position 6 is outside the prompt, which has 6", positions=[6], edit="zero")
+    refused(
+        fk.errors.CaptureError,
+        r"captured nothing at 'model\.layers\.1', output",
+        edit="patch",
+        value=source,
+    )
+    refused(
+        fk.errors.CaptureError,
+        "has 6 tokens and that of run",
+        "model.layers.0",
+        edit="patch",
+        value=longer,
+    )
+    refused(
+        fk.errors.HookError,
+        "position 6 is outside the prompt, which has 6",
+        positions=[6],
+        edit="zero",
+    )
     refused(fk.errors.HookError, r"no module matches 'model\.layer'", "model.layer", edit="zero")
     refused(fk.errors.HookError, "none of model.layers fires", "model.layers", edit="zero")
     assert len(session.hook_set.hooks) == 1

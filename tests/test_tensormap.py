@@ -1,4 +1,5 @@
-"""The tensor map without a browser: what it answers, what it says, what it leaves in a saved notebook."""
+"""The tensor map without a browser: what it answers, what it says, what it leaves in a saved
+notebook."""
 
 from __future__ import annotations
 
@@ -38,13 +39,25 @@ class Wire:
 
     def __init__(self, view: Any, monkeypatch: pytest.MonkeyPatch):
         self.view, self.answers, self.seq = view, [], 0
-        monkeypatch.setattr(view, "send", lambda content, buffers=None: self.answers.append((content, buffers or [])))
+        monkeypatch.setattr(
+            view,
+            "send",
+            lambda content, buffers=None: self.answers.append((content, buffers or [])),
+        )
 
     def ask(self, kind: str = "view", **asked: Any) -> tuple[dict[str, Any], list[bytes]]:
         self.seq += 1
         rows, cols = self.view.info["size"]
-        whole = {"rows": [0, rows], "cols": [0, cols], "size": [300, 600], "ticks": [20, 9], "how": "extreme"}
-        self.view._handle_custom_msg({"kind": kind, "view": "me", "seq": self.seq, **whole, **asked}, [])
+        whole = {
+            "rows": [0, rows],
+            "cols": [0, cols],
+            "size": [300, 600],
+            "ticks": [20, 9],
+            "how": "extreme",
+        }
+        self.view._handle_custom_msg(
+            {"kind": kind, "view": "me", "seq": self.seq, **whole, **asked}, []
+        )
         return self.answers[-1]
 
 
@@ -69,7 +82,10 @@ def test_a_view_is_answered_with_pixels_and_all_that_explains_them(wire):
     assert len(buffers) == 1
     lo, hi = content["range"]
     assert lo == -hi and 2 < hi < 6
-    assert re.fullmatch(r"signed extreme of 2×2 cells/pixel · range ±\S+, \d+ pixels beyond · 900 NaN", content["says"])
+    assert re.fullmatch(
+        r"signed extreme of 2×2 cells/pixel · range ±\S+, \d+ pixels beyond · 900 NaN",
+        content["says"],
+    )
     assert len(content["ticks"][0]) <= 20 and len(content["ticks"][1]) <= 9
 
 
@@ -172,14 +188,20 @@ def test_a_probe_names_the_cell_behind_a_pixel(wire):
     x[1, 50, 60] = -7.25
     link = wire(tensor_map(Source(x, tokens=[["a"] * 100, ["b"] * 100])))
     content, _ = link.ask("probe", rows=[140, 160], cols=[50, 70])
-    assert content["text"] == "rows 140–159, columns 50–69: signed extreme -7.25 at [1, 50] b, column 60"
+    assert (
+        content["text"]
+        == "rows 140–159, columns 50–69: signed extreme -7.25 at [1, 50] b, column 60"
+    )
     content, _ = link.ask("probe", rows=[150, 151], cols=[60, 61])
     assert content["text"] == "[1, 50] b, column 60: -7.25"
 
 
 def test_probes_are_exact_where_fp32_is_not(wire):
     x = torch.full((3, 4), 2**53 + 2, dtype=torch.int64)
-    assert wire(tensor_map(x)).ask("probe", rows=[1, 2], cols=[2, 3])[0]["text"] == f"row 1, column 2: {2**53 + 2}"
+    assert (
+        wire(tensor_map(x)).ask("probe", rows=[1, 2], cols=[2, 3])[0]["text"]
+        == f"row 1, column 2: {2**53 + 2}"
+    )
 
 
 def test_a_source_elsewhere_is_asked_for_tiles_and_never_for_itself(wire):
@@ -192,7 +214,9 @@ def test_a_source_elsewhere_is_asked_for_tiles_and_never_for_itself(wire):
     assert "column 600: 99" in wire(far).ask("probe", rows=[500, 501], cols=[600, 601])[0]["text"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
 def test_every_dtype_is_drawn(wire, dtype):
     x = (torch.rand(40, 50) * 3).to(dtype)
     content, _ = wire(tensor_map(x)).ask()
@@ -218,9 +242,13 @@ def test_extremes_of_shape_and_value_are_drawn(wire):
 
 
 def test_what_has_no_cells_is_text():
-    assert list(tensor_map(torch.tensor(2.5), title="loss")._repr_mimebundle_()[0]) == ["text/plain"]
+    assert list(tensor_map(torch.tensor(2.5), title="loss")._repr_mimebundle_()[0]) == [
+        "text/plain"
+    ]
     assert repr(tensor_map(torch.tensor(2.5), title="loss")) == "loss () float32: 2.5"
-    assert repr(tensor_map(torch.zeros(0, 4))) == "tensor (0, 4) float32: no elements, nothing to draw"
+    assert (
+        repr(tensor_map(torch.zeros(0, 4))) == "tensor (0, 4) float32: no elements, nothing to draw"
+    )
 
 
 def test_the_part_to_open_at_is_what_the_picture_shows():
@@ -235,7 +263,8 @@ def test_the_part_to_open_at_is_what_the_picture_shows():
 
 
 class Allowed(HTMLParser):
-    """Collects tags and attributes, to show that nothing is there that a sanitiser would take out."""
+    """Collects tags and attributes, to show that nothing is there that a sanitiser would take
+    out."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -256,7 +285,12 @@ def test_the_bundle_has_four_ways_to_be_shown():
     tokens = [["<s>", "</think>", "<script>alert(1)</script>", "\n"]]
     view = tensor_map(Source(x, tokens=tokens))
     data, metadata = view._repr_mimebundle_()
-    assert list(data) == ["application/vnd.jupyter.widget-view+json", "text/plain", "text/html", "image/png"]
+    assert list(data) == [
+        "application/vnd.jupyter.widget-view+json",
+        "text/plain",
+        "text/html",
+        "image/png",
+    ]
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert metadata["image/png"]["width"] > 300
     page = Allowed(data["text/html"])
@@ -278,8 +312,9 @@ def test_a_first_picture_of_pure_noise_costs_less_than_a_view_may(wire):
 def test_largest_elements_are_the_largest_there_are():
     x = torch.randn(300, 500)
     x[0, 0], x[0, 1], x[299, 499] = 9.0, -8.0, 7.0  # two of them behind one pixel
-    assert "farthest from zero: 9 at row 0, column 0, -8 at row 0, column 1, 7 at row 299, column 499" in repr(
-        tensor_map(x)
+    assert (
+        "farthest from zero: 9 at row 0, column 0, -8 at row 0, column 1, 7 at row 299, column 499"
+        in repr(tensor_map(x))
     )
 
 
@@ -342,7 +377,10 @@ def test_a_capture_that_expired_before_it_was_drawn_says_so():
 def test_questions_from_several_threads_are_answered_one_by_one(wire):
     view = tensor_map(torch.randn(500, 700))
     link = wire(view)
-    threads = [threading.Thread(target=link.ask, kwargs={"how": how}) for how in ("extreme", "mean", "max", "std") * 3]
+    threads = [
+        threading.Thread(target=link.ask, kwargs={"how": how})
+        for how in ("extreme", "mean", "max", "std") * 3
+    ]
     for thread in threads:
         thread.start()
     view._repr_mimebundle_()

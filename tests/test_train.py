@@ -1,4 +1,5 @@
-"""Trainable modules: under every layout they are trained as beside the unsharded model, and equal on all ranks."""
+"""Trainable modules: under every layout they are trained as beside the unsharded model, and equal
+on all ranks."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def sgd(parameters):
 
 
 def loss(logits, batch):
-    """Over the logits, which pass the translator and the LoRA, and over a capture, by the probe."""
+    """Over the logits, which pass the translator and the LoRA, and over a capture, by the
+    probe."""
     found = batch.modules["probe"](batch.captures["model.layers.2"])
     classes = torch.nn.functional.cross_entropy(found[batch.mask], LABELS[batch.mask.cpu()])
     return (logits * WEIGHT).sum() / 100 + classes
@@ -74,7 +76,9 @@ def modules() -> dict[str, torch.nn.Module]:
     return {"lens": Translator(), "lora": LoRA(), "probe": Probe()}
 
 
-def by_hand(folder) -> tuple[list[float], dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
+def by_hand(
+    folder,
+) -> tuple[list[float], dict[str, dict[str, torch.Tensor]], dict[str, dict[str, torch.Tensor]]]:
     """(losses, gradients of the first step, weights after the last) beside the unsharded model."""
     model, own, kept, gradients = reference.load(folder), modules(), {}, {}
     model.requires_grad_(False)
@@ -88,12 +92,20 @@ def by_hand(folder) -> tuple[list[float], dict[str, dict[str, torch.Tensor]], di
         optimizer.zero_grad()
         logits = model(**BATCH, use_cache=False).logits
         found = own["probe"](kept["layer"])
-        value = (logits * WEIGHT).sum() / 100 + torch.nn.functional.cross_entropy(found[MASK], LABELS[MASK])
+        value = (logits * WEIGHT).sum() / 100 + torch.nn.functional.cross_entropy(
+            found[MASK], LABELS[MASK]
+        )
         value.backward()
         losses.append(value.item())
-        gradients = gradients or {n: {k: p.grad.clone() for k, p in m.named_parameters()} for n, m in own.items()}
+        gradients = gradients or {
+            n: {k: p.grad.clone() for k, p in m.named_parameters()} for n, m in own.items()
+        }
         optimizer.step()
-    return losses, gradients, {n: {k: p.detach() for k, p in m.named_parameters()} for n, m in own.items()}
+    return (
+        losses,
+        gradients,
+        {n: {k: p.detach() for k, p in m.named_parameters()} for n, m in own.items()},
+    )
 
 
 def prepare(session) -> None:
@@ -130,8 +142,11 @@ def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, reco
             drift = max(drift, (parameter - wanted[key]).abs().max().item())
             moved = (wanted[key] - dict(modules()[name].named_parameters())[key]).abs().max()
             assert moved > 100 * 2e-4
-    assert drift < 2e-4  # Adam divides by the gradient's own size: what was rounding is magnified where it is small
-    assert torch.equal(session.parameter("model.layers.0.mlp.gate_proj.weight").tensor(), model_before)
+    # Adam divides by the gradient's own size: what was rounding is magnified where it is small
+    assert drift < 2e-4
+    assert torch.equal(
+        session.parameter("model.layers.0.mlp.gate_proj.weight").tensor(), model_before
+    )
     print(layout, f"gradients {worst:.1e}, weights after {STEPS} steps {drift:.1e}")
     record_property("worst", f"gradients {worst:.1e}, weights after {STEPS} steps {drift:.1e}")
 
@@ -145,7 +160,9 @@ def test_parameters_of_the_model_are_trained_if_asked(session, tiny, layout):
         optimizer.zero_grad()
         ((model(**BATCH, use_cache=False).logits * WEIGHT).sum() / 100).backward()
         optimizer.step()
-        session.train_step(ROWS, lambda logits, batch: (logits * WEIGHT).sum() / 100, sgd, parameters="**")
+        session.train_step(
+            ROWS, lambda logits, batch: (logits * WEIGHT).sum() / 100, sgd, parameters="**"
+        )
     original = dict(reference.load(tiny("llama")).named_parameters())
     for name, parameter in model.named_parameters():
         moved = (parameter - original[name]).abs().max().item()
@@ -169,7 +186,10 @@ def test_a_failed_step_changes_nothing(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     prepare(session)
     session.train_step(ROWS, loss, adam)
-    before = {n: {k: v.clone() for k, v in session.module(n).state_dict().items()} for n in session.modules}
+    before = {
+        n: {k: v.clone() for k, v in session.module(n).state_dict().items()}
+        for n in session.modules
+    }
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x) / 0 if ctx.nothing else x)
     with pytest.raises(fk.errors.EditError, match="AttributeError"):
         session.train_step(ROWS, loss, adam)
@@ -197,7 +217,10 @@ def test_modules_are_saved_and_read_again(session, tiny, tmp_path):
     with pytest.raises(fk.errors.LoadError, match="lens has other weights"):
         session.load_modules(path)
     assert session.parameters("lora.*") == {"lora.down": (176, 4), "lora.up": (4, 176)}
-    assert "model.norm.weight" in session.parameters() and "model.rotary_emb.inv_freq" not in session.parameters()
+    assert (
+        "model.norm.weight" in session.parameters()
+        and "model.rotary_emb.inv_freq" not in session.parameters()
+    )
 
 
 @pytest.mark.engines(2)
@@ -210,10 +233,14 @@ def test_what_cannot_be_trained_is_said(session, tiny):
         session.add_module("probe", lambda x: x)
     session.add_module("probe", Probe())
     for name in ("nope",):
-        with pytest.raises(errors.HookError, match="no trainable module is called 'nope'; there are probe"):
+        with pytest.raises(
+            errors.HookError, match="no trainable module is called 'nope'; there are probe"
+        ):
             session.module(name)
     with pytest.raises(errors.LossError, match="could not be made"):
-        session.train_step(ROWS, "next_token", lambda parameters: torch.optim.SGD(parameters, lr=-1))
+        session.train_step(
+            ROWS, "next_token", lambda parameters: torch.optim.SGD(parameters, lr=-1)
+        )
     with pytest.raises(errors.HookError, match="returns a torch optimizer"):
         session.train_step(ROWS, "next_token", lambda parameters: 3)
     session.edit("each", per="element")(lambda x, ctx: ctx.modules["probe"](x))
@@ -223,7 +250,9 @@ def test_what_cannot_be_trained_is_said(session, tiny):
     session.unhook()
     session.edit("unknown")(lambda x, ctx: ctx.modules["lens"](x))
     session.hook("model.layers.1", edit="unknown")
-    with pytest.raises(errors.EditError, match=r"asks for the module 'lens'; there are \['probe'\]"):
+    with pytest.raises(
+        errors.EditError, match=r"asks for the module 'lens'; there are \['probe'\]"
+    ):
         session.run(ROWS)
     session.remove_module("probe")
     assert session.modules == []
@@ -258,7 +287,9 @@ def test_finite_differences_of_a_module(session, tiny, layout):
             losses.append(value())
         with torch.no_grad():
             lens.weight[place] += 1e-5
-        assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient[place].item(), rel=1e-4, abs=1e-7)
+        assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(
+            gradient[place].item(), rel=1e-4, abs=1e-7
+        )
 
 
 @pytest.mark.slow
@@ -279,7 +310,9 @@ def test_a_lens_on_the_real_model_learns_the_same(session, smollm2, layout):
     optimizer, want = adam(list(lens.parameters())), []
     for _ in range(3):
         optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:])
+        value = torch.nn.functional.cross_entropy(
+            model(ids, use_cache=False).logits[0, :-1], ids[0, 1:]
+        )
         value.backward()
         want.append(value.item())
         optimizer.step()

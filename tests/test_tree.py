@@ -7,13 +7,24 @@ import re
 from flexkernel.views.tree import ModuleRow, model_tree
 
 
-def llama(num_layers: int = 30, hooked: tuple[int, ...] = (), second_stage: int = 99) -> list[ModuleRow]:
-    rows = [ModuleRow("", "Llama"), ModuleRow("model.embed", "Embedding", 28_311_552, (1, 5, 576), "Shard(-1)", [0, 1])]
+def llama(
+    num_layers: int = 30, hooked: tuple[int, ...] = (), second_stage: int = 99
+) -> list[ModuleRow]:
+    rows = [
+        ModuleRow("", "Llama"),
+        ModuleRow("model.embed", "Embedding", 28_311_552, (1, 5, 576), "Shard(-1)", [0, 1]),
+    ]
     for i in range(num_layers):
         ranks = [0, 1] if i < second_stage else [2, 3]
         hooks = [("mlps", ["early", "all"])] if i in hooked else []
-        rows.append(ModuleRow(f"model.layers.{i}", "Block", 3_540_096, "(B, S, 576)", "Replicate", ranks))
-        rows.append(ModuleRow(f"model.layers.{i}.mlp", "MLP", 2_654_208, "(B, S, 576)", "Replicate", ranks, hooks))
+        rows.append(
+            ModuleRow(f"model.layers.{i}", "Block", 3_540_096, "(B, S, 576)", "Replicate", ranks)
+        )
+        rows.append(
+            ModuleRow(
+                f"model.layers.{i}.mlp", "MLP", 2_654_208, "(B, S, 576)", "Replicate", ranks, hooks
+            )
+        )
     return [*rows, ModuleRow("lm_head", "Linear")]
 
 
@@ -50,11 +61,20 @@ def test_every_column_is_there():
     text = str(model_tree(llama(), title="Llama · tp 2"))
     assert text.splitlines()[0] == "Llama · tp 2"
     row = next(line for line in text.splitlines() if "embed" in line)
-    assert re.split(r"\s{2,}", row.strip()) == ["embed", "Embedding", "28.31 M", "(1, 5, 576)", "Shard(-1)", "0–1"]
+    assert re.split(r"\s{2,}", row.strip()) == [
+        "embed",
+        "Embedding",
+        "28.31 M",
+        "(1, 5, 576)",
+        "Shard(-1)",
+        "0–1",
+    ]
 
 
 def test_html_has_no_script_and_names_are_text():
-    tree = model_tree([{"name": "<script>alert(1)</script>", "cls": "A&B", "hooks": [("<img src=x>", ["g"])]}])
+    tree = model_tree(
+        [{"name": "<script>alert(1)</script>", "cls": "A&B", "hooks": [("<img src=x>", ["g"])]}]
+    )
     page = tree._repr_mimebundle_()["text/html"]
     assert "&lt;script&gt;" in page and "A&amp;B" in page
     assert not re.search(r"<(script|img|svg|style)", page)
@@ -73,7 +93,11 @@ def test_a_container_no_row_names_is_made_up():
 
 
 def test_only_neighbours_in_number_fold():
-    text = str(model_tree([ModuleRow("layers.0", "A"), ModuleRow("layers.2", "A"), ModuleRow("layers.3", "A")]))
+    text = str(
+        model_tree(
+            [ModuleRow("layers.0", "A"), ModuleRow("layers.2", "A"), ModuleRow("layers.3", "A")]
+        )
+    )
     assert "2–3 ×2" in text and "0–2" not in text
 
 

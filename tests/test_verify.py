@@ -19,14 +19,20 @@ from flexkernel.wire import Layout
 IDS = [[5, 6, 7, 8, 9]]
 LAYOUTS = {1: [{}], 2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], 4: [{"tp": 2, "pp": 2}]}
 layouts = [
-    pytest.param(layout, id="x".join(f"{k}{v}" for k, v in layout.items()) or "one", marks=pytest.mark.engines(n))
+    pytest.param(
+        layout,
+        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
+        marks=pytest.mark.engines(n),
+    )
     for n, group in LAYOUTS.items()
     for layout in group
 ]
 
 
 @pytest.mark.parametrize("layout", layouts)
-def test_a_right_model_is_right_and_its_captures_are_verified(session, tiny, layout, record_property):
+def test_a_right_model_is_right_and_its_captures_are_verified(
+    session, tiny, layout, record_property
+):
     """Whatever the user's own hooks and edits do: they stay out of it, and come back."""
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.1", edit="zero", name="mine")
@@ -34,10 +40,22 @@ def test_a_right_model_is_right_and_its_captures_are_verified(session, tiny, lay
     stages = []
     found = session.verify(progress=lambda stage, done, total: stages.append((stage, done, total)))
     record_property("verify", repr(found.worst))
-    assert found.ok and len(found) == 136 and found.refused == {} and list(found.skipped) == ["model.layers"]
-    assert found.worst.drift < 1e-5 and (found.worst.drift > 0) == ("tp" in layout), "something was compared"
-    assert found.rows[0].name.startswith("(root) input") and found.rows[-1].name.startswith("(root) [logits]")
-    assert [s for s, *_ in stages][:2] == ["running the sharded model", "running the unsharded model"]
+    assert (
+        found.ok
+        and len(found) == 136
+        and found.refused == {}
+        and list(found.skipped) == ["model.layers"]
+    )
+    assert found.worst.drift < 1e-5 and (found.worst.drift > 0) == ("tp" in layout), (
+        "something was compared"
+    )
+    assert found.rows[0].name.startswith("(root) input") and found.rows[-1].name.startswith(
+        "(root) [logits]"
+    )
+    assert [s for s, *_ in stages][:2] == [
+        "running the sharded model",
+        "running the unsharded model",
+    ]
     assert stages[-1] == ("compared", 136, 136)
     assert session.hook_set == hooks and session.runs == []
     session.unhook()
@@ -45,7 +63,9 @@ def test_a_right_model_is_right_and_its_captures_are_verified(session, tiny, lay
     assert {c.evidence for c in session.run(IDS)} == {"verified"}
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.*.mlp")
-    assert "verified" not in {c.evidence for c in session.run(IDS)}, "another load has not been verified"
+    assert "verified" not in {c.evidence for c in session.run(IDS)}, (
+        "another load has not been verified"
+    )
 
 
 @pytest.mark.engines(2)
@@ -89,7 +109,9 @@ def test_a_changed_weight_on_one_rank_is_found_where_it_is(session, tiny, layout
     name = "model.layers.2.mlp.up_proj"
     session.on_ranks(perturb, name, 1)
     found = session.verify()
-    assert not found.ok and found.first.name == name, "the first that differs is the module with the weight"
+    assert not found.ok and found.first.name == name, (
+        "the first that differs is the module with the weight"
+    )
     later = {r.key.module for r in found.diverging}
     assert {"model.layers.2.mlp", "model.layers.3", "lm_head", ""} <= later
     assert not any(n.startswith(("model.layers.0", "model.layers.1", "model.embed")) for n in later)
@@ -97,15 +119,20 @@ def test_a_changed_weight_on_one_rank_is_found_where_it_is(session, tiny, layout
     assert "color:#c22" in found._repr_html_() and name in found._repr_html_()
     session.hook("model.layers.*.mlp")
     evidence = {c.key.module: c.evidence == "verified" for c in session.run(IDS)}
-    assert evidence == {f"model.layers.{i}.mlp": i < 2 for i in range(4)}, "what differs is not verified"
+    assert evidence == {f"model.layers.{i}.mlp": i < 2 for i in range(4)}, (
+        "what differs is not verified"
+    )
 
 
 @pytest.mark.engines(2)
 def test_a_wrong_placement_is_found_and_nothing_else(session, tiny):
-    """Copies declared to be addends: the shapes agree, every digest may differ, only the numbers tell."""
+    """Copies declared to be addends: the shapes agree, every digest may differ, only the numbers
+    tell."""
     session.load(tiny("llama"), tp=2, placements={"model.layers.1.mlp": "partial"})
     found = session.verify()
-    assert [r.name for r in found.diverging] == ["model.layers.1.mlp"] and found.first.drift == pytest.approx(1.0)
+    assert [r.name for r in found.diverging] == [
+        "model.layers.1.mlp"
+    ] and found.first.drift == pytest.approx(1.0)
 
 
 @pytest.mark.engines(2)
@@ -135,7 +162,11 @@ def test_half_precision_is_measured_by_its_own_drift_from_float32(session, tiny,
 def test_globs_and_rows_of_your_own(session, tiny):
     session.load(tiny("llama"), tp=2)
     found = session.verify(IDS, ["model.layers.*.mlp", "**.@pattern"])
-    modules = [f"model.layers.{i}.{what}" for i in range(4) for what in ("self_attn.@pattern", "mlp", "mlp")]
+    modules = [
+        f"model.layers.{i}.{what}"
+        for i in range(4)
+        for what in ("self_attn.@pattern", "mlp", "mlp")
+    ]
     assert found.ok and [row.key.module for row in found.rows] == modules
     with pytest.raises(fk.errors.HookError, match=r"no module matches 'model\.layers\.\*\.mpl'"):
         session.verify(hooks="model.layers.*.mpl")
@@ -150,7 +181,7 @@ def test_its_own_rows_are_uneven_and_fit_what_splits_the_sequence(tp):
     assert all(0 <= i < 49152 for row in rows for i in row)
 
 
-# --- models that a user shards ---------------------------------------------------------------------
+# --- models that a user shards --------------------------------------------------------
 
 
 def loaded_llama(folder: str) -> torch.nn.Module:
@@ -158,7 +189,9 @@ def loaded_llama(folder: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if torch.empty(0).is_meta:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.float32
+        )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

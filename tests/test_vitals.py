@@ -16,13 +16,18 @@ from flexkernel.cluster.process import LOG_LINES, Vitals
 
 
 def started(code: str, log):
-    """A process as ipyparallel's launchers know one: a thread waits for it, and the process keeps the code."""
+    """A process as ipyparallel's launchers know one: a thread waits for it, and the process keeps
+    the code."""
     with open(log, "wb") as file:
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT
+        )
     process = psutil.Process(child.pid)
     thread = threading.Thread(target=process.wait, daemon=True)
     thread.start()
-    return types.SimpleNamespace(process=process, _wait_thread=thread, output_file=str(log), pid=child.pid)
+    return types.SimpleNamespace(
+        process=process, _wait_thread=thread, output_file=str(log), pid=child.pid
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,9 @@ def test_memory_is_sampled():
 
 
 def test_the_log_is_its_end_without_what_is_routine(tmp_path):
-    lines = [f"line {i}" for i in range(100)] + ["2026-01-01 00:00:00.000 [IPEngine.0] Handling apply_request: 1"]
+    lines = [f"line {i}" for i in range(100)] + [
+        "2026-01-01 00:00:00.000 [IPEngine.0] Handling apply_request: 1"
+    ]
     (tmp_path / "log").write_text("\n".join(lines))
     log = Vitals(os.getpid(), types.SimpleNamespace(output_file=str(tmp_path / "log"))).log()
     assert log == lines[100 - LOG_LINES : 100]
@@ -63,7 +70,9 @@ def test_of_a_crash_the_log_is_where_it_was(tmp_path):
     launcher = started(code, tmp_path / "log")
     launcher._wait_thread.join()
     log = Vitals(launcher.pid, launcher).log()
-    assert log[0].startswith("Fatal Python error: Aborted") and any("culprit" in line for line in log)
+    assert log[0].startswith("Fatal Python error: Aborted") and any(
+        "culprit" in line for line in log
+    )
 
 
 def test_a_stopped_process_is_known_and_can_be_ended(tmp_path):

@@ -1,4 +1,5 @@
-"""The watch: a rank that holds up the others is named, with where they wait; all come back, the model stays loaded."""
+"""The watch: a rank that holds up the others is named, with where they wait; all come back, the
+model stays loaded."""
 
 from __future__ import annotations
 
@@ -27,10 +28,14 @@ def impatient(session):
 
 
 @pytest.mark.parametrize(
-    ("layout", "waits"), [({"tp": 2}, r"model.layers.1.mlp.down_proj"), ({"pp": 2}, r"\(root\)")], ids=["tp", "pp"]
+    ("layout", "waits"),
+    [({"tp": 2}, r"model.layers.1.mlp.down_proj"), ({"pp": 2}, r"\(root\)")],
+    ids=["tp", "pp"],
 )
 @pytest.mark.engines(2)
-def test_a_rank_that_does_not_arrive_is_named_and_where_the_others_wait(impatient, tiny, layout, waits):
+def test_a_rank_that_does_not_arrive_is_named_and_where_the_others_wait(
+    impatient, tiny, layout, waits
+):
     session = impatient
     session.load(tiny("llama"), **layout)
     logits = session.run(IDS).logits.tensor().clone()
@@ -39,9 +44,12 @@ def test_a_rank_that_does_not_arrive_is_named_and_where_the_others_wait(impatien
     session.on_ranks(watched.sleep_at, "model.layers.1.mlp.act_fn", rank)
     begin = time.monotonic()
     said = (
-        rf"rank {rank} did not arrive, no progress for 2 s: it is in model.layers.1.mlp.act_fn, at .*watched.py:\d+ .*"
+        rf"rank {rank} did not arrive, no progress for 2 s: "
+        r"it is in model.layers.1.mlp.act_fn, at .*watched.py:\d+ .*"
     )
-    with pytest.raises(fk.errors.EngineError, match=rf"{said} .*; rank {1 - rank} waited in {waits}") as caught:
+    with pytest.raises(
+        fk.errors.EngineError, match=rf"{said} .*; rank {1 - rank} waited in {waits}"
+    ) as caught:
         session.run(IDS)
     assert caught.value.rank == rank and time.monotonic() - begin < 20
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
@@ -55,7 +63,9 @@ def test_an_engine_that_was_stopped_is_named_and_another_takes_its_rank(impatien
     logits = session.run(IDS).logits.tensor().clone()
     session.on_ranks(watched.die_at, "model.layers.2.mlp.act_fn", 1, signal.SIGSTOP)
     said = r"rank 1 did not arrive: its engine \(pid \d+ on .*\) was stopped by a signal, last in model.layers.2"
-    with pytest.raises(fk.errors.EngineDied, match=said + r"(.|\n)*; rank 0 waited in model.layers.2.mlp.down_proj"):
+    with pytest.raises(
+        fk.errors.EngineDied, match=said + r"(.|\n)*; rank 0 waited in model.layers.2.mlp.down_proj"
+    ):
         session.run(IDS)
     begin = time.monotonic()
     with pytest.raises(fk.errors.EngineDied, match=r"rank 1's engine .* does not answer"):
@@ -92,7 +102,10 @@ def test_a_run_whose_modules_begin_is_never_broken_off():
 def test_layers_are_what_is_noted():
     model = models.build("llama")
     names = [name for name, _ in model.named_modules()]
-    assert watch.layers(names, dict(model.named_modules())) == ["", *(f"model.layers.{i}" for i in range(4))]
+    assert watch.layers(names, dict(model.named_modules())) == [
+        "",
+        *(f"model.layers.{i}" for i in range(4)),
+    ]
     plain = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     assert watch.layers(["", "a", "b"], dict(plain.named_modules())) == ["", "a", "b"]
 

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkernel.wire import AXES, CaptureKey, HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, ShapeFormula, share
+from flexkernel.wire import (
+    AXES,
+    CaptureKey,
+    HookSet,
+    HookSpec,
+    Layout,
+    ModelInfo,
+    ModuleInfo,
+    ShapeFormula,
+    share,
+)
 
 A = HookSpec("model.*.mlp", groups=("early", "mlps"))
 B = HookSpec("model.*.attn", at="input", groups=("early",))
@@ -24,7 +34,7 @@ def keys(hooks) -> list[str]:
     return [hook.key for hook in hooks]
 
 
-# --- hook sets -------------------------------------------------------------------------------------
+# --- hook sets ------------------------------------------------------------------------
 
 
 def test_a_hook_is_its_name_or_where_it_is():
@@ -98,12 +108,14 @@ def test_a_digest_is_the_same_in_every_process():
     found = {hooks.digest}
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        run = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(hooks), env=env, stdout=subprocess.PIPE)
+        run = subprocess.run(
+            [sys.executable, "-c", code], input=pickle.dumps(hooks), env=env, stdout=subprocess.PIPE
+        )
         found.add(int(run.stdout))
     assert found == {hooks.digest}
 
 
-# --- layouts ---------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------
 
 degrees = st.integers(1, 3)
 layouts = st.builds(Layout, degrees, degrees, degrees, degrees)
@@ -125,11 +137,14 @@ def test_tp_ranks_are_neighbours_and_stages_are_far():
 
 def test_a_share_of_the_batch_is_counted_over_dp_and_fsdp():
     layout = Layout(dp=2, fsdp=3)
-    assert [layout.coordinate(r)["batch"] for r in range(6)] == list(range(6)) and layout.batch_groups == 6
+    assert [layout.coordinate(r)["batch"] for r in range(6)] == list(
+        range(6)
+    ) and layout.batch_groups == 6
 
 
 @pytest.mark.parametrize(
-    ("layout", "text"), [(Layout(), "one engine"), (Layout(pp=2, tp=3), "pp=2 × tp=3"), (Layout(dp=2), "dp=2")]
+    ("layout", "text"),
+    [(Layout(), "one engine"), (Layout(pp=2, tp=3), "pp=2 × tp=3"), (Layout(dp=2), "dp=2")],
 )
 def test_a_layout_reads_as_its_degrees(layout, text):
     assert str(layout) == text
@@ -143,7 +158,7 @@ def test_shares_are_whole_even_and_in_order(total, parts):
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
-# --- formulas --------------------------------------------------------------------------------------
+# --- formulas -------------------------------------------------------------------------
 
 
 def test_a_formula_gives_the_shape_of_any_batch():
@@ -166,7 +181,11 @@ def test_a_sliding_window_bounds_what_is_kept(past, want):
 
 def test_dims_are_found_by_their_term():
     formula = ShapeFormula("", ((1, "B"), (1, "S"), (2, "B"), (7, "")), "float32")
-    assert formula.dims_of("B") == [0, 2] and formula.dims_of("S", "") == [1, 3] and formula.dims_of("B*S") == []
+    assert (
+        formula.dims_of("B") == [0, 2]
+        and formula.dims_of("S", "") == [1, 3]
+        and formula.dims_of("B*S") == []
+    )
 
 
 def test_a_shape_that_depends_on_the_data_says_so():
@@ -175,7 +194,7 @@ def test_a_shape_that_depends_on_the_data_says_so():
     assert str(ShapeFormula("", (), "float32")) == "scalar"
 
 
-# --- models and keys -------------------------------------------------------------------------------
+# --- models and keys ------------------------------------------------------------------
 
 
 def test_names_are_modules_then_virtual_points_once():
@@ -187,6 +206,11 @@ def test_names_are_modules_then_virtual_points_once():
 
 
 def test_keys_of_different_values_read_differently():
-    found = [CaptureKey("h", "m", at, index, call) for at in ("output", "input") for index in "01" for call in (0, 1)]
+    found = [
+        CaptureKey("h", "m", at, index, call)
+        for at in ("output", "input")
+        for index in "01"
+        for call in (0, 1)
+    ]
     assert len({str(key) for key in found}) == len(found)
     assert str(CaptureKey("h", "")) == "(root)"

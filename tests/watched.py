@@ -1,4 +1,5 @@
-"""Functions that tests run on engines: they reach into the engine's Runtime, as no driver does. Importable there."""
+"""Functions that tests run on engines: they reach into the engine's Runtime, as no driver does.
+Importable there."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ def waits_for_a_controller_s() -> float:
 
 @contextmanager
 def counting() -> Iterator[list[str]]:
-    """What this process sends while it is entered: every function of torch.distributed that communicates, point to
-    point included, which CommDebugMode does not see; and the functional collectives, which it does."""
+    """What this process sends while it is entered: every function of torch.distributed that
+    communicates, point to point included, which CommDebugMode does not see; and the functional
+    collectives, which it does."""
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -52,7 +54,8 @@ def counting() -> Iterator[list[str]]:
         return wrapper
 
     for name, function in originals.items():
-        wrapper = noted(name, function)  # one for both places: P2POp compares its function with the module's
+        # one for both places: P2POp compares its function with the module's
+        wrapper = noted(name, function)
         for module in modules:
             setattr(module, name, wrapper)
     try:
@@ -91,7 +94,7 @@ def stop_counting() -> None:
     forward.run = forward._counted_run
 
 
-# --- faults ------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------
 
 
 def once(name: str, rank: int, action: Callable[[], None]) -> None:
@@ -129,7 +132,8 @@ def die_at(name: str, rank: int, of: int = signal.SIGKILL) -> None:
 
 
 def slow_at(name: str, seconds: float) -> None:
-    """From now on this rank takes so long longer in that module, if it has it; until the next load."""
+    """From now on this rank takes so long longer in that module, if it has it; until the next
+    load."""
     rt = runtime()
     if name in rt.hooks.modules:
         rt.hooks.modules[name].register_forward_pre_hook(lambda _module, _args: time.sleep(seconds))
@@ -148,7 +152,8 @@ def local_parameters() -> list[torch.Tensor]:
 
 
 def weights_at() -> list[int]:
-    """Where this rank's parameters lie: equal before and after shows that nothing was loaded again."""
+    """Where this rank's parameters lie: equal before and after shows that nothing was loaded
+    again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in runtime().model.modules():
@@ -157,11 +162,12 @@ def weights_at() -> list[int]:
     return [getattr(p, "_local_tensor", p).data_ptr() for p in runtime().model.parameters()]
 
 
-# --- builders ----------------------------------------------------------------------------------------
+# --- builders -------------------------------------------------------------------------
 
 
 def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
-    """A tiny Llama under torch's own parallelize_module, tp 2; sequence parallel norms put out DTensors."""
+    """A tiny Llama under torch's own parallelize_module, tp 2; sequence parallel norms put out
+    DTensors."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
@@ -187,7 +193,8 @@ def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": row,
     }
-    if sequence:  # inside a layer the sequence is split; between layers it is whole, as the model's masks expect
+    # inside a layer the sequence is split; between layers it is whole, as the model's masks expect
+    if sequence:
         plan |= {
             "input_layernorm": SequenceParallel(),
             "post_attention_layernorm": SequenceParallel(),
@@ -196,23 +203,30 @@ def parallelized(folder: str, sequence: bool = False) -> torch.nn.Module:
                 desired_input_kwarg_layouts={"hidden_states": Replicate()},
                 use_local_output=True,
             ),
-            "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+            "mlp": PrepareModuleInput(
+                input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+            ),
         }
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
         if sequence:
             split = PrepareModuleInput(
-                input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+                input_layouts=(Replicate(),),
+                desired_input_layouts=(Shard(1),),
+                use_local_output=True,
             )
-            joined = PrepareModuleOutput(output_layouts=(Shard(1),), desired_output_layouts=(Replicate(),))
+            joined = PrepareModuleOutput(
+                output_layouts=(Shard(1),), desired_output_layouts=(Replicate(),)
+            )
             parallelize_module(layer, mesh, {"": split})
             parallelize_module(layer, mesh, {"": joined})
     return model
 
 
 def partial_sums(folder: str) -> torch.nn.Module:
-    """The same, with hooks' view of o_proj and down_proj left unreduced: each rank holds one addend, reduced by the
-    layer's owner. What a wrapper that reduces outside the module makes of a row-parallel layer."""
+    """The same, with hooks' view of o_proj and down_proj left unreduced: each rank holds one
+    addend, reduced by the layer's owner. What a wrapper that reduces outside the module makes of a
+    row-parallel layer."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
@@ -247,7 +261,10 @@ class Reduced(torch.nn.Module):
 def fairscale_mlps(folder: str) -> torch.nn.Module:
     """A tiny Llama whose MLPs are fairscale's parallel layers, over all ranks."""
     import torch.distributed as dist
-    from fairscale.nn.model_parallel.initialize import destroy_model_parallel, initialize_model_parallel
+    from fairscale.nn.model_parallel.initialize import (
+        destroy_model_parallel,
+        initialize_model_parallel,
+    )
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from transformers import AutoModelForCausalLM
 
@@ -327,17 +344,25 @@ GRID = {
 
 
 def on_a_grid() -> torch.nn.Module:
-    """The same 7 × 10 numbers as DTensors over a mesh of 2 × 2 with names of its own, under the placements of GRID."""
+    """The same 7 × 10 numbers as DTensors over a mesh of 2 × 2 with names of its own, under the
+    placements of GRID."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    kinds = {"S0": Shard(0), "S1": Shard(1), "Z0": _StridedShard(0, split_factor=2), "R": Replicate()}
+    kinds = {
+        "S0": Shard(0),
+        "S1": Shard(1),
+        "Z0": _StridedShard(0, split_factor=2),
+        "R": Replicate(),
+    }
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "cp"))
     model = torch.nn.Module()
     whole = torch.arange(70.0).view(7, 10)
     for name, text in GRID.items():
-        spread = distribute_tensor(whole, mesh, [kinds[word] for word in text.split()], src_data_rank=None)
+        spread = distribute_tensor(
+            whole, mesh, [kinds[word] for word in text.split()], src_data_rank=None
+        )
         model.register_parameter(name, torch.nn.Parameter(spread))
     addend = DTensor.from_local(whole, mesh, [Partial(), Replicate()], run_check=False)
     model.register_parameter("partial", torch.nn.Parameter(addend))
@@ -349,7 +374,9 @@ def in_ddp(folder: str) -> torch.nn.Module:
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
 
-    return DistributedDataParallel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return DistributedDataParallel(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    )
 
 
 def in_fsdp1(folder: str) -> torch.nn.Module:

@@ -1,9 +1,9 @@
-"""The engines as one thing to call: through ipyparallel, or in this process. Only this file and launchers.py
-know ipyparallel.
+"""The engines as one thing to call: through ipyparallel, or in this process. Only this file and
+launchers.py know ipyparallel.
 
-A call goes to every rank and comes back with one answer a rank. Engines never raise through ipyparallel: an error is
-an ErrorReport, the earliest is the cause, and groups that were broken to free the others are made anew before it is
-raised.
+A call goes to every rank and comes back with one answer a rank. Engines never raise through
+ipyparallel: an error is an ErrorReport, the earliest is the cause, and groups that were broken to
+free the others are made anew before it is raised.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flexkernel import engine, errors
 from flexkernel._version import __version__
 from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
 from flexkernel.memory import slabs
-from flexkernel.memory.pulse import Pulse
+from flexkernel.memory.pulse import Pulse, born
 from flexkernel.wire import ErrorReport, Heritage, Owner, RunReport, Seat
 
 from .guarantees import How
@@ -54,10 +54,18 @@ from .launchers import (
     read_back,
 )
 from .private import check_encrypted, check_private
-from .process import Vitals, born, exit_code, tail
+from .process import Vitals, exit_code, tail
 from .reaper import Reaper
 
-__all__ = ["Cluster", "FlexEngineSetLauncher", "IPyParallel", "InProcess", "attach", "packed", "start"]
+__all__ = [
+    "Cluster",
+    "FlexEngineSetLauncher",
+    "IPyParallel",
+    "InProcess",
+    "attach",
+    "packed",
+    "start",
+]
 
 Send = Callable[[Collection[int]], dict[int, Any]]  # to these ranks → rank: its answer to come
 TURNS = itertools.count(1)  # number this process's calls
@@ -66,22 +74,28 @@ POLL_S = 0.03  # how often a call that is watched looks at what the ranks have m
 FREED_S = 2.0  # how long ranks have to come back by themselves from groups that are broken
 DEVICES = ("cpu", "cuda")
 INTERRUPT_S = 10.0  # how long interrupted ranks have to come back before the prompt does
-PING_S = 0.5  # after the signal, which would meet an earlier ping on its way back as it met the answer
+# after the signal, which would meet an earlier ping on its way back as it met the answer
+PING_S = 0.5
 SETTLED_S = 2.0  # how long interrupts may take to arrive
 FAREWELL_S = 2.0  # how long engines have to let go of everything before they are ended
 WATCH_S = 0.25  # how often a waiting call looks around
 LATE_S = 15.0  # how much later than the engines' own watches this one acts
-RESOLVE_S = 10.0  # a result is done() a moment before get() has it: the thread that brings it is between the two
+# a result is done() a moment before get() has it: the thread that brings it is between the two
+RESOLVE_S = 10.0
 RESTORE_S = 1.0  # what engines and clients take to find a controller that was started again
-AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)  # after that calls are sent again, whose first sending it may have lost
-UNHEARD_S = tuple(30.0 * 2**i for i in range(12))  # calls without an answer, too: no message is sure to arrive
-CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}  # nobody ends one by these
+# after that calls are sent again, whose first sending it may have lost
+AGAIN_S = (0.0, 2.0, 5.0, 10.0, 20.0)
+# calls without an answer, too: no message is sure to arrive
+UNHEARD_S = tuple(30.0 * 2**i for i in range(12))
+# nobody ends one by these
+CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
 PARTS_S = 5.0  # how often a call that lasts looks whether the controller has all its parts
 PARTING_S = 1.5  # what the parts of one that is stopped may end before it
 STARTS = 3  # how often one is begun whose controller does not get all its parts
 START_S = 120.0  # how long a new engine may take to be there
 QUEUE_S = 86400.0  # how long a job may wait for its turn before that
-PACKED_BYTES = 2 << 30  # the most that travels with a user's function: every engine gets a copy of its own
+# the most that travels with a user's function: every engine gets a copy of its own
+PACKED_BYTES = 2 << 30
 
 
 class Cluster:
@@ -98,7 +112,8 @@ class Cluster:
         self.generation = 0
         self.fresh = False  # nothing has been loaded under these groups
         self.timeout_s = 60.0  # a run in which no module begins for so long is broken off
-        self.module_names: list[str] = []  # of the loaded model, in the order by which engines count modules
+        # of the loaded model, in the order by which engines count modules
+        self.module_names: list[str] = []
         self.seated = False
         self.broken = False  # the groups were broken and could not be made anew: a rank is missing
         self.replacing = False
@@ -107,21 +122,27 @@ class Cluster:
         self.closed = False
         self.poll: Callable[[], None] | None = None  # called again and again while ranks work
 
-    # --- what a backend does -----------------------------------------------------------------------
+    # --- what a backend does ----------------------------------------------------------
 
     def _exchange(
-        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+        self,
+        method: str,
+        args: Sequence[tuple],
+        ranks: Sequence[int],
+        progress: Callable[[int], None] | None,
     ) -> list[Any]:
         """Each of these ranks' answer to a call, args[i] for ranks[i]."""
         raise NotImplementedError
 
     def close(self, end: bool | None = None) -> None:
-        """Let go of the engines. end: whether they stop, with their model; by default those that this driver owns."""
+        """Let go of the engines. end: whether they stop, with their model; by default those that
+        this driver owns."""
         raise NotImplementedError
 
     @property
     def how(self) -> How:
-        """How this session came to its engines, from which it follows what can be promised for them."""
+        """How this session came to its engines, from which it follows what can be promised for
+        them."""
         return How("")
 
     def best_device(self) -> str:
@@ -129,7 +150,7 @@ class Cluster:
         enough = all(self.gpus.get(host, 0) >= self.hosts.count(host) for host in self.hosts)
         return "cuda" if enough else "cpu"
 
-    # --- calling -----------------------------------------------------------------------------------
+    # --- calling ----------------------------------------------------------------------
 
     def call(
         self,
@@ -139,11 +160,14 @@ class Cluster:
         each: Sequence[tuple] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Each rank's answer to one of Runtime's methods, in order of rank. each: arguments of their own for each rank.
+        """Each rank's answer to one of Runtime's methods, in order of rank. each: arguments of
+        their own for each rank.
 
         Raises the cause if any rank raised; the engines are idle and usable again when it does."""
         if self.closed:
-            raise ClusterError("this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)")
+            raise ClusterError(
+                "this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)"
+            )
         self.may(method)
         if ranks is None and not self.replacing:
             if self.revive is not None and not all(self.answering()):
@@ -159,12 +183,13 @@ class Cluster:
         return answers
 
     def may(self, method: str) -> None:
-        """ClusterError if this session only reads, and the call would change something. For all that has an effect
-        here, or on a process, before the engines are called."""
+        """ClusterError if this session only reads, and the call would change something. For all
+        that has an effect here, or on a process, before the engines are called."""
 
     @contextlib.contextmanager
     def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
-        """Within it every call calls this while the ranks work; where it raises they are interrupted."""
+        """Within it every call calls this while the ranks work; where it raises they are
+        interrupted."""
         self.poll = poll
         try:
             yield
@@ -172,9 +197,12 @@ class Cluster:
             self.poll = None
 
     def _mend(self, answers: Iterable[Any]) -> None:
-        """Make the groups anew if one of these answers says that they were broken, once all ranks can be reached."""
+        """Make the groups anew if one of these answers says that they were broken, once all ranks
+        can be reached."""
         with Held():  # half of new groups would be worth nothing
-            self.broken |= any(isinstance(answer, ErrorReport) and answer.broken for answer in answers)
+            self.broken |= any(
+                isinstance(answer, ErrorReport) and answer.broken for answer in answers
+            )
             if self.broken and all(self.answering()):
                 self.seat(self.device)
 
@@ -187,14 +215,20 @@ class Cluster:
         return self.alive()
 
     def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
-        """Start new engines for these ranks; those that are left keep their part of the model where it is."""
-        raise ClusterError("the engine is this process: it cannot be replaced, restart the notebook's kernel")
+        """Start new engines for these ranks; those that are left keep their part of the model
+        where it is."""
+        raise ClusterError(
+            "the engine is this process: it cannot be replaced, restart the notebook's kernel"
+        )
 
     def ready(self, device: str) -> None:
-        """Have the ranks seated for this device. LoadError: there is none of that name, or none on some host."""
+        """Have the ranks seated for this device. LoadError: there is none of that name, or none on
+        some host."""
         if device not in DEVICES:
             raise LoadError(f"device={device!r} is not there; it is {' or '.join(DEVICES)}")
-        without = [host for host in self.hosts if not self.gpus.get(host)] if device == "cuda" else []
+        without = (
+            [host for host in self.hosts if not self.gpus.get(host)] if device == "cuda" else []
+        )
         if without:
             raise LoadError(
                 f"device='cuda': torch sees no GPU on {without[0]}; load with device='cpu', or install a torch for its "
@@ -206,27 +240,35 @@ class Cluster:
             self.fresh = True
 
     def renew(self) -> None:
-        """New process groups for a new model: those of the one before would stay for ever, and a regroup would find
-        the meshes' groups under other names than theirs."""
+        """New process groups for a new model: those of the one before would stay for ever, and a
+        regroup would find the meshes' groups under other names than theirs."""
         if not self.fresh:
             self.call("unload")
             self.seat(self.device)
-            self.fresh = True  # unlike after a regroup, which puts the loaded model's meshes on the new groups
+            # unlike after a regroup, which puts the loaded model's meshes on the new groups
+            self.fresh = True
 
     def seat(self, device: str, builder: bytes | None = None) -> None:
-        """Give every engine its rank and (again) its process groups, in a new generation. builder: some have to build
-        their part of the model, and it may take all ranks to do that."""
+        """Give every engine its rank and (again) its process groups, in a new generation. builder:
+        some have to build their part of the model, and it may take all ranks to do that."""
         self.device, self.broken = device, False
         self.generation += 1
         where: tuple = ()
         try:
             if self.size > 1:
-                # on all ranks, though one opens it: they import what takes seconds at the same time
+                # on all ranks, though one opens it: they import what takes seconds at the same
+                # time
                 at = (self.folder, self.generation, "127.0.0.1")
-                store = self.call("open_store", each=[(rank == 0, *at) for rank in range(self.size)])[0]
+                store = self.call(
+                    "open_store", each=[(rank == 0, *at) for rank in range(self.size)]
+                )[0]
                 where = (*store, self.timeout_s)
-            self.call("sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()])
-        except BaseException:  # an interrupt may meet a rank that has its new groups already, and break those
+            self.call(
+                "sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()]
+            )
+        except (
+            BaseException
+        ):  # an interrupt may meet a rank that has its new groups already, and break those
             self.broken = True
             raise
         self.seated = True
@@ -234,11 +276,15 @@ class Cluster:
     def seats(self) -> list[Seat]:
         """Each rank's, in this generation."""
         local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
-        return [Seat(rank, self.size, local[rank], self.generation, tuple(self.hosts)) for rank in range(self.size)]
+        return [
+            Seat(rank, self.size, local[rank], self.generation, tuple(self.hosts))
+            for rank in range(self.size)
+        ]
 
 
 def packed(function: Callable) -> bytes:
-    """A user's function as it travels to engines: with its code, so that one typed into a notebook works."""
+    """A user's function as it travels to engines: with its code, so that one typed into a notebook
+    works."""
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):
@@ -253,7 +299,9 @@ def packed(function: Callable) -> bytes:
         return file.getvalue()
     except Exception as error:
         name = getattr(function, "__name__", function)
-        raise ClusterError(f"{name} cannot be sent to engines, it holds something that stays here: {error}") from None
+        raise ClusterError(
+            f"{name} cannot be sent to engines, it holds something that stays here: {error}"
+        ) from None
 
 
 class Bounded(io.BytesIO):
@@ -276,21 +324,27 @@ class Bounded(io.BytesIO):
 
 
 def chosen(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
-    """The ranks that are meant: those named, else those whose engines have died. ClusterError: there are none."""
+    """The ranks that are meant: those named, else those whose engines have died. ClusterError:
+    there are none."""
     if rank is None:
         found = [r for r, answers in enumerate(cluster.answering()) if not answers]
         if not found:
-            raise ClusterError("all engines answer; name the rank of the one to replace: restart(rank=1)")
+            raise ClusterError(
+                "all engines answer; name the rank of the one to replace: restart(rank=1)"
+            )
         return found
     ranks = sorted({rank} if isinstance(rank, int) else set(rank))
     wrong = [r for r in ranks if not isinstance(r, int) or not 0 <= r < cluster.size]
     if wrong or not ranks:
-        raise ClusterError(f"rank {wrong[0] if wrong else rank!r} is none of 0 to {cluster.size - 1}")
+        raise ClusterError(
+            f"rank {wrong[0] if wrong else rank!r} is none of 0 to {cluster.size - 1}"
+        )
     return ranks
 
 
 def cause(reports: Sequence[ErrorReport]) -> BaseException:
-    """The error that began it: a death, else the earliest that is not merely about another rank's."""
+    """The error that began it: a death, else the earliest that is not merely about another
+    rank's."""
     first = min(reports, key=lambda r: (r.type != "EngineDied", r.secondary, r.time))
     if first.secondary and all(r.broken and not r.waited for r in reports):
         lost = "the ranks lost the connections between them in a run, and none says why; the next run makes new ones: "
@@ -311,14 +365,21 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
 
 
 def with_partial(error: BaseException, answers: Iterable[Any]) -> BaseException:
-    """The error, with what each rank that can say so had captured of a run before it: error.flex_partial."""
-    said = [(a,) if isinstance(a, RunReport) else a.partial for a in answers if isinstance(a, RunReport | ErrorReport)]
+    """The error, with what each rank that can say so had captured of a run before it:
+    error.flex_partial."""
+    said = [
+        (a,) if isinstance(a, RunReport) else a.partial
+        for a in answers
+        if isinstance(a, RunReport | ErrorReport)
+    ]
     error.flex_partial = [reports for reports in said if reports]  # type: ignore[attr-defined]
     return error
 
 
 def others_waited(reports: Sequence[ErrorReport], first: ErrorReport) -> str:
-    return "".join(f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited and r is not first)
+    return "".join(
+        f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited and r is not first
+    )
 
 
 class InProcess(Cluster):
@@ -331,7 +392,11 @@ class InProcess(Cluster):
         self.gpus = {self.hosts[0]: self._runtime.hello()["gpus"]}
 
     def _exchange(
-        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+        self,
+        method: str,
+        args: Sequence[tuple],
+        ranks: Sequence[int],
+        progress: Callable[[int], None] | None,
     ) -> list[Any]:
         answers = [engine.answer(self._runtime, method, *args[0])]
         if progress:
@@ -356,7 +421,9 @@ class InProcess(Cluster):
 class IPyParallel(Cluster):
     """Engines of an ipyparallel cluster: control only, an importable function and plain data."""
 
-    def __init__(self, cluster: Any, client: Any, owned: bool, take: bool = False, read_only: bool = False):
+    def __init__(
+        self, cluster: Any, client: Any, owned: bool, take: bool = False, read_only: bool = False
+    ):
         super().__init__()
         self._cluster, self._client, self.owned, self.reader = cluster, client, owned, read_only
         self.owner: Owner | None = None  # who has the engines that this session only looks at
@@ -371,9 +438,12 @@ class IPyParallel(Cluster):
         self._signals: dict[int, int] = {}  # rank → how many interrupts its engine has been sent
         self._unfit: set[int] = set()  # ranks whose new engine has not got its part of the model
         self.reaper: Reaper | None = None
-        self.kept = cluster.cluster_id.startswith(KEPT) and not read_only  # it was started to outlive its notebook
-        self._restored = -math.inf  # when a controller was started in the place of one that crashed
-        self._inspected = time.monotonic()  # when it was last looked whether the controller is all there
+        # it was started to outlive its notebook
+        self.kept = cluster.cluster_id.startswith(KEPT) and not read_only
+        # when a controller was started in the place of one that crashed
+        self._restored = -math.inf
+        # when it was last looked whether the controller is all there
+        self._inspected = time.monotonic()
         self._greet(take)
 
     @property
@@ -387,14 +457,17 @@ class IPyParallel(Cluster):
         return How(kind, self.owned, self.kept, controller is not None, self.reader)
 
     def _greet(self, take: bool) -> None:
-        """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever has them now."""
+        """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever
+        has them now."""
         hellos = self._hello(range(self.size), take)
         seats = [hello["seat"] for hello in hellos]
         self.loaded = all(hello["loaded"] for hello in hellos)
         kept = sorted(seat.rank for seat in seats) == list(range(self.size)) and all(
             s.world == self.size for s in seats
         )
-        key = (lambda i: seats[i].rank) if kept else (lambda i: (hellos[i]["host"], self.engines[i]))
+        key = (
+            (lambda i: seats[i].rank) if kept else (lambda i: (hellos[i]["host"], self.engines[i]))
+        )
         order = sorted(range(self.size), key=key)
         self.engines = [self.engines[i] for i in order]
         for rank, i in enumerate(order):
@@ -405,9 +478,14 @@ class IPyParallel(Cluster):
             self.seated = True
 
     def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
-        """Who these engines are. ClusterError: another driver has them, or they run another version of this package."""
+        """Who these engines are. ClusterError: another driver has them, or they run another
+        version of this package."""
         me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
-        hellos = self.call("look", ranks=ranks) if self.reader else self.call("hello", me, take, ranks=ranks)
+        hellos = (
+            self.call("look", ranks=ranks)
+            if self.reader
+            else self.call("hello", me, take, ranks=ranks)
+        )
         self.owner = hellos[0].get("owner")
         mine = platform.python_version_tuple()[:2]
         pythons = {hello["python"] for hello in hellos}
@@ -418,7 +496,9 @@ class IPyParallel(Cluster):
             )
         versions = {hello["version"] for hello in hellos}
         if versions != {__version__}:
-            raise ClusterError(f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}")
+            raise ClusterError(
+                f"engines run flexkernel {', '.join(sorted(versions))}, this notebook {__version__}"
+            )
         return hellos
 
     def _meet(self, rank: int, hello: dict[str, Any]) -> None:
@@ -442,20 +522,24 @@ class IPyParallel(Cluster):
         return [engine_id in ids for engine_id in self.engines]
 
     def answering(self) -> list[bool]:
-        for rank in [rank for rank, call in self._deaf.items() if call.done()]:  # it has come back after all
+        # it has come back after all
+        for rank in [rank for rank, call in self._deaf.items() if call.done()]:
             self._forget([self._deaf.pop(rank)])
         out = self._unfit.union(self._deaf)
         return [alive and rank not in out for rank, alive in enumerate(self.alive())]
 
-    # --- replacing -----------------------------------------------------------------------------------
+    # --- replacing --------------------------------------------------------------------
 
     def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
-        """Start new engines for these ranks, each with its rank's part of the model. heritage: by rank; empty while no
-        model is loaded. The others keep their part where it is; all get new groups."""
+        """Start new engines for these ranks, each with its rank's part of the model. heritage: by
+        rank; empty while no model is loaded. The others keep their part where it is; all get new
+        groups."""
         self.may("sit")
         left = [r for r, answers in enumerate(self.answering()) if r not in ranks and not answers]
         if left:
-            raise ClusterError(f"rank {left[0]} does not answer either: restart(rank={sorted([*ranks, *left])})")
+            raise ClusterError(
+                f"rank {left[0]} does not answer either: restart(rank={sorted([*ranks, *left])})"
+            )
         spare = sorted(set(self._client.ids) - set(self.engines))
         num_new = len(ranks) - len(spare)
         self._may_start(num_new)
@@ -482,7 +566,11 @@ class IPyParallel(Cluster):
         builder = None
         if heritage:
             seats = self.seats()
-            self.call("regroup.inherit", ranks=ranks, each=[(seats[r], self.device, heritage[r]) for r in ranks])
+            self.call(
+                "regroup.inherit",
+                ranks=ranks,
+                each=[(seats[r], self.device, heritage[r]) for r in ranks],
+            )
             builder = heritage[ranks[0]].source.builder
         self.seat(self.device, builder)
         if heritage:
@@ -512,7 +600,9 @@ class IPyParallel(Cluster):
         end = time.monotonic() + START_S
         while self.alive()[rank]:
             if time.monotonic() > end:
-                raise ClusterError(f"rank {rank}'s engine did not end within {START_S:g} s of a SIGKILL")
+                raise ClusterError(
+                    f"rank {rank}'s engine did not end within {START_S:g} s of a SIGKILL"
+                )
             time.sleep(0.02)
 
     def _start_engines(self, n: int) -> list[int]:
@@ -523,32 +613,43 @@ class IPyParallel(Cluster):
         breed(self._cluster.engine_launcher_class)  # which is none of the cluster's own
         before = {p.pid for p in psutil.Process().children(recursive=True)}
         with private_files():
-            name = self._cluster.start_engines_sync(n=n, environment={"FLEX_FAULT": ""}, **again(self._groups))
+            name = self._cluster.start_engines_sync(
+                n=n, environment={"FLEX_FAULT": ""}, **again(self._groups)
+            )
         if self.reaper is not None:
             self.reaper.runs(how_to_end([self._cluster.engines[name]]))
             self.reaper.watch(engines_of(self._cluster.engines[name]))
         new = arrived(self._client, self._cluster, self._cluster.engines[name], known, n, START_S)
         if self.reaper is not None:
-            self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
+            self.reaper.watch(
+                p for p in psutil.Process().children(recursive=True) if p.pid not in before
+            )
         return new
 
-    # --- calling -------------------------------------------------------------------------------------
+    # --- calling ----------------------------------------------------------------------
 
     def _send(self, ranks: Sequence[int], *function_and_args: Any) -> dict[int, Any]:
         """Rank → its answer to come. What all are told is written once."""
         ids = tuple(self.engines[rank] for rank in ranks)
         if ids not in self._views:
-            self._views[ids] = self._client[list(ids) if len(ids) > 1 else ids[0]]  # a list of one answers with a list
+            # a list of one answers with a list
+            self._views[ids] = self._client[list(ids) if len(ids) > 1 else ids[0]]
         try:
             sent = self._views[ids].apply_async(*function_and_args)
         except (KeyError, IndexError):  # one has left since it was looked at
-            rank = next((rank for rank, alive in zip(ranks, self.alive(), strict=False) if not alive), ranks[0])
-            raise EngineDied(f"rank {rank}'s engine left as it was called: session.restart()", rank) from None
+            rank = next(
+                (rank for rank, alive in zip(ranks, self.alive(), strict=False) if not alive),
+                ranks[0],
+            )
+            raise EngineDied(
+                f"rank {rank}'s engine left as it was called: session.restart()", rank
+            ) from None
         split = type(sent).split  # which the client keeps for ever, with the answers, if it may
         return dict(zip(ranks, getattr(split, "__wrapped__", split)(sent), strict=True))
 
     def _caller(self, method: str, args: Sequence[tuple], ranks: Sequence[int]) -> Send:
-        """What sends these ranks the call, or some of them once more. EngineDied: some rank could not answer it."""
+        """What sends these ranks the call, or some of them once more. EngineDied: some rank could
+        not answer it."""
         self._check_controller()
         alive = self.alive()
         gone = [rank for rank in ranks if not alive[rank]]
@@ -580,22 +681,30 @@ class IPyParallel(Cluster):
 
         def send(to: Collection[int]) -> dict[int, Any]:
             some = [[rank for rank in group if rank in to] for group in alike.values()]
-            sent = [self._send(g, engine.call, DRIVER, turn, method, *told[g[0]]) for g in some if g]
+            sent = [
+                self._send(g, engine.call, DRIVER, turn, method, *told[g[0]]) for g in some if g
+            ]
             return {rank: one for group in sent for rank, one in group.items()}
 
         return send
 
     def _exchange(
-        self, method: str, args: Sequence[tuple], ranks: Sequence[int], progress: Callable[[int], None] | None
+        self,
+        method: str,
+        args: Sequence[tuple],
+        ranks: Sequence[int],
+        progress: Callable[[int], None] | None,
     ) -> list[Any]:
         if self.reader:
             return self._look(self._caller(method, args, ranks), ranks)
-        with Held() as held:  # a call that only some ranks have got would leave these waiting for the others
+        # a call that only some ranks have got would leave these waiting for the others
+        with Held() as held:
             return self._collect(self._caller(method, args, ranks), ranks, progress, held)
 
     def _look(self, send: Send, ranks: Sequence[int]) -> list[Any]:
-        """The answers to a call that changes nothing. It waits behind what the owner has the engines do, and does not
-        disturb that, however it ends. ClusterError: that takes too long."""
+        """The answers to a call that changes nothing. It waits behind what the owner has the
+        engines do, and does not disturb that, however it ends. ClusterError: that takes too
+        long."""
         calls, end = send(ranks), time.monotonic() + self.timeout_s
         for call in calls.values():
             call.wait(max(end - time.monotonic(), 0))
@@ -619,7 +728,11 @@ class IPyParallel(Cluster):
     def whose(self) -> str:
         """Who has these engines, in words."""
         who = self.owner
-        return f"pid {who.pid} on {who.host} has these engines" if who is not None else "nobody has these engines"
+        return (
+            f"pid {who.pid} on {who.host} has these engines"
+            if who is not None
+            else "nobody has these engines"
+        )
 
     def _collect(
         self, send: Send, ranks: Sequence[int], progress: Callable[[int], None] | None, held: Held
@@ -659,14 +772,19 @@ class IPyParallel(Cluster):
         return [answers[rank] for rank in ranks]
 
     def _may_be_lost(self, sent: float, looked: float) -> bool:
-        """Whether it is time to send calls once more that are on their way: engines that had not found a new controller
-        yet have not got them, and who knows why others have no answer. An engine makes a call once, however often it
-        comes. sent: when they were first sent; looked: when this was asked last."""
-        times = [*(self._restored + after for after in AGAIN_S), *(sent + after for after in UNHEARD_S)]
+        """Whether it is time to send calls once more that are on their way: engines that had not
+        found a new controller yet have not got them, and who knows why others have no answer. An
+        engine makes a call once, however often it comes. sent: when they were first sent; looked:
+        when this was asked last."""
+        times = [
+            *(self._restored + after for after in AGAIN_S),
+            *(sent + after for after in UNHEARD_S),
+        ]
         return any(looked < at <= time.monotonic() for at in times)
 
     def _settle(self, ranks: Iterable[int]) -> None:
-        """Wait for interrupts that are on their way to these ranks: they would meet the next call, or its answer."""
+        """Wait for interrupts that are on their way to these ranks: they would meet the next call,
+        or its answer."""
         alive = self.alive()
         calls = [
             call
@@ -693,10 +811,16 @@ class IPyParallel(Cluster):
         """See that ranks come back which nobody needs to wait for any more."""
         if patience.stalled(lambda: self._count(calls), self.timeout_s):
             patience.give_back()
-        for rank in [r for r, ping in patience.pings.items() if r in calls and ping.done() and not calls[r].done()]:
+        for rank in [
+            r
+            for r, ping in patience.pings.items()
+            if r in calls and ping.done() and not calls[r].done()
+        ]:
             calls.pop(rank)  # it has come back, and the signal met it as it was about to say so
             lost = f"rank {rank} was interrupted before it could answer"
-            answers[rank] = ErrorReport(rank, "KeyboardInterrupt", lost, "", time.time(), broken=True)
+            answers[rank] = ErrorReport(
+                rank, "KeyboardInterrupt", lost, "", time.time(), broken=True
+            )
         step = patience.step()
         if step == "interrupt":
             self.interrupt(list(calls))
@@ -713,8 +837,9 @@ class IPyParallel(Cluster):
         return self._send(ranks, os.getpid) if ranks else {}
 
     def _count(self, ranks: Iterable[int]) -> int | None:
-        """How many modules these ranks have begun; None if none is in a run, or some are not on this host. What says so
-        of a rank that is being replaced is of an engine that has died: it may have been in one."""
+        """How many modules these ranks have begun; None if none is in a run, or some are not on
+        this host. What says so of a rank that is being replaced is of an engine that has died: it
+        may have been in one."""
         pulses = [self.pulse(rank) for rank in ranks if rank not in self._unfit]
         there = [pulse for pulse in pulses if pulse is not None]
         if len(there) < len(pulses) or not any(pulse.running for pulse in there):
@@ -722,7 +847,8 @@ class IPyParallel(Cluster):
         return sum(pulse.count for pulse in there)
 
     def _forget(self, done: list[Any]) -> None:
-        """The client keeps what it knows of every call, and of what engines print after it, for ever."""
+        """The client keeps what it knows of every call, and of what engines print after it, for
+        ever."""
         over = [result for result in done if result.done()]
         if over:  # purging none is an error to the client
             self._client.purge_local_results(over)
@@ -731,7 +857,8 @@ class IPyParallel(Cluster):
             self._client.metadata.pop(msg_id, None)
 
     def _check_controller(self) -> None:
-        """Start the controller again if it crashed. ClusterError when nobody is left who could bring an answer."""
+        """Start the controller again if it crashed. ClusterError when nobody is left who could
+        bring an answer."""
         launcher = self._cluster.controller
         process = getattr(launcher, "process", None)
         if process is None:
@@ -749,10 +876,13 @@ class IPyParallel(Cluster):
                 "the cluster's controller has crashed; its engines have the model still: "
                 f"%flex_cluster attach --cluster-id {self.cluster_id} starts it again and finds them"
             )
-        raise ClusterError("the cluster has ended, its controller is gone: another notebook may have stopped it")
+        raise ClusterError(
+            "the cluster has ended, its controller is gone: another notebook may have stopped it"
+        )
 
     def _check_its_parts(self) -> None:
-        """The same for the processes that a controller consists of, each of which is a way to the engines."""
+        """The same for the processes that a controller consists of, each of which is a way to the
+        engines."""
         now = time.monotonic()
         if now < self._inspected + PARTS_S:
             return
@@ -776,7 +906,9 @@ class IPyParallel(Cluster):
         time.sleep(RESTORE_S)
         self._restored = time.monotonic()
         if self.reaper is not None:
-            self.reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
+            self.reaper.watch(
+                p for p in psutil.Process().children(recursive=True) if p.pid not in before
+            )
 
     def _answer(self, result: Any, rank: int) -> Any:
         try:
@@ -786,7 +918,9 @@ class IPyParallel(Cluster):
         except ipp.error.RemoteError as error:
             if error.ename == "EngineError":  # the same, when the hub is the first to say it
                 return self._died(rank)
-            return ErrorReport(rank, "EngineError", str(error), "\n".join(error.render_traceback()), time.time())
+            return ErrorReport(
+                rank, "EngineError", str(error), "\n".join(error.render_traceback()), time.time()
+            )
 
     def _silent(self, rank: int) -> ErrorReport:
         """Of a rank that was interrupted and did not come back."""
@@ -847,13 +981,16 @@ class IPyParallel(Cluster):
         with quiet():
             self._client.close()
             if end:
-                for rank in hang & set(self.vitals):  # the cluster would wait for each that it may end by itself
+                # the cluster would wait for each that it may end by itself
+                for rank in hang & set(self.vitals):
                     self.vitals[rank].kill()
                 self._cluster.stop_cluster_sync()
                 remove_keys(self._cluster)
-                with contextlib.suppress(OSError, errors.CaptureError):  # where they were, nothing is any more
+                # where they were, nothing is any more
+                with contextlib.suppress(OSError, errors.CaptureError):
                     place = slabs.place(self.folder)
-                    for folder in place.parent.glob(f"{place.name}*"):  # engines that hung have left theirs
+                    # engines that hung have left theirs
+                    for folder in place.parent.glob(f"{place.name}*"):
                         slabs.sweep(folder)
         if self.reaper is not None:
             self.reaper.leave()
@@ -861,10 +998,13 @@ class IPyParallel(Cluster):
     def _farewell(self, word: str) -> set[int]:
         """Tell it to every engine that can hear; the ranks that hang."""
         hang = set(self._deaf)
-        with contextlib.suppress(Exception):  # the controller may have gone before us, with all that it carried
+        # the controller may have gone before us, with all that it carried
+        with contextlib.suppress(Exception):
             ids = {i: rank for rank, i in enumerate(self.engines)}
             able = [i for i in self._client.ids if ids.get(i) not in hang]
-            calls = {i: self._client[i].apply_async(engine.call, DRIVER, next(TURNS), word) for i in able}
+            calls = {
+                i: self._client[i].apply_async(engine.call, DRIVER, next(TURNS), word) for i in able
+            }
             end = time.monotonic() + FAREWELL_S
             for call in calls.values():
                 call.wait(max(end - time.monotonic(), 0))
@@ -873,20 +1013,22 @@ class IPyParallel(Cluster):
 
 
 class Patience:
-    """How long a call waits for ranks that are on their way back: its user has interrupted, or another rank's groups
-    are broken. Such ranks come by themselves within a second or so; one that does not is interrupted, then given up."""
+    """How long a call waits for ranks that are on their way back: its user has interrupted, or
+    another rank's groups are broken. Such ranks come by themselves within a second or so; one that
+    does not is interrupted, then given up."""
 
     def __init__(self) -> None:
         self.interrupted = self._pinged = False
         self.told = 0.0  # when the ranks were interrupted
-        self.pings: dict[int, Any] = {}  # rank → what it answers once it is free, also if its answer was lost
+        # rank → what it answers once it is free, also if its answer was lost
+        self.pings: dict[int, Any] = {}
         self._since: float | None = None
         self._count: int | None = None
         self._moved = self._looked = time.monotonic()
 
     def stalled(self, count: Callable[[], int | None], timeout_s: float) -> bool:
-        """Whether nothing has moved for so long that the engines' own watches must have failed. count: looks at every
-        rank, and is asked once in WATCH_S only, not after each answer."""
+        """Whether nothing has moved for so long that the engines' own watches must have failed.
+        count: looks at every rank, and is asked once in WATCH_S only, not after each answer."""
         now = time.monotonic()
         if now < self._looked + WATCH_S:
             return False
@@ -948,16 +1090,22 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# --- beginnings ------------------------------------------------------------------------------------
+# --- beginnings -----------------------------------------------------------------------
 
 
 def start(
-    n: int, engines: str | None = None, cluster_id: str = "", keep: bool = False, timeout_s: float = START_S
+    n: int,
+    engines: str | None = None,
+    cluster_id: str = "",
+    keep: bool = False,
+    timeout_s: float = START_S,
 ) -> IPyParallel:
-    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs, ...); after slurm options
-    of sbatch, "slurm --partition=gpu --time=04:00:00". timeout_s: from when a job has begun.
+    """Start n engines. engines: one of ipyparallel's launchers by name (slurm, ssh, mpi, pbs,
+    ...); after slurm options of sbatch, "slurm --partition=gpu --time=04:00:00". timeout_s: from
+    when a job has begun.
 
-    keep: they stay, with their model, when this process ends; attach by their id, `%flex_cluster stop` ends them."""
+    keep: they stay, with their model, when this process ends; attach by their id, `%flex_cluster
+    stop` ends them."""
     if not isinstance(n, int) or n < 1:
         raise ClusterError(f"n={n!r} engines cannot be started; n is a whole number from 1")
     for _ in range(STARTS - 1):
@@ -967,16 +1115,20 @@ def start(
 
 
 class Lame(ClusterError):
-    """A controller has lost a part, and with it a way to the engines, before anything was done through it."""
+    """A controller has lost a part, and with it a way to the engines, before anything was done
+    through it."""
 
 
-def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: float) -> IPyParallel:
+def begin(
+    n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: float
+) -> IPyParallel:
     """One try of start(). Lame: another may do."""
     launcher, config = launcher_for(engines)
     cluster = ipp.Cluster(
         n=n,
         engines=launcher,
-        cluster_id=(KEPT if keep else "") + (cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"),
+        cluster_id=(KEPT if keep else "")
+        + (cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"),
         controller_args=["--nodb", *beats(launcher)],
         delay=0,
         log_level=40,
@@ -999,7 +1151,8 @@ def begin(n: int, engines: str | None, cluster_id: str, keep: bool, timeout_s: f
         kind = Lame if isinstance(error, Lame) or lame(cluster) else ClusterError
         if client is not None:
             client.close()
-        with quiet(), contextlib.suppress(Exception):  # what did start is ended; the error below is what matters
+        # what did start is ended; the error below is what matters
+        with quiet(), contextlib.suppress(Exception):
             cluster.stop_cluster_sync()
         end_controllers(cluster)  # one that is ended before it is up leaves what it has begun
         if reaper is not None:
@@ -1019,10 +1172,12 @@ def engines_of(group: Any) -> list[psutil.Process]:
     return [one.process for one in launchers(group) if getattr(one, "process", None) is not None]
 
 
-def arrived(client: Any, cluster: Any, group: Any, known: set[int], n: int, timeout_s: float) -> list[int]:
-    """The ids of this engine set's n engines, beside those known, once they are there. ClusterError: some have ended,
-    or were not there after timeout_s, from the beginning of their job if they are one. Lame: they may never come, or
-    could not be called."""
+def arrived(
+    client: Any, cluster: Any, group: Any, known: set[int], n: int, timeout_s: float
+) -> list[int]:
+    """The ids of this engine set's n engines, beside those known, once they are there.
+    ClusterError: some have ended, or were not there after timeout_s, from the beginning of their
+    job if they are one. Lame: they may never come, or could not be called."""
     queued = time.monotonic() + QUEUE_S
     end, look = time.monotonic() + timeout_s, time.monotonic() + PARTS_S
     while len(new := sorted(set(client.ids) - known)) < n:
@@ -1048,12 +1203,20 @@ def attach(
     timeout_s: float = 60.0,
     read_only: bool = False,
 ) -> IPyParallel:
-    """Attach to a cluster that runs already, ours or one that `ipcluster start` began. read_only: only to look at it.
+    """Attach to a cluster that runs already, ours or one that `ipcluster start` began. read_only:
+    only to look at it.
 
-    ClusterError: there is none, or another notebook has its engines and is not to be parted from them (take)."""
+    ClusterError: there is none, or another notebook has its engines and is not to be parted from
+    them (take)."""
     if take and read_only:
-        raise ClusterError("take=True has the engines, read_only=True leaves them to whoever has them: say one of them")
-    where = {key: value for key, value in (("profile", profile), ("cluster_id", cluster_id)) if value is not None}
+        raise ClusterError(
+            "take=True has the engines, read_only=True leaves them to whoever has them: say one of them"
+        )
+    where = {
+        key: value
+        for key, value in (("profile", profile), ("cluster_id", cluster_id))
+        if value is not None
+    }
     if not where:
         where = only_one()
     try:
@@ -1090,8 +1253,8 @@ def attach(
 
 
 def restore_controller(cluster: Any) -> None:
-    """Start a controller in the place of one that crashed, on the same ports: engines and clients find it there by
-    themselves, and what engines answered meanwhile arrives."""
+    """Start a controller in the place of one that crashed, on the same ports: engines and clients
+    find it there by themselves, and what engines answered meanwhile arrives."""
     end_controllers(cluster)  # what it had begun outlives it, and holds the ports
     cluster.controller = None
     cluster.controller_args = ["--nodb", "--restore", *beats(cluster.engine_launcher_class)]
@@ -1100,11 +1263,14 @@ def restore_controller(cluster: Any) -> None:
 
 
 def lame(cluster: Any) -> bool:
-    """Whether one of the processes of a cluster's controller has ended on this machine: it was killed, or another
-    program had taken the port that it was to have. What goes through it would never arrive."""
+    """Whether one of the processes of a cluster's controller has ended on this machine: it was
+    killed, or another program had taken the port that it was to have. What goes through it would
+    never arrive."""
     process = getattr(cluster.controller, "process", None)
     with contextlib.suppress(psutil.Error):
-        return process is not None and any(part.status() == psutil.STATUS_ZOMBIE for part in process.children())
+        return process is not None and any(
+            part.status() == psutil.STATUS_ZOMBIE for part in process.children()
+        )
     return False
 
 
@@ -1124,18 +1290,23 @@ def end_controllers(cluster: Any) -> None:
 
 
 def controllers(cluster: Any) -> list[psutil.Process]:
-    """The processes of a cluster's controller on this machine, by what they were told when they began."""
+    """The processes of a cluster's controller on this machine, by what they were told when they
+    began."""
     mine = {"IPP_CLUSTER_ID": cluster.cluster_id, "IPP_PROFILE_DIR": cluster.profile_dir}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "ipyparallel.controller" in process.cmdline() and mine.items() <= process.environ().items():
+            if (
+                "ipyparallel.controller" in process.cmdline()
+                and mine.items() <= process.environ().items()
+            ):
                 found.append(process)
     return found
 
 
 def remove_keys(cluster: Any) -> None:
-    """The files with its address and key, which a controller that was started again leaves when it ends."""
+    """The files with its address and key, which a controller that was started again leaves when it
+    ends."""
     for who in ("client", "engine"):
         name = "-".join(filter(None, ["ipcontroller", cluster.cluster_id, f"{who}.json"]))
         (Path(cluster.profile_dir) / "security" / name).unlink(missing_ok=True)
@@ -1143,12 +1314,15 @@ def remove_keys(cluster: Any) -> None:
 
 def living(cluster: Any) -> bool:
     """Whether engines of the cluster are there, as far as can be known without its controller."""
-    return any(not ended(group) or len(ended(group)) < len(launchers(group)) for group in cluster.engines.values())
+    return any(
+        not ended(group) or len(ended(group)) < len(launchers(group))
+        for group in cluster.engines.values()
+    )
 
 
 def check_files(where: Mapping[str, str]) -> None:
-    """ClusterError unless the files of the cluster there are this user's alone: its own, which says what to import, and
-    those with its address and key."""
+    """ClusterError unless the files of the cluster there are this user's alone: its own, which
+    says what to import, and those with its address and key."""
     file = Path(ipp.Cluster(**{"cluster_id": "", **where}).cluster_file)
     check_private(file)
     for who in ("client", "engine"):
@@ -1159,9 +1333,12 @@ def check_files(where: Mapping[str, str]) -> None:
 
 
 def only_one() -> dict[str, str]:
-    """Where the cluster is that is meant when none is named: the only one that runs, if the default one does not."""
+    """Where the cluster is that is meant when none is named: the only one that runs, if the
+    default one does not."""
     with quiet(), read_back():
-        running = [c for c in ipp.ClusterManager().load_clusters().values() if c.controller is not None]
+        running = [
+            c for c in ipp.ClusterManager().load_clusters().values() if c.controller is not None
+        ]
     if len(running) == 1 and running[0].cluster_id:
         return {"profile_dir": running[0].profile_dir, "cluster_id": running[0].cluster_id}
     return {}
@@ -1171,4 +1348,8 @@ def running_clusters() -> list[str]:
     """The ids of the clusters that have a file, in any profile, and a controller that runs."""
     with quiet(), read_back():
         found = ipp.ClusterManager().load_clusters().values()
-    return [repr(c.cluster_id) if c.cluster_id else "the default one" for c in found if c.controller is not None]
+    return [
+        repr(c.cluster_id) if c.cluster_id else "the default one"
+        for c in found
+        if c.controller is not None
+    ]

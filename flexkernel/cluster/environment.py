@@ -1,7 +1,8 @@
-"""The environment of an engine: what it inherits of the notebook's, which may hold keys that are no business of its.
+"""The environment of an engine: what it inherits of the notebook's, which may hold keys that are
+no business of its.
 
-`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in it. The process itself gives up what it
-had, so that this holds for whoever started it: a shell, or a batch system.
+`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in it. The process
+itself gives up what it had, so that this holds for whoever started it: a shell, or a batch system.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from fnmatch import fnmatchcase
 
 __all__ = ["ALLOWED", "inherited"]
 
-# By names, where * stands for anything. HF_TOKEN is among them: the engines are who fetches models.
+# By names, where * stands for anything. HF_TOKEN is among them: the engines are who fetches
+# models.
 ALLOWED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "HOSTNAME", "PWD",
     "TMPDIR", "TMP", "TEMP", "XDG_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "LD_*", "SETUPTOOLS_*", "PYDEVD_*",
@@ -33,7 +35,9 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
     """
     allowed = [*ALLOWED, *filter(None, environment.get("FLEX_ENV", "").replace(" ", "").split(","))]
     return {
-        name: value for name, value in environment.items() if any(fnmatchcase(name, pattern) for pattern in allowed)
+        name: value
+        for name, value in environment.items()
+        if any(fnmatchcase(name, pattern) for pattern in allowed)
     }
 
 

@@ -1,11 +1,13 @@
-"""The nursery: a process that has imported what every engine imports, and forks engines that have it from their start.
+"""The nursery: a process that has imported what every engine imports, and forks engines that have
+it from their start.
 
-Importing torch and transformers takes seconds of a core for each engine, and the files from a network's disk for each;
-forked, all share what one process has read, and one in a dead one's place is there in a moment. The way is that of
-Android's zygote and of multiprocessing's forkserver; here what is forked belongs to nobody's `multiprocessing`, and may
-outlive the driver.
+Importing torch and transformers takes seconds of a core for each engine, and the files from a
+network's disk for each; forked, all share what one process has read, and one in a dead one's place
+is there in a moment. The way is that of Android's zygote and of multiprocessing's forkserver; here
+what is forked belongs to nobody's `multiprocessing`, and may outlive the driver.
 
-A driver has one, beside its engines; it ends with the driver, or when it has had none of them for ten minutes.
+A driver has one, beside its engines; it ends with the driver, or when it has had none of them for
+ten minutes.
 """
 
 from __future__ import annotations
@@ -56,18 +58,26 @@ class Order:
     stays: bool  # it outlives the driver
 
 
-# --- in the driver ---------------------------------------------------------------------------------
+# --- in the driver --------------------------------------------------------------------
 
 
 class Nursery:
-    """The driver's end of one. environment: what all that it forks have of the driver's, and it itself while it
-    imports the modules."""
+    """The driver's end of one. environment: what all that it forks have of the driver's, and it
+    itself while it imports the modules."""
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]):
         self.environment = inherited(environment)
         self._control, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flexkernel.cluster.environment", "-m", __name__, str(theirs.fileno()), *modules],
+            [
+                sys.executable,
+                "-m",
+                "flexkernel.cluster.environment",
+                "-m",
+                __name__,
+                str(theirs.fileno()),
+                *modules,
+            ],
             env=self.environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -80,7 +90,8 @@ class Nursery:
         self._turn = threading.Lock()
         self._heard = threading.Condition()
         self._ready: bool | None = None
-        self._forks = self.unfit = False  # it has been ready; it never was, and another would not be either
+        # it has been ready; it never was, and another would not be either
+        self._forks = self.unfit = False
         self._asked: set[int] = set()  # the orders whose pids are waited for
         self._forked: dict[int, int | None] = {}  # order → pid
         self._ended: dict[int, int] = {}  # pid → exit code
@@ -100,7 +111,8 @@ class Nursery:
         return same(self.environment, environment)
 
     def fork(self, order: Order) -> int | None:
-        """The pid of a process that runs this. None: it cannot fork, and the process has to be started by itself."""
+        """The pid of a process that runs this. None: it cannot fork, and the process has to be
+        started by itself."""
         with self._heard:
             if not self._heard.wait_for(lambda: self._ready is not None, READY_S):
                 self._process.kill()
@@ -112,7 +124,9 @@ class Nursery:
             self._asked.add(number)
         try:
             with self._turn, contextlib.suppress(OSError):
-                self._control.sendall(json.dumps({"number": number, **asdict(order)}).encode() + b"\n")
+                self._control.sendall(
+                    json.dumps({"number": number, **asdict(order)}).encode() + b"\n"
+                )
             with self._heard:
                 self._heard.wait_for(lambda: number in self._forked or not self._ready, FORK_S)
                 return self._forked.pop(number, None)
@@ -122,8 +136,8 @@ class Nursery:
                 _end(self._forked.pop(number, None))  # of an interrupt
 
     def wait(self, pid: int, given_up: Callable[[], bool]) -> int | None:
-        """The exit code of what it has forked, once that has ended, minus a signal's number. None: the nursery has gone
-        before, or whoever waits gives up."""
+        """The exit code of what it has forked, once that has ended, minus a signal's number. None:
+        the nursery has gone before, or whoever waits gives up."""
         with self._heard:
             while pid not in self._ended and self._ready and not given_up():
                 self._heard.wait(GIVEN_UP_S)
@@ -166,7 +180,11 @@ def _end(pid: int | None) -> None:
 
 def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     def told(environment: Mapping[str, str]) -> dict[str, str]:
-        return {name: value for name, value in inherited(environment).items() if not name.startswith(LATER)}
+        return {
+            name: value
+            for name, value in inherited(environment).items()
+            if not name.startswith(LATER)
+        }
 
     return told(one) == told(other)
 
@@ -175,11 +193,13 @@ _nursery: Nursery | None = None
 
 
 def nursery(modules: Sequence[str], environment: Mapping[str, str]) -> Nursery | None:
-    """This driver's, begun if there is none for that environment. None: processes cannot be forked here."""
+    """This driver's, begun if there is none for that environment. None: processes cannot be forked
+    here."""
     global _nursery
     if sys.platform != "linux":  # elsewhere the system's own libraries forbid it
         return None
-    if _nursery is not None and _nursery.driver != os.getpid():  # that of the process that this one was forked from
+    # that of the process that this one was forked from
+    if _nursery is not None and _nursery.driver != os.getpid():
         _nursery = None
     if _nursery is None or not _nursery.suits(environment):
         if _nursery is not None:
@@ -192,7 +212,7 @@ def nursery(modules: Sequence[str], environment: Mapping[str, str]) -> Nursery |
     return _nursery
 
 
-# --- in the nursery --------------------------------------------------------------------------------
+# --- in the nursery -------------------------------------------------------------------
 
 
 def main() -> None:
@@ -211,11 +231,12 @@ def main() -> None:
 
 @contextlib.contextmanager
 def ending_with(control: socket.socket) -> Any:
-    """Within it this process ends where its driver does: that says nothing before it hears that all is ready, so that
-    any news is that it has gone."""
+    """Within it this process ends where its driver does: that says nothing before it hears that
+    all is ready, so that any news is that it has gone."""
     flags = fcntl.fcntl(control, fcntl.F_GETFL)
     fcntl.fcntl(control, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(control, fcntl.F_SETFL, flags | os.O_ASYNC)  # news is a SIGIO, whose default is the end
+    # news is a SIGIO, whose default is the end
+    fcntl.fcntl(control, fcntl.F_SETFL, flags | os.O_ASYNC)
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         if selector.select(0):  # it came before
@@ -225,8 +246,9 @@ def ending_with(control: socket.socket) -> Any:
 
 
 def unfit() -> str:
-    """Why what this process would fork could not be relied on, "": it could. Other threads do not come along, and hold
-    what they hold for ever; a GPU's driver does not work in a process that was forked after its first use."""
+    """Why what this process would fork could not be relied on, "": it could. Other threads do not
+    come along, and hold what they hold for ever; a GPU's driver does not work in a process that
+    was forked after its first use."""
     num_threads = len(os.listdir("/proc/self/task"))
     if num_threads > 1:
         return f"{num_threads} threads"
@@ -243,7 +265,8 @@ def opened() -> list[str]:
 
 
 def serve(control: socket.socket) -> Order | None:
-    """Fork at each order, and tell how what was forked ends. In what is forked the order; None once all is over."""
+    """Fork at each order, and tell how what was forked ends. In what is forked the order; None
+    once all is over."""
     alarm, bell = socket.socketpair()
     for end in (control, alarm, bell):
         end.setblocking(False)
@@ -319,7 +342,8 @@ def become(order: Order) -> None:
     os.dup2(log, 2)
     os.close(log)
     with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(FORKED)  # what tools show beside the command, which is the nursery's
+        # what tools show beside the command, which is the nursery's
+        Path("/proc/self/comm").write_text(FORKED)
     os.environ.clear()
     os.environ.update(order.environment)
     if "numpy" in sys.modules:  # `random` does it by itself

@@ -1,4 +1,5 @@
-"""Promises: what can be counted on for engines that came to be in this way. README's table is made of these, too."""
+"""Promises: what can be counted on for engines that came to be in this way. README's table is made
+of these, too."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ __all__ = ["PROMISES", "How", "promises", "promises_table"]
 class How:
     """How a session came to its engines: the facts from which the promises follow.
 
-    launcher: "" they are this process; "local" processes of this machine, "slurm" jobs, or "other". owned: this session
-    started them; kept: to outlive it. controller: its process is known, and on this machine. reader: another session
-    has them, this one looks."""
+    launcher: "" they are this process; "local" processes of this machine, "slurm" jobs, or
+    "other". owned: this session started them; kept: to outlive it. controller: its process is
+    known, and on this machine. reader: another session has them, this one looks."""
 
     launcher: str
     owned: bool = True
@@ -58,8 +59,14 @@ def its_death_is_told(how: How) -> str:
     if not how.launcher:
         return "by Jupyter"
     if how.launcher == "local":
-        return "with signal or exit code, and the end of its log" if how.owned else "with the end of its log"
-    return "by rank, host and pid" + (", and the end of its job's log" if how.launcher == "slurm" else "")
+        return (
+            "with signal or exit code, and the end of its log"
+            if how.owned
+            else "with the end of its log"
+        )
+    return "by rank, host and pid" + (
+        ", and the end of its job's log" if how.launcher == "slurm" else ""
+    )
 
 
 def a_dead_controller(how: How) -> str:
@@ -93,7 +100,9 @@ def environment(how: How) -> str:
 def an_interrupt(how: How) -> str:
     if how.reader:
         return "ends what you wait for, and nothing on the engines"
-    return "reaches every engine, the model stays" if how.launcher else "ends the run, the model stays"
+    return (
+        "reaches every engine, the model stays" if how.launcher else "ends the run, the model stays"
+    )
 
 
 # What is promised → how well, by how the engines came to be

@@ -1,4 +1,5 @@
-"""Interrupts: a Ctrl-C that comes where something would be left half done is heard when it is done."""
+"""Interrupts: a Ctrl-C that comes where something would be left half done is heard when it is
+done."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ INSISTS = 3  # a Ctrl-C that comes so many times is heard at once, whatever is l
 
 
 class Held:
-    """Within it SIGINT waits, and is raised as KeyboardInterrupt at the end, or at once within `heard()`. On the main
-    thread, which alone hears signals; elsewhere, and where SIGINT is ignored, it does nothing. May be nested.
+    """Within it SIGINT waits, and is raised as KeyboardInterrupt at the end, or at once within
+    `heard()`. On the main thread, which alone hears signals; elsewhere, and where SIGINT is
+    ignored, it does nothing. May be nested.
 
     >>> with Held():
     ...     num_engines = 2  # and what has to go with it

@@ -1,4 +1,5 @@
-"""The launchers: how engines come to be, as ipyparallel has it. On this machine, or as jobs of a batch system."""
+"""The launchers: how engines come to be, as ipyparallel has it. On this machine, or as jobs of a
+batch system."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ __all__ = [
 ]
 
 KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
-BEAT_S = 0.5  # how often a controller looks for its engines; a new one is taken in at the second beat
+# how often a controller looks for its engines; a new one is taken in at the second beat
+BEAT_S = 0.5
 LOST_S = 33.0  # ipyparallel's own: when one that does not answer is taken to be gone
 CHECK_S = BEAT_S + 0.5  # how often an engine looks for its controller's beat
 LEAVE_S = 180.0  # ipyparallel's own: when one that finds none leaves
@@ -66,23 +68,30 @@ ENVIRONMENT = {
 
 
 def for_engine(env: dict[str, str]) -> dict[str, str]:
-    """What an engine's environment has beside the notebook's: one thread for torch, no bars in its log."""
+    """What an engine's environment has beside the notebook's: one thread for torch, no bars in its
+    log."""
     return {**ENVIRONMENT, **env}
 
 
 def beats(launcher: Any) -> list[str]:
-    """The arguments that tell a controller how often to look for engines of this launcher. ipyparallel's 3 s would be
-    most of what a start takes; engines that are not told of it by us would leave after fewer seconds."""
+    """The arguments that tell a controller how often to look for engines of this launcher.
+    ipyparallel's 3 s would be most of what a start takes; engines that are not told of it by us
+    would leave after fewer seconds."""
     if launcher not in OURS.values():
         return []
     misses = round(LOST_S / BEAT_S)
-    return [f"--HeartMonitor.period={BEAT_S * 1000:.0f}", f"--HeartMonitor.max_heartmonitor_misses={misses}"]
+    return [
+        f"--HeartMonitor.period={BEAT_S * 1000:.0f}",
+        f"--HeartMonitor.max_heartmonitor_misses={misses}",
+    ]
 
 
 def patience(cluster_id: str, seconds: float) -> list[str]:
-    """The argument that says how long an engine waits for a heartbeat of its controller before it leaves, 0: for ever.
+    """The argument that says how long an engine waits for a heartbeat of its controller before it
+    leaves, 0: for ever.
 
-    A kept one waits for FLEX_IDLE_TTL hours: nobody may be there who would start the controller again."""
+    A kept one waits for FLEX_IDLE_TTL hours: nobody may be there who would start the controller
+    again."""
     if cluster_id.startswith(KEPT):
         seconds = idle_ttl_h() * 3600
     return [f"--IPEngine.max_heartbeat_misses={math.ceil(seconds / CHECK_S)}"]
@@ -106,16 +115,20 @@ ENGINE = [sys.executable, "-m", "flexkernel.cluster.environment", "-m", PROGRAM]
 IMPORTS = (
     f"{PROGRAM}.app",
     "accelerate",
-    *(f"flexkernel.engine.{name}" for name in ("runtime", "model.load", "run.forward", "ranks.recover")),
+    *(
+        f"flexkernel.engine.{name}"
+        for name in ("runtime", "model.load", "run.forward", "ranks.recover")
+    ),
     "transformers.models.llama.modeling_llama",  # and so what others are made of, too
 )
 
 
 @contextlib.contextmanager
 def read_back() -> Iterator[None]:
-    """Within it clusters may be read from their files. For each process in one, ipyparallel has a thread that waits for
-    its end; where this process has started it, whoever waits second finds nothing, and how it ended may be lost to the
-    launcher that is asked for it. So those only look."""
+    """Within it clusters may be read from their files. For each process in one, ipyparallel has a
+    thread that waits for its end; where this process has started it, whoever waits second finds
+    nothing, and how it ended may be lost to the launcher that is asked for it. So those only
+    look."""
     begin = LocalProcessLauncher._start_waiting
 
     def start_waiting(launcher: LocalProcessLauncher) -> None:
@@ -139,12 +152,12 @@ def look_on(launcher: LocalProcessLauncher) -> None:
     launcher.loop.add_callback(lambda: launcher.notify_stop(ended))
 
 
-# --- on this machine -------------------------------------------------------------------------------
+# --- on this machine ------------------------------------------------------------------
 
 
 class FlexEngineLauncher(LocalEngineLauncher):
-    """A local engine with one thread for torch. It waits for a controller that crashed for as long as its driver, which
-    starts it again, is there; when that goes the reaper ends it.
+    """A local engine with one thread for torch. It waits for a controller that crashed for as long
+    as its driver, which starts it again, is there; when that goes the reaper ends it.
 
     It is forked from this driver's nursery where that can be."""
 
@@ -152,7 +165,10 @@ class FlexEngineLauncher(LocalEngineLauncher):
     _nursery: Nursery | None = None
 
     def start(self) -> None:
-        environment, folder = inherited({**os.environ, **self.get_env()}), os.path.abspath(self.work_dir)
+        environment, folder = (
+            inherited({**os.environ, **self.get_env()}),
+            os.path.abspath(self.work_dir),
+        )
         arguments = self.args[len(self.engine_cmd) :]
         stays = not getattr(getattr(self.parent, "parent", None), "shutdown_atexit", True)
         order = Order(PROGRAM, arguments, environment, folder, self.output_file, stays)
@@ -167,7 +183,9 @@ class FlexEngineLauncher(LocalEngineLauncher):
             self.notify_start(pid)
             self._start_waiting()
         except psutil.NoSuchProcess:
-            raise ClusterError("\n".join(["an engine ended as it began", *tail(Path(order.log), 20)])) from None
+            raise ClusterError(
+                "\n".join(["an engine ended as it began", *tail(Path(order.log), 20)])
+            ) from None
         except KeyboardInterrupt:
             os.kill(pid, signal.SIGKILL)  # nobody else knows of it yet
             raise
@@ -197,12 +215,16 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
 
 
 def breed(launcher: Any) -> Nursery | None:
-    """The nursery of the engines that this launcher starts here and now; None: they have none. Begun early, it imports
-    while other things begin."""
-    return nursery(IMPORTS, {**os.environ, **for_engine({})}) if launcher is FlexEngineSetLauncher else None
+    """The nursery of the engines that this launcher starts here and now; None: they have none.
+    Begun early, it imports while other things begin."""
+    return (
+        nursery(IMPORTS, {**os.environ, **for_engine({})})
+        if launcher is FlexEngineSetLauncher
+        else None
+    )
 
 
-# --- as jobs ---------------------------------------------------------------------------------------
+# --- as jobs --------------------------------------------------------------------------
 
 # --kill-on-bad-exit=0: where an engine dies, the others and their part of the model stay
 TEMPLATE = """#!/bin/sh
@@ -212,14 +234,16 @@ TEMPLATE = """#!/bin/sh
 umask 077
 exec srun --kill-on-bad-exit=0 {program_and_args}
 """
-GPUS = "--gpus-per-task=1 --gpu-bind=none"  # on each host all of the job's are seen: an engine takes its own
+# on each host all of the job's are seen: an engine takes its own
+GPUS = "--gpus-per-task=1 --gpu-bind=none"
 
 
 class FlexSlurmLauncher(SlurmEngineSetLauncher):
-    """n engines as one Slurm job. `options`: those of sbatch; unless they speak of GPUs, each engine has one.
+    """n engines as one Slurm job. `options`: those of sbatch; unless they speak of GPUs, each
+    engine has one.
 
-    The job ends with the session. When the driver is killed the reaper cancels it; if that is gone too its engines
-    leave when they have not heard of the controller for three minutes."""
+    The job ends with the session. When the driver is killed the reaper cancels it; if that is gone
+    too its engines leave when they have not heard of the controller for three minutes."""
 
     @default("program")
     def _default_program(self) -> list[str]:
@@ -232,7 +256,8 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
     entrypoint_name = "flexkernel.cluster.launchers.FlexSlurmLauncher"
 
     @default("batch_file_name")
-    def _own_file(self) -> str:  # the base's is one for all clusters, in the folder where the notebook runs
+    # the base's is one for all clusters, in the folder where the notebook runs
+    def _own_file(self) -> str:
         return str(Path(self.profile_dir).absolute() / "log" / f"{self.identifier}.sbatch")
 
     @default("default_template")
@@ -250,9 +275,13 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
         try:
             return super().start(n)
         except FileNotFoundError as error:
-            raise ClusterError(f"Slurm is not on this machine: there is no {error.filename} on PATH") from None
+            raise ClusterError(
+                f"Slurm is not on this machine: there is no {error.filename} on PATH"
+            ) from None
         except subprocess.CalledProcessError as error:
-            raise ClusterError(f"sbatch refused the job (exit code {error.returncode}): {self.batch_file}") from None
+            raise ClusterError(
+                f"sbatch refused the job (exit code {error.returncode}): {self.batch_file}"
+            ) from None
 
     def stop(self) -> str:
         """Cancel the job, if it has not ended."""
@@ -269,10 +298,17 @@ def state(job: str) -> str:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"Slurm cannot be asked for job {job}: {error}") from None
-    if asked.returncode and "invalid job id" not in asked.stderr.lower():  # what it says of one that is long over
-        raise ClusterError(f"Slurm cannot be asked for job {job}: {asked.stderr.strip() or asked.returncode}")
+    # what it says of one that is long over
+    if asked.returncode and "invalid job id" not in asked.stderr.lower():
+        raise ClusterError(
+            f"Slurm cannot be asked for job {job}: {asked.stderr.strip() or asked.returncode}"
+        )
     words = asked.stdout.split()
-    return words[0] if words and words[0] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else ""
+    return (
+        words[0]
+        if words and words[0] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        else ""
+    )
 
 
 _looked: dict[str, tuple[float, str]] = {}  # job → (when it was asked for, its state)
@@ -285,15 +321,15 @@ def looked_at(job: str) -> str:
     return _looked[job][1]
 
 
-# --- of any kind -----------------------------------------------------------------------------------
+# --- of any kind ----------------------------------------------------------------------
 
 KINDS = {LocalEngineSetLauncher: "local", SlurmLauncher: "slurm"}
 OURS: dict[str, Any] = {"local": FlexEngineSetLauncher, "slurm": FlexSlurmLauncher}
 
 
 def launcher_for(engines: str | None) -> tuple[Any, Config]:
-    """The launcher that the user means, and its configuration: a name of ipyparallel's, and for slurm the options of
-    sbatch after it, "slurm --partition=gpu --time=04:00:00"."""
+    """The launcher that the user means, and its configuration: a name of ipyparallel's, and for
+    slurm the options of sbatch after it, "slurm --partition=gpu --time=04:00:00"."""
     name, *options = shlex.split(engines or "local")
     if options and name != "slurm":
         raise ClusterError(f"engines={engines!r}: only slurm takes options, those of sbatch")
@@ -315,27 +351,44 @@ def launchers(group: Any) -> list[Any]:
 
 def again(groups: list[Any]) -> dict[str, Any]:
     """What a further engine set has to be told to be as these are: a job of the same script."""
-    return next(({"batch_template": g.batch_template} for g in groups if isinstance(g, BatchSystemLauncher)), {})
+    return next(
+        (
+            {"batch_template": g.batch_template}
+            for g in groups
+            if isinstance(g, BatchSystemLauncher)
+        ),
+        {},
+    )
 
 
 def in_queue(group: Any) -> bool:
     """Whether its job has not begun yet."""
-    return isinstance(group, SlurmLauncher) and looked_at(group.job_id) in ("PENDING", "CONFIGURING")
+    return isinstance(group, SlurmLauncher) and looked_at(group.job_id) in (
+        "PENDING",
+        "CONFIGURING",
+    )
 
 
 def ended(group: Any) -> list[Path]:
     """The logs of those of its engines that have ended; of a job's, once all have."""
     if isinstance(group, SlurmLauncher):
         return [] if looked_at(group.job_id) else [Path(group.output_file)]
-    started = launchers(group) or ([group] if getattr(group, "pid", -1) > 0 else [])  # by mpiexec: one for all
+    # by mpiexec: one for all
+    started = launchers(group) or ([group] if getattr(group, "pid", -1) > 0 else [])
     return [Path(one.output_file) for one in started if not psutil.pid_exists(one.pid)]
 
 
 def job_of(groups: list[Any], job: str) -> Any:
     """The engine set that is this job; None: there is none."""
-    return next((g for g in groups if isinstance(g, BatchSystemLauncher) and job and g.job_id == job), None)
+    return next(
+        (g for g in groups if isinstance(g, BatchSystemLauncher) and job and g.job_id == job), None
+    )
 
 
 def how_to_end(groups: list[Any]) -> list[list[str]]:
     """The commands that end those that are jobs."""
-    return [[*g.delete_command, g.job_id] for g in groups if isinstance(g, BatchSystemLauncher) and g.job_id]
+    return [
+        [*g.delete_command, g.job_id]
+        for g in groups
+        if isinstance(g, BatchSystemLauncher) and g.job_id
+    ]

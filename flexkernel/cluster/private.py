@@ -1,4 +1,5 @@
-"""Privacy: whether a file is this user's alone. Who can read a cluster's files owns its engines."""
+"""Privacy: whether a file is this user's alone. Who can read a cluster's files owns its
+engines."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ __all__ = ["check_encrypted", "check_private"]
 
 
 def check_private(path: Path, key: bool = False) -> None:
-    """ClusterError if the file is another user's, or others can read or write it; one that is not there is private.
+    """ClusterError if the file is another user's, or others can read or write it; one that is not
+    there is private.
 
-    Its folder's mode counts too, since `ipcluster start` writes files that all could read into a folder that nobody can
-    enter. key: it holds a key, and is written for this user alone wherever it is."""
+    Its folder's mode counts too, since `ipcluster start` writes files that all could read into a
+    folder that nobody can enter. key: it holds a key, and is written for this user alone wherever
+    it is."""
     try:
         file, folder = path.stat(), path.parent.stat()
     except FileNotFoundError:
@@ -38,10 +41,12 @@ def check_private(path: Path, key: bool = False) -> None:
 
 
 def check_encrypted(connection: Path) -> None:
-    """ClusterError if a controller, by the file that says where it is, can be reached from other machines and does not
-    encrypt: prompts and activations would be for anyone on the way to read."""
+    """ClusterError if a controller, by the file that says where it is, can be reached from other
+    machines and does not encrypt: prompts and activations would be for anyone on the way to
+    read."""
     said = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):  # whoever connects says what is wrong with it
+    # whoever connects says what is wrong with it
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         said = json.loads(connection.read_text())
     if not isinstance(said, dict) or said.get("curve_serverkey"):
         return

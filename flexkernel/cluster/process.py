@@ -1,9 +1,9 @@
-"""Vitals: what can be known of an engine's process from outside: how it ended, its memory, its log, where it was."""
+"""Vitals: what can be known of an engine's process from outside: how it ended, its memory, its
+log, where it was."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import time
@@ -13,14 +13,16 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Vitals", "born", "exit_code", "tail"]
+__all__ = ["Vitals", "exit_code", "tail"]
 
 LOG_LINES = 20
-ROUTINE = re.compile(r"\[(IPEngine|KernelNanny)\S*\] (?!(ERROR|CRITICAL))")  # what an engine writes in good health
+# what an engine writes in good health
+ROUTINE = re.compile(r"\[(IPEngine|KernelNanny)\S*\] (?!(ERROR|CRITICAL))")
 
 
 class Vitals:
-    """Of one engine on this host. launcher: what started it, where this process or the cluster's file knows it."""
+    """Of one engine on this host. launcher: what started it, where this process or the cluster's
+    file knows it."""
 
     def __init__(self, pid: int, launcher: Any = None):
         self.pid = pid
@@ -47,11 +49,13 @@ class Vitals:
         return False
 
     def kill(self) -> None:
-        """End it by force; whether it hangs, is stopped, or has gone. A pid that was given to another is left alone."""
+        """End it by force; whether it hangs, is stopped, or has gone. A pid that was given to
+        another is left alone."""
         if self._process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._process.kill()
-                waits = getattr(self.launcher, "_wait_thread", None)  # the one who is told how it ended: told once
+                # the one who is told how it ended: told once
+                waits = getattr(self.launcher, "_wait_thread", None)
                 waits.join(10) if waits is not None else self._process.wait(10)
 
     def end(self) -> str:
@@ -70,30 +74,26 @@ class Vitals:
         return said
 
     def log(self) -> list[str]:
-        """The last lines that it wrote; of a crash the first lines of what it says, which name the place."""
+        """The last lines that it wrote; of a crash the first lines of what it says, which name the
+        place."""
         path = getattr(self.launcher, "output_file", "")
-        lines = [line for line in tail(Path(path), 50 * LOG_LINES) if not ROUTINE.search(line)] if path else []
+        lines = (
+            [line for line in tail(Path(path), 50 * LOG_LINES) if not ROUTINE.search(line)]
+            if path
+            else []
+        )
         crashes = [i for i, line in enumerate(lines) if line.startswith("Fatal Python error")]
         return lines[crashes[-1] :][:LOG_LINES] if crashes else lines[-LOG_LINES:]
 
 
-def born(pid: int) -> float:
-    """When a process began, in seconds after the host's boot: with its pid that says which process it was.
-
-    Not by the clock, which can be set while it runs. psutil.NoSuchProcess: there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (FileNotFoundError, ProcessLookupError):
-        return psutil.Process(pid).create_time()  # of a system without /proc, or raises
-
-
 def exit_code(launcher: Any) -> int | None:
-    """What its process ended with: minus a signal's number, as Python has it. None: it is nobody's child here."""
+    """What its process ended with: minus a signal's number, as Python has it. None: it is nobody's
+    child here."""
     thread, process = getattr(launcher, "_wait_thread", None), getattr(launcher, "process", None)
     if thread is None or process is None:
         return None
-    thread.join(5.0)  # it waits for the process, and keeps the code: at once, but on a machine that is very busy
+    # it waits for the process, and keeps the code: at once, but on a machine that is very busy
+    thread.join(5.0)
     if thread.is_alive():
         return None
     if getattr(launcher, "code", None) is not None:  # whose child it was has told

@@ -1,9 +1,9 @@
 """The reaper: ends a cluster whose driver has gone without ending it, however it went.
 
-A process of its own beside the driver. It waits on a pipe, which names the cluster's processes and how its jobs are
-ended: a last word means that all is well, its end without one that the driver was killed; then those processes and jobs
-go, and the memory of their slabs. It knows the cluster's id from before anything of it is begun: what bears that in its
-environment goes, too.
+A process of its own beside the driver. It waits on a pipe, which names the cluster's processes and
+how its jobs are ended: a last word means that all is well, its end without one that the driver was
+killed; then those processes and jobs go, and the memory of their slabs. It knows the cluster's id
+from before anything of it is begun: what bears that in its environment goes, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import psutil
 
+from flexkernel.memory.pulse import born
+
 from .forkserver import FORKED
-from .process import born
 
 __all__ = ["Reaper", "end"]
 
@@ -47,7 +48,8 @@ class Reaper:
         self._say(f"{CLUSTER}{cluster_id}")
 
     def watch(self, processes: Iterable[psutil.Process]) -> None:
-        """Watch these too: the cluster has got new ones, whose environment may not say whose they are."""
+        """Watch these too: the cluster has got new ones, whose environment may not say whose they
+        are."""
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._say(f"{process.pid} {born(process.pid)!r}")
@@ -77,8 +79,8 @@ class Reaper:
 
 
 def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[int]:
-    """End these processes and their children, by force after grace_s; a pid that was given to another is left alone.
-    Returns the pids that were still alive."""
+    """End these processes and their children, by force after grace_s; a pid that was given to
+    another is left alone. Returns the pids that were still alive."""
     alive: dict[int, psutil.Process] = {}
     for pid, created in known:
         try:
@@ -109,10 +111,13 @@ def members(cluster_id: str) -> list[tuple[int, float]]:
 
 
 def bears(process: psutil.Process, cluster_id: str) -> bool:
-    """Whether it was started for that cluster: its environment says so, or of one that was forked its log."""
+    """Whether it was started for that cluster: its environment says so, or of one that was forked
+    its log."""
     if process.environ().get("IPP_CLUSTER_ID") == cluster_id:
         return True
-    return process.name() == FORKED and any(f"-{cluster_id}-" in Path(file.path).name for file in process.open_files())
+    return process.name() == FORKED and any(
+        f"-{cluster_id}-" in Path(file.path).name for file in process.open_files()
+    )
 
 
 def said(words: Iterable[str], kind: str) -> list[str]:
@@ -125,7 +130,8 @@ def main() -> None:
     if LEAVE in words:
         return
     for command in said(words, RUN):
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # nobody is left who could be told
+        # nobody is left who could be told
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(json.loads(command), timeout=COMMAND_S, check=False)
     known = [word.split() for word in words if "\t" not in word and word.count(" ") == 1]
     end([(int(pid), float(created)) for pid, created in known])

@@ -1,4 +1,5 @@
-"""The door to an engine: one function that the driver calls by name. Imports no torch until it is used."""
+"""The door to an engine: one function that the driver calls by name. Imports no torch until it is
+used."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from flexkernel.cluster.process import born
+from flexkernel.memory.pulse import born
 from flexkernel.wire import ErrorReport, Owner
 
 __all__ = ["READS", "answer", "call", "open_runtime"]
@@ -48,8 +49,9 @@ def open_runtime() -> Any:
 def call(driver: str, turn: int, method: str, *args: Any) -> Any:
     """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
 
-    turn: numbers a driver's calls. One that comes twice, because its driver cannot know whether it had arrived, is made
-    once and answered twice; one that others have overtaken is not made any more, its driver has gone on."""
+    turn: numbers a driver's calls. One that comes twice, because its driver cannot know whether it
+    had arrived, is made once and answered twice; one that others have overtaken is not made any
+    more, its driver has gone on."""
     global _last
     if method in READS:  # made as often as it comes; the owner's last answer stays what it is
         return called(driver, method, *args)
@@ -62,8 +64,9 @@ def call(driver: str, turn: int, method: str, *args: Any) -> Any:
 
 
 def settled(signals: int) -> None:
-    """Come back when so many interrupts have come to this engine, or when the last of them must have met it idle, which
-    leaves no trace. It takes whatever comes meanwhile; the driver does not ask what it says."""
+    """Come back when so many interrupts have come to this engine, or when the last of them must
+    have met it idle, which leaves no trace. It takes whatever comes meanwhile; the driver does not
+    ask what it says."""
     end = time.monotonic() + SETTLE_S
     while _runtime is not None and _runtime.breaker.signals < signals and time.monotonic() < end:
         time.sleep(0.005)
@@ -72,9 +75,10 @@ def settled(signals: int) -> None:
 def called(driver: str, method: str, *args: Any) -> Any:
     """The answer to a driver's call.
 
-    driver: who asks. Whoever has said hello has the engine: two that take turns would read each other's slabs. Another
-    is refused while that one lives, unless it asks to take the engine over; `goodbye` lets go of it. `look` is the
-    hello of one who changes nothing, and is told whose the engine is."""
+    driver: who asks. Whoever has said hello has the engine: two that take turns would read each
+    other's slabs. Another is refused while that one lives, unless it asks to take the engine over;
+    `goodbye` lets go of it. `look` is the hello of one who changes nothing, and is told whose the
+    engine is."""
     global _runtime, _owner, _let_go
     if _runtime is None:
         report_crashes()
@@ -84,7 +88,12 @@ def called(driver: str, method: str, *args: Any) -> Any:
         return None
     if method == "hello":
         who, take = args
-        if _owner is not None and _owner.driver != driver and not (take or _let_go) and lives(_owner):
+        if (
+            _owner is not None
+            and _owner.driver != driver
+            and not (take or _let_go)
+            and lives(_owner)
+        ):
             return refusal(
                 f"another notebook has these engines: pid {_owner.pid} on {_owner.host}, since "
                 f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(_owner.since))}. To take them over: "
@@ -119,8 +128,10 @@ def lives(owner: Owner) -> bool:
 
 
 def report_crashes() -> None:
-    """Have a crash of this engine write where it was into its log; its stderr is a pipe that would die with it."""
-    log = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's, of the descriptor it began with
+    """Have a crash of this engine write where it was into its log; its stderr is a pipe that would
+    die with it."""
+    # ipykernel's, of the descriptor it began with
+    log = getattr(sys.stderr, "_original_stdstream_copy", None)
     faulthandler.enable(2 if log is None else log, all_threads=False)
 
 
@@ -129,21 +140,27 @@ def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     pid = os.getpid()
     try:
         return found(runtime, method)(*args, **kwargs)
-    except BaseException as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
+    except (
+        BaseException
+    ) as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
         return report(runtime, error)
     finally:
-        if os.getpid() != pid:  # a user's function has forked: what it left here would answer in the engine's name
+        # a user's function has forked: what it left here would answer in the engine's name
+        if os.getpid() != pid:
             os._exit(0)
 
 
 def found(runtime: Any, method: str) -> Callable[..., Any]:
-    """The Runtime's method of that name; of "module.function" that function of an engine file, given the Runtime."""
+    """The Runtime's method of that name; of "module.function" that function of an engine file,
+    given the Runtime."""
     module, dot, name = method.rpartition(".")
     if not dot:
         return getattr(runtime, name)
     if module not in DOORS:
         raise AttributeError(f"{method!r} is no method of an engine")
-    return functools.partial(getattr(importlib.import_module(f"{__name__}.{DOORS[module]}"), name), runtime)
+    return functools.partial(
+        getattr(importlib.import_module(f"{__name__}.{DOORS[module]}"), name), runtime
+    )
 
 
 def report(runtime: Any, error: BaseException) -> ErrorReport:
@@ -152,5 +169,9 @@ def report(runtime: Any, error: BaseException) -> ErrorReport:
         return told
     text = "".join(traceback.format_exception(error))
     return ErrorReport(
-        rank=runtime.rank, type=type(error).__name__, message=str(error), traceback=text, time=time.time()
+        rank=runtime.rank,
+        type=type(error).__name__,
+        message=str(error),
+        traceback=text,
+        time=time.time(),
     )

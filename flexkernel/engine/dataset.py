@@ -1,4 +1,5 @@
-"""This rank's share of a dataset: what it wrote of a run's captures goes from its slab into a file of its own."""
+"""This rank's share of a dataset: what it wrote of a run's captures goes from its slab into a file
+of its own."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ __all__ = ["write"]
 
 
 def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
-    """Write this rank's parts of a stored run's planned captures, without pads; the file appears whole or not at all.
+    """Write this rank's parts of a stored run's planned captures, without pads; the file appears
+    whole or not at all.
 
-    names: index in the plan → the name in the file. Returns name → which part of the whole it is; what this rank wrote
-    nothing of is left out, and where that is all of it no file is made."""
+    names: index in the plan → the name in the file. Returns name → which part of the whole it is;
+    what this rank wrote nothing of is left out, and where that is all of it no file is made."""
     plan, hooks, report = runtime.runs[number]
     where = runtime.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
     mask = torch.tensor(plan.mask).bool()
@@ -32,7 +34,9 @@ def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dic
         if seen is not None and seen.error is None and seen.box is not None:
             slab = open_slab(runtime, plan.slab, plan.slab_bytes)
             local = narrowed(slab.tensor(where.region(entry, plan.slab, plan.base)), seen.box)
-            parts[name] = Rows(row_dims(entry), entry.shape, seen.box).of(local, kept(mask, entry.hook.kept_positions))
+            parts[name] = Rows(row_dims(entry), entry.shape, seen.box).of(
+                local, kept(mask, entry.hook.kept_positions)
+            )
             boxes[name] = seen.box
     if parts:
         save_file(parts, f"{path}.part")

@@ -1,4 +1,5 @@
-"""What an engine is: this rank's one object. Each method is called by the driver by its name and delegates.
+"""What an engine is: this rank's one object. Each method is called by the driver by its name and
+delegates.
 
 Methods marked "all ranks" contain a collective: the driver calls them on every rank, or on none.
 """
@@ -21,7 +22,18 @@ from flexkernel.engine.ranks.breaker import Breaker
 from flexkernel.engine.ranks.watch import Watch
 from flexkernel.memory import slabs
 from flexkernel.memory.pulse import Pulse
-from flexkernel.wire import EditSpec, HookSet, HookSpec, Layout, ModelInfo, ModuleInfo, RunPlan, RunReport, Seat, Source
+from flexkernel.wire import (
+    EditSpec,
+    HookSet,
+    HookSpec,
+    Layout,
+    ModelInfo,
+    ModuleInfo,
+    RunPlan,
+    RunReport,
+    Seat,
+    Source,
+)
 
 __all__ = ["Runtime"]
 
@@ -37,7 +49,8 @@ class Runtime:
         self.store_port = 0  # where it is one that listens
         self.model: torch.nn.Module | None = None
         self.caller: Any = None  # how it is called with a batch
-        self.named: dict[str, torch.nn.Module] = {}  # by the unsharded model's names, shared ones under each
+        # by the unsharded model's names, shared ones under each
+        self.named: dict[str, torch.nn.Module] = {}
         self.info: ModelInfo | None = None
         self.source: Source | None = None
         self.planner: Any = None
@@ -51,24 +64,27 @@ class Runtime:
         self.spill_root: Path | None = None  # where captures are moved to disk, if they are
         self.spill_folder: Path | None = None
         self.spill_claim: Any = None
-        self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}  # what lies in the slabs
+        # what lies in the slabs
+        self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}
         self.slabs: dict[str, slabs.Slab] = {}
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.modules: dict[str, torch.nn.Module] = {}  # trainable, beside the model
-        self.changed: list[tuple[str, list]] = []  # parameters edited for now: whose edit, what was there before
+        # parameters edited for now: whose edit, what was there before
+        self.changed: list[tuple[str, list]] = []
         self.module_codes: dict[str, bytes] = {}  # as they came
         self.optimizers: dict[str, Any] = {}  # and what they remember, by what they train
         self.groups: dict[str, Any] = {}
         self.made: list[Any] = []  # the groups that a builder made
         self.server: Any = None
-        self.tick: Callable[[], None] | None = None  # called at each new token, by a driver in this process
+        # called at each new token, by a driver in this process
+        self.tick: Callable[[], None] | None = None
 
     @property
     def rank(self) -> int:
         return self.seat.rank
 
-    # --- life --------------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------
 
     def hello(self) -> dict[str, Any]:
         """Who this engine is, and what it already holds: an attaching driver asks this first."""
@@ -85,8 +101,11 @@ class Runtime:
             "gpus": torch.cuda.device_count(),
         }
 
-    def open_store(self, mine: bool, folder: str, generation: int, interface: str) -> tuple[str, int] | None:
-        """Begin a generation: a fresh rendezvous store, on the rank whose it is; and whatever takes long to import."""
+    def open_store(
+        self, mine: bool, folder: str, generation: int, interface: str
+    ) -> tuple[str, int] | None:
+        """Begin a generation: a fresh rendezvous store, on the rank whose it is; and whatever
+        takes long to import."""
         from flexkernel.engine.ranks.mesh import open_store
 
         freeze_imports(self)
@@ -139,7 +158,8 @@ class Runtime:
         self.slabs, self.runs, self.run_folder, self.claim = {}, {}, None, None
 
     def serve(self, token: str, interface: str) -> tuple[str, str]:
-        """Serve this host's slabs to a driver on another host: (address, token). On a host's first engine."""
+        """Serve this host's slabs to a driver on another host: (address, token). On a host's first
+        engine."""
         from flexkernel.memory.channel import Server
 
         assert self.run_folder is not None
@@ -153,18 +173,25 @@ class Runtime:
         """Run a user's function on this rank."""
         return pickle.loads(function)(*args)
 
-    # --- model -------------------------------------------------------------------------------------
+    # --- model ------------------------------------------------------------------------
 
     def inspect(
-        self, source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]
+        self,
+        source: Source,
+        layout: Layout,
+        dtype: str,
+        attention: str | None,
+        placements: dict[str, str],
     ) -> Any:
-        """Everything that can be known before anything is loaded: refusals, and the scan. The answer is rank 0's."""
+        """Everything that can be known before anything is loaded: refusals, and the scan. The
+        answer is rank 0's."""
         from flexkernel.engine.model.load import inspect
 
         return inspect(source, layout, dtype, attention, placements) if self.rank == 0 else None
 
     def load(self, info: ModelInfo, source: Source) -> tuple[list[ModuleInfo], int, int]:
-        """This rank's part of the model: (the modules it holds, its parameters, its bytes). All ranks."""
+        """This rank's part of the model: (the modules it holds, its parameters, its bytes). All
+        ranks."""
         from flexkernel.engine.model.load import local_bytes, local_parameters, part_of, take
         from flexkernel.engine.model.naming import modules_of
 
@@ -206,7 +233,7 @@ class Runtime:
         drop_all(self)  # its runs were of this model
         let_go(self)
 
-    # --- hooks -------------------------------------------------------------------------------------
+    # --- hooks ------------------------------------------------------------------------
 
     def define(self, spec: EditSpec) -> None:
         """Give an edit its name, or a new meaning."""
@@ -221,12 +248,17 @@ class Runtime:
         self.hooks.become(self.hook_set.hooks, hook_set.hooks, self.planner.names)
         self.hook_set = hook_set
 
-    # --- runs --------------------------------------------------------------------------------------
+    # --- runs -------------------------------------------------------------------------
 
     def run(self, plan: RunPlan) -> RunReport:
-        """One forward. All ranks. Everything that can be refused is refused before it, on all ranks alike."""
+        """One forward. All ranks. Everything that can be refused is refused before it, on all
+        ranks alike."""
         from flexkernel.engine.run.forward import run
 
         report = run(self, plan)
-        self.runs[plan.run] = (plan, tuple(self.hook_set.active(plan.groups, plan.complement)), report)
+        self.runs[plan.run] = (
+            plan,
+            tuple(self.hook_set.active(plan.groups, plan.complement)),
+            report,
+        )
         return report

@@ -1,5 +1,6 @@
-"""The unsharded model beside the sharded one: it runs the same rows, and what its modules take and put out is written
-into a slab, where the driver compares. Plain hooks on one rank: shares nothing with the placing that it judges.
+"""The unsharded model beside the sharded one: it runs the same rows, and what its modules take and
+put out is written into a slab, where the driver compares. Plain hooks on one rank: shares nothing
+with the placing that it judges.
 """
 
 from __future__ import annotations
@@ -46,18 +47,28 @@ def unsharded(
     stream: bool | None,
     sampled: Sequence[str],
 ) -> Unsharded:
-    """Run these rows through the unsharded model and write what the hooks' plan has, from `region` on. On one rank.
+    """Run these rows through the unsharded model and write what the hooks' plan has, from `region`
+    on. On one rank.
 
-    In half precision it runs once more in float32: how far the unsharded model drifts from that is the yardstick.
-    stream: one layer's weights at a time; None: where the model does not fit. sampled: parameters to take samples of.
-    MemoryBudgetError: it does not fit and cannot be streamed."""
+    In half precision it runs once more in float32: how far the unsharded model drifts from that is
+    the yardstick. stream: one layer's weights at a time; None: where the model does not fit.
+    sampled: parameters to take samples of. MemoryBudgetError: it does not fit and cannot be
+    streamed."""
     start = time.perf_counter()
     plan = runtime.planner.plan(hooks, len(ids), len(ids[0]))
     tensor = lambda rows: torch.tensor(rows, dtype=torch.long, device=runtime.device)  # noqa: E731
-    batch = {"input_ids": tensor(ids), "attention_mask": tensor(mask), "position_ids": tensor(positions)}
+    batch = {
+        "input_ids": tensor(ids),
+        "attention_mask": tensor(mask),
+        "position_ids": tensor(positions),
+    }
     slab = open_slab(runtime, region.slab, slab_bytes)
     dtype = dtype_of(runtime.info.dtype)
-    streams = stream if stream is not None else not fits(runtime, max(dtype.itemsize, 4 if dtype in LOW else 0))
+    streams = (
+        stream
+        if stream is not None
+        else not fits(runtime, max(dtype.itemsize, 4 if dtype in LOW else 0))
+    )
     order: list[int] = []
     failed: dict[int, str] = {}
     yardstick: dict[int, float] = {}
@@ -73,7 +84,11 @@ def unsharded(
     def measure(i: int, value: torch.Tensor) -> None:
         if i not in failed:
             real = real_part(plan.entries[i].formula, torch.tensor(mask).bool())
-            yardstick[i] = drift(where[i], value.to("cpu", torch.float32 if value.is_floating_point() else None), real)
+            yardstick[i] = drift(
+                where[i],
+                value.to("cpu", torch.float32 if value.is_floating_point() else None),
+                real,
+            )
 
     taken: dict[str, list[float]] = {}
     for precision, what in ((dtype, put), *([(torch.float32, measure)] if dtype in LOW else [])):
@@ -88,11 +103,17 @@ def unsharded(
 
 
 def fits(runtime: Any, itemsize: int) -> bool:
-    """Whether the unsharded model fits into what is free on this rank's device, or held by torch and unused."""
+    """Whether the unsharded model fits into what is free on this rank's device, or held by torch
+    and unused."""
     needed = int(runtime.info.num_parameters * itemsize * ROOM)
     if runtime.device == "cpu":
         return needed < psutil.virtual_memory().available
-    return needed < torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return (
+        needed
+        < torch.cuda.mem_get_info()[0]
+        + torch.cuda.memory_reserved()
+        - torch.cuda.memory_allocated()
+    )
 
 
 def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
@@ -104,7 +125,9 @@ def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
             return streamed(info.path, dtype, runtime.device, info.attention)
         return load(info.path, Layout(), name, runtime.device, info.attention)
     if source.reference is None:
-        raise LoadError(f"{info.path} was loaded without reference=, which builds what it is verified against")
+        raise LoadError(
+            f"{info.path} was loaded without reference=, which builds what it is verified against"
+        )
     if streams:
         raise MemoryBudgetError(
             f"{info.path}: the unsharded model has {info.num_parameters:,} parameters, which do not fit into what is "
@@ -112,14 +135,20 @@ def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
         )
     model = pickle.loads(source.reference)().eval()
     if any(p.is_meta for p in model.parameters()):
-        raise LoadError(f"{info.path}: reference() returns a model without weights (on meta): it cannot be run")
+        raise LoadError(
+            f"{info.path}: reference() returns a model without weights (on meta): it cannot be run"
+        )
     return model.to(runtime.device, dtype if dtype != dtype_of(info.dtype) else None)
 
 
 def samples(model: torch.nn.Module, names: Sequence[str]) -> dict[str, list[float]]:
     """Some numbers of each of these parameters, spread over it."""
     there = dict(model.named_parameters(remove_duplicate=False))
-    return {name: sample(there[name].detach()) for name in names if name in there and not there[name].is_meta}
+    return {
+        name: sample(there[name].detach())
+        for name in names
+        if name in there and not there[name].is_meta
+    }
 
 
 def sample(tensor: torch.Tensor) -> list[float]:
@@ -127,11 +156,12 @@ def sample(tensor: torch.Tensor) -> list[float]:
     return flat[:: max(1, flat.numel() // 64)].float().tolist()
 
 
-# --- watching --------------------------------------------------------------------------------------
+# --- watching -------------------------------------------------------------------------
 
 
 def observe(call: Caller, batch: dict[str, torch.Tensor], plan: Plan, put: Put) -> None:
-    """One forward; put(index in the plan, value) for each value of the plan, in the order in which they come."""
+    """One forward; put(index in the plan, value) for each value of the plan, in the order in which
+    they come."""
     with watching(modules_of(call.model, twice=True), plan, put), torch.no_grad():
         call(batch, use_cache=False)
 
@@ -165,7 +195,9 @@ def noting(calls: dict[int, list[tuple[int, Entry]]], put: Put) -> Callable[[Any
     return note
 
 
-def watch(modules: dict[str, torch.nn.Module], name: str, at: str, note: Callable[[Any], None]) -> Callable[[], None]:
+def watch(
+    modules: dict[str, torch.nn.Module], name: str, at: str, note: Callable[[Any], None]
+) -> Callable[[], None]:
     """Have note told; what undoes it."""
     owner, _, point = name.rpartition(".@")
     if point and owner:

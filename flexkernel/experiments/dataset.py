@@ -1,7 +1,8 @@
-"""Dataset: the activations of many prompts, on disk. Each rank writes its own shard; nothing is gathered.
+"""Dataset: the activations of many prompts, on disk. Each rank writes its own shard; nothing is
+gathered.
 
-A folder of safetensors files and an index. A value that has positions is kept by token, pads left out, in the order of
-the prompts; one that has none, or of which they were reduced, by prompt.
+A folder of safetensors files and an index. A value that has positions is kept by token, pads left
+out, in the order of the prompts; one that has none, or of which they were reduced, by prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def open_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """What session.collect() wrote into this folder. CaptureError: nothing, or by a later flexkernel."""
+    """What session.collect() wrote into this folder. CaptureError: nothing, or by a later
+    flexkernel."""
     return Dataset(path)
 
 
@@ -101,7 +103,8 @@ class Dataset:
             yield rows
 
     def prompt(self, name: str, number: int) -> torch.Tensor:
-        """What there is of one prompt: (its tokens, ...), or (...) where positions were reduced."""
+        """What there is of one prompt: (its tokens, ...), or (...) where positions were
+        reduced."""
         before = 0
         for i, batch in enumerate(self._index["batches"]):
             inside = number - before
@@ -117,7 +120,9 @@ class Dataset:
         """(is it by token, the shape of one, its dtype)."""
         if name not in self._index["captures"]:
             near = nearest(name, self.names) or self.names[:6]
-            raise CaptureError(f"{self.path} has no capture {name!r}; it has {', '.join(near) or 'none'}")
+            raise CaptureError(
+                f"{self.path} has no capture {name!r}; it has {', '.join(near) or 'none'}"
+            )
         found = self._index["captures"][name]
         rows, positions, folded = found["dims"]
         each = tuple(s for d, s in enumerate(found["shape"]) if d not in (rows, positions, folded))
@@ -145,7 +150,9 @@ class Dataset:
         for file_name, parts in batch["files"].items():
             if name in parts:
                 with self._open(file_name) as file:
-                    Rows(dims, shape, tuple(map(tuple, parts[name]))).put(file.get_tensor(name), mask, into)
+                    Rows(dims, shape, tuple(map(tuple, parts[name]))).put(
+                        file.get_tensor(name), mask, into
+                    )
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:
@@ -153,11 +160,17 @@ class Dataset:
             with safe_open(self.path / name, framework="pt") as file:
                 yield file
         except FileNotFoundError:
-            raise CaptureError(f"{self.path / name} is gone, and the index names it: collect again") from None
+            raise CaptureError(
+                f"{self.path / name} is gone, and the index names it: collect again"
+            ) from None
 
     def rows(self) -> list[tuple[str, str]]:
-        state = "" if self.complete else "; not all of it: collect again with the same prompts goes on"
-        what = f"{len(self):,} prompts, {sum(self.lengths):,} tokens of {self._index['model']}{state}"
+        state = (
+            "" if self.complete else "; not all of it: collect again with the same prompts goes on"
+        )
+        what = (
+            f"{len(self):,} prompts, {sum(self.lengths):,} tokens of {self._index['model']}{state}"
+        )
         return [(str(self.path), what), *((name, self._says(name)) for name in self.names)]
 
     def _says(self, name: str) -> str:
@@ -167,15 +180,19 @@ class Dataset:
 
     def __repr__(self) -> str:
         (path, what), *rows = self.rows()
-        return "\n".join([f"Dataset {path}: {what}", *(f"  {name:<48} {says}" for name, says in rows)])
+        return "\n".join(
+            [f"Dataset {path}: {what}", *(f"  {name:<48} {says}" for name, says in rows)]
+        )
 
     def _repr_html_(self) -> str:
         (path, what), *rows = ((html.escape(a), html.escape(b)) for a, b in self.rows())
-        cells = "".join(f"<tr><td><code>{name}</code></td><td>{says}</td></tr>" for name, says in rows)
+        cells = "".join(
+            f"<tr><td><code>{name}</code></td><td>{says}</td></tr>" for name, says in rows
+        )
         return f"<div><b>Dataset {path}: {what}</b><table>{cells}</table></div>"
 
 
-# --- collecting ------------------------------------------------------------------------------------
+# --- collecting -----------------------------------------------------------------------
 
 
 def collect(
@@ -206,29 +223,40 @@ def collect(
                     writer.add(session, run)
                 finally:
                     run.free()
-            told(f"collecting ({writer.speed():,.0f} tokens/s)", writer.done, max(total, writer.done))
+            told(
+                f"collecting ({writer.speed():,.0f} tokens/s)", writer.done, max(total, writer.done)
+            )
         writer.index["complete"] = True
     return Dataset(path)
 
 
 def batched(prompts: Iterable[Any], size: int) -> Iterator[list[Any]]:
     if isinstance(prompts, str):
-        raise HookError("a dataset is of many prompts: give a list of them, or anything that yields them")
+        raise HookError(
+            "a dataset is of many prompts: give a list of them, or anything that yields them"
+        )
     rows = iter(prompts)
     while batch := list(itertools.islice(rows, size)):
         yield batch
 
 
-def specs_of(session: Session, hooks: str | Sequence[str] | None, options: dict[str, Any]) -> list[HookSpec]:
-    """The hooks of these globs, for the collection only; none where the session's own are meant."""
+def specs_of(
+    session: Session, hooks: str | Sequence[str] | None, options: dict[str, Any]
+) -> list[HookSpec]:
+    """The hooks of these globs, for the collection only; none where the session's own are
+    meant."""
     if hooks is None:
         if any(value is not None for value in options.values()):
-            raise HookError("at=, positions= and reduce= say what hooks=GLOB keeps; your own hooks have theirs")
+            raise HookError(
+                "at=, positions= and reduce= say what hooks=GLOB keeps; your own hooks have theirs"
+            )
         return []
     found = []
     for glob in (hooks,) if isinstance(hooks, str) else hooks:
         at = options["at"] or "output"
-        spec = spec_of(glob, at, None, GROUP, options["positions"], f"{GROUP} {glob}", reduce=options["reduce"])
+        spec = spec_of(
+            glob, at, None, GROUP, options["positions"], f"{GROUP} {glob}", reduce=options["reduce"]
+        )
         session._checked(session._loaded(), spec, session.edits)
         found.append(spec)
     return found
@@ -236,9 +264,13 @@ def specs_of(session: Session, hooks: str | Sequence[str] | None, options: dict[
 
 def check(session: Session, hooks: Sequence[HookSpec]) -> None:
     """HookError: nothing would be kept, or something that cannot be told by prompts."""
-    entries = [entry for entry in session.planner.plan(hooks, 2, 3).entries if entry.hook.name != "logits"]
+    entries = [
+        entry for entry in session.planner.plan(hooks, 2, 3).entries if entry.hook.name != "logits"
+    ]
     if not entries:
-        raise HookError("no hook would keep anything: name modules, hooks='model.layers.*.mlp', or hook some first")
+        raise HookError(
+            "no hook would keep anything: name modules, hooks='model.layers.*.mlp', or hook some first"
+        )
     for entry in entries:
         row_dims(entry)
 
@@ -315,12 +347,19 @@ class Writer:
         for (_, entry), capture in entries.items():
             if not by_ranks(capture, entry):
                 name, positions = capture.name, entry.hook.kept_positions
-                real = mask if positions is None else mask[:, [p % mask.shape[1] for p in positions]]
+                real = (
+                    mask if positions is None else mask[:, [p % mask.shape[1] for p in positions]]
+                )
                 own[name] = Rows(row_dims(entry), entry.kept, ()).of(capture.tensor(), real)
                 boxes[name] = ()
         save(own, self.path / f"{file}-driver.safetensors")
         files[f"{file}-driver.safetensors"] = boxes
-        batch = {"lengths": lengths, "digest": digest(run.plan), "tokens": f"{file}-driver.safetensors", "files": files}
+        batch = {
+            "lengths": lengths,
+            "digest": digest(run.plan),
+            "tokens": f"{file}-driver.safetensors",
+            "files": files,
+        }
         self.index["batches"].append(batch)
         self._number += 1
         self.done += len(lengths)
@@ -328,9 +367,13 @@ class Writer:
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
-    def _by_ranks(self, session: Session, run: Run, entries: dict, file: str) -> dict[str, dict[str, Box]]:
+    def _by_ranks(
+        self, session: Session, run: Run, entries: dict, file: str
+    ) -> dict[str, dict[str, Box]]:
         """Have each rank write what it holds: file → name → which part."""
-        names = {i: capture.name for (i, entry), capture in entries.items() if by_ranks(capture, entry)}
+        names = {
+            i: capture.name for (i, entry), capture in entries.items() if by_ranks(capture, entry)
+        }
         paths = [f"{file}-{rank}.safetensors" for rank in range(session.cluster.size)]
         each = [(run.number, str(self.path / path), names) for path in paths]
         answers = session.cluster.call("dataset.write", each=each) if names else [{}] * len(paths)
@@ -362,20 +405,30 @@ class Writer:
 
 
 def planned(session: Session, run: Run) -> dict[tuple[int, Entry], Capture]:
-    """(index in the plan, entry) → its capture, each value once. CaptureError: one has no planned place."""
-    where = session.planner.plan(session.hook_set.active(run.plan.groups), len(run.plan.ids), len(run.plan.ids[0]))
+    """(index in the plan, entry) → its capture, each value once. CaptureError: one has no planned
+    place."""
+    where = session.planner.plan(
+        session.hook_set.active(run.plan.groups), len(run.plan.ids), len(run.plan.ids[0])
+    )
     by_name: dict[str, tuple[tuple[int, Entry], Capture]] = {}
     for i, entry in enumerate(where.entries):
         if entry.hook.name != "logits":
             by_name.setdefault(run.captures[entry.key].name, ((i, entry), run.captures[entry.key]))
-    others = [key for key in run.captures if key.hook != "logits" and key not in {e.key for e in where.entries}]
+    others = [
+        key
+        for key in run.captures
+        if key.hook != "logits" and key not in {e.key for e in where.entries}
+    ]
     if others:
-        raise CaptureError(f"{others[0]}: its shape depends on the data, it cannot be put together over many prompts")
+        raise CaptureError(
+            f"{others[0]}: its shape depends on the data, it cannot be put together over many prompts"
+        )
     return dict(by_name.values())
 
 
 def by_ranks(capture: Capture, entry: Entry) -> bool:
-    """Whether the ranks' parts in the slab are the value itself: not if they are addends, or parts of a reduction."""
+    """Whether the ranks' parts in the slab are the value itself: not if they are addends, or parts
+    of a reduction."""
     return entry.hook.reduce is None and not capture._is_partial()
 
 
@@ -399,7 +452,9 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / "index.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CaptureError(f"{path} cannot be read as a dataset: {error}; session.collect(...) writes one") from None
+        raise CaptureError(
+            f"{path} cannot be read as a dataset: {error}; session.collect(...) writes one"
+        ) from None
     if not isinstance(index, dict) or index.get("flexkernel dataset") != SCHEMA:
         raise CaptureError(f"{path} is no dataset, or of another version of flexkernel")
     return index

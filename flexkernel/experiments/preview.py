@@ -1,4 +1,5 @@
-"""Preview: what a run would keep, where, how long its copies take, and whether it fits. Nothing is run."""
+"""Preview: what a run would keep, where, how long its copies take, and whether it fits. Nothing is
+run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Preview", "preview"]
 
-BANDWIDTH = 2e9  # bytes a second, until a run has been measured: less than warm slabs take, more than fresh ones
+# bytes a second, until a run has been measured: less than warm slabs take, more than fresh ones
+BANDWIDTH = 2e9
 SHOWN = 12  # hooks in a repr
 
 
@@ -24,11 +26,12 @@ SHOWN = 12  # hooks in a repr
 class Preview:
     """What a run would keep.
 
-    hooks: hook → (captures, bytes), what costs most first. num_bytes: of all of it, on each host that has engines.
-    by_rank: bytes that each rank copies there. free: host → bytes that are free (where slabs lie, of memory).
-    budget, room: of the session, and how much of it newer runs can have. bandwidth: bytes a second of all ranks
-    together; measured: it is the last run's. unplanned: modules of which the size depends on the data, beside all that.
-    problem: why the run would be refused, "" if it would not."""
+    hooks: hook → (captures, bytes), what costs most first. num_bytes: of all of it, on each host
+    that has engines. by_rank: bytes that each rank copies there. free: host → bytes that are free
+    (where slabs lie, of memory). budget, room: of the session, and how much of it newer runs can
+    have. bandwidth: bytes a second of all ranks together; measured: it is the last run's.
+    unplanned: modules of which the size depends on the data, beside all that. problem: why the run
+    would be refused, "" if it would not."""
 
     B: int
     S: int
@@ -43,7 +46,8 @@ class Preview:
     measured: bool
     unplanned: tuple[str, ...]
     problem: str
-    on_disk: str  # the folder, if it is larger than the budget of memory and the user has said where
+    # the folder, if it is larger than the budget of memory and the user has said where
+    on_disk: str
 
     @property
     def fits(self) -> bool:
@@ -57,15 +61,25 @@ class Preview:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value), but for the hooks."""
         how = "as in the last run" if self.measured else "a guess until a run was measured"
-        more = f"; beside it {len(self.unplanned)} modules whose size depends on the data" if self.unplanned else ""
+        more = (
+            f"; beside it {len(self.unplanned)} modules whose size depends on the data"
+            if self.unplanned
+            else ""
+        )
         return [
             ("batch", f"{self.B} × {self.S} tokens" + (f" + {self.new} new" if self.new else "")),
             ("to keep", f"{shown(self.num_bytes)} on each host{more}"),
             ("by rank", ", ".join(map(shown, self.by_rank))),
             ("to copy", f"{self.seconds:.3g} s at {shown(self.bandwidth)}/s, {how}"),
             ("budget", f"{shown(self.budget)}, of which {shown(self.room)} can be had"),
-            *((f"free on {host}", f"{shown(a)} for slabs, {shown(b)} of memory") for host, (a, b) in self.free.items()),
-            ("fits", self.problem or (f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes")),
+            *(
+                (f"free on {host}", f"{shown(a)} for slabs, {shown(b)} of memory")
+                for host, (a, b) in self.free.items()
+            ),
+            (
+                "fits",
+                self.problem or (f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes"),
+            ),
         ]
 
     def __repr__(self) -> str:
@@ -78,7 +92,9 @@ class Preview:
 
     def _repr_html_(self) -> str:
         esc = html.escape
-        rows = "".join(f"<tr><th>{esc(what)}</th><td>{esc(value)}</td></tr>" for what, value in self.rows())
+        rows = "".join(
+            f"<tr><th>{esc(what)}</th><td>{esc(value)}</td></tr>" for what, value in self.rows()
+        )
         hooks = "".join(
             f"<tr><td><code>{esc(hook)}</code></td><td>{count}</td><td>{shown(num_bytes)}</td></tr>"
             for hook, (count, num_bytes) in list(self.hooks.items())[:SHOWN]
@@ -97,7 +113,8 @@ def preview(
     size: tuple[int, int, int],
     bandwidth: float | None = None,
 ) -> Preview:
-    """The preview of a planned run of (B, S, new tokens). It asks every engine for what is free on its host."""
+    """The preview of a planned run of (B, S, new tokens). It asks every engine for what is free on
+    its host."""
     free = dict(zip(store.hosts, cluster.call("memory.free"), strict=True))
     held = store.held()
     return Preview(
@@ -131,8 +148,8 @@ def problem_of(store: Store, where: Plan, free: dict[str, tuple[int, int]]) -> s
 
 
 def by_rank(info: ModelInfo, entries: Sequence[Entry], B: int) -> tuple[int, ...]:
-    """Bytes that each rank copies: its rows of the batch, its part over tp, of what its stage holds. Ranks that hold
-    copies share the work, so that it is as if they held parts."""
+    """Bytes that each rank copies: its rows of the batch, its part over tp, of what its stage
+    holds. Ranks that hold copies share the work, so that it is as if they held parts."""
     modules = {module.name: module for module in info.modules}
     total = [0.0] * info.layout.world
     for entry in entries:
@@ -152,7 +169,8 @@ def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, Mod
 
 
 def stage_of(entry: Entry, modules: dict[str, ModuleInfo]) -> int:
-    """The stage that reads a value: the first that holds its module, for outputs that span stages the last."""
+    """The stage that reads a value: the first that holds its module, for outputs that span stages
+    the last."""
     name = entry.key.module.rpartition(".@")[0] if ".@" in entry.key.module else entry.key.module
     if entry.hook.of == "param":
         name = name.rpartition(".")[0]

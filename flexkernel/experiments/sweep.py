@@ -30,9 +30,9 @@ Progress = Callable[[str, int, int], None]
 class Sweep:
     """What a metric says of a run when one module is edited at one position, for all of them.
 
-    values: numpy, (modules, positions), NaN where not done yet. baseline: of the run without the edit.
-    modules, positions: what the rows and columns are. labels: the positions with their tokens, of a prompt of one row.
-    resume() goes on where it was interrupted."""
+    values: numpy, (modules, positions), NaN where not done yet. baseline: of the run without the
+    edit. modules, positions: what the rows and columns are. labels: the positions with their
+    tokens, of a prompt of one row. resume() goes on where it was interrupted."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Sweep:
         if isinstance(value, Run):
             self._sources()  # what is not there is said before anything runs
 
-    # --- doing it ----------------------------------------------------------------------------------
+    # --- doing it ---------------------------------------------------------------------
 
     @property
     def left(self) -> int:
@@ -66,11 +66,16 @@ class Sweep:
         return int((~self._done).sum())
 
     def resume(self, progress: Progress | None = None) -> Sweep:
-        """Do what is left. Ctrl-C ends it with what there is so far. Your own hooks stay as they are, and fire too."""
+        """Do what is left. Ctrl-C ends it with what there is so far. Your own hooks stay as they
+        are, and fire too."""
         session = self._session
         if session.info is not self._info:
             raise HookError("another model has been loaded since this sweep began: sweep again")
-        with session._telling(progress, "sweep", "cell") as told, self._held(), contextlib.suppress(KeyboardInterrupt):
+        with (
+            session._telling(progress, "sweep", "cell") as told,
+            self._held(),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
             if math.isnan(self.baseline):
                 told("running", 0, self._done.size)
                 self.baseline = self._measure()
@@ -86,7 +91,14 @@ class Sweep:
         if isinstance(value, Run):
             value = value[module, self._options["at"]]
         try:
-            session.hook(module, positions=[position], value=value, capture="none", name=NAME, **self._options)
+            session.hook(
+                module,
+                positions=[position],
+                value=value,
+                capture="none",
+                name=NAME,
+                **self._options,
+            )
             return self._measure()
         finally:
             session._set_hooks(before)
@@ -99,7 +111,8 @@ class Sweep:
             run.free()
 
     def _sources(self) -> dict[str, Capture]:
-        """Module → what the run that was given as value captured there. CaptureError: nothing, or something else."""
+        """Module → what the run that was given as value captured there. CaptureError: nothing, or
+        something else."""
         at = self._options["at"]
         found = {}
         for module in self.modules:
@@ -129,7 +142,7 @@ class Sweep:
             for each in let_go:
                 each()
 
-    # --- looking -----------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------
 
     @property
     def labels(self) -> list[str]:
@@ -203,11 +216,16 @@ class Sweep:
             for i, module in enumerate(self.modules[:SHOWN])
         )
         cut = max(self.values.shape) > SHOWN
-        more = f"<p>the first {SHOWN} are shown; .values has all, .show() draws them</p>" if cut else ""
+        more = (
+            f"<p>the first {SHOWN} are shown; .values has all, .show() draws them</p>"
+            if cut
+            else ""
+        )
         return f"<div><b>{esc(self._headline())}</b><table><tr><th></th>{head}</tr>{rows}</table>{more}</div>"
 
     def _td(self, value: float, most: float) -> str:
-        """A cell, the stronger coloured the further it is from the baseline: red above, blue below."""
+        """A cell, the stronger coloured the further it is from the baseline: red above, blue
+        below."""
         if math.isnan(value):
             return "<td>–</td>"
         apart = value - self.baseline
@@ -220,7 +238,9 @@ def number(said: Any) -> float:
     try:
         return float(said)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise HookError(f"the metric takes a run and returns one number; it returned {type(said).__name__}") from error
+        raise HookError(
+            f"the metric takes a run and returns one number; it returned {type(said).__name__}"
+        ) from error
 
 
 def modules_of(planner: Planner, globs: str | Sequence[str], at: str) -> list[str]:
@@ -230,5 +250,7 @@ def modules_of(planner: Planner, globs: str | Sequence[str], at: str) -> list[st
     scan = planner.info.scan
     found = [name for name in names if not scan or scan.get((name, at))]
     if not found:
-        raise HookError(f"none of {', '.join(names) or 'no glob'} fires in a forward: there is nothing to edit")
+        raise HookError(
+            f"none of {', '.join(names) or 'no glob'} fires in a forward: there is nothing to edit"
+        )
     return found

@@ -1,7 +1,9 @@
-"""Verify: a small input through the sharded model and through the unsharded one, compared module by module.
+"""Verify: a small input through the sharded model and through the unsharded one, compared module
+by module.
 
-The sharded model's values are captured as any hook captures them. One engine runs the unsharded model with plain hooks
-and writes the same values beside them, layer by layer where it would not fit.
+The sharded model's values are captured as any hook captures them. One engine runs the unsharded
+model with plain hooks and writes the same values beside them, layer by layer where it would not
+fit.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ if TYPE_CHECKING:
 __all__ = ["Verification", "verify"]
 
 GROUP = "(verify)"
-LENGTHS = (4, 9, 6)  # of the rows, at least: uneven, so that there are pads; three, which no degree of 2 divides
+# of the rows, at least: uneven, so that there are pads; three, which no degree of 2 divides
+LENGTHS = (4, 9, 6)
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
-BEYOND = 4.0  # in half precision: how many times the unsharded model's own drift from float32 is still the same model
+# in half precision: how many times the unsharded model's own drift from float32 is still the same
+# model
+BEYOND = 4.0
 SHOWN = 12  # rows of the table in a repr
 Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One value: its drift from the unsharded model's, how much would be too much, and how its placement is known."""
+    """One value: its drift from the unsharded model's, how much would be too much, and how its
+    placement is known."""
 
     key: CaptureKey
     drift: float
@@ -61,10 +67,13 @@ class Row:
 class Verification:
     """What a comparison with the unsharded model came to.
 
-    rows: in the order of the forward. refused: capture → why it has no value. skipped: what was not compared → why.
-    ok: everything that was compared is equal. first: the first that is not; worst: the one that drifts most."""
+    rows: in the order of the forward. refused: capture → why it has no value. skipped: what was
+    not compared → why. ok: everything that was compared is equal. first: the first that is not;
+    worst: the one that drifts most."""
 
-    def __init__(self, info: ModelInfo, rows: Sequence[Row], refused: dict[str, str], skipped: dict[str, str]):
+    def __init__(
+        self, info: ModelInfo, rows: Sequence[Row], refused: dict[str, str], skipped: dict[str, str]
+    ):
         self.info, self.rows, self.refused, self.skipped = info, tuple(rows), refused, skipped
         self.streamed = self.shapes_only = False
 
@@ -87,7 +96,8 @@ class Verification:
 
     @property
     def ratio(self) -> float | None:
-        """In half precision: the largest drift as a multiple of the unsharded model's own drift from float32."""
+        """In half precision: the largest drift as a multiple of the unsharded model's own drift
+        from float32."""
         found = [row.drift / row.yardstick for row in self.rows if row.yardstick]
         return max(found, default=None)
 
@@ -107,14 +117,18 @@ class Verification:
         elif not self.rows or worst is None:
             said = [f"{model}: nothing could be compared with the unsharded model"]
         elif first is None:
-            said = [f"{model}: {len(self)} values equal the unsharded model's{how}; worst drift {shown(worst)}"]
+            said = [
+                f"{model}: {len(self)} values equal the unsharded model's{how}; worst drift {shown(worst)}"
+            ]
         else:
             said = [
                 f"{model} DIVERGES from the unsharded model{how}, first at {first.name}: drift {first.drift:.1e}, "
                 f"tolerance {first.tolerance:.1e}; {len(self.diverging)} of {len(self)} values do; worst {shown(worst)}"
             ]
         if self.ratio is not None and not self.shapes_only:
-            said.append(f"at most {self.ratio:.2f} × what the unsharded model in {info.dtype} drifts from float32")
+            said.append(
+                f"at most {self.ratio:.2f} × what the unsharded model in {info.dtype} drifts from float32"
+            )
         said += [f"{len(found)} {what}: {few(found)}" for what, found in self._left_out() if found]
         return said
 
@@ -122,7 +136,8 @@ class Verification:
         return [("refused", self.refused), ("not compared", self.skipped)]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Values alike but for a number in their name are one row, with the largest of their drifts."""
+        """Values alike but for a number in their name are one row, with the largest of their
+        drifts."""
         folded: dict[tuple, list[Row]] = {}
         for row in self.rows:
             folded.setdefault((re.sub(r"\d+", "#", row.name), row.ok, row.evidence), []).append(row)
@@ -142,7 +157,10 @@ class Verification:
         return sorted(cells, key=lambda cell: "DIVERGES" not in cell[2])
 
     def __repr__(self) -> str:
-        rows = [f"  {n:<44} {count:>4}  {d:<18} {yard:<8} {how}".rstrip() for n, count, d, yard, how in self.table()]
+        rows = [
+            f"  {n:<44} {count:>4}  {d:<18} {yard:<8} {how}".rstrip()
+            for n, count, d, yard, how in self.table()
+        ]
         more = [f"  ... and {len(rows) - SHOWN} more kinds of values"] if len(rows) > SHOWN else []
         return "\n".join([*self.says(), *rows[:SHOWN], *more])
 
@@ -150,9 +168,17 @@ class Verification:
         esc = html.escape
         title, *rest = self.says()
         color = "" if self.ok else "color:#c22"
-        head = ("value", "n", "worst drift", f"{self.info.dtype} from float32" if self.ratio else "", "placement")
+        head = (
+            "value",
+            "n",
+            "worst drift",
+            f"{self.info.dtype} from float32" if self.ratio else "",
+            "placement",
+        )
         table = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{esc(cell)}</td>' for cell in row) + "</tr>"
+            "<tr>"
+            + "".join(f'<td style="text-align:left">{esc(cell)}</td>' for cell in row)
+            + "</tr>"
             for row in self.table()
         )
         return (
@@ -173,11 +199,14 @@ def few(found: dict[str, str], limit: int = 3) -> str:
     reasons: dict[str, list[str]] = {}
     for name, why in found.items():
         reasons.setdefault(why.removeprefix(f"{name}: "), []).append(name)
-    texts = [f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} ({why})" for why, names in reasons.items()]
+    texts = [
+        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} ({why})"
+        for why, names in reasons.items()
+    ]
     return "; ".join(texts[:limit]) + ("; ..." if len(texts) > limit else "")
 
 
-# --- doing it --------------------------------------------------------------------------------------
+# --- doing it -------------------------------------------------------------------------
 
 
 def verify(
@@ -191,7 +220,9 @@ def verify(
     info, store = session._loaded(), session.store
     assert store is not None
     if not info.scan:
-        raise LoadError(f"{info.path} was loaded without reference=, which builds what it is verified against")
+        raise LoadError(
+            f"{info.path} was loaded without reference=, which builds what it is verified against"
+        )
     specs = specs_of(info, session.planner.targets, hooks)
     with session.also(specs):
         run = ran(session, prompt, told)
@@ -201,22 +232,36 @@ def verify(
         told("running the unsharded model", 0, len(where.entries))
         with store.room(where.num_bytes, "verifying") as extent:
             region = Region(extent.slab, extent.base, (), info.dtype)
-            asked = (specs, batch.ids, batch.mask, batch.positions, region, extent.slab_bytes, stream)
-            said: Unsharded = session.cluster.call("verify.unsharded", *asked, some_parameters(info), ranks=[0])[0]
+            asked = (
+                specs,
+                batch.ids,
+                batch.mask,
+                batch.positions,
+                region,
+                extent.slab_bytes,
+                stream,
+            )
+            said: Unsharded = session.cluster.call(
+                "verify.unsharded", *asked, some_parameters(info), ranks=[0]
+            )[0]
             truth = {entry.key: truth_of(where, entry, extent, store) for entry in where.entries}
             found = compared(info, run, where, truth, said, told)
         store.pool.release(extent)
     finally:
         run.free()
     found.streamed, found.shapes_only = said.streamed, others(session, said.samples)
-    equal = {(row.key.module, row.key.at, row.key.index): row.ok and not found.shapes_only for row in found.rows}
+    equal = {
+        (row.key.module, row.key.at, row.key.index): row.ok and not found.shapes_only
+        for row in found.rows
+    }
     store.verified -= {where for where, ok in equal.items() if not ok}
     store.verified |= {where for where, ok in equal.items() if ok}
     return found
 
 
 def ran(session: Session, prompt: Any, told: Progress) -> Run:
-    """The sharded model's run of these rows, or of ours; with rows of one length for a model that takes no pads."""
+    """The sharded model's run of these rows, or of ours; with rows of one length for a model that
+    takes no pads."""
     told("running the sharded model", 0, 1)
     if prompt is not None:
         return session.run(prompt, groups=GROUP)
@@ -229,18 +274,22 @@ def ran(session: Session, prompt: Any, told: Progress) -> Run:
 
 
 def sample(info: ModelInfo) -> list[list[int]]:
-    """A few short rows, of ids that any vocabulary has. The longest is a multiple of tp: what splits the sequence over
-    it needs that, and a rank may die of a length that does not."""
+    """A few short rows, of ids that any vocabulary has. The longest is a multiple of tp: what
+    splits the sequence over it needs that, and a rank may die of a length that does not."""
     size = min(info.vocab_size or 32, 32_000)
     tp, generator = info.layout.tp, torch.Generator().manual_seed(0)
     lengths = [-(-length // tp) * tp if length == max(LENGTHS) else length for length in LENGTHS]
-    return [torch.randint(size // 16, size, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(size // 16, size, (length,), generator=generator).tolist()
+        for length in lengths
+    ]
 
 
 def specs_of(
     info: ModelInfo, targets: Callable[[str], Sequence[str]], globs: str | Sequence[str] | None
 ) -> tuple[HookSpec, ...]:
-    """Hooks that read every module's inputs and outputs and every point inside attention, or those of these globs.
+    """Hooks that read every module's inputs and outputs and every point inside attention, or those
+    of these globs.
 
     HookError: a glob that names no module."""
     if globs is None:
@@ -263,9 +312,15 @@ def truth_of(where: Plan, entry: Entry, extent: Extent, store: Store) -> Capture
 
 
 def compared(
-    info: ModelInfo, run: Run, where: Plan, truth: dict[CaptureKey, Capture], said: Unsharded, told: Progress
+    info: ModelInfo,
+    run: Run,
+    where: Plan,
+    truth: dict[CaptureKey, Capture],
+    said: Unsharded,
+    told: Progress,
 ) -> Verification:
-    """The run's captures against what the unsharded model has in their places, in the order of its forward."""
+    """The run's captures against what the unsharded model has in their places, in the order of its
+    forward."""
     index = {entry.key: i for i, entry in enumerate(where.entries)}
     turn = {where.entries[i].key: number for number, i in enumerate(said.order)}
     mask = torch.tensor(run.plan.mask).bool()
@@ -286,29 +341,43 @@ def compared(
             real = real_part(where.entries[index[key]].formula, mask)
             apart = drift(capture.tensor(), truth[key].tensor(), real)
             yardstick = said.yardstick.get(index[key])
-            rows.append(Row(key, apart, allowed(info, yardstick), capture.evidence, capture.placement, yardstick))
+            rows.append(
+                Row(
+                    key,
+                    apart,
+                    allowed(info, yardstick),
+                    capture.evidence,
+                    capture.placement,
+                    yardstick,
+                )
+            )
     told("compared", len(run), len(run))
     return Verification(info, rows, refused, skipped)
 
 
 def allowed(info: ModelInfo, yardstick: float | None) -> float:
-    """How much drift is still the same model. In half precision: some times what the dtype itself costs."""
+    """How much drift is still the same model. In half precision: some times what the dtype itself
+    costs."""
     if info.dtype in TOLERANCE:
         return TOLERANCE[info.dtype]
     return max(BEYOND * (yardstick or 0.0), 4 * torch.finfo(getattr(torch, info.dtype)).eps)
 
 
-# --- is it the same model? -------------------------------------------------------------------------
+# --- is it the same model? ------------------------------------------------------------
 
 
 def some_parameters(info: ModelInfo) -> list[str]:
-    """Of a model that the user built, a few weights that tell whether reference() has the same ones."""
-    names = [name for name, shape in info.parameters.items() if len(shape) > 1] if info.built else []
+    """Of a model that the user built, a few weights that tell whether reference() has the same
+    ones."""
+    names = (
+        [name for name, shape in info.parameters.items() if len(shape) > 1] if info.built else []
+    )
     return list(dict.fromkeys(names[i] for i in (0, len(names) // 2, -1))) if names else []
 
 
 def others(session: Session, samples: dict[str, list[float]]) -> bool:
-    """Whether none of these parameters has the numbers of the loaded model's, of those that can be read whole."""
+    """Whether none of these parameters has the numbers of the loaded model's, of those that can be
+    read whole."""
     same = []
     for name, numbers in samples.items():
         with contextlib.suppress(PlacementError, HookError):  # it cannot be read: it says nothing

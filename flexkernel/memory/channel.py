@@ -1,7 +1,9 @@
-"""The other-host data plane: a thread that serves the slabs of a folder, and its client. Only this file uses zmq.
+"""The other-host data plane: a thread that serves the slabs of a folder, and its client. Only this
+file uses zmq.
 
-A request is one JSON frame; an answer is a JSON frame and one raw buffer for each tensor. Nothing is ever unpickled.
-What a request says is checked against the file before a byte is touched; one without the token gets no answer.
+A request is one JSON frame; an answer is a JSON frame and one raw buffer for each tensor. Nothing
+is ever unpickled. What a request says is checked against the file before a byte is touched; one
+without the token gets no answer.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from .slabs import on_disk
 
 __all__ = ["Client", "Server", "new_keys"]
 
-CHUNK_BYTES = 4 << 20  # what lies in a processor's cache until it is put in its place; half and twice of it is slower
+# what lies in a processor's cache until it is put in its place; half and twice of it is slower
+CHUNK_BYTES = 4 << 20
 PIPELINE = 4  # chunks asked for and not yet here
 REQUEST_BYTES = 64 << 10  # a longer frame is not one of ours: zmq hangs up on it
 ANSWER_BYTES = 64 << 20  # the most that one answer may hold
@@ -46,11 +49,27 @@ MAX_IDLE = 4  # connections that a client keeps
 IDLE_MS = 5000
 RETRY_S = 0.05
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
-RARE = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.complex32, torch.complex64, torch.complex128, torch.bool)
+FLOATS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+RARE = (
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.complex32,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *RARE, *SIGNED, *UNSIGNED)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *RARE, *SIGNED, *UNSIGNED)
+}
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -59,7 +78,7 @@ def new_keys() -> tuple[bytes, bytes]:
     return zmq.curve_keypair()
 
 
-# --- what both sides say ---------------------------------------------------------------------------------------------
+# --- what both sides say --------------------------------------------------------------
 
 
 def _whole_number(value: Any, name: str, least: int = 0) -> int:
@@ -92,9 +111,12 @@ def _raw(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _typed(raw: torch.Tensor, region: Region) -> torch.Tensor:
-    """Those bytes as the region's tensor. An empty array has strides that torch will not view as another dtype."""
+    """Those bytes as the region's tensor. An empty array has strides that torch will not view as
+    another dtype."""
     dtype = DTYPES[region.dtype]
-    return raw.view(dtype).view(region.shape) if len(raw) else torch.empty(region.shape, dtype=dtype)
+    return (
+        raw.view(dtype).view(region.shape) if len(raw) else torch.empty(region.shape, dtype=dtype)
+    )
 
 
 def _pack_index(index: Any) -> list:
@@ -102,15 +124,21 @@ def _pack_index(index: Any) -> list:
     packed: list = []
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, slice):
-            packed.append([None if p is None else int(p) for p in (part.start, part.stop, part.step)])
+            packed.append(
+                [None if p is None else int(p) for p in (part.start, part.stop, part.step)]
+            )
         elif part is None or (
-            hasattr(part, "__index__") and not isinstance(part, bool) and not getattr(part, "ndim", 0)
+            hasattr(part, "__index__")
+            and not isinstance(part, bool)
+            and not getattr(part, "ndim", 0)
         ):
             packed.append(part if part is None else int(part))
         elif part is Ellipsis:
             packed.append("...")
         else:
-            raise TypeError(f"from another host, index with whole numbers and slices, or .tensor() first; not {part!r}")
+            raise TypeError(
+                f"from another host, index with whole numbers and slices, or .tensor() first; not {part!r}"
+            )
     return packed
 
 
@@ -119,7 +147,11 @@ def _unpack_index(packed: Any) -> tuple:
         raise ValueError("an index is a list of whole numbers, [start, stop, step], null and '...'")
     parts: list = []
     for part in packed:
-        if isinstance(part, list) and len(part) == 3 and all(p is None or type(p) is int for p in part):
+        if (
+            isinstance(part, list)
+            and len(part) == 3
+            and all(p is None or type(p) is int for p in part)
+        ):
             parts.append(slice(*part))
         elif part is None or type(part) is int:
             parts.append(part)
@@ -130,24 +162,30 @@ def _unpack_index(packed: Any) -> tuple:
     return tuple(parts)
 
 
-# --- the folder that is served ---------------------------------------------------------------------------------------
+# --- the folder that is served --------------------------------------------------------
 
 
 @dataclass
 class _Slabs:
-    """Read access to the slab files of one folder: regular files of this user, by name, never through a link."""
+    """Read access to the slab files of one folder: regular files of this user, by name, never
+    through a link."""
 
     folder: int  # descriptor
     spilled: int | None = None  # of the folder on disk
-    maps: collections.OrderedDict[str, tuple[tuple, torch.Tensor]] = field(default_factory=collections.OrderedDict)
+    maps: collections.OrderedDict[str, tuple[tuple, torch.Tensor]] = field(
+        default_factory=collections.OrderedDict
+    )
 
     def raw(self, name: str, offset: int, num_bytes: int) -> torch.Tensor:
-        """Those bytes as uint8; mapped only where every page has memory behind it: reading others can be a SIGBUS."""
+        """Those bytes as uint8; mapped only where every page has memory behind it: reading others
+        can be a SIGBUS."""
         found = self.check(name, offset, num_bytes)
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         if found.st_blocks * 512 < found.st_size:
-            return torch.frombuffer(bytearray(self._pread(name, offset, num_bytes)), dtype=torch.uint8)
+            return torch.frombuffer(
+                bytearray(self._pread(name, offset, num_bytes)), dtype=torch.uint8
+            )
         return self._map(name, found)[offset : offset + num_bytes]
 
     def check(self, name: str, offset: int, num_bytes: int) -> os.stat_result:
@@ -164,7 +202,9 @@ class _Slabs:
             found = os.stat(name, dir_fd=self._home(name), follow_symlinks=False)
         except FileNotFoundError:
             self.maps.pop(name, None)
-            raise CaptureError(f"slab {name!r} is not there any more: its run was freed or has expired") from None
+            raise CaptureError(
+                f"slab {name!r} is not there any more: its run was freed or has expired"
+            ) from None
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
             raise CaptureError(f"{name!r} is not a slab of this user")
         return found
@@ -174,7 +214,11 @@ class _Slabs:
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._home(name))
+        fd = os.open(
+            name,
+            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+            dir_fd=self._home(name),
+        )
         try:
             yield fd
         finally:
@@ -182,7 +226,9 @@ class _Slabs:
 
     def _pread(self, name: str, offset: int, num_bytes: int) -> bytes:
         if num_bytes > ANSWER_BYTES:
-            raise CaptureError(f"slab {name!r} has pages without memory: read it in parts of {ANSWER_BYTES:,} bytes")
+            raise CaptureError(
+                f"slab {name!r} has pages without memory: read it in parts of {ANSWER_BYTES:,} bytes"
+            )
         with self._open(name) as fd:
             data = os.pread(fd, num_bytes, offset)
         if len(data) != num_bytes:
@@ -190,14 +236,17 @@ class _Slabs:
         return data
 
     def _map(self, name: str, found: os.stat_result) -> torch.Tensor:
-        """The whole file. Private and never written: a read-only map would make torch warn at every look."""
+        """The whole file. Private and never written: a read-only map would make torch warn at
+        every look."""
         state = (found.st_dev, found.st_ino, found.st_size)
         if self.maps.get(name, (None,))[0] != state:
             with self._open(name) as fd:
                 opened = os.fstat(fd)
                 if (opened.st_dev, opened.st_ino, opened.st_size) != state:
                     raise CaptureError(f"slab {name!r} was replaced while it was opened: ask again")
-                own = mmap.mmap(fd, found.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                own = mmap.mmap(
+                    fd, found.st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
             self.maps[name] = state, torch.from_numpy(np.frombuffer(own, dtype=np.uint8))
         self.maps.move_to_end(name)
         while len(self.maps) > MAX_MAPS:
@@ -217,7 +266,7 @@ class _Slabs:
         return _typed(raw, region)
 
 
-# --- what can be asked -----------------------------------------------------------------------------------------------
+# --- what can be asked ----------------------------------------------------------------
 
 
 def _read(slabs: _Slabs, region: Region, start: Any, num_bytes: Any) -> Tensors:
@@ -226,7 +275,9 @@ def _read(slabs: _Slabs, region: Region, start: Any, num_bytes: Any) -> Tensors:
     total = _checked(region)
     slabs.check(region.slab, region.offset, total)
     if start + num_bytes > total or num_bytes > ANSWER_BYTES:
-        raise ValueError(f"the region has {total:,} bytes, an answer at most {ANSWER_BYTES:,}; asked for {num_bytes:,}")
+        raise ValueError(
+            f"the region has {total:,} bytes, an answer at most {ANSWER_BYTES:,}; asked for {num_bytes:,}"
+        )
     return (slabs.raw(region.slab, region.offset + start, num_bytes),)
 
 
@@ -235,11 +286,15 @@ def _slice(slabs: _Slabs, region: Region, index: Any, narrow: Any = None) -> Ten
     if narrow is not None:
         part = part.narrow(*(_whole_number(n, "narrow") for n in narrow))
     if part.nbytes > ANSWER_BYTES:
-        raise ValueError(f"the slice has {part.nbytes:,} bytes, an answer at most {ANSWER_BYTES:,}: ask for less of it")
+        raise ValueError(
+            f"the slice has {part.nbytes:,} bytes, an answer at most {ANSWER_BYTES:,}: ask for less of it"
+        )
     return (part,)
 
 
-def _reduce(slabs: _Slabs, region: Region, name: str, dims: Any, keepdim: bool = False, **more: Any) -> Tensors:
+def _reduce(
+    slabs: _Slabs, region: Region, name: str, dims: Any, keepdim: bool = False, **more: Any
+) -> Tensors:
     value = reduce.partial(name, slabs.tensor(region), dims, keepdim, **more).value()
     return value if isinstance(value, tuple) else (value,)
 
@@ -257,8 +312,12 @@ def _sized(size: Any) -> int:
     return size
 
 
-def _tiles(slabs: _Slabs, region: Region, index: Any, rows, cols, height, width, how: str) -> Tensors:
-    return (reduce.tiles(_matrix(slabs, region, index), rows, cols, _sized(height), _sized(width), how),)
+def _tiles(
+    slabs: _Slabs, region: Region, index: Any, rows, cols, height, width, how: str
+) -> Tensors:
+    return (
+        reduce.tiles(_matrix(slabs, region, index), rows, cols, _sized(height), _sized(width), how),
+    )
 
 
 def _bounds(slabs: _Slabs, region: Region, index: Any, rows, cols, height, width) -> Tensors:
@@ -285,14 +344,16 @@ OPS: dict[str, Callable[..., Tensors]] = {
 }
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------
 
 
 class Server:
-    """Serves the slabs in `folder` from a thread of its own, on a free port of `interface`, until close().
+    """Serves the slabs in `folder` from a thread of its own, on a free port of `interface`, until
+    close().
 
-    token: what every request must carry. keys: CURVE keys (new_keys()), needed on any interface but loopback.
-    address and public_key are what a Client needs. The thread reads slabs only: no model, no collective.
+    token: what every request must carry. keys: CURVE keys (new_keys()), needed on any interface
+    but loopback. address and public_key are what a Client needs. The thread reads slabs only: no
+    model, no collective.
     """
 
     def __init__(
@@ -304,11 +365,15 @@ class Server:
         keys: tuple[bytes, bytes] | None = None,
     ):
         if not token:
-            raise ClusterError("a data server needs a token: without one, everyone on this host could read the slabs")
+            raise ClusterError(
+                "a data server needs a token: without one, everyone on this host could read the slabs"
+            )
         self._token = token.encode()
         self.public_key = keys[0] if keys else None
         host = _host(interface, bool(keys))
-        self._slabs = _Slabs(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        self._slabs = _Slabs(
+            os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        )
         self._context = zmq.Context()
         self._lock, self._closed = threading.Lock(), False
         try:
@@ -319,10 +384,14 @@ class Server:
         self._stop, stopped = (self._context.socket(zmq.PAIR) for _ in range(2))
         stopped.bind("inproc://stop")
         self._stop.connect("inproc://stop")
-        self._thread = threading.Thread(target=self._serve, args=(stopped,), name="flexkernel-channel", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(stopped,), name="flexkernel-channel", daemon=True
+        )
         self._thread.start()
 
-    def _bind(self, host: str, port: int, keys: tuple[bytes, bytes] | None) -> tuple[zmq.Socket, str]:
+    def _bind(
+        self, host: str, port: int, keys: tuple[bytes, bytes] | None
+    ) -> tuple[zmq.Socket, str]:
         router = self._context.socket(zmq.ROUTER)
         router.ipv6 = host.startswith("[")
         router.linger = 0
@@ -335,7 +404,9 @@ class Server:
             router.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
             router.close()
-            raise ClusterError(f"cannot serve slabs on {host}:{port or 'any port'}: {error}") from None
+            raise ClusterError(
+                f"cannot serve slabs on {host}:{port or 'any port'}: {error}"
+            ) from None
         return router, str(router.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def _serve(self, stopped: zmq.Socket) -> None:
@@ -361,16 +432,26 @@ class Server:
         buffers: list[Any] = []
         try:
             tensors = tuple(t.contiguous() for t in _run(self._slabs, request))
-            header["tensors"] = [{"shape": [*t.shape], "dtype": _dtype_name(t), "num_bytes": t.nbytes} for t in tensors]
+            header["tensors"] = [
+                {"shape": [*t.shape], "dtype": _dtype_name(t), "num_bytes": t.nbytes}
+                for t in tensors
+            ]
             buffers = [_raw(t) for t in tensors]
         except Exception as error:  # whatever a request makes torch say: the thread goes on
-            header = {"status": "error", "id": request.get("id"), "type": type(error).__name__, "message": str(error)}
+            header = {
+                "status": "error",
+                "id": request.get("id"),
+                "type": type(error).__name__,
+                "message": str(error),
+            }
         self._router.send_multipart([frames[0], json.dumps(header).encode(), *buffers], copy=False)
 
     def also(self, folder: str | os.PathLike[str]) -> None:
         """Serve slabs that were moved to disk from this folder."""
         before = self._slabs.spilled
-        self._slabs.spilled = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._slabs.spilled = os.open(
+            folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
         if before is not None:
             os.close(before)
 
@@ -399,15 +480,20 @@ class Server:
 
 
 def _host(interface: str, encrypted: bool) -> str:
-    """The interface as zmq wants it; ClusterError if it would be open to a network without encryption."""
+    """The interface as zmq wants it; ClusterError if it would be open to a network without
+    encryption."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if interface == "localhost" else interface)
     except ValueError:
-        raise ClusterError(f"an interface is named by its address, e.g. 127.0.0.1; found {interface!r}") from None
+        raise ClusterError(
+            f"an interface is named by its address, e.g. 127.0.0.1; found {interface!r}"
+        ) from None
     if address.is_unspecified:
         raise ClusterError(f"{interface} is every interface of this host: name one by its address")
     if not address.is_loopback and not encrypted:
-        raise ClusterError(f"{interface} can be reached from other hosts: that needs CURVE keys (channel.new_keys())")
+        raise ClusterError(
+            f"{interface} can be reached from other hosts: that needs CURVE keys (channel.new_keys())"
+        )
     return f"[{address}]" if address.version == 6 else str(address)
 
 
@@ -424,7 +510,9 @@ def _request(frames: list[bytes], token: bytes) -> dict | None:
 
 def _run(slabs: _Slabs, request: dict) -> Tensors:
     if not isinstance(request.get("op"), str) or request["op"] not in OPS:
-        raise ValueError(f"{str(request.get('op'))[:40]!r} cannot be asked; there are {', '.join(OPS)}")
+        raise ValueError(
+            f"{str(request.get('op'))[:40]!r} cannot be asked; there are {', '.join(OPS)}"
+        )
     shape, args = request.get("shape"), request.get("args", {})
     if not isinstance(shape, list) or not isinstance(args, dict):
         raise ValueError("a request has a list `shape` and an object `args`")
@@ -434,14 +522,15 @@ def _run(slabs: _Slabs, request: dict) -> Tensors:
         return OPS[request["op"]](slabs, region, **args)
 
 
-# --- the client ------------------------------------------------------------------------------------------------------
+# --- the client -----------------------------------------------------------------------
 
 
 class Client:
-    """Asks a Server. Threads may share it. timeout_s: the longest silence before ClusterError, in seconds.
+    """Asks a Server. Threads may share it. timeout_s: the longest silence before ClusterError, in
+    seconds.
 
-    key: the server's public key, where it has one. A lost connection is made again and what was asked is asked again;
-    a read goes on from the chunks it has.
+    key: the server's public key, where it has one. A lost connection is made again and what was
+    asked is asked again; a read goes on from the chunks it has.
     """
 
     def __init__(self, address: str, token: str, timeout_s: float = 30, key: bytes | None = None):
@@ -451,18 +540,26 @@ class Client:
         self._num_busy = 0
         self._lock, self._closed = threading.Lock(), False
 
-    def read(self, region: Region, progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
-        """The whole region in memory of its own. progress(bytes here, bytes in all) is called after each chunk."""
+    def read(
+        self, region: Region, progress: Callable[[int, int], None] | None = None
+    ) -> torch.Tensor:
+        """The whole region in memory of its own. progress(bytes here, bytes in all) is called
+        after each chunk."""
         total = _checked(region)
         here = np.empty(total, dtype=np.uint8)
         starts = range(0, total, CHUNK_BYTES)
-        requests = ((self._header("read", region, start=s, num_bytes=min(CHUNK_BYTES, total - s)), s) for s in starts)
+        requests = (
+            (self._header("read", region, start=s, num_bytes=min(CHUNK_BYTES, total - s)), s)
+            for s in starts
+        )
         done = 0
         for start, answer in self._ask(requests):
             (chunk,) = _buffers(answer)
             num_bytes = min(CHUNK_BYTES, total - start)
             if len(chunk) != num_bytes:
-                raise ClusterError(f"{self.address} sent {len(chunk):,} bytes of {num_bytes:,} that were asked for")
+                raise ClusterError(
+                    f"{self.address} sent {len(chunk):,} bytes of {num_bytes:,} that were asked for"
+                )
             here[start : start + num_bytes] = chunk
             done += num_bytes
             if progress:
@@ -473,7 +570,9 @@ class Client:
         """region[index], without the rest of it. index: whole numbers, slices, None, ... ."""
         _checked(region)
         packed = _pack_index(index)
-        form = torch.empty(region.shape, dtype=DTYPES[region.dtype], device="meta")[_unpack_index(packed)]
+        form = torch.empty(region.shape, dtype=DTYPES[region.dtype], device="meta")[
+            _unpack_index(packed)
+        ]
         if form.is_contiguous():
             offset = region.offset + int(form.storage_offset()) * form.element_size()
             return self.read(Region(region.slab, offset, tuple(form.shape), region.dtype))
@@ -482,7 +581,8 @@ class Client:
         return self._large_slice(region, packed, form)
 
     def _large_slice(self, region: Region, packed: list, form: torch.Tensor) -> torch.Tensor:
-        """In parts along its first dim that has any: an engine should not copy gigabytes at once."""
+        """In parts along its first dim that has any: an engine should not copy gigabytes at
+        once."""
         dim = next(d for d, size in enumerate(form.shape) if size > 1)
         step = max(1, CHUNK_BYTES * form.shape[dim] // form.nbytes)
         starts = range(0, form.shape[dim], step)
@@ -493,20 +593,37 @@ class Client:
             whole.narrow(*narrow).copy_(_unpack(answer)[0])
         return whole
 
-    def reduce(self, region: Region, name: str, dims: int | Sequence[int] | None = None, keepdim: bool = False, **more):
-        """flexkernel.memory.reduce.partial(name, region, dims, keepdim, ...).value(), computed over there."""
-        found = self._tensors("reduce", region, name=name, dims=_plain(dims), keepdim=keepdim, **more)
+    def reduce(
+        self,
+        region: Region,
+        name: str,
+        dims: int | Sequence[int] | None = None,
+        keepdim: bool = False,
+        **more,
+    ):
+        """flexkernel.memory.reduce.partial(name, region, dims, keepdim, ...).value(), computed
+        over there."""
+        found = self._tensors(
+            "reduce", region, name=name, dims=_plain(dims), keepdim=keepdim, **more
+        )
         return found[0] if len(found) == 1 else found
 
-    def tiles(self, region: Region, rows=None, cols=None, height=256, width=512, how="extreme", index=None):
-        """flexkernel.memory.reduce.tiles of the region, or of region[index], seen as rows of its last dim."""
+    def tiles(
+        self, region: Region, rows=None, cols=None, height=256, width=512, how="extreme", index=None
+    ):
+        """flexkernel.memory.reduce.tiles of the region, or of region[index], seen as rows of its
+        last dim."""
         packed = None if index is None else _pack_index(index)
         place = {"index": packed, "rows": rows, "cols": cols}
         return self._tensors("tiles", region, **place, height=height, width=width, how=how)[0]
 
-    def bounds(self, region: Region, rows=None, cols=None, height=256, width=512, index=None) -> Tensors:
+    def bounds(
+        self, region: Region, rows=None, cols=None, height=256, width=512, index=None
+    ) -> Tensors:
         packed = None if index is None else _pack_index(index)
-        return self._tensors("bounds", region, index=packed, rows=rows, cols=cols, height=height, width=width)
+        return self._tensors(
+            "bounds", region, index=packed, rows=rows, cols=cols, height=height, width=width
+        )
 
     def histogram(self, region: Region, lo: float, hi: float, bins: int = 256) -> Histogram:
         counts, rest = self._tensors("histogram", region, lo=lo, hi=hi, bins=bins)
@@ -533,7 +650,12 @@ class Client:
         self.close()
 
     def _header(self, op: str, region: Region, **args: Any) -> dict:
-        place = {"slab": region.slab, "offset": region.offset, "shape": [*region.shape], "dtype": region.dtype}
+        place = {
+            "slab": region.slab,
+            "offset": region.offset,
+            "shape": [*region.shape],
+            "dtype": region.dtype,
+        }
         return {"token": self._token, "op": op, **place, "args": args}
 
     def _tensors(self, op: str, region: Region, **args: Any) -> Tensors:
@@ -541,7 +663,8 @@ class Client:
         return _unpack(answer)
 
     def _ask(self, requests) -> Iterator[tuple[Any, list]]:
-        """(tag, frames of the answer) for each (header, tag), a few on their way at a time, in any order."""
+        """(tag, frames of the answer) for each (header, tag), a few on their way at a time, in any
+        order."""
         line, whole = self._take(), False
         try:
             yield from _conversation(line, iter(requests), self.timeout_s)
@@ -550,7 +673,8 @@ class Client:
             self._give(line, whole)
 
     def _take(self) -> _Line:
-        """A connection of one's own for one question: zmq sockets are not for several threads at once."""
+        """A connection of one's own for one question: zmq sockets are not for several threads at
+        once."""
         with self._lock:
             if self._closed:
                 raise ClusterError(f"the connection to {self.address} was closed")
@@ -615,7 +739,9 @@ class _Line:
 _ids = iter(range(1, 2**62))
 
 
-def _conversation(line: _Line, requests: Iterator[tuple[dict, Any]], timeout_s: float) -> Iterator[tuple[Any, list]]:
+def _conversation(
+    line: _Line, requests: Iterator[tuple[dict, Any]], timeout_s: float
+) -> Iterator[tuple[Any, list]]:
     """Keeps PIPELINE requests on their way; asks again for what a broken connection lost."""
     waiting: dict[int, tuple[bytes, Any]] = {}
 
@@ -624,7 +750,9 @@ def _conversation(line: _Line, requests: Iterator[tuple[dict, Any]], timeout_s: 
             number = next(_ids)
             text = json.dumps({**header, "id": number}).encode()
             if len(text) > REQUEST_BYTES:
-                raise ClusterError(f"a request has at most {REQUEST_BYTES:,} bytes, this one {len(text):,}")
+                raise ClusterError(
+                    f"a request has at most {REQUEST_BYTES:,} bytes, this one {len(text):,}"
+                )
             waiting[number] = text, tag
             line.socket.send(text)
             if len(waiting) >= PIPELINE:
@@ -655,7 +783,8 @@ def _silence(address: str, timeout_s: float) -> str:
 
 
 def _number(answer: list) -> int:
-    """Which request an answer is to, 0 for none: answers to questions that nobody waits for any more come too."""
+    """Which request an answer is to, 0 for none: answers to questions that nobody waits for any
+    more come too."""
     try:
         return int(json.loads(answer[0].buffer.tobytes()).get("id"))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -677,7 +806,9 @@ def _head(answer: list) -> dict[str, Any]:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise ClusterError(f"an answer of {answer[0].buffer.nbytes:,} bytes has no header: ask %flex_cluster status")
+        raise ClusterError(
+            f"an answer of {answer[0].buffer.nbytes:,} bytes has no header: ask %flex_cluster status"
+        )
     return header
 
 
@@ -693,7 +824,9 @@ def _unpack(answer: list) -> Tensors:
             region = Region("answer", 0, tuple(form["shape"]), form["dtype"])
             fits = _checked(region) == len(raw)
         except (KeyError, TypeError, ValueError) as error:
-            raise ClusterError(f"an answer says {str(form)[:80]}, which is no tensor: {error}") from None
+            raise ClusterError(
+                f"an answer says {str(form)[:80]}, which is no tensor: {error}"
+            ) from None
         if not fits:
             raise ClusterError(f"an answer says {form} and has {len(raw):,} bytes")
         tensors.append(_typed(torch.from_numpy(raw.copy()), region))
@@ -701,7 +834,8 @@ def _unpack(answer: list) -> Tensors:
 
 
 def _error(kind: str, message: str) -> Exception:
-    """The server's error as the caller knows it: ours, or what torch's indexing raises here too."""
+    """The server's error as the caller knows it: ours, or what torch's indexing raises here
+    too."""
     plain = {"IndexError": IndexError, "TypeError": TypeError, "ValueError": ValueError}
     if kind in plain:
         return plain[kind](message)

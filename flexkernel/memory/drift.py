@@ -10,15 +10,18 @@ from .slabs import position_dim
 
 __all__ = ["drift", "real_part"]
 
-FLOOR = 1e-3  # of the largest vector: what a vector far smaller than it is measured against instead of its own norm
+# of the largest vector: what a vector far smaller than it is measured against instead of its own
+# norm
+FLOOR = 1e-3
 
 
 def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = None) -> float:
-    """The largest ‖got − truth‖ / ‖truth‖ of any vector along the last dim; inf where one has NaN and the other none.
+    """The largest ‖got − truth‖ / ‖truth‖ of any vector along the last dim; inf where one has NaN
+    and the other none.
 
-    A measure over the whole tensor would hide the small vectors: the first token of many models is a thousand times
-    larger than the others. real: bool, broadcast to the tensor; what is False does not count. Integers have to be
-    equal: 0 or inf.
+    A measure over the whole tensor would hide the small vectors: the first token of many models is
+    a thousand times larger than the others. real: bool, broadcast to the tensor; what is False
+    does not count. Integers have to be equal: 0 or inf.
 
     >>> drift(torch.tensor([[1.0, 1.1], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]])) < 0.08
     True
@@ -40,7 +43,8 @@ def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = No
 
 
 def real_part(formula: ShapeFormula, mask: torch.Tensor) -> torch.Tensor | None:
-    """Where a value of this formula belongs to real tokens, broadcast to its shape; None where it has no positions.
+    """Where a value of this formula belongs to real tokens, broadcast to its shape; None where it
+    has no positions.
 
     mask: (B, S), False on pads."""
     num_dims, rows = len(formula.dims or ()), formula.dims_of("B")
@@ -53,5 +57,8 @@ def real_part(formula: ShapeFormula, mask: torch.Tensor) -> torch.Tensor | None:
         return mask.any(0).view([-1 if d == along else 1 for d in range(num_dims)])
     if (formula.dims or ())[rows[0]][0] != 1:
         return None
-    shape = [mask.shape[0] if d == rows[0] else mask.shape[1] if d == along else 1 for d in range(num_dims)]
+    shape = [
+        mask.shape[0] if d == rows[0] else mask.shape[1] if d == along else 1
+        for d in range(num_dims)
+    ]
     return (mask if rows[0] < along else mask.T).reshape(shape)

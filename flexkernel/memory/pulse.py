@@ -1,4 +1,5 @@
-"""Pulse: what a rank is at, in a few bytes of shared memory that others read while it is busy, hangs or has died."""
+"""Pulse: what a rank is at, in a few bytes of shared memory that others read while it is busy,
+hangs or has died."""
 
 from __future__ import annotations
 
@@ -6,14 +7,17 @@ import mmap
 import os
 from pathlib import Path
 
-__all__ = ["Pulse"]
+import psutil
+
+__all__ = ["Pulse", "born"]
 
 NUM_BYTES = 32
 
 
 class Pulse:
-    """count: how many modules this rank has begun since its engine started; module: the last one's index in the model,
-    -1 before any; running: whether it is in a forward. write: for the rank itself, which makes the file."""
+    """count: how many modules this rank has begun since its engine started; module: the last one's
+    index in the model, -1 before any; running: whether it is in a forward. write: for the rank
+    itself, which makes the file."""
 
     def __init__(self, folder: Path, rank: int, write: bool = False):
         flags = (os.O_RDWR | os.O_CREAT) if write else os.O_RDONLY
@@ -47,3 +51,15 @@ class Pulse:
     @running.setter
     def running(self, value: bool) -> None:
         self._numbers[2] = int(value)
+
+
+def born(pid: int) -> float:
+    """When a process began, in seconds after the host's boot: with its pid that says which process
+    it was.
+
+    Not by the clock, which can be set while it runs. psutil.NoSuchProcess: there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()  # of a system without /proc, or raises

@@ -1,8 +1,10 @@
-"""Partial results, and how they combine exactly: reductions of a tensor that lies in pieces, and tiles to draw.
+"""Partial results, and how they combine exactly: reductions of a tensor that lies in pieces, and
+tiles to draw.
 
-Two families. `partial` / `combine` / `reduce_shards` follow torch: NaN propagates, and the result over shards is the
-result over the whole. `tiles`, `histogram` and `count_nan` are for looking: NaN is counted and never hides its
-neighbours. Everything runs where the tensor lies and copies no more than a cache-sized block at a time.
+Two families. `partial` / `combine` / `reduce_shards` follow torch: NaN propagates, and the result
+over shards is the result over the whole. `tiles`, `histogram` and `count_nan` are for looking: NaN
+is counted and never hides its neighbours. Everything runs where the tensor lies and copies no more
+than a cache-sized block at a time.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ __all__ = [
 
 Tensors = tuple[torch.Tensor, ...]
 Dims = tuple[int, ...]
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of fp32: the second reduction of a block still finds it in the cache
+# 1 MiB of fp32: the second reduction of a block still finds it in the cache
+BLOCK_ELEMENTS = 1 << 18
 
 
-# --- partial results over shards -------------------------------------------------------------------------------------
+# --- partial results over shards ------------------------------------------------------
 
 
 class _Op(NamedTuple):
-    """first(x, dims, keepdim) -> statistics; merge(statistics, dims) reduces them further; last -> the value."""
+    """first(x, dims, keepdim) -> statistics; merge(statistics, dims) reduces them further; last ->
+    the value."""
 
     first: Callable[[torch.Tensor, Dims, bool], Tensors]
     merge: Callable[[Tensors, Dims], Tensors]
@@ -101,17 +105,23 @@ OPS: dict[str, _Op] = {
         lambda parts, d: (torch.linalg.vector_norm(parts[0], dim=d),),
         _only,
     ),
-    "amax": _Op(lambda x, d, k: (x.amax(d, keepdim=k),), lambda parts, d: (parts[0].amax(d),), _only),
-    "amin": _Op(lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only),
+    "amax": _Op(
+        lambda x, d, k: (x.amax(d, keepdim=k),), lambda parts, d: (parts[0].amax(d),), _only
+    ),
+    "amin": _Op(
+        lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only
+    ),
 }
 _EXACT = {"amax", "amin"}  # their value is one of the elements, so it keeps the dtype
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What one shard knows about a reduction: a few tensors of the reduced shape, float64 unless they are elements.
+    """What one shard knows about a reduction: a few tensors of the reduced shape, float64 unless
+    they are elements.
 
-    op: the name in OPS, or "topk". dtype: of the tensor that was reduced. k, largest, dim: for topk only.
+    op: the name in OPS, or "topk". dtype: of the tensor that was reduced. k, largest, dim: for
+    topk only.
     """
 
     op: str
@@ -122,7 +132,8 @@ class Partial:
     dim: int = 0
 
     def value(self) -> torch.Tensor | Tensors:
-        """The reduced tensor (topk: values and indices). Float64 stays; other floating results are float32."""
+        """The reduced tensor (topk: values and indices). Float64 stays; other floating results are
+        float32."""
         if self.op == "topk":
             return self.parts
         return OPS[self.op].last(self.parts).to(result_dtype(self.op, self.dtype))
@@ -145,10 +156,11 @@ def partial(
     largest: bool = True,
     offset: int = 0,
 ) -> Partial:
-    """One shard's part of `op` over `dim` (None: all dims). x: any shape, float, int or bool, any device.
+    """One shard's part of `op` over `dim` (None: all dims). x: any shape, float, int or bool, any
+    device.
 
-    For "topk" `dim` is one dim and `offset` is where this shard begins in it, so that indices are those of the whole;
-    which of several equal elements is named is not defined, as in torch.
+    For "topk" `dim` is one dim and `offset` is where this shard begins in it, so that indices are
+    those of the whole; which of several equal elements is named is not defined, as in torch.
 
     >>> a, b = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     >>> combine([partial("norm", a), partial("norm", b)]).value()
@@ -162,8 +174,8 @@ def partial(
 
 
 def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | None) -> Partial:
-    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, on the CPU, to be broadcast
-    over x; None: all count. Where none counts it is what `nothing` is.
+    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, on the
+    CPU, to be broadcast over x; None: all count. Where none counts it is what `nothing` is.
 
     >>> masked("mean", torch.tensor([9.0, 1.0, 3.0]), (0,), torch.tensor([False, True, True])).value()
     tensor(2.)
@@ -178,19 +190,28 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
     if long[0] in dims:
         return combine(parts)
     at = long[0] - sum(dim < long[0] for dim in dims)
-    return Partial(op, tuple(torch.cat(part, at) for part in zip(*(p.parts for p in parts), strict=True)), x.dtype)
+    return Partial(
+        op,
+        tuple(torch.cat(part, at) for part in zip(*(p.parts for p in parts), strict=True)),
+        x.dtype,
+    )
 
 
 def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor) -> Partial:
-    """The part of those that are real along one dim. They mostly lie together: pads are on one side."""
+    """The part of those that are real along one dim. They mostly lie together: pads are on one
+    side."""
     index = real.nonzero().flatten()  # on the CPU: where x is on a GPU nobody waits for it
     shape = [size for dim, size in enumerate(x.shape) if dim not in dims]
-    none = Partial(op, tuple(part.to(x.device) for part in nothing(op, shape, x.dtype).parts), x.dtype)
+    none = Partial(
+        op, tuple(part.to(x.device) for part in nothing(op, shape, x.dtype).parts), x.dtype
+    )
     if not len(index):
         return none
     first, last = int(index[0]), int(index[-1])
     together, index = last - first + 1 == len(index), index.to(x.device)
-    found = _quick(op, x.narrow(along, first, len(index)) if together else x.index_select(along, index), dims)
+    found = _quick(
+        op, x.narrow(along, first, len(index)) if together else x.index_select(along, index), dims
+    )
     if along in dims:
         return found
     for into, part in zip(none.parts, found.parts, strict=True):
@@ -199,8 +220,9 @@ def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor
 
 
 def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
-    """`partial` as a forward can wait for it: statistics of float32 and narrower in float32, as torch has them, which
-    takes a twentieth of the time. They are combined in float64 all the same."""
+    """`partial` as a forward can wait for it: statistics of float32 and narrower in float32, as
+    torch has them, which takes a twentieth of the time. They are combined in float64 all the
+    same."""
     if not x.is_floating_point() or x.dtype == torch.float64 or op in _EXACT or not dims:
         exact = partial(op, x, dims)
         return Partial(op, tuple(part.double() for part in exact.parts), x.dtype)
@@ -217,20 +239,25 @@ def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
 
 
 def _quick_norm(x: torch.Tensor, dims: Dims) -> torch.Tensor:
-    """Along the last dim by torch's own; over others a cache-sized block at a time, summed in float64: torch's would
-    add up millions of squares in float32, and strides through memory."""
+    """Along the last dim by torch's own; over others a cache-sized block at a time, summed in
+    float64: torch's would add up millions of squares in float32, and strides through memory."""
     along = x.dim() - 1
     rest = tuple(d for d in dims if d != along)
     if along in dims:
         rows = torch.linalg.vector_norm(x, dim=along, keepdim=True, dtype=torch.float32).double()
-        return torch.linalg.vector_norm(rows, dim=rest, keepdim=True).squeeze(dims) if rest else rows.squeeze(along)
+        return (
+            torch.linalg.vector_norm(rows, dim=rest, keepdim=True).squeeze(dims)
+            if rest
+            else rows.squeeze(along)
+        )
     blocks = x.split(max(1, BLOCK_ELEMENTS * x.shape[rest[0]] // max(x.numel(), 1)), rest[0])
     squares = [block.float().square().sum(dims, dtype=torch.float32).double() for block in blocks]
     return torch.stack(squares).sum(0).sqrt()
 
 
 def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
-    """The part of a shard that has no elements: combined with another it changes nothing. shape: the reduced one.
+    """The part of a shard that has no elements: combined with another it changes nothing. shape:
+    the reduced one.
 
     >>> combine([nothing("norm", (), torch.float32), partial("norm", torch.tensor([3.0, 4.0]))]).value()
     tensor(5.)
@@ -241,7 +268,8 @@ def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
 
 
 def combine(partials: Sequence[Partial]) -> Partial:
-    """The part of all shards together: the reduced dim was cut, and each shard gave its `partial`."""
+    """The part of all shards together: the reduced dim was cut, and each shard gave its
+    `partial`."""
     one = partials[0]
     if one.op == "topk":
         return _combine_topk(partials)
@@ -259,7 +287,8 @@ def reduce_shards(
     k: int = 1,
     largest: bool = True,
 ) -> torch.Tensor | Tensors:
-    """`op` of the whole tensor, from the shards it was cut into along `shard_dim`, without putting it together.
+    """`op` of the whole tensor, from the shards it was cut into along `shard_dim`, without putting
+    it together.
 
     >>> x = torch.arange(12.0).reshape(2, 6)
     >>> reduce_shards("mean", x.split(4, dim=1), shard_dim=1, dim=-1)
@@ -278,7 +307,10 @@ def reduce_shards(
     if inside:
         return combine(parts).value()
     kept = cut if keepdim or op == "topk" else cut - sum(d < cut for d in _dims(shards[0], over))
-    values = [value if isinstance(value, tuple) else (value,) for value in (part.value() for part in parts)]
+    values = [
+        value if isinstance(value, tuple) else (value,)
+        for value in (part.value() for part in parts)
+    ]
     joined = tuple(torch.cat(pieces, kept) for pieces in zip(*values, strict=True))
     return joined if op == "topk" else joined[0]
 
@@ -289,7 +321,9 @@ def _dims(x: torch.Tensor, dim: int | Sequence[int] | None) -> Dims:
     return tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
 
 
-def _partial_topk(x: torch.Tensor, dim: int | Sequence[int], k: int, largest: bool, offset: int) -> Partial:
+def _partial_topk(
+    x: torch.Tensor, dim: int | Sequence[int], k: int, largest: bool, offset: int
+) -> Partial:
     if not isinstance(dim, int):
         raise ValueError(f"topk goes along one dim, not {dim!r}")
     values, indices = x.topk(min(k, x.shape[dim]), dim=dim, largest=largest)
@@ -298,12 +332,16 @@ def _partial_topk(x: torch.Tensor, dim: int | Sequence[int], k: int, largest: bo
 
 def _combine_topk(partials: Sequence[Partial]) -> Partial:
     one = partials[0]
-    values, indices = (torch.cat(parts, one.dim) for parts in zip(*(p.parts for p in partials), strict=True))
+    values, indices = (
+        torch.cat(parts, one.dim) for parts in zip(*(p.parts for p in partials), strict=True)
+    )
     best, where = values.topk(min(one.k, values.shape[one.dim]), dim=one.dim, largest=one.largest)
-    return Partial("topk", (best, indices.gather(one.dim, where)), one.dtype, one.k, one.largest, one.dim)
+    return Partial(
+        "topk", (best, indices.gather(one.dim, where)), one.dtype, one.k, one.largest, one.dim
+    )
 
 
-# --- tiles: what is drawn --------------------------------------------------------------------------------------------
+# --- tiles: what is drawn -------------------------------------------------------------
 
 
 def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
@@ -320,7 +358,8 @@ def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
 
 
 def extreme(most: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """The "extreme" tile from the two that `bounds` gives: whichever is farther from zero, with its sign."""
+    """The "extreme" tile from the two that `bounds` gives: whichever is farther from zero, with
+    its sign."""
     return torch.where(most.abs() >= least.abs(), most, least)
 
 
@@ -332,7 +371,8 @@ def _tile_mean(x: torch.Tensor, dim: int) -> Tensors:
 
 
 def _tile_var(x: torch.Tensor, dim: int) -> Tensors:
-    """Count, mean, squared distances; in steps, because torch.var_mean over a strided dim takes ten times as long."""
+    """Count, mean, squared distances; in steps, because torch.var_mean over a strided dim takes
+    ten times as long."""
     total, num = _tile_mean(x, dim)
     mean = total / num
     squares = (x - mean.unsqueeze(dim)).square_()
@@ -340,7 +380,8 @@ def _tile_var(x: torch.Tensor, dim: int) -> Tensors:
 
 
 class _How(NamedTuple):
-    """first(x, dim) -> statistics down one dim; merge(statistics, dim) along the other; last -> the tile."""
+    """first(x, dim) -> statistics down one dim; merge(statistics, dim) along the other; last ->
+    the tile."""
 
     first: Callable[[torch.Tensor, int], Tensors]
     merge: Callable[[Tensors, int], Tensors]
@@ -354,9 +395,15 @@ def _peaks(parts: Tensors, dim: int) -> Tensors:
 _BOUNDS = _How(lambda x, d: _peaks((x, x), d), _peaks, _only)
 HOWS: dict[str, _How] = {
     "extreme": _BOUNDS._replace(last=lambda parts: extreme(*parts)),
-    "mean": _How(_tile_mean, lambda parts, d: _merge_sums(parts, (d,)), lambda parts: parts[0] / parts[1]),
-    "max": _How(lambda x, d: (_peak(x, d, True),), lambda parts, d: (_peak(parts[0], d, True),), _only),
-    "min": _How(lambda x, d: (_peak(x, d, False),), lambda parts, d: (_peak(parts[0], d, False),), _only),
+    "mean": _How(
+        _tile_mean, lambda parts, d: _merge_sums(parts, (d,)), lambda parts: parts[0] / parts[1]
+    ),
+    "max": _How(
+        lambda x, d: (_peak(x, d, True),), lambda parts, d: (_peak(parts[0], d, True),), _only
+    ),
+    "min": _How(
+        lambda x, d: (_peak(x, d, False),), lambda parts, d: (_peak(parts[0], d, False),), _only
+    ),
     "std": _How(
         _tile_var,
         lambda parts, d: _merge_var(parts, (d,)),
@@ -373,19 +420,23 @@ def tiles(
     width: int = 512,
     how: str = "extreme",
 ) -> torch.Tensor:
-    """The part `rows` × `cols` of a matrix in at most height × width pixels, each standing for an equal block of cells.
+    """The part `rows` × `cols` of a matrix in at most height × width pixels, each standing for an
+    equal block of cells.
 
-    x_2d: (R, C), any real dtype, any strides -> (h, w) float32 on the CPU, h <= height, w <= width.
-    A pixel stands for ceil(R / height) × ceil(C / width) cells; those of the last row and column may stand for fewer.
-    how: "extreme" is the element farthest from zero, with its sign, so that no single hot cell gets lost; "max", "min",
-    "mean", "std" (of the block, correction 0). NaN is skipped; a pixel is NaN where every cell of its block is.
+    x_2d: (R, C), any real dtype, any strides -> (h, w) float32 on the CPU, h <= height, w <=
+    width. A pixel stands for ceil(R / height) × ceil(C / width) cells; those of the last row and
+    column may stand for fewer. how: "extreme" is the element farthest from zero, with its sign, so
+    that no single hot cell gets lost; "max", "min", "mean", "std" (of the block, correction 0).
+    NaN is skipped; a pixel is NaN where every cell of its block is.
 
     >>> tiles(torch.tensor([[1.0, -9.0, 2.0], [0.0, 0.0, 3.0]]), height=1, width=2)
     tensor([[-9.,  3.]])
     """
     if how not in HOWS:
         raise ValueError(f"no tile {how!r}; there are {', '.join(HOWS)}")
-    return HOWS[how].last(_tile_parts(_crop(x_2d, rows, cols), height, width, HOWS[how])).float().cpu()
+    return (
+        HOWS[how].last(_tile_parts(_crop(x_2d, rows, cols), height, width, HOWS[how])).float().cpu()
+    )
 
 
 def bounds(
@@ -395,32 +446,46 @@ def bounds(
     height: int = 256,
     width: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The "max" and the "min" tile of the same pixels from one pass. Two (h, w) float32 tensors, as `tiles` says."""
+    """The "max" and the "min" tile of the same pixels from one pass. Two (h, w) float32 tensors,
+    as `tiles` says."""
     most, least = _tile_parts(_crop(x_2d, rows, cols), height, width, _BOUNDS)
     return most.float().cpu(), least.float().cpu()
 
 
-def count_nan(x_2d: torch.Tensor, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> int:
+def count_nan(
+    x_2d: torch.Tensor, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+) -> int:
     """How many NaN the part holds. One summing pass, which finds the blocks worth counting."""
     if not x_2d.dtype.is_floating_point:
         return 0
     part = _crop(x_2d, rows, cols)
-    blocks = (block if block.element_size() > 1 else block.float() for block in _row_blocks(part, 1))  # float8: no sum
+    # float8: no sum
+    blocks = (
+        block if block.element_size() > 1 else block.float() for block in _row_blocks(part, 1)
+    )
     return sum(int(block.isnan().sum()) for block in blocks if block.sum().isnan())
 
 
-def _crop(x: torch.Tensor, rows: tuple[int, int] | None, cols: tuple[int, int] | None) -> torch.Tensor:
+def _crop(
+    x: torch.Tensor, rows: tuple[int, int] | None, cols: tuple[int, int] | None
+) -> torch.Tensor:
     (r0, r1), (c0, c1) = rows or (0, x.shape[0]), cols or (0, x.shape[1])
     if not (0 <= r0 < r1 <= x.shape[0] and 0 <= c0 < c1 <= x.shape[1]):
-        raise ValueError(f"rows {r0}:{r1}, columns {c0}:{c1} are no part of a {x.shape[0]} × {x.shape[1]} matrix")
+        raise ValueError(
+            f"rows {r0}:{r1}, columns {c0}:{c1} are no part of a {x.shape[0]} × {x.shape[1]} matrix"
+        )
     return x.detach()[r0:r1, c0:c1]
 
 
 def _tile_parts(part: torch.Tensor, height: int, width: int, how: _How) -> Tensors:
-    """Statistics of the blocks: down the rows first, which runs along memory, then along the few rows left."""
-    down, along = (-(-n // max(size, 1)) for n, size in zip(part.shape, (height, width), strict=True))
+    """Statistics of the blocks: down the rows first, which runs along memory, then along the few
+    rows left."""
+    down, along = (
+        -(-n // max(size, 1)) for n, size in zip(part.shape, (height, width), strict=True)
+    )
     columns = [
-        _fold((_workable(block),), 0, down, lambda p, d: how.first(p[0], d)) for block in _row_blocks(part, down)
+        _fold((_workable(block),), 0, down, lambda p, d: how.first(p[0], d))
+        for block in _row_blocks(part, down)
     ]
     stacked = tuple(torch.cat(parts) for parts in zip(*columns, strict=True))
     return _fold(stacked, 1, along, how.merge)
@@ -433,11 +498,14 @@ def _row_blocks(part: torch.Tensor, multiple: int) -> Sequence[torch.Tensor]:
 
 
 def _workable(block: torch.Tensor) -> torch.Tensor:
-    """fp32 for everything narrower and for integers: torch's half reductions on the CPU are slower than converting."""
+    """fp32 for everything narrower and for integers: torch's half reductions on the CPU are slower
+    than converting."""
     return block if block.dtype in (torch.float32, torch.float64) else block.float()
 
 
-def _fold(parts: Tensors, dim: int, block: int, reduce: Callable[[Tensors, int], Tensors]) -> Tensors:
+def _fold(
+    parts: Tensors, dim: int, block: int, reduce: Callable[[Tensors, int], Tensors]
+) -> Tensors:
     """Each run of `block` entries along `dim` becomes one; the last may be shorter."""
     full, rest = divmod(parts[0].shape[dim], block)
     folded = []
@@ -450,12 +518,13 @@ def _fold(parts: Tensors, dim: int, block: int, reduce: Callable[[Tensors, int],
     return tuple(torch.cat(pieces, dim) for pieces in zip(*folded, strict=True))
 
 
-# --- ranges and histograms -------------------------------------------------------------------------------------------
+# --- ranges and histograms ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in equal bins from lo to hi (hi belongs to the last bin). counts: (bins,) int64."""
+    """Counts of values in equal bins from lo to hi (hi belongs to the last bin). counts: (bins,)
+    int64."""
 
     lo: float
     hi: float
@@ -469,12 +538,16 @@ class Histogram:
         mine, theirs = (self.lo, self.hi, len(self.counts)), (other.lo, other.hi, len(other.counts))
         if mine != theirs:
             raise ValueError(f"bins (lo, hi, number) {mine} and {theirs} do not add up")
-        sums = (getattr(self, name) + getattr(other, name) for name in ("counts", "below", "above", "nan"))
+        sums = (
+            getattr(self, name) + getattr(other, name)
+            for name in ("counts", "below", "above", "nan")
+        )
         return Histogram(self.lo, self.hi, *sums)
 
 
 def histogram(x: torch.Tensor, lo: float, hi: float, bins: int = 256) -> Histogram:
-    """Counts of x's elements in `bins` equal bins, and of those outside and NaN. x: any shape and real dtype.
+    """Counts of x's elements in `bins` equal bins, and of those outside and NaN. x: any shape and
+    real dtype.
 
     >>> h = histogram(torch.tensor([0.0, 0.6, 1.0, 7.0, math.nan]), 0, 1, bins=2)
     >>> h.counts.tolist(), h.above, h.nan
@@ -483,13 +556,15 @@ def histogram(x: torch.Tensor, lo: float, hi: float, bins: int = 256) -> Histogr
     if not hi > lo:
         raise ValueError(f"a histogram needs lo < hi, not {lo} and {hi}")
     total = Histogram(lo, hi, torch.zeros(bins, dtype=torch.int64))
-    for block in x.detach().reshape(-1).split(BLOCK_ELEMENTS):  # histc counts in fp32: exact up to 2**24 a block
+    # histc counts in fp32: exact up to 2**24 a block
+    for block in x.detach().reshape(-1).split(BLOCK_ELEMENTS):
         total += _block_histogram(_workable(block), lo, hi, bins)
     return total
 
 
 def _block_histogram(block: torch.Tensor, lo: float, hi: float, bins: int) -> Histogram:
-    counts = block.histc(bins, lo, hi).round().to(torch.int64).cpu()  # skips what lies outside, and NaN
+    # skips what lies outside, and NaN
+    counts = block.histc(bins, lo, hi).round().to(torch.int64).cpu()
     if int(counts.sum()) == len(block):
         return Histogram(lo, hi, counts)
     below, above, nan = (int(mask.sum()) for mask in (block < lo, block > hi, block.isnan()))
@@ -497,9 +572,11 @@ def _block_histogram(block: torch.Tensor, lo: float, hi: float, bins: int) -> Hi
 
 
 def robust_range(values: torch.Tensor, share: float = 0.995) -> tuple[float, float]:
-    """A range (lo, hi) that `share` of the finite values lie in: symmetric about 0 where some are negative.
+    """A range (lo, hi) that `share` of the finite values lie in: symmetric about 0 where some are
+    negative.
 
-    values: any shape, float. Outliers beyond it do not wash out a picture that is coloured by it. lo < hi always.
+    values: any shape, float. Outliers beyond it do not wash out a picture that is coloured by it.
+    lo < hi always.
 
     >>> robust_range(torch.tensor([-1.0, 0.5, 1.0]))
     (-1.0, 1.0)
@@ -511,7 +588,8 @@ def robust_range(values: torch.Tensor, share: float = 0.995) -> tuple[float, flo
     signed = bool((finite < 0).any())
     rank = max(1, min(len(finite), math.ceil(share * len(finite))))
     top = float((finite.abs() if signed else finite).kthvalue(rank).values)
-    top = top or float(finite.abs().max()) or 1.0  # nearly all zero: then the few others make the range
+    # nearly all zero: then the few others make the range
+    top = top or float(finite.abs().max()) or 1.0
     if signed:
         return -top, top
     low = float(finite.min())

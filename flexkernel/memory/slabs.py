@@ -1,7 +1,8 @@
-"""Slabs: memory-mapped files in which whole tensors lie, the plan of what lies where, and who may reuse it.
+"""Slabs: memory-mapped files in which whole tensors lie, the plan of what lies where, and who may
+reuse it.
 
-A slab is planned before the run and every process computes the same plan, so that nobody has to be told where
-an activation goes. Captures start on page boundaries: one can be mapped by itself.
+A slab is planned before the run and every process computes the same plan, so that nobody has to be
+told where an activation goes. Captures start on page boundaries: one can be mapped by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ import torch
 
 from flexkernel.errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
 from flexkernel.names import nearest, select
-from flexkernel.wire import REDUCTIONS, Box, CaptureKey, HookSpec, Layout, ModelInfo, Region, ShapeFormula
+from flexkernel.wire import (
+    REDUCTIONS,
+    Box,
+    CaptureKey,
+    HookSpec,
+    Layout,
+    ModelInfo,
+    Region,
+    ShapeFormula,
+)
 
 __all__ = [
     "Entry",
@@ -72,16 +82,17 @@ def size_of(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
-# --- what lies where -------------------------------------------------------------------------------
+# --- what lies where ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A planned capture: which value, its formula, its whole shape in this run, its first byte after the run's base.
+    """A planned capture: which value, its formula, its whole shape in this run, its first byte
+    after the run's base.
 
-    newest: of a generation's forwards only the last is kept, each writes over the one before. over: the dims that are
-    reduced, of which `slots` ranks each keep what they know of their part, as float64 statistics. ranks: which see it;
-    none where that is not known beforehand."""
+    newest: of a generation's forwards only the last is kept, each writes over the one before.
+    over: the dims that are reduced, of which `slots` ranks each keep what they know of their part,
+    as float64 statistics. ranks: which see it; none where that is not known beforehand."""
 
     key: CaptureKey
     hook: HookSpec
@@ -96,7 +107,11 @@ class Entry:
     @property
     def at(self) -> str:
         """The key's, without what was kept instead."""
-        return self.key.at.removesuffix(f" {self.hook.reduce}") if self.hook.reduce is not None else self.key.at
+        return (
+            self.key.at.removesuffix(f" {self.hook.reduce}")
+            if self.hook.reduce is not None
+            else self.key.at
+        )
 
     @functools.cached_property
     def kept(self) -> tuple[int, ...]:
@@ -122,8 +137,8 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire; unplanned: those of
-    which the size depends on the data.
+    """What a run will keep. silent: names that a hook asks for and that the scan never saw fire;
+    unplanned: those of which the size depends on the data.
 
     text: the first byte of a generation's new tokens, int64 of that shape."""
 
@@ -151,7 +166,8 @@ class Plan:
 
 
 class Planner:
-    """Plans runs of one model; remembers the plans it made, so that a run costs nothing per module."""
+    """Plans runs of one model; remembers the plans it made, so that a run costs nothing per
+    module."""
 
     def __init__(self, info: ModelInfo):
         self.info = info
@@ -162,18 +178,25 @@ class Planner:
         self.parameters = functools.lru_cache(maxsize=256)(self._parameters)
 
     def names(self, hook: HookSpec) -> tuple[str, ...]:
-        """What the hook's glob names: modules and virtual points, or parameters. HookError: nothing."""
+        """What the hook's glob names: modules and virtual points, or parameters. HookError:
+        nothing."""
         return self.parameters(hook.glob) if hook.of == "param" else self.targets(hook.glob)
 
     def _parameters(self, glob: str) -> tuple[str, ...]:
         if not self.info.parameters:
-            raise HookError(f"{self.info.cls} was built without a reference, its parameters' names are not known")
-        return tuple(select(glob, [name for name in self.info.parameters if name not in self.info.buffers]))
+            raise HookError(
+                f"{self.info.cls} was built without a reference, its parameters' names are not known"
+            )
+        return tuple(
+            select(glob, [name for name in self.info.parameters if name not in self.info.buffers])
+        )
 
     def _targets(self, glob: str) -> tuple[str, ...]:
         if "@" in glob and not any(".@" in name for name in self.info.names):
             cls = self.info.cls
-            raise HookError(f"{cls} does not compute attention through transformers' interface: it has no @ points")
+            raise HookError(
+                f"{cls} does not compute attention through transformers' interface: it has no @ points"
+            )
         return tuple(select(glob, self.info.names))
 
     def _ranks(self, name: str, of: str) -> tuple[int, ...]:
@@ -184,11 +207,14 @@ class Planner:
         layout, stage = self.info.layout, module.read_on(of)
         return tuple(rank for rank in range(layout.world) if layout.coordinate(rank)["pp"] == stage)
 
-    def plan(self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False) -> Plan:
-        """Where each capture of these hooks lies for B rows of S positions, and of those that at most `new` generated
-        tokens add. HookError: an index that is not there.
+    def plan(
+        self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False
+    ) -> Plan:
+        """Where each capture of these hooks lies for B rows of S positions, and of those that at
+        most `new` generated tokens add. HookError: an index that is not there.
 
-        backward: the run has a loss, so that there are gradients, and it keeps the logits of all positions."""
+        backward: the run has a loss, so that there are gradients, and it keeps the logits of all
+        positions."""
         key = (tuple(hooks), B, S, new, backward)
         if key not in self._plans:
             if len(self._plans) > 64:
@@ -213,7 +239,9 @@ class Planner:
                         unplanned.append(name)
                         continue
                     newest = hook is logits and large
-                    shape = kept_shape(formula, hook, B, S, self.info.window, 1 if newest else max(new, 1))
+                    shape = kept_shape(
+                        formula, hook, B, S, self.info.window, 1 if newest else max(new, 1)
+                    )
                     over: tuple[int, ...] = ()
                     slots, kind = 0, ""
                     if hook.reduce is not None:
@@ -222,40 +250,57 @@ class Planner:
                     for at in hook.kept_at:
                         key = CaptureKey(hook.key, name, at + kind, formula.path, call)
                         ranks = self.ranks(name, hook.of)
-                        entries.append(Entry(key, hook, formula, shape, offset, newest, over, slots, ranks))
+                        entries.append(
+                            Entry(key, hook, formula, shape, offset, newest, over, slots, ranks)
+                        )
                         offset += pages(entries[-1].num_bytes)
         num_bytes = offset + pages(B * new * 8)
         text, text_shape = offset if new else 0, (B * bool(new), new)
-        return Plan(tuple(entries), num_bytes, tuple(silent), large, text, text_shape, tuple(unplanned))
+        return Plan(
+            tuple(entries), num_bytes, tuple(silent), large, text, text_shape, tuple(unplanned)
+        )
 
     def _calls(self, hook: HookSpec, name: str) -> Sequence[Sequence[ShapeFormula]] | None:
         """For each time the value shows in a run, its leaves."""
         if hook.of != "param":
             return self.info.scan.get((name, hook.of))
-        return ((ShapeFormula("", tuple((size, "") for size in self.info.parameters[name]), self.info.dtype),),)
+        return (
+            (
+                ShapeFormula(
+                    "", tuple((size, "") for size in self.info.parameters[name]), self.info.dtype
+                ),
+            ),
+        )
 
     def _logits(self, B: int, S: int, new: int, backward: bool) -> tuple[HookSpec | None, bool]:
-        """The hook that every run has, on the model's logits, and whether all of them would be large, so that it keeps
-        the last position only. A generation has one position a forward, from which the next token is taken."""
+        """The hook that every run has, on the model's logits, and whether all of them would be
+        large, so that it keeps the last position only. A generation has one position a forward,
+        from which the next token is taken."""
         calls = self.info.scan.get(("", "output"), ())
         path = logits_path([leaf.path for leaf in calls[0]]) if calls else None
         formula = next((leaf for leaf in calls[0] if leaf.path == path), None) if calls else None
         if formula is None or formula.dims is None:
             return None, False
         large = not backward and size_of(formula.shape(B, new or S), formula.dtype) > LOGITS_BYTES
-        return HookSpec("", index=formula.path, name="logits", positions=(-1,) if new or large else None), large
+        return HookSpec(
+            "", index=formula.path, name="logits", positions=(-1,) if new or large else None
+        ), large
 
 
 def logits_path(paths: Sequence[str]) -> str | None:
-    """Which of the tensors that a model puts out are its logits: those it calls so, else the first if it gives that no
-    other name; None: it has none.
+    """Which of the tensors that a model puts out are its logits: those it calls so, else the first
+    if it gives that no other name; None: it has none.
 
     >>> logits_path(["loss", "logits"]), logits_path(["0", "1"]), logits_path(["last_hidden_state"])
     ('logits', '0', None)
     """
     if "logits" in paths:
         return "logits"
-    return paths[0] if paths and all(key.isdigit() for key in filter(None, paths[0].split("."))) else None
+    return (
+        paths[0]
+        if paths and all(key.isdigit() for key in filter(None, paths[0].split(".")))
+        else None
+    )
 
 
 def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeFormula | None:
@@ -267,11 +312,14 @@ def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeF
             return leaf
     paths = [leaf.path for leaf in leaves]
     near = nearest(hook.index, paths) or paths[:6]
-    raise HookError(f"{name or '(root)'} {hook.at} has no tensor at index {hook.index!r}; there are {near}")
+    raise HookError(
+        f"{name or '(root)'} {hook.at} has no tensor at index {hook.index!r}; there are {near}"
+    )
 
 
 def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
-    """HookError if the hook's index, or a dim that it reduces, is not in the value of one of these modules."""
+    """HookError if the hook's index, or a dim that it reduces, is not in the value of one of these
+    modules."""
     for name in names if hook.of != "param" else ():
         for leaves in info.scan[name, hook.of]:
             formula = leaf_of(leaves, hook, name)
@@ -291,7 +339,8 @@ def reduced_dims(hook: HookSpec, formula: ShapeFormula, name: str) -> tuple[int,
 
 
 def num_slots(layout: Layout, formula: ShapeFormula, over: tuple[int, ...]) -> int:
-    """Of how many ranks the parts of a reduction have to be told apart. Where rows stay apart, those of a tp group."""
+    """Of how many ranks the parts of a reduction have to be told apart. Where rows stay apart,
+    those of a tp group."""
     rows = formula.dims_of("B", "B*S")
     return layout.tp if rows and not set(rows) & set(over) else layout.tp * layout.batch_groups
 
@@ -311,10 +360,17 @@ def left_of(box: Box, over: Sequence[int]) -> Box:
 
 
 def kept_shape(
-    formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int, forwards: int = 1, check: bool = True
+    formula: ShapeFormula,
+    hook: HookSpec,
+    B: int,
+    S: int,
+    window: int,
+    forwards: int = 1,
+    check: bool = True,
 ) -> tuple[int, ...]:
-    """The shape a capture keeps: the whole, or only the positions its hook names. A generation's forwards after the
-    first, over the prompt's S positions, add one each. check: HookError for positions that it will not have."""
+    """The shape a capture keeps: the whole, or only the positions its hook names. A generation's
+    forwards after the first, over the prompt's S positions, add one each. check: HookError for
+    positions that it will not have."""
     T = S + forwards - 1
     shape = list(formula.shape(B, T, 0, window))
     if hook.kept_positions is not None:
@@ -326,9 +382,12 @@ def kept_shape(
     return tuple(shape)
 
 
-def kept_columns(positions: tuple[int, ...] | None, S: int, forwards: int = 1) -> list[tuple[int, ...]]:
-    """For each forward those of the positions that it runs; None: all of them. They are the whole text's; negative ones
-    count from the end of the text as it is then: -1 is each forward's newest token.
+def kept_columns(
+    positions: tuple[int, ...] | None, S: int, forwards: int = 1
+) -> list[tuple[int, ...]]:
+    """For each forward those of the positions that it runs; None: all of them. They are the whole
+    text's; negative ones count from the end of the text as it is then: -1 is each forward's newest
+    token.
 
     >>> kept_columns((0, -1), 5, 3)
     [(0, 4), (5,), (6,)]
@@ -337,7 +396,10 @@ def kept_columns(positions: tuple[int, ...] | None, S: int, forwards: int = 1) -
     if positions is None:
         return [tuple(columns) for columns in ran]
     absolute = [[p if p >= 0 else columns.stop + p for p in positions] for columns in ran]
-    return [tuple(p for p in wanted if p in columns) for wanted, columns in zip(absolute, ran, strict=True)]
+    return [
+        tuple(p for p in wanted if p in columns)
+        for wanted, columns in zip(absolute, ran, strict=True)
+    ]
 
 
 def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
@@ -351,35 +413,47 @@ def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
 
 
 def cut(whole: torch.Tensor, shape: Sequence[int], folded: Sequence[int], B: int) -> torch.Tensor:
-    """What of a planned whole there is, where a generation ended early: the first positions. folded: dims in which
-    rows and positions lie together."""
+    """What of a planned whole there is, where a generation ended early: the first positions.
+    folded: dims in which rows and positions lie together."""
     for dim, size in enumerate(shape):
         if size == whole.shape[dim]:
             continue
         if dim in folded:
-            whole = whole.unflatten(dim, (B, -1)).narrow(dim + 1, 0, size // B).flatten(dim, dim + 1)
+            whole = (
+                whole.unflatten(dim, (B, -1)).narrow(dim + 1, 0, size // B).flatten(dim, dim + 1)
+            )
         else:
             whole = whole.narrow(dim, 0, size)
     return whole
 
 
 def position_dim(formula: ShapeFormula) -> int | None:
-    """The dim along which the positions of a run lie, those of the queries first; None where no dim has them alone."""
+    """The dim along which the positions of a run lie, those of the queries first; None where no
+    dim has them alone."""
     return next(iter(formula.dims_of("S") or formula.dims_of("P+S", "W+S")), None)
 
 
-# --- rows and tokens -------------------------------------------------------------------------------
+# --- rows and tokens ------------------------------------------------------------------
 
 
 def row_dims(entry: Entry) -> tuple[int | None, int | None, int | None]:
-    """(the dim of a batch's rows, that of the positions, that in which both lie) of what is kept; None: there is none.
+    """(the dim of a batch's rows, that of the positions, that in which both lie) of what is kept;
+    None: there is none.
 
     HookError: rows are not to be told apart, or another dim is as long as the prompt."""
     formula, over = entry.formula, entry.over
     rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
     positions = None if folded is not None else position_dim(formula)
-    longer = [d for d in formula.dims_of("S", "P", "P+S", "W+S", "B", "B*S") if d not in (rows, positions, folded)]
-    if (rows is None and folded is None) or ({rows, folded} - {None}) & set(over) or set(longer) - set(over):
+    longer = [
+        d
+        for d in formula.dims_of("S", "P", "P+S", "W+S", "B", "B*S")
+        if d not in (rows, positions, folded)
+    ]
+    if (
+        (rows is None and folded is None)
+        or ({rows, folded} - {None}) & set(over)
+        or set(longer) - set(over)
+    ):
         raise HookError(
             f"{entry.key} is {formula}: prompts cannot be told apart in it, or more than one dim is as long as a "
             "prompt; reduce such dims, or leave it out"
@@ -392,19 +466,24 @@ def row_dims(entry: Entry) -> tuple[int | None, int | None, int | None]:
 
 
 class Rows:
-    """A part of a value by rows, or by tokens without pads. dims: as row_dims() says; shape: the whole's; box: the
-    part's."""
+    """A part of a value by rows, or by tokens without pads. dims: as row_dims() says; shape: the
+    whole's; box: the part's."""
 
     def __init__(self, dims: tuple[int | None, ...], shape: Sequence[int], box: Box):
         self.first = [dim for dim in dims if dim is not None]
         self.by_token = dims[1] is not None or dims[2] is not None
         self.rest = [dim for dim in range(len(shape)) if dim not in self.first]
-        self.spans = {dim: (0, size) for dim, size in enumerate(shape)} | {d: (a, b) for d, a, b in box}
+        self.spans = {dim: (0, size) for dim, size in enumerate(shape)} | {
+            d: (a, b) for d, a, b in box
+        }
 
     def of(self, part: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(rows or tokens, the other dims) in memory of its own. mask: (rows, positions), of the whole."""
+        """(rows or tokens, the other dims) in memory of its own. mask: (rows, positions), of the
+        whole."""
         ordered = part.permute(*self.first, *self.rest)
-        return (ordered[self._own(mask)] if self.by_token else ordered).clone(memory_format=torch.contiguous_format)
+        return (ordered[self._own(mask)] if self.by_token else ordered).clone(
+            memory_format=torch.contiguous_format
+        )
 
     def put(self, held: torch.Tensor, mask: torch.Tensor, into: torch.Tensor) -> None:
         """The way back: `held` into its place in the whole's rows or tokens."""
@@ -422,12 +501,15 @@ class Rows:
         return whole[tuple(slice(*self.spans[dim]) for dim in self.first)]
 
 
-# --- the files -------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------
 
 
 def disk() -> Path:
     """Under which folder captures are moved to disk, where the user names none."""
-    return Path(os.environ.get("FLEX_SPILL") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir()))
+    return Path(
+        os.environ.get("FLEX_SPILL")
+        or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
+    )
 
 
 def on_disk(slab: str) -> bool:
@@ -435,14 +517,20 @@ def on_disk(slab: str) -> bool:
 
 
 def place(name: str, root: Path | None = None) -> Path:
-    """Where this user's slab folder of that name is, or would be: in memory where the system has /dev/shm, or under
-    that root."""
+    """Where this user's slab folder of that name is, or would be: in memory where the system has
+    /dev/shm, or under that root."""
     if root is None:
-        root = Path(os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"))
+        root = Path(
+            os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
+        )
         if not root.is_dir():
-            raise CaptureError(f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there")
+            raise CaptureError(
+                f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there"
+            )
     if not root.is_dir():
-        raise CaptureError(f"{root} is not a folder, no capture can be moved there: make it, or name another")
+        raise CaptureError(
+            f"{root} is not a folder, no capture can be moved there: make it, or name another"
+        )
     return root / f"flexkernel-{os.getuid()}" / name
 
 
@@ -454,17 +542,24 @@ def folder(name: str, root: Path | None = None) -> Path:
             path.mkdir(mode=0o700)
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise CaptureError(f"{path} is not a private folder of this user; remove it or set FLEX_SLABS")
+            raise CaptureError(
+                f"{path} is not a private folder of this user; remove it or set FLEX_SLABS"
+            )
     return found_at
 
 
 def claim(name: str, root: Path | None = None) -> tuple[Path, IO[bytes]]:
-    """The folder of that name, and what claims it for as long as it is open, which ends with the process however that
-    ends. Folders that nobody claims any more are removed: their slabs would hold memory for ever."""
+    """The folder of that name, and what claims it for as long as it is open, which ends with the
+    process however that ends. Folders that nobody claims any more are removed: their slabs would
+    hold memory for ever."""
     while True:
         path = folder(name, root)
-        with contextlib.suppress(FileNotFoundError):  # it was swept before it was claimed: once more
-            lock = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")
+        # it was swept before it was claimed: once more
+        with contextlib.suppress(FileNotFoundError):
+            lock = open(
+                os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
+                "rb",
+            )
             fcntl.flock(lock, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
                 sweep_unclaimed(path.parent)
@@ -492,31 +587,41 @@ def sweep(path: Path) -> None:
 
 
 class _Bytes(np.ndarray):
-    """An ndarray that can be referenced weakly: how a mapping tells that the last tensor made from it has died."""
+    """An ndarray that can be referenced weakly: how a mapping tells that the last tensor made from
+    it has died."""
 
 
 class Slab:
-    """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past a full
-    /dev/shm would kill the process. create=False: for who only reads, and must not find zeros where nothing is.
-    populate: have all its pages there at once; None: unless it lies on disk."""
+    """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past
+    a full /dev/shm would kill the process. create=False: for who only reads, and must not find
+    zeros where nothing is. populate: have all its pages there at once; None: unless it lies on
+    disk."""
 
-    def __init__(self, path: Path, num_bytes: int, create: bool = True, populate: bool | None = None):
+    def __init__(
+        self, path: Path, num_bytes: int, create: bool = True, populate: bool | None = None
+    ):
         self.path, self.num_bytes = path, num_bytes
         fd = opened(path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW)
         try:
             allocate(fd, num_bytes, path)
-            there = getattr(mmap, "MAP_POPULATE", 0) if populate or (populate is None and not on_disk(path.name)) else 0
+            there = (
+                getattr(mmap, "MAP_POPULATE", 0)
+                if populate or (populate is None and not on_disk(path.name))
+                else 0
+            )
             self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | there)
         finally:
             os.close(fd)
         self.bytes = torch.from_numpy(np.frombuffer(self.map, dtype=np.uint8))
 
     def tensor(self, region: Region) -> torch.Tensor:
-        """The region through the map that all processes share: what is written here is seen everywhere."""
+        """The region through the map that all processes share: what is written here is seen
+        everywhere."""
         return shaped(self.bytes[region.offset :], region)
 
     def private(self, region: Region, freed) -> torch.Tensor:
-        """The region through a copy-on-write map of its own; freed() when the last tensor made from it dies."""
+        """The region through a copy-on-write map of its own; freed() when the last tensor made
+        from it dies."""
         num_bytes = size_of(region.shape, region.dtype)
         if num_bytes == 0:  # nothing to map, and nothing that could outlive the run
             freed()
@@ -530,7 +635,11 @@ class Slab:
             start = region.offset // PAGE * PAGE
             inner = region.offset - start
             own = mmap.mmap(
-                fd, inner + num_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start
+                fd,
+                inner + num_bytes,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
             )
         finally:
             os.close(fd)
@@ -543,11 +652,14 @@ def opened(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
-        raise CaptureExpired(f"{path} is gone: the engines have ended, or have loaded another model") from None
+        raise CaptureExpired(
+            f"{path} is gone: the engines have ended, or have loaded another model"
+        ) from None
 
 
 def write_out(source: torch.Tensor, path: Path) -> None:
-    """Bytes (uint8) into a new file, 0600, piece by piece: nothing of it is mapped. It is there whole or not at all.
+    """Bytes (uint8) into a new file, 0600, piece by piece: nothing of it is mapped. It is there
+    whole or not at all.
 
     MemoryBudgetError: the disk is full."""
     fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
@@ -566,11 +678,16 @@ def write_out(source: torch.Tensor, path: Path) -> None:
 
 def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
     """Bytes (uint8) seen as the region's tensor."""
-    return raw[: size_of(region.shape, region.dtype)].view(getattr(torch, region.dtype)).view(region.shape)
+    return (
+        raw[: size_of(region.shape, region.dtype)]
+        .view(getattr(torch, region.dtype))
+        .view(region.shape)
+    )
 
 
 def allocate(fd: int, num_bytes: int, path: Path) -> None:
-    """Make the file that long, with memory behind every page; MemoryBudgetError when there is none."""
+    """Make the file that long, with memory behind every page; MemoryBudgetError when there is
+    none."""
     if os.fstat(fd).st_size >= num_bytes:
         return
     try:
@@ -586,7 +703,7 @@ def allocate(fd: int, num_bytes: int, path: Path) -> None:
         ) from None
 
 
-# --- who may reuse it ------------------------------------------------------------------------------
+# --- who may reuse it -----------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -602,7 +719,8 @@ class Extent:
 
 
 class Pool:
-    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into them any more."""
+    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into
+    them any more."""
 
     def __init__(self, prefix: str, smallest: int = SLAB_BYTES):
         self._prefix, self._smallest, self._count = prefix, smallest, 0
@@ -627,7 +745,9 @@ class Pool:
     def growth(self, num_bytes: int) -> int:
         """Bytes of the file that such an extent would need beside those that are there."""
         need = max(pages(num_bytes), PAGE)
-        fits = any(first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items())
+        fits = any(
+            first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items()
+        )
         return 0 if fits else -(-need // self._smallest) * self._smallest
 
     def _put(self, slab: str, base: int, num_bytes: int) -> Extent:
@@ -643,7 +763,8 @@ class Pool:
         self._extents[extent.slab].sort(key=lambda e: e.base)
 
     def looked_into(self, extent: Extent):
-        """Count a tensor made from the extent; call the result when it has died (from any thread, even a finalizer)."""
+        """Count a tensor made from the extent; call the result when it has died (from any thread,
+        even a finalizer)."""
         extent.tensors += 1
         return functools.partial(self._dead.append, extent)
 

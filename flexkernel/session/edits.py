@@ -1,4 +1,5 @@
-"""The driver's view of edits: the presets and what they take, and a user's function as it travels to engines."""
+"""The driver's view of edits: the presets and what they take, and a user's function as it travels
+to engines."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ PRESETS = {
     "clamp": "two numbers",
     "patch": "capture",
 }
-BLOB_BYTES = 16 << 20  # a value larger than this is a capture's business: it would travel with every hook
+# a value larger than this is a capture's business: it would travel with every hook
+BLOB_BYTES = 16 << 20
 
 
-def defined(name: str, per: str, function: Callable, packed: Callable[[Callable], bytes]) -> EditSpec:
+def defined(
+    name: str, per: str, function: Callable, packed: Callable[[Callable], bytes]
+) -> EditSpec:
     """A user's edit. HookError: the name of a preset, or no such `per`."""
     if name in PRESETS:
         raise HookError(f"{name!r} is a preset; give your edit another name")
@@ -50,7 +54,9 @@ def check(spec: HookSpec, known: Any) -> None:
             if getattr(spec, what) is not None:
                 raise HookError(f"{what}= belongs to an edit, and {spec.key!r} has none: edit=")
         if spec.capture != "after":
-            raise HookError(f"capture={spec.capture!r} belongs to an edit, and {spec.key!r} has none: edit=")
+            raise HookError(
+                f"capture={spec.capture!r} belongs to an edit, and {spec.key!r} has none: edit="
+            )
         return
     if spec.edit not in PRESETS and spec.edit not in known:
         there = [*PRESETS, *known]
@@ -68,7 +74,8 @@ def _check_value(spec: HookSpec) -> None:
     fits = {
         "nothing": value is None,
         "number": isinstance(value, float),
-        "tensor": isinstance(value, float | Blob) and not (spec.edit == "project_out" and isinstance(value, float)),
+        "tensor": isinstance(value, float | Blob)
+        and not (spec.edit == "project_out" and isinstance(value, float)),
         "two numbers": isinstance(value, tuple) and len(value) == 2,
         "capture": isinstance(value, SlabValue | Blob),
     }
@@ -97,9 +104,11 @@ class Held:
 
 
 def value_of(value: Any, near: bool = True) -> Any:
-    """What the user gave an edit, as plain data: a number, two, a small tensor, or where a capture lies.
+    """What the user gave an edit, as plain data: a number, two, a small tensor, or where a capture
+    lies.
 
-    near: every engine is on this host, where captures lie; elsewhere their numbers have to travel."""
+    near: every engine is on this host, where captures lie; elsewhere their numbers have to
+    travel."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
@@ -107,7 +116,11 @@ def value_of(value: Any, near: bool = True) -> Any:
     if isinstance(value, Capture) and near:
         return value.as_value()
     value = value.tensor() if isinstance(value, Capture) else value
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(v, int | float) for v in value)
+    ):
         return tuple(float(v) for v in value)
     tensor = torch.as_tensor(value).detach().cpu().contiguous()
     if tensor.nbytes > BLOB_BYTES:

@@ -1,4 +1,5 @@
-"""The driver's view of a generation: what may be asked for, the text as it comes, and what the ranks say came out."""
+"""The driver's view of a generation: what may be asked for, the text as it comes, and what the
+ranks say came out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .prompts import Batch
 
 __all__ = ["OPTIONS", "Stream", "asked", "generated"]
 
-# What of transformers' generate is passed on: it shapes the scores of the next token, or says when a row ends
+# What of transformers' generate is passed on: it shapes the scores of the next token, or says when
+# a row ends
 OPTIONS = (
     "do_sample",
     "temperature",
@@ -42,7 +44,16 @@ OPTIONS = (
     "renormalize_logits",
     "eos_token_id",
 )
-SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
 REFUSED = {
     "max_length": "say max_new_tokens=, which does not count the prompt",
     "num_beams": "a beam's forwards are of rows that change places: captures of them have no order",
@@ -70,9 +81,13 @@ def asked(
     max_positions: int | None,
     seed: int | None = None,
 ) -> Generation:
-    """What goes to the engines. GenerationError: an option that cannot be had. PromptError: the model has not so many
-    positions."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    """What goes to the engines. GenerationError: an option that cannot be had. PromptError: the
+    model has not so many positions."""
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
         raise GenerationError(f"max_new_tokens={max_new_tokens!r}: it is a whole number from 1")
     check(options)
     longest = max(map(sum, batch.mask))
@@ -93,12 +108,21 @@ def check(options: Mapping[str, Any]) -> None:
             raise GenerationError(f"{name}= cannot be had here: {REFUSED[name]}")
         if name not in OPTIONS:
             near = nearest(name, OPTIONS)
-            raise GenerationError(f"generate has no option {name}=" + (f"; nearest: {', '.join(near)}" if near else ""))
+            raise GenerationError(
+                f"generate has no option {name}="
+                + (f"; nearest: {', '.join(near)}" if near else "")
+            )
     idle = [name for name in SAMPLING if options.get(name) is not None]
     if idle and not options.get("do_sample"):
-        raise GenerationError(f"{idle[0]}= is about sampling: say do_sample=True too (%flex_run --sample)")
+        raise GenerationError(
+            f"{idle[0]}= is about sampling: say do_sample=True too (%flex_run --sample)"
+        )
     for name, fits, what in (
-        ("temperature", lambda v: v > 0, "a number above 0; without do_sample the likeliest token is taken"),
+        (
+            "temperature",
+            lambda v: v > 0,
+            "a number above 0; without do_sample the likeliest token is taken",
+        ),
         ("top_k", lambda v: isinstance(v, int) and v >= 1, "a whole number from 1"),
         ("top_p", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
         ("repetition_penalty", lambda v: v > 0, "a number above 0"),
@@ -125,10 +149,11 @@ def generated(reports: Sequence[RunReport], B: int) -> list[list[int]]:
 
 
 class Stream:
-    """The new text of a run while its call is in flight: read from the slab, where the ranks write each token.
+    """The new text of a run while its call is in flight: read from the slab, where the ranks write
+    each token.
 
-    read(region): each host's (B, max_new_tokens) cells as they are now; on a host the rows that its ranks run come.
-    Calling it hands what is new to on_token(row, text)."""
+    read(region): each host's (B, max_new_tokens) cells as they are now; on a host the rows that
+    its ranks run come. Calling it hands what is new to on_token(row, text)."""
 
     def __init__(
         self,
@@ -139,12 +164,18 @@ class Stream:
         on_token: Callable[[int, str], Any] | None,
     ):
         assert plan.generation is not None
-        self.generation, self.region, self.read, self.on_token = plan.generation, region, read, on_token
+        self.generation, self.region, self.read, self.on_token = (
+            plan.generation,
+            region,
+            read,
+            on_token,
+        )
         self.rows = [Detokenizer(tokenizer) for _ in plan.ids]
         self.failure: BaseException | None = None
 
     def __call__(self) -> None:
-        """Whatever on_token raises is kept too: on its way through an engine in this process it changes its type."""
+        """Whatever on_token raises is kept too: on its way through an engine in this process it
+        changes its type."""
         if self.on_token is None:
             return
         try:
@@ -169,7 +200,10 @@ class Stream:
             hosts = self.read(self.region)
         except CaptureError:  # the ranks have not made the slab yet
             hosts = []
-        return [max((self._valid(table[row]) for table in hosts), key=len, default=[]) for row in range(len(self.rows))]
+        return [
+            max((self._valid(table[row]) for table in hosts), key=len, default=[])
+            for row in range(len(self.rows))
+        ]
 
     def _valid(self, cells: Sequence[int]) -> list[int]:
         """A cell of another run, or of what lay there before, has another stamp."""
@@ -186,12 +220,14 @@ class Stream:
 
 
 class Detokenizer:
-    """Tokens into text as they come. A last U+FFFD is held back: with the next token's bytes it may be a character."""
+    """Tokens into text as they come. A last U+FFFD is held back: with the next token's bytes it
+    may be a character."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self._begin = self._whole = self._said = 0  # the ids decoded together begin at _begin; they end in a whole
+        # the ids decoded together begin at _begin; they end in a whole
+        self._begin = self._whole = self._said = 0
         # character at _whole; _said characters of their text have been said
 
     def add(self, ids: Sequence[int]) -> str:
@@ -215,4 +251,6 @@ class Detokenizer:
     def _decoded(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
             return "".join(f" {i}" for i in ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

@@ -1,7 +1,7 @@
 """Hooks and edits as a JSON file: to read, to keep beside a paper, to load into another session.
 
-A file of edits is code. Where an edit's source is all that it needs, the file holds the source as text; else pickled
-code, which no reader can judge. Load only files that you trust.
+A file of edits is code. Where an edit's source is all that it needs, the file holds the source as
+text; else pickled code, which no reader can judge. Load only files that you trust.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ TUPLES = ("groups", "positions", "heads", "neurons")
 
 
 def write(path: str | os.PathLike[str], hook_set: HookSet, edits: dict[str, EditSpec]) -> Path:
-    """Write the hooks, their groups, which of these are off, and the edits. The file appears whole or not at all.
+    """Write the hooks, their groups, which of these are off, and the edits. The file appears whole
+    or not at all.
 
-    HookError: a hook patches in a capture, which is in this session's memory only; nothing is written."""
+    HookError: a hook patches in a capture, which is in this session's memory only; nothing is
+    written."""
     path = Path(path)
     content = {
         "flexkernel hooks": SCHEMA,
@@ -50,7 +52,9 @@ def write(path: str | os.PathLike[str], hook_set: HookSet, edits: dict[str, Edit
     return path
 
 
-def read(path: str | os.PathLike[str], packed: Callable[[Callable], bytes]) -> tuple[HookSet, dict[str, EditSpec]]:
+def read(
+    path: str | os.PathLike[str], packed: Callable[[Callable], bytes]
+) -> tuple[HookSet, dict[str, EditSpec]]:
     """The hooks and edits of a file. HookError: it is no such file, or of a later flexkernel."""
     try:
         content = json.loads(Path(path).read_text())
@@ -70,7 +74,7 @@ def read(path: str | os.PathLike[str], packed: Callable[[Callable], bytes]) -> t
         raise HookError(f"{path} is not whole: {type(error).__name__}: {error}") from error
 
 
-# --- hooks -----------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------
 
 
 def of_hook(hook: HookSpec) -> dict[str, Any]:
@@ -82,7 +86,11 @@ def of_hook(hook: HookSpec) -> dict[str, Any]:
         )
     defaults = HookSpec(hook.glob)
     fields = [field.name for field in dataclasses.fields(hook)]
-    given = {name: getattr(hook, name) for name in fields if getattr(hook, name) != getattr(defaults, name)}
+    given = {
+        name: getattr(hook, name)
+        for name in fields
+        if getattr(hook, name) != getattr(defaults, name)
+    }
     if hook.reduce is not None:
         given["reduce"] = str(hook.reduce)
     if "value" in given:
@@ -92,7 +100,11 @@ def of_hook(hook: HookSpec) -> dict[str, Any]:
 
 def of_value(value: Any) -> Any:
     if isinstance(value, Blob):
-        return {"shape": value.shape, "dtype": value.dtype, "data": base64.b64encode(value.data).decode()}
+        return {
+            "shape": value.shape,
+            "dtype": value.dtype,
+            "data": base64.b64encode(value.data).decode(),
+        }
     return value
 
 
@@ -105,7 +117,9 @@ def to_hook(entry: dict[str, Any]) -> HookSpec:
         given["reduce"] = reduction(given["reduce"])
     value = given.get("value")
     if isinstance(value, dict):
-        given["value"] = Blob(tuple(value["shape"]), value["dtype"], base64.b64decode(value["data"], validate=True))
+        given["value"] = Blob(
+            tuple(value["shape"]), value["dtype"], base64.b64decode(value["data"], validate=True)
+        )
     elif isinstance(value, list):
         given["value"] = tuple(map(float, value))
     spec = HookSpec(**given)
@@ -122,7 +136,7 @@ def to_hook(entry: dict[str, Any]) -> HookSpec:
     return spec
 
 
-# --- edits -----------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 
 def of_edit(edit: EditSpec) -> dict[str, Any]:
@@ -138,18 +152,24 @@ def of_edit(edit: EditSpec) -> dict[str, Any]:
 def to_edit(name: str, entry: dict[str, Any], packed: Callable[[Callable], bytes]) -> EditSpec:
     if "pickle" in entry:
         return EditSpec(name, entry["per"], base64.b64decode(entry["pickle"], validate=True))
-    return EditSpec(name, entry["per"], packed(compiled(name, entry["source"], namespace(entry["imports"]))))
+    return EditSpec(
+        name, entry["per"], packed(compiled(name, entry["source"], namespace(entry["imports"])))
+    )
 
 
 def namespace(imports: dict[str, str]) -> dict[str, Any]:
     """What an edit's text runs in: the modules it uses, under its names for them."""
     import importlib
 
-    return {"__name__": "__main__", **{name: importlib.import_module(module) for name, module in imports.items()}}
+    return {
+        "__name__": "__main__",
+        **{name: importlib.import_module(module) for name, module in imports.items()},
+    }
 
 
 def compiled(name: str, source: str, names: dict[str, Any]) -> Callable:
-    """The function of that name which the text defines. A last line that is an expression is what it gives.
+    """The function of that name which the text defines. A last line that is an expression is what
+    it gives.
 
     Its lines show in tracebacks, and it can be saved again."""
     file = f"<edit {name}>"
@@ -170,7 +190,11 @@ def modules_used(function: Any) -> dict[str, str]:
     """The function's name for each module that it uses → the module."""
     there = getattr(function, "__globals__", {})
     code = getattr(function, "__code__", None)
-    found = {name: there[name] for name in names_in(code) if isinstance(there.get(name), types.ModuleType)}
+    found = {
+        name: there[name]
+        for name in names_in(code)
+        if isinstance(there.get(name), types.ModuleType)
+    }
     return {name: module.__name__ for name, module in found.items()}
 
 
@@ -185,11 +209,17 @@ def names_in(code: types.CodeType | None) -> Iterable[str]:
 
 
 def source_of(name: str, function: Any, imports: dict[str, str]) -> str | None:
-    """The text of a function that needs nothing but these modules, as a function of that name; None for any other.
+    """The text of a function that needs nothing but these modules, as a function of that name;
+    None for any other.
 
-    It is compiled again and compared: a text that has changed since, or is not all of it, is not taken for it."""
+    It is compiled again and compared: a text that has changed since, or is not all of it, is not
+    taken for it."""
     there = getattr(function, "__globals__", {})
-    if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
+    if (
+        not isinstance(function, types.FunctionType)
+        or function.__closure__
+        or function.__defaults__
+    ):
         return None
     if any(used in there and used not in imports for used in names_in(function.__code__)):
         return None  # it uses a variable or a function of the notebook
@@ -202,7 +232,8 @@ def source_of(name: str, function: Any, imports: dict[str, str]) -> str | None:
 
 
 def written(name: str, source: str) -> str:
-    """The function in a piece of source, under its edit's name: a def without decorators, or the only lambda."""
+    """The function in a piece of source, under its edit's name: a def without decorators, or the
+    only lambda."""
     tree = ast.parse(source)
     node = tree.body[0]
     if isinstance(node, ast.FunctionDef):
@@ -217,21 +248,31 @@ def written(name: str, source: str) -> str:
 
 def alike(a: types.CodeType, b: types.CodeType) -> bool:
     """Whether two functions do the same, by their instructions."""
-    if (a.co_varnames, a.co_argcount, len(a.co_consts)) != (b.co_varnames, b.co_argcount, len(b.co_consts)):
+    if (a.co_varnames, a.co_argcount, len(a.co_consts)) != (
+        b.co_varnames,
+        b.co_argcount,
+        len(b.co_consts),
+    ):
         return False
-    inner = [[const for const in code.co_consts if isinstance(const, types.CodeType)] for code in (a, b)]
+    inner = [
+        [const for const in code.co_consts if isinstance(const, types.CodeType)] for code in (a, b)
+    ]
     if len(inner[0]) != len(inner[1]) or not all(map(alike, *inner)):
         return False
     return steps(a) == steps(b)
 
 
 def steps(code: types.CodeType) -> list[tuple[str, Any]]:
-    """Its instructions, but for how a method is called: that differs with what the file imports above the function."""
+    """Its instructions, but for how a method is called: that differs with what the file imports
+    above the function."""
     kinds = {"LOAD_METHOD": "LOAD_ATTR"}
     left_out = ("PUSH_NULL", "PRECALL", "RESUME", "NOP")
     found = [step for step in dis.get_instructions(code) if step.opname not in left_out]
     jumps = {*dis.hasjrel, *dis.hasjabs}
     return [
-        (kinds.get(s.opname, s.opname), "" if isinstance(s.argval, types.CodeType) or s.opcode in jumps else s.argval)
+        (
+            kinds.get(s.opname, s.opname),
+            "" if isinstance(s.argval, types.CodeType) or s.opcode in jumps else s.argval,
+        )
         for s in found
     ]

@@ -1,4 +1,5 @@
-"""The driver's view of the hooks: what registering one returns, the table of all, and what groups do to them."""
+"""The driver's view of the hooks: what registering one returns, the table of all, and what groups
+do to them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class Hooked:
     silent: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        text = f"Hook {self.spec.key!r} on {len(self.modules)} module{'s' * (len(self.modules) != 1)}"
+        text = (
+            f"Hook {self.spec.key!r} on {len(self.modules)} module{'s' * (len(self.modules) != 1)}"
+        )
         text += f": {some(self.modules)}"
         if self.spec.groups:
             text += f"; groups {', '.join(self.spec.groups)}"
@@ -49,11 +52,14 @@ def spec_of(
     capture: str = "after",
     reduce: str | None = None,
 ) -> HookSpec:
-    """A hook as a user asks for it; value is plain data already. HookError: what no model could have."""
+    """A hook as a user asks for it; value is plain data already. HookError: what no model could
+    have."""
     check_place(glob, at, name)
     if reduce == "last":
         if positions is not None:
-            raise HookError(f"reduce='last' keeps the last position, and positions={positions!r} others: say one")
+            raise HookError(
+                f"reduce='last' keeps the last position, and positions={positions!r} others: say one"
+            )
         positions, reduce = -1, None
     spec = HookSpec(
         glob=glob,
@@ -76,7 +82,9 @@ def spec_of(
 def check_place(glob: Any, at: str, name: Any) -> None:
     """HookError: there is no such place in any model."""
     if not isinstance(glob, str) or not isinstance(name, str):
-        raise HookError(f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}")
+        raise HookError(
+            f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}"
+        )
     if at not in AT:
         raise HookError(f"at={at!r} is not there; a hook is at {', '.join(AT[:-1])} or {AT[-1]}")
     if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
@@ -84,13 +92,18 @@ def check_place(glob: Any, at: str, name: Any) -> None:
 
 
 def check_parts(spec: HookSpec) -> None:
-    """HookError: no value there has the parts that are asked for, or every run has a hook of that name."""
+    """HookError: no value there has the parts that are asked for, or every run has a hook of that
+    name."""
     if spec.key == "logits":
-        raise HookError("the name 'logits' is taken: every run captures them; give the hook another name")
+        raise HookError(
+            "the name 'logits' is taken: every run captures them; give the hook another name"
+        )
     if spec.at != "param_grad":
         return
     if spec.edit == "mean" or spec.positions is not None or spec.heads is not None:
-        raise HookError("the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons")
+        raise HookError(
+            "the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons"
+        )
     if spec.reduce is not None:
         raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
 
@@ -128,18 +141,23 @@ def indices(given: Sequence[int] | int | None, what: str) -> tuple[int, ...] | N
 
 
 def called(hook_set: HookSet, glob_or_name: str | None) -> list[str]:
-    """The keys of the hooks that a user names, by name or by the glob they were given; None names all."""
+    """The keys of the hooks that a user names, by name or by the glob they were given; None names
+    all."""
     keys = [h.key for h in hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
     if not keys and glob_or_name is not None:
         there = [h.key for h in hook_set.hooks]
-        raise HookError(f"no hook is called {glob_or_name!r}; there are {nearest(glob_or_name, there) or there}")
+        raise HookError(
+            f"no hook is called {glob_or_name!r}; there are {nearest(glob_or_name, there) or there}"
+        )
     return keys
 
 
 def check_groups(hook_set: HookSet, groups: Sequence[str]) -> None:
     unknown = [group for group in groups if group not in hook_set.groups]
     if unknown:
-        raise HookError(f"no hook is in group {unknown[0]!r}; groups are {list(hook_set.groups) or 'none'}")
+        raise HookError(
+            f"no hook is in group {unknown[0]!r}; groups are {list(hook_set.groups) or 'none'}"
+        )
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
@@ -179,14 +197,18 @@ class Hooks:
         table = [("hook", "modules", "n", "at", "groups"), *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in table
         )
 
     def _repr_html_(self) -> str:
         if not self.specs:
             return "<p>no hooks</p>"
         head = "".join(f"<th>{name}</th>" for name in ("hook", "modules", "n", "at", "groups"))
-        rows = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows())
+        rows = (
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows()
+        )
         return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
@@ -200,16 +222,22 @@ def regrouped(hook_set: HookSet, action: str, group: str, glob: str | None) -> H
     if action == "list":
         return hook_set
     if action not in actions:
-        raise HookError(f"a group is switched on or off, added to, removed from or listed; not {action!r}")
+        raise HookError(
+            f"a group is switched on or off, added to, removed from or listed; not {action!r}"
+        )
     if not group:
-        raise HookError(f"which group? %flex_group {action} NAME; there are {list(hook_set.groups) or 'none'}")
+        raise HookError(
+            f"which group? %flex_group {action} NAME; there are {list(hook_set.groups) or 'none'}"
+        )
     return actions[action](hook_set, group, glob)
 
 
 def _known(hook_set: HookSet, group: str) -> None:
     if group not in hook_set.groups:
         near = nearest(group, list(hook_set.groups)) or list(hook_set.groups)
-        raise HookError(f"there is no group {group!r}" + (f"; there are {', '.join(near)}" if near else ""))
+        raise HookError(
+            f"there is no group {group!r}" + (f"; there are {', '.join(near)}" if near else "")
+        )
 
 
 def _on(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
@@ -224,7 +252,9 @@ def _off(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
 
 def _add(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
     keys = _chosen(hook_set, glob)
-    return _with_groups(hook_set, keys, lambda groups: groups if group in groups else (*groups, group))
+    return _with_groups(
+        hook_set, keys, lambda groups: groups if group in groups else (*groups, group)
+    )
 
 
 def _remove(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
@@ -235,17 +265,25 @@ def _remove(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
     return dataclasses.replace(left, off=left.off & set(left.groups))
 
 
-def _with_groups(hook_set: HookSet, keys: Sequence[str], change: Callable[[tuple], tuple]) -> HookSet:
-    hooks = tuple(dataclasses.replace(h, groups=change(h.groups)) if h.key in keys else h for h in hook_set.hooks)
+def _with_groups(
+    hook_set: HookSet, keys: Sequence[str], change: Callable[[tuple], tuple]
+) -> HookSet:
+    hooks = tuple(
+        dataclasses.replace(h, groups=change(h.groups)) if h.key in keys else h
+        for h in hook_set.hooks
+    )
     return dataclasses.replace(hook_set, hooks=hooks)
 
 
 def _chosen(hook_set: HookSet, glob: str | None) -> list[str]:
-    """The hooks that a name or glob means: by key, by name, by the glob they were given, or by matching it."""
+    """The hooks that a name or glob means: by key, by name, by the glob they were given, or by
+    matching it."""
     if glob is None:
         raise HookError("which hooks? give a hook's name or a glob")
     keys = [h.key for h in hook_set.hooks if glob in (h.key, h.name, h.glob) or match(glob, h.glob)]
     if not keys:
         there = [h.key for h in hook_set.hooks]
-        raise HookError(f"no hook is meant by {glob!r}; there are {nearest(glob, there) or there or 'none'}")
+        raise HookError(
+            f"no hook is meant by {glob!r}; there are {nearest(glob, there) or there or 'none'}"
+        )
     return keys

@@ -23,7 +23,11 @@ def check_world(layout: Layout, world: int) -> None:
     if layout.world != world:
         asked = str(layout) if layout.world > 1 else "no degree"
         there = f"{world} engines" if world > 1 else "1 engine"
-        instead = f"for instance pp={world} or tp={world}" if world > 1 else "so leave them out, or start more engines"
+        instead = (
+            f"for instance pp={world} or tp={world}"
+            if world > 1
+            else "so leave them out, or start more engines"
+        )
         raise LayoutError(
             f"{asked} makes {layout.world} rank{'s' * (layout.world > 1)}, the cluster has {there}: "
             f"the degrees must multiply to {world}, {instead}"
@@ -31,14 +35,19 @@ def check_world(layout: Layout, world: int) -> None:
 
 
 def source(what: Any, packed: Callable[[Any], bytes], **of_builder: Any) -> Source:
-    """What a user gave to load, as engines understand it. of_builder: reference, forward, names, None if not given."""
+    """What a user gave to load, as engines understand it. of_builder: reference, forward, names,
+    None if not given."""
     given = {key: packed(value) for key, value in of_builder.items() if value is not None}
     if callable(what):
         return Source(getattr(what, "__name__", type(what).__name__), packed(what), **given)
     if given:
-        raise LoadError(f"{', '.join(f'{key}=' for key in given)}: that belongs to a builder, and {what!r} is none")
+        raise LoadError(
+            f"{', '.join(f'{key}=' for key in given)}: that belongs to a builder, and {what!r} is none"
+        )
     if not isinstance(what, str | os.PathLike):
-        raise LoadError(f"a model is a folder, a hub id or a function that builds it; found {type(what).__name__}")
+        raise LoadError(
+            f"a model is a folder, a hub id or a function that builds it; found {type(what).__name__}"
+        )
     path = os.fspath(what)
     return Source(os.path.expanduser(path) if path.startswith("~") else path)
 
@@ -52,17 +61,22 @@ def inspect(
     placements: dict[str, str],
     progress: Callable[[str, int, int], None],
 ) -> ModelInfo:
-    """What is known of a model before it is loaded. Refuses what cannot be; nothing on the engines changes."""
+    """What is known of a model before it is loaded. Refuses what cannot be; nothing on the engines
+    changes."""
     progress("inspecting", 0, layout.world)
     return cluster.call("inspect", source, layout, dtype, attention, placements)[0]
 
 
-def load(cluster: Any, source: Source, info: ModelInfo, progress: Callable[[str, int, int], None]) -> ModelInfo:
+def load(
+    cluster: Any, source: Source, info: ModelInfo, progress: Callable[[str, int, int], None]
+) -> ModelInfo:
     """Load a model on all engines, each its part, and tell every rank what all hold."""
     layout = info.layout
     progress("loading", 0, layout.world)
     cluster.fresh = False
-    parts = cluster.call("load", info, source, progress=lambda done: progress("loading", done, layout.world))
+    parts = cluster.call(
+        "load", info, source, progress=lambda done: progress("loading", done, layout.world)
+    )
     info = merged(info, parts, foreign=source.builder is not None)
     if source.builder is None:
         check_sharded(info)
@@ -76,15 +90,24 @@ def check_stop(info: ModelInfo, name: str) -> None:
     modules = [m.name for m in info.modules]
     if name not in modules:
         near = nearest(name, modules)
-        raise HookError(f"no module matches {name!r}, to stop at" + (f"; nearest: {', '.join(near)}" if near else ""))
+        raise HookError(
+            f"no module matches {name!r}, to stop at"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+        )
     if info.scan and not info.scan.get((name, "output")):
-        raise HookError(f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one that does")
+        raise HookError(
+            f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one that does"
+        )
 
 
-def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], foreign: bool = False) -> ModelInfo:
-    """The model with the stages that hold each module, from each rank's (modules, parameters, bytes).
+def merged(
+    info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], foreign: bool = False
+) -> ModelInfo:
+    """The model with the stages that hold each module, from each rank's (modules, parameters,
+    bytes).
 
-    foreign: it was built by the user, and may have modules of its own beside those of the unsharded one."""
+    foreign: it was built by the user, and may have modules of its own beside those of the
+    unsharded one."""
     stages: dict[str, set[int]] = {}
     held: dict[str, ModuleInfo] = {}
     for rank, (modules, _, _) in enumerate(parts):
@@ -106,7 +129,8 @@ def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], 
     return dataclasses.replace(
         info,
         modules=tuple(
-            dataclasses.replace(m, stages=tuple(sorted(stages[m.name])), spans=m.name in spans) for m in info.modules
+            dataclasses.replace(m, stages=tuple(sorted(stages[m.name])), spans=m.name in spans)
+            for m in info.modules
         ),
         rank_parameters=tuple(part[1] for part in parts),
         rank_bytes=tuple(part[2] for part in parts),
@@ -114,8 +138,9 @@ def merged(info: ModelInfo, parts: Sequence[tuple[list[ModuleInfo], int, int]], 
 
 
 def as_built(info: ModelInfo, lost: Sequence[str], strange: dict[str, ModuleInfo]) -> ModelInfo:
-    """The unsharded model's modules as a builder's ranks have them: with those of its own, without containers that it
-    leaves out. LoadError where a module is lost that has parameters: those must be somewhere, under another name."""
+    """The unsharded model's modules as a builder's ranks have them: with those of its own, without
+    containers that it leaves out. LoadError where a module is lost that has parameters: those must
+    be somewhere, under another name."""
     owners = {name.rpartition(".")[0] for name in info.parameters}
     missing = [name for name in lost if name in owners]
     if missing:

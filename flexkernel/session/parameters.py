@@ -1,7 +1,8 @@
 """Parameters: a whole parameter or buffer as a Capture, from whichever ranks hold it.
 
-Every rank says what it holds; who writes what is settled here, and each writes its part into its place in a slab. An
-edit goes the other way: the new whole lies in a slab, and each rank takes its part from it.
+Every rank says what it holds; who writes what is settled here, and each writes its part into its
+place in a slab. An edit goes the other way: the new whole lies in a slab, and each rank takes its
+part from it.
 """
 
 from __future__ import annotations
@@ -27,19 +28,28 @@ __all__ = ["edited", "read"]
 
 
 def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Capture:
-    """The parameter of that name, whole, as it is now; in memory until capture.free(), or until nobody has it any more.
+    """The parameter of that name, whole, as it is now; in memory until capture.free(), or until
+    nobody has it any more.
 
-    HookError: no such name. PlacementError: where its parts lie is not known. MemoryBudgetError: before any is read."""
+    HookError: no such name. PlacementError: where its parts lie is not known. MemoryBudgetError:
+    before any is read."""
     assert store is not None, "a loaded model has one"
     held, shape, dtype = where(cluster, info, name)
-    writers = {min(ranks, key=lambda r: (store.hosts[r] != store.here, r)) for ranks in holders(held).values()}
+    writers = {
+        min(ranks, key=lambda r: (store.hosts[r] != store.here, r))
+        for ranks in holders(held).values()
+    }
     with store.room(size_of(shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, shape, dtype)
         each = [(name, region, extent.slab_bytes, rank in writers) for rank in held]
         freed = store.take_freed()
-        if freed:  # who only reads asks the engines whether a run is still there, and this may lie where one was
+        # who only reads asks the engines whether a run is still there, and this may lie where one
+        # was
+        if freed:
             cluster.call("memory.forget", freed)
-        seen = dict(zip(held, cluster.call("parameters.write", ranks=list(held), each=each), strict=True))
+        seen = dict(
+            zip(held, cluster.call("parameters.write", ranks=list(held), each=each), strict=True)
+        )
         check_copies(name, held, seen)
         whole = Capture(
             CaptureKey("parameter", name),
@@ -70,9 +80,12 @@ def where(cluster: Any, info: ModelInfo, name: str) -> tuple[dict[int, Held], tu
 
 
 @contextlib.contextmanager
-def edited(cluster: Any, store: Store | None, info: ModelInfo, edits: Mapping[str, Any]) -> Iterator[None]:
-    """While it is entered, these parameters have other values: name → the whole new tensor, or a function that makes it
-    from the whole old one. After it they are bit for bit what they were, however it ends."""
+def edited(
+    cluster: Any, store: Store | None, info: ModelInfo, edits: Mapping[str, Any]
+) -> Iterator[None]:
+    """While it is entered, these parameters have other values: name → the whole new tensor, or a
+    function that makes it from the whole old one. After it they are bit for bit what they were,
+    however it ends."""
     assert store is not None, "a loaded model has one"
     check_tied(info, edits)
     whose = secrets.token_hex(8)
@@ -101,7 +114,9 @@ def surely(action: Callable[[], Any]) -> None:
 def check_tied(info: ModelInfo, edits: Mapping[str, Any]) -> None:
     """HookError for nothing to edit, or for two names of one parameter."""
     if not isinstance(edits, Mapping) or not edits:
-        raise HookError("parameters_edited takes {name: tensor, or function of the whole parameter}, at least one")
+        raise HookError(
+            "parameters_edited takes {name: tensor, or function of the whole parameter}, at least one"
+        )
     for group in info.tied:
         twice = [name for name in edits if name in group]
         if len(twice) > 1:
@@ -109,7 +124,8 @@ def check_tied(info: ModelInfo, edits: Mapping[str, Any]) -> None:
 
 
 def put(cluster: Any, store: Store, info: ModelInfo, whose: str, name: str, change: Any) -> None:
-    """Give a parameter, under each of its names, its new value on every rank that holds a part of it."""
+    """Give a parameter, under each of its names, its new value on every rank that holds a part of
+    it."""
     capture = read(cluster, store, info, name)
     new = changed(capture, name, change)
     capture.free()
@@ -134,7 +150,9 @@ def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
     """The new value, whole. EditError: it cannot take the parameter's place."""
     new = change(capture.tensor()) if callable(change) else change
     if not isinstance(new, torch.Tensor):
-        raise EditError(f"{name}: its new value is {type(new).__name__}; it has to be a tensor like it")
+        raise EditError(
+            f"{name}: its new value is {type(new).__name__}; it has to be a tensor like it"
+        )
     if tuple(new.shape) != capture.shape or new.dtype != capture.dtype:
         raise EditError(
             f"{name}: its new value is {tuple(new.shape)} {new.dtype}; it is {capture.shape} {capture.dtype}"
@@ -171,7 +189,8 @@ def unknown(name: str, info: ModelInfo, near: Sequence[str]) -> HookError:
         return HookError(f"{name!r} is a module; a parameter of it is {' or '.join(beneath)}")
     near = list(dict.fromkeys(near))[:3]
     return HookError(
-        f"{info.cls} has no parameter or buffer {name!r}" + (f"; nearest: {', '.join(near)}" if near else "")
+        f"{info.cls} has no parameter or buffer {name!r}"
+        + (f"; nearest: {', '.join(near)}" if near else "")
     )
 
 
@@ -202,7 +221,10 @@ def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, Held]) -> 
     written = sum(volume(part, shape) for part in parts)
     total = volume((), shape)
     if written != total or any(overlap(a, b) for i, a in enumerate(parts) for b in parts[:i]):
-        what = "; ".join(f"{ranks_text(ranks)} {list(box) or 'all of it'}" for box, ranks in list(there.items())[:6])
+        what = "; ".join(
+            f"{ranks_text(ranks)} {list(box) or 'all of it'}"
+            for box, ranks in list(there.items())[:6]
+        )
         raise PlacementError(
             f"{name}: the parts there are make {written:,} of its {total:,} elements, or lie over each other: {what}"
         )
@@ -223,7 +245,9 @@ def overlap(a: Box, b: Box) -> bool:
     (False, True)
     """
     there = {dim: (start, stop) for dim, start, stop in a}
-    return all(start < there[dim][1] and there[dim][0] < stop for dim, start, stop in b if dim in there)
+    return all(
+        start < there[dim][1] and there[dim][0] < stop for dim, start, stop in b if dim in there
+    )
 
 
 def check_copies(name: str, held: Mapping[int, Held], seen: Mapping[int, Seen]) -> None:

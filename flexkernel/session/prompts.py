@@ -1,4 +1,5 @@
-"""Prompts into token batches and back: text, chat, ids, left padding. Only this file talks to a tokenizer."""
+"""Prompts into token batches and back: text, chat, ids, left padding. Only this file talks to a
+tokenizer."""
 
 from __future__ import annotations
 
@@ -13,13 +14,20 @@ from flexkernel.errors import LoadError, PromptError
 
 __all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "spiece.model",
+)
 LARGEST_ID = 2**63 - 1  # what an int64 tensor can hold
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length, padded on the left: what a forward takes, and each token as text for display.
+    """Rows of equal length, padded on the left: what a forward takes, and each token as text for
+    display.
 
     positions: 0 on pads and on the first real token. tokens: "" on pads.
     """
@@ -41,8 +49,9 @@ def batch(
 ) -> Batch:
     """The batch of any prompt a user may write; PromptError for those the model cannot take.
 
-    prompts: a string or several; token ids, a row or several, as lists or as an integer tensor or array; the mapping a
-    tokenizer returns; a list of {"role", "content"} messages, or several. chat: each string is one user message.
+    prompts: a string or several; token ids, a row or several, as lists or as an integer tensor or
+    array; the mapping a tokenizer returns; a list of {"role", "content"} messages, or several.
+    chat: each string is one user message.
 
     >>> batch([[5, 6, 7], [8]]).ids, batch([[5, 6, 7], [8]]).positions
     ([[5, 6, 7], [0, 0, 8]], [[0, 1, 2], [0, 0, 0]])
@@ -74,16 +83,24 @@ def tokenizer(path: str) -> Any:
         raise LoadError(f"the tokenizer of {path} cannot be loaded: {error}") from error
 
 
-def texts(ids: Batch | Sequence[Sequence[int]], tokenizer: Any, skip_special: bool = True) -> list[str]:
+def texts(
+    ids: Batch | Sequence[Sequence[int]], tokenizer: Any, skip_special: bool = True
+) -> list[str]:
     """Each row as text, pads left out where the mask is known."""
     if tokenizer is None:
-        raise PromptError("there is no tokenizer to turn ids into text with: the model's folder has none")
+        raise PromptError(
+            "there is no tokenizer to turn ids into text with: the model's folder has none"
+        )
     rows = _unpad(ids.ids, ids.mask) if isinstance(ids, Batch) else [list(row) for row in ids]
-    return [tokenizer.decode(row, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False) for row in rows]
+    return [
+        tokenizer.decode(row, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        for row in rows
+    ]
 
 
 def token_strings(ids: Sequence[int], tokenizer: Any = None) -> list[str]:
-    """Each id by itself as readable text, its leading space kept. Half a character shows as U+FFFD, no text as <id>.
+    """Each id by itself as readable text, its leading space kept. Half a character shows as
+    U+FFFD, no text as <id>.
 
     A notebook's Out[] keeps every run: all that have a token share its text."""
     shown = {i: sys.intern(_shown(i, tokenizer)) for i in set(ids)}
@@ -124,7 +141,9 @@ def _rows(prompts: Any, tokenizer: Any, chat: bool) -> list[list[int]]:
     if talks := _conversations(prompts):
         return [_encode_text(_render(talk, tokenizer), tokenizer, special=False) for talk in talks]
     if chat:
-        raise PromptError("chat wraps text as a user's message; found token ids: leave chat out, or give the text")
+        raise PromptError(
+            "chat wraps text as a user's message; found token ids: leave chat out, or give the text"
+        )
     return _id_rows(prompts)
 
 
@@ -136,7 +155,9 @@ def _encoded(encoding: Mapping) -> list[list[int]]:
         return rows
     masks = _rows(mask, None, chat=False)
     if [len(m) for m in masks] != [len(r) for r in rows]:
-        raise PromptError(f"input_ids have rows of {_lengths(rows)} and attention_mask of {_lengths(masks)}")
+        raise PromptError(
+            f"input_ids have rows of {_lengths(rows)} and attention_mask of {_lengths(masks)}"
+        )
     return _unpad(rows, masks)
 
 
@@ -144,14 +165,20 @@ def _from_array(array: Any) -> list:
     """The lists of an integer tensor or array of one or two dims."""
     kind = str(array.dtype).removeprefix("torch.")
     if not kind.startswith(("int", "uint")):
-        raise PromptError(f"token ids are integers; found {_kind(array)} of {kind}: convert it, e.g. .long()")
+        raise PromptError(
+            f"token ids are integers; found {_kind(array)} of {kind}: convert it, e.g. .long()"
+        )
     if array.ndim not in (1, 2):
-        raise PromptError(f"token ids have one or two dims (batch, position); found shape {tuple(array.shape)}")
+        raise PromptError(
+            f"token ids have one or two dims (batch, position); found shape {tuple(array.shape)}"
+        )
     return array.tolist()
 
 
 def _id_rows(prompts: Sequence) -> list[list[int]]:
-    if not any(isinstance(row, list | tuple) or (hasattr(row, "tolist") and _ndim(row)) for row in prompts):
+    if not any(
+        isinstance(row, list | tuple) or (hasattr(row, "tolist") and _ndim(row)) for row in prompts
+    ):
         return [_ids(prompts, "")]
     return [_ids(_listed(row, number), f" of row {number}") for number, row in enumerate(prompts)]
 
@@ -160,14 +187,18 @@ def _listed(row: Any, number: int) -> Sequence:
     if hasattr(row, "dtype") and hasattr(row, "tolist"):
         row = _from_array(row)
     if not isinstance(row, list | tuple):
-        raise PromptError(f"row {number} is {_kind(row)}: {_short(row)}; the other rows are lists of token ids")
+        raise PromptError(
+            f"row {number} is {_kind(row)}: {_short(row)}; the other rows are lists of token ids"
+        )
     return row
 
 
 def _ids(row: Sequence, where: str) -> list[int]:
     for position, token in enumerate(row):
         if isinstance(token, bool) or not hasattr(token, "__index__") or _ndim(token):
-            raise PromptError(f"token ids are integers; position {position}{where} has {_kind(token)}: {_short(token)}")
+            raise PromptError(
+                f"token ids are integers; position {position}{where} has {_kind(token)}: {_short(token)}"
+            )
     try:
         return [operator.index(token) for token in row]
     except TypeError as error:  # numpy's bool, a float tensor of one element
@@ -178,7 +209,9 @@ def _conversations(prompts: Sequence) -> list[list[Mapping]]:
     """The conversations, or nothing if these are no messages."""
     if all(isinstance(message, Mapping) for message in prompts):
         return [list(prompts)]
-    if all(isinstance(talk, list | tuple) and talk and isinstance(talk[0], Mapping) for talk in prompts):
+    if all(
+        isinstance(talk, list | tuple) and talk and isinstance(talk[0], Mapping) for talk in prompts
+    ):
         return [list(talk) for talk in prompts]
     return []
 
@@ -200,7 +233,9 @@ def _encode(prompts: list[str], tokenizer: Any, chat: bool) -> list[list[int]]:
 
 def _check_text(text: Any, where: str) -> None:
     if not isinstance(text, str):
-        raise PromptError(f"prompts are all text or all token ids; found {_kind(text)}{where}: {_short(text)}")
+        raise PromptError(
+            f"prompts are all text or all token ids; found {_kind(text)}{where}: {_short(text)}"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -216,13 +251,16 @@ def _encode_text(text: str, tokenizer: Any, special: bool = True) -> list[int]:
 
 
 def _render(messages: list[Mapping], tokenizer: Any) -> str:
-    """The conversation as the model's template writes it, up to where the assistant is to speak."""
+    """The conversation as the model's template writes it, up to where the assistant is to
+    speak."""
     _need(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("this tokenizer has no chat template: give the prompt as plain text")
     for number, message in enumerate(messages):
         if not (isinstance(message, Mapping) and {"role", "content"} <= set(message)):
-            raise PromptError(f'a message is {{"role": ..., "content": ...}}; message {number} is {_short(message)}')
+            raise PromptError(
+                f'a message is {{"role": ..., "content": ...}}; message {number} is {_short(message)}'
+            )
         if isinstance(message["content"], str):
             _check_text(message["content"], f" (message {number})")
     ends = messages[-1]["role"] != "assistant"
@@ -248,7 +286,9 @@ def _check(row: list[int], where: str, vocab_size: int | None, max_positions: in
     limit = LARGEST_ID if vocab_size is None else vocab_size - 1
     for position, token in enumerate(row):
         if not 0 <= token <= limit:
-            raise PromptError(f"token id {token} at position {position}{where} is outside the vocabulary, 0 to {limit}")
+            raise PromptError(
+                f"token id {token} at position {position}{where} is outside the vocabulary, 0 to {limit}"
+            )
     if max_positions is not None and len(row) > max_positions:
         raise PromptError(
             f"the prompt{where} has {len(row)} tokens and the model {max_positions} positions: "
@@ -260,7 +300,9 @@ def _pad_id(tokenizer: Any, vocab_size: int | None) -> int:
     """Any id the embedding has will do: the mask hides it."""
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
-        if isinstance(found, int) and 0 <= found < (LARGEST_ID if vocab_size is None else vocab_size):
+        if isinstance(found, int) and 0 <= found < (
+            LARGEST_ID if vocab_size is None else vocab_size
+        ):
             return found
     return 0
 
@@ -278,7 +320,10 @@ def _pad(rows: list[list[int]], tokenizer: Any, pad_id: int) -> Batch:
 
 
 def _unpad(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [[i for i, m in zip(row, mask, strict=True) if m] for row, mask in zip(rows, masks, strict=True)]
+    return [
+        [i for i, m in zip(row, mask, strict=True) if m]
+        for row, mask in zip(rows, masks, strict=True)
+    ]
 
 
 def _lengths(rows: list[list[int]]) -> str:

@@ -1,4 +1,5 @@
-"""Others' runs: the store of a session that only reads. What it gives out are copies, which it has seen to be whole."""
+"""Others' runs: the store of a session that only reads. What it gives out are copies, which it has
+seen to be whole."""
 
 from __future__ import annotations
 
@@ -19,15 +20,18 @@ __all__ = ["OthersStore"]
 class OthersStore(Store):
     """The runs that the owner of the engines had stored when this session joined.
 
-    The owner lets go of runs and writes others in their place without a word. So a read is a copy, after which the
-    engines are asked whether the run is still theirs: they forget it before anything else is written there."""
+    The owner lets go of runs and writes others in their place without a word. So a read is a copy,
+    after which the engines are asked whether the run is still theirs: they forget it before
+    anything else is written there."""
 
     def _adopt(self, extent: Extent) -> None:
         """It is booked where it was handed out."""
 
     def slab(self, name: str, num_bytes: int, create: bool = False) -> Slab:
         if on_disk(name):
-            raise CaptureExpired(f"{name} lies on disk, where only the session that has the engines reads it")
+            raise CaptureExpired(
+                f"{name} lies on disk, where only the session that has the engines reads it"
+            )
         if name not in self._slabs:
             self._slabs[name] = Copied(self, name, num_bytes)
         return self._slabs[name]
@@ -40,15 +44,23 @@ class OthersStore(Store):
         number = self._run_of(region)
         extent = self._extents[number]
         if not self._cluster.call("memory.has", number, extent.slab, extent.base, ranks=[0])[0]:
-            raise CaptureExpired(f"run {number} is not there any more: the session that has the engines let go of it")
+            raise CaptureExpired(
+                f"run {number} is not there any more: the session that has the engines let go of it"
+            )
 
     def _run_of(self, region: Region) -> int:
         for number, extent in self._extents.items():
             inside = extent.base <= region.offset < extent.base + extent.num_bytes
             if extent.slab == region.slab and inside:
                 return number
-        seen = ((n, s.region) for n, run in self.runs.items() for c in run.captures.values() for s in c.seen.values())
-        return next(n for n, lies in seen if lies is not None and lies.slab == region.slab)  # a file of its own
+        seen = (
+            (n, s.region)
+            for n, run in self.runs.items()
+            for c in run.captures.values()
+            for s in c.seen.values()
+        )
+        # a file of its own
+        return next(n for n, lies in seen if lies is not None and lies.slab == region.slab)
 
     def free(self, run: Run, why: str) -> None:
         self._cluster.may("memory.forget")
@@ -65,7 +77,8 @@ class OthersStore(Store):
 
 
 class Copied(Slab):
-    """A slab of which copies are given out, once it is known that they are what they were asked for."""
+    """A slab of which copies are given out, once it is known that they are what they were asked
+    for."""
 
     def __init__(self, store: OthersStore, name: str, num_bytes: int):
         super().__init__(store.folder / name, num_bytes, create=False, populate=False)

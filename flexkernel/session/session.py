@@ -1,4 +1,5 @@
-"""Session: the driver's one object. Each method says what is asked in a few lines and delegates."""
+"""Session: the driver's one object. Each method says what is asked in a few lines and
+delegates."""
 
 from __future__ import annotations
 
@@ -28,11 +29,16 @@ __all__ = ["Session", "attach", "local"]
 
 
 def attach(
-    profile: str | None = None, cluster_id: str | None = None, take: bool = False, read_only: bool = False
+    profile: str | None = None,
+    cluster_id: str | None = None,
+    take: bool = False,
+    read_only: bool = False,
 ) -> Session:
-    """A session over engines that run already; a model, hooks and runs that they hold are found again.
+    """A session over engines that run already; a model, hooks and runs that they hold are found
+    again.
 
-    ClusterError: another notebook has them; take=True takes them from it, read_only=True only looks at them."""
+    ClusterError: another notebook has them; take=True takes them from it, read_only=True only
+    looks at them."""
     return Session(clusters.attach(profile, cluster_id, take, read_only=read_only))
 
 
@@ -54,7 +60,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         if getattr(cluster, "loaded", False):
             self._recover()
 
-    # --- life --------------------------------------------------------------------------------------
+    # --- life -------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
         return self
@@ -67,7 +73,8 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         return self.cluster.closed
 
     def close(self, end: bool | None = None) -> None:
-        """End the session. Engines it started stop; attached and kept ones stay with their model. end= overrides."""
+        """End the session. Engines it started stop; attached and kept ones stay with their model.
+        end= overrides."""
         self.cluster.may("close" if end else "look")
         self._forget()
         self.cluster.close(end)
@@ -80,7 +87,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         """Run a function on every engine; its results in order of rank."""
         return self.cluster.call("call", clusters.packed(function), *args)
 
-    # --- model -------------------------------------------------------------------------------------
+    # --- model ------------------------------------------------------------------------
 
     def load(
         self,
@@ -98,17 +105,22 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         forward: Callable[[Any, Mapping[str, Any]], Any] | None = None,
         progress: Progress | None = None,
     ) -> ModelInfo:
-        """Load a model folder or hub id, split over the engines: each reads only its part. Replaces what was loaded.
+        """Load a model folder or hub id, split over the engines: each reads only its part.
+        Replaces what was loaded.
 
-        Or a builder: it returns a rank's nn.Module, however it was distributed, and the degrees say how; reference()
-        builds the unsharded one, for the scan. names: a rank's module names → the unsharded model's, a mapping of
-        prefixes or a function. placements: glob → "shard:DIM", "replicate" or "partial", over tp, and "batch:DIM", the
-        dim of a batch's rows. Its forward gets the ids and, if it takes them, attention_mask, position_ids, use_cache;
-        if it needs more, forward(model, batch) calls it, for the reference too, with a dict of the first three.
-        LoadError, LayoutError: refused before anything is read; the degrees multiply to the number of engines."""
+        Or a builder: it returns a rank's nn.Module, however it was distributed, and the degrees
+        say how; reference() builds the unsharded one, for the scan. names: a rank's module names →
+        the unsharded model's, a mapping of prefixes or a function. placements: glob → "shard:DIM",
+        "replicate" or "partial", over tp, and "batch:DIM", the dim of a batch's rows. Its forward
+        gets the ids and, if it takes them, attention_mask, position_ids, use_cache; if it needs
+        more, forward(model, batch) calls it, for the reference too, with a dict of the first
+        three. LoadError, LayoutError: refused before anything is read; the degrees multiply to the
+        number of engines."""
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
-        where = model.source(source, clusters.packed, reference=reference, forward=forward, names=names)
+        where = model.source(
+            source, clusters.packed, reference=reference, forward=forward, names=names
+        )
         self.cluster.ready(device or self.cluster.best_device())
         told = progress or (lambda *_: None)
         dtype = str(dtype).removeprefix("torch.")
@@ -129,13 +141,20 @@ class Session(Hooking, Experiments, Trainable, Recovery):
     def _forget(self) -> None:
         if self.store is not None:
             self.store.close()
-        self.info, self.store, self.hook_set, self._modules, self._hooks_sent = None, None, HookSet(), {}, True
+        self.info, self.store, self.hook_set, self._modules, self._hooks_sent = (
+            None,
+            None,
+            HookSet(),
+            {},
+            True,
+        )
         self._held.keep([])
 
     def _recover(self) -> None:
         """Find again what the engines hold: they are the source of truth."""
         if not self.cluster.reader:
-            self.cluster.call("parameters.restore")  # what an earlier driver had changed for a while
+            # what an earlier driver had changed for a while
+            self.cluster.call("parameters.restore")
         answers = self.cluster.call("regroup.describe")
         self._know(answers[0].info, answers[0].source)
         self.hook_set, self.edits = answers[0].hook_set, answers[0].edits
@@ -148,29 +167,46 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         return Tree(self._loaded(), self.hook_set, glob)
 
     def parameter(self, name: str) -> Capture:
-        """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold it."""
+        """A whole parameter or buffer, under the unsharded model's name, from whichever ranks hold
+        it."""
         return parameters.read(self.cluster, self.store, self._loaded(), name)
 
     def parameters_edited(self, edits: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """`with session.parameters_edited({name: tensor, name: lambda whole: ...}):` in it the parameters have these
-        values on every rank; after it, however it ends, those they had before, bit for bit. A function gets the whole
-        parameter and runs once, here. Tied weights are one parameter: give one of their names."""
+        """`with session.parameters_edited({name: tensor, name: lambda whole: ...}):` in it the
+        parameters have these values on every rank; after it, however it ends, those they had
+        before, bit for bit. A function gets the whole parameter and runs once, here. Tied weights
+        are one parameter: give one of their names."""
         return parameters.edited(self.cluster, self.store, self._loaded(), edits)
 
-    # --- runs --------------------------------------------------------------------------------------
+    # --- runs -------------------------------------------------------------------------
 
     def _batch(self, prompts_or_ids: Any, chat: bool = False) -> prompts.Batch:
         info = self._loaded()
-        return prompts.batch(prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions)
+        return prompts.batch(
+            prompts_or_ids, self.tokenizer, chat, info.vocab_size, info.max_positions
+        )
 
     def _plan(
-        self, batch: prompts.Batch, groups: Any, complement: bool, new: int = 0, backward: bool = False
+        self,
+        batch: prompts.Batch,
+        groups: Any,
+        complement: bool,
+        new: int = 0,
+        backward: bool = False,
     ) -> tuple[slabs.Plan, dict[str, Any]]:
         """(where what the hooks keep will lie, the fields of a RunPlan that say which hooks)."""
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         check_groups(self.hook_set, groups)
-        active, (B, S) = self.hook_set.active(groups, complement), (len(batch.ids), len(batch.ids[0]))
-        wanted = {"groups": groups, "complement": complement, "seed": self.seed, "hooks": self.hook_set.digest}
+        active, (B, S) = (
+            self.hook_set.active(groups, complement),
+            (len(batch.ids), len(batch.ids[0])),
+        )
+        wanted = {
+            "groups": groups,
+            "complement": complement,
+            "seed": self.seed,
+            "hooks": self.hook_set.digest,
+        }
         return self.planner.plan(active, B, S, new, backward), wanted
 
     @property
@@ -180,7 +216,8 @@ class Session(Hooking, Experiments, Trainable, Recovery):
 
     @property
     def last(self) -> Run:
-        """The run that was made last: also one that was interrupted or failed, with what was whole (run.partial)."""
+        """The run that was made last: also one that was interrupted or failed, with what was whole
+        (run.partial)."""
         if not self.runs:
             raise CaptureError("no run is stored: session.run(prompt)")
         return self.runs[-1]
@@ -196,10 +233,11 @@ class Session(Hooking, Experiments, Trainable, Recovery):
     ) -> Run:
         """One forward over prompts, token ids or chat messages, with what the hooks capture.
 
-        groups: only the hooks of these groups; complement: all but those. stop_at: end after this module, the rest is
-        not computed. loss: a function (logits, batch) that returns one number, run once, on whole logits (B, S, V) and
-        captures; gradients go back from it to the hooks that are at one. batch.tokens, .mask, .labels, .captures,
-        .modules. "next_token" is the mean cross-entropy. PromptError, MemoryBudgetError: refused before the forward."""
+        groups: only the hooks of these groups; complement: all but those. stop_at: end after this
+        module, the rest is not computed. loss: a function (logits, batch) that returns one number,
+        run once, on whole logits (B, S, V) and captures; gradients go back from it to the hooks
+        that are at one. batch.tokens, .mask, .labels, .captures, .modules. "next_token" is the
+        mean cross-entropy. PromptError, MemoryBudgetError: refused before the forward."""
         return self._run(prompts_or_ids, groups, complement, chat, stop_at, loss)
 
     def _run(
@@ -234,14 +272,18 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         seed: int | None = None,
         **options: Any,
     ) -> Run:
-        """Go on after prompts, token ids or chat messages, greedily unless do_sample=True; hooks fire at every step.
+        """Go on after prompts, token ids or chat messages, greedily unless do_sample=True; hooks
+        fire at every step.
 
-        Captures cover the prompt and all new tokens but the last, which is never fed. on_token(row, text) is told
-        the text as it comes. options: of transformers' generate, temperature=, top_k=, top_p=, repetition_penalty=,
-        eos_token_id=, ... seed: of what is drawn, else a new one each time (run.seed). GenerationError, PromptError,
+        Captures cover the prompt and all new tokens but the last, which is never fed.
+        on_token(row, text) is told the text as it comes. options: of transformers' generate,
+        temperature=, top_k=, top_p=, repetition_penalty=, eos_token_id=, ... seed: of what is
+        drawn, else a new one each time (run.seed). GenerationError, PromptError,
         MemoryBudgetError: refused before the first forward."""
         batch = self._batch(prompts_or_ids, chat)
         asked = generation.asked(max_new_tokens, options, batch, self._loaded().max_positions, seed)
         where, wanted = self._plan(batch, groups, complement, max_new_tokens)
         assert self.store is not None
-        return self.store.run(batch, where, self.tokenizer, wanted | {"generation": asked}, on_token)
+        return self.store.run(
+            batch, where, self.tokenizer, wanted | {"generation": asked}, on_token
+        )

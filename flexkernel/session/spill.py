@@ -1,6 +1,8 @@
-"""Spill: what runs keep beyond the budget of memory lies in files on disk, a file a run, mapped like any slab.
+"""Spill: what runs keep beyond the budget of memory lies in files on disk, a file a run, mapped
+like any slab.
 
-The engines move it: the driver's process never holds it. A file goes with its run; a tensor made from it stays good.
+The engines move it: the driver's process never holds it. A file goes with its run; a tensor made
+from it stays good.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ SHARE = 4  # of the disk's free bytes, one part in so many is the budget, where 
 
 
 class Spill:
-    """One session's files on disk. near: the driver is on a host of the engines', and maps what they write.
+    """One session's files on disk. near: the driver is on a host of the engines', and maps what
+    they write.
 
-    given: the user has said where; only then is a run that is larger than the budget of memory put there at once.
-    budget: bytes on disk; None: not looked at yet; 0: nothing is moved there. problem: why nothing can be."""
+    given: the user has said where; only then is a run that is larger than the budget of memory put
+    there at once. budget: bytes on disk; None: not looked at yet; 0: nothing is moved there.
+    problem: why nothing can be."""
 
     def __init__(self, cluster: Any, name: str, near: bool):
         self._cluster, self._name, self._near = cluster, name, near
@@ -40,9 +44,12 @@ class Spill:
         return sum(extent.num_bytes for extent in self.extents.values())
 
     def to(self, root: str | os.PathLike[str], budget: int | None) -> None:
-        """From here on in this folder, up to so many bytes. CaptureError: it is no folder, or runs lie in another."""
+        """From here on in this folder, up to so many bytes. CaptureError: it is no folder, or runs
+        lie in another."""
         if self.extents and Path(root) != self.root:
-            raise CaptureError(f"{len(self.extents)} runs lie in {self.root}: free them first (run.free())")
+            raise CaptureError(
+                f"{len(self.extents)} runs lie in {self.root}: free them first (run.free())"
+            )
         if not Path(root).is_dir():
             raise CaptureError(f"{root} is not a folder: make it, or name another")
         self.root, self.given, self.budget = Path(root).resolve(), True, None
@@ -58,9 +65,14 @@ class Spill:
         except (CaptureError, EngineError) as error:
             if self.given:
                 raise
-            self.budget, self.problem = 0, str(error)  # captures expire instead, and session.status() says why
+            # captures expire instead, and session.status() says why
+            self.budget, self.problem = 0, str(error)
             return
-        self.budget = min(free for _, free in answers) // (1 if self.given else SHARE) if budget is None else budget
+        self.budget = (
+            min(free for _, free in answers) // (1 if self.given else SHARE)
+            if budget is None
+            else budget
+        )
         if self._near:
             self.folder, self._claim = slabs.claim(self._name, self.root)
             if getattr(self._cluster, "reaper", None) is not None:
@@ -72,11 +84,14 @@ class Spill:
             self._cluster.call("memory.spill_to", self.root)
 
     def useful(self) -> bool:
-        """Whether moving captures there gives memory back: not where slabs lie on that disk already."""
+        """Whether moving captures there gives memory back: not where slabs lie on that disk
+        already."""
         if self.given:
             return True
         here = slabs.place(self._name).parent
-        return self.root.is_dir() and here.is_dir() and here.stat().st_dev != self.root.stat().st_dev
+        return (
+            self.root.is_dir() and here.is_dir() and here.stat().st_dev != self.root.stat().st_dev
+        )
 
     def room(self) -> int:
         """Bytes that are left of its budget."""
@@ -94,7 +109,13 @@ class Spill:
         target = self.take(run, extent.num_bytes)
         try:
             self._cluster.call(
-                "memory.spill", run, target.slab, extent.slab, extent.slab_bytes, extent.base, target.num_bytes
+                "memory.spill",
+                run,
+                target.slab,
+                extent.slab,
+                extent.slab_bytes,
+                extent.base,
+                target.num_bytes,
             )
         except BaseException as error:
             self.release(target)
@@ -115,7 +136,8 @@ class Spill:
         return extent
 
     def release(self, extent: Extent) -> None:
-        """The run is done with it. The engines of other hosts remove theirs when they hear that the run was freed."""
+        """The run is done with it. The engines of other hosts remove theirs when they hear that
+        the run was freed."""
         self.extents.pop(extent.slab, None)
         if self.folder is not None:
             (self.folder / extent.slab).unlink(missing_ok=True)

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["start"]
 
 
-def start(n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False) -> Session:
-    """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"), ssh, mpi, pbs, ..."""
+def start(
+    n: int = 2, engines: str | None = None, cluster_id: str = "", keep: bool = False
+) -> Session:
+    """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"),
+    ssh, mpi, pbs, ..."""
     breed(launcher_for(engines)[0])  # it imports torch while this process does
     from flexkernel.cluster import cluster
 

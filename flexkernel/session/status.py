@@ -16,7 +16,11 @@ def lifetime(cluster: Any) -> str:
         return f"joined read-only: {cluster.whose()}"
     if getattr(cluster, "kept", False):
         return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
-    return "owned: it ends with this session" if cluster.owned else "attached: it stays when this session ends"
+    return (
+        "owned: it ends with this session"
+        if cluster.owned
+        else "attached: it stays when this session ends"
+    )
 
 
 class Status:
@@ -26,7 +30,10 @@ class Status:
         cluster, info, store = session.cluster, session.info, session.store
         alive = cluster.answering()
         self.rows: list[tuple[str, str]] = [
-            ("engines", f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}"),
+            (
+                "engines",
+                f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}",
+            ),
             ("cluster", lifetime(cluster)),
         ]
         if getattr(cluster, "cluster_id", ""):
@@ -37,7 +44,10 @@ class Status:
             return
         self.rows += [
             ("model", f"{info.cls} from {info.path}"),
-            ("layout", f"{info.layout}, {info.dtype}, attention {info.attention}, on {cluster.device}"),
+            (
+                "layout",
+                f"{info.layout}, {info.dtype}, attention {info.attention}, on {cluster.device}",
+            ),
             (
                 "parameters",
                 f"{info.num_parameters:,} in all; by rank {', '.join(f'{n:,}' for n in info.rank_parameters)}",
@@ -72,5 +82,7 @@ class Status:
         return "\n".join(f"{what:<{width}}  {value}" for what, value in self.rows)
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows)
+        rows = (
+            f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows
+        )
         return f"<table>{''.join(rows)}</table>"

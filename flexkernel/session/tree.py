@@ -15,7 +15,8 @@ STYLES = {"colwise": "Shard(-1)", "rowwise": "Replicate()", "colwise_gather_outp
 
 @dataclass(frozen=True)
 class TreeRow:
-    """One module. shape: of its whole output, as a formula in B and S. ranks: who holds it. hooks: (name, groups)."""
+    """One module. shape: of its whole output, as a formula in B and S. ranks: who holds it. hooks:
+    (name, groups)."""
 
     name: str
     cls: str
@@ -31,10 +32,14 @@ class Tree:
 
     def __init__(self, info: ModelInfo, hook_set: HookSet, glob: str = "**"):
         self.info, self.glob = info, glob
-        self.rows = [row(info, hook_set, m) for m in info.modules if m.name == "" or match(glob, m.name)]
+        self.rows = [
+            row(info, hook_set, m) for m in info.modules if m.name == "" or match(glob, m.name)
+        ]
         if glob not in ("**", "") and not any(r.name for r in self.rows):
             near = nearest(glob, info.names)
-            raise HookError(f"no module matches {glob!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+            raise HookError(
+                f"no module matches {glob!r}" + (f"; nearest: {', '.join(near)}" if near else "")
+            )
 
     def __repr__(self) -> str:
         lines = [f"{self.info.cls}: {self.info.num_parameters:,} parameters, {self.info.layout}"]
@@ -47,7 +52,8 @@ class Tree:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from flexkernel.views.tree import tree_html  # views are imported when something is drawn, as in Capture.show
+        # views are imported when something is drawn, as in Capture.show
+        from flexkernel.views.tree import tree_html
 
         return tree_html(self.rows, title=f"{self.info.cls}, {self.info.layout}")
 
@@ -57,7 +63,9 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> TreeRow:
     calls = info.scan.get((name, "output"), ())
     first = next((leaf for leaves in calls for leaf in leaves), None)
     held = [r for r in range(info.layout.world) if info.layout.coordinate(r)["pp"] in module.stages]
-    hooks = tuple((h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name))
+    hooks = tuple(
+        (h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name)
+    )
     return TreeRow(
         name,
         module.cls,

@@ -1,4 +1,5 @@
-"""Views: each takes a Capture, or a tensor made by hand, and returns what a notebook shows, now and when reopened."""
+"""Views: each takes a Capture, or a tensor made by hand, and returns what a notebook shows, now
+and when reopened."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ VIEWS: dict[str, Callable[..., Any]] = {"map": tensor_map}
 
 
 def show(source: Any, as_: str = "map", **options: Any) -> Any:
-    """The view of that name. source: a Capture, a torch tensor, a numpy array; options: those of the view."""
+    """The view of that name. source: a Capture, a torch tensor, a numpy array; options: those of
+    the view."""
     if as_ not in VIEWS:
         raise ValueError(f"no view {as_!r}; there are {', '.join(VIEWS)}")
     return VIEWS[as_](source, **options)

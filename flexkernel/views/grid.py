@@ -1,4 +1,5 @@
-"""A source as a matrix: rows × columns, with words for both. Knows nothing about pixels or widgets."""
+"""A source as a matrix: rows × columns, with words for both. Knows nothing about pixels or
+widgets."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ Span = tuple[int, int]
 
 
 class Grid:
-    """rows × columns of a source: a Capture, a tensor or array made by hand, or anything that reduces itself.
+    """rows × columns of a source: a Capture, a tensor or array made by hand, or anything that
+    reduces itself.
 
-    The last dim is the columns, the dims before it are flattened into rows; a 1-d tensor is one row.
+    The last dim is the columns, the dims before it are flattened into rows; a 1-d tensor is one
+    row.
     """
 
     def __init__(self, source: Any, title: str | None = None):
@@ -47,7 +50,8 @@ class Grid:
         return not (self.shape and self.num_rows and self.num_cols)
 
     def matrix(self) -> torch.Tensor:
-        """(rows, columns) view of the whole tensor; CaptureExpired when the run has given its memory back."""
+        """(rows, columns) view of the whole tensor; CaptureExpired when the run has given its
+        memory back."""
         whole = self.source if isinstance(self.source, torch.Tensor) else self.source.tensor()
         return whole.detach().reshape(-1, self.num_cols)
 
@@ -60,7 +64,9 @@ class Grid:
             return torch.as_tensor(self.source.tiles(rows, cols, height, width, how))
         return reduce.tiles(self.matrix(), rows, cols, height, width, how)
 
-    def bounds(self, rows: Span, cols: Span, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def bounds(
+        self, rows: Span, cols: Span, height: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if callable(bounds := getattr(self.source, "bounds", None)):
             return bounds(rows, cols, height, width)
         if self._elsewhere:
@@ -75,15 +81,17 @@ class Grid:
         return None if self._elsewhere else reduce.count_nan(self.matrix())
 
     def part(self, rows: Span, cols: Span) -> torch.Tensor:
-        """The exact elements of a part, in the tensor's own dtype; a view where the tensor lies here."""
+        """The exact elements of a part, in the tensor's own dtype; a view where the tensor lies
+        here."""
         if not self._elsewhere:
             return self.matrix()[slice(*rows), slice(*cols)]
-        return torch.cat([torch.as_tensor(self.source[index]) for index in self._runs(rows, cols)]).reshape(
-            -1, cols[1] - cols[0]
-        )
+        return torch.cat(
+            [torch.as_tensor(self.source[index]) for index in self._runs(rows, cols)]
+        ).reshape(-1, cols[1] - cols[0])
 
     def _runs(self, rows: Span, cols: Span) -> Iterator[tuple[Any, ...]]:
-        """Indices into the source, one for each run of rows that differ in the last leading dim only."""
+        """Indices into the source, one for each run of rows that differ in the last leading dim
+        only."""
         row = rows[0]
         while row < rows[1]:
             *before, first = self.index(row) or (0,)
@@ -120,7 +128,9 @@ class Grid:
 
     def row_label(self, row: int) -> str:
         index = self.index(row)
-        where = f"{index[0]}" if len(index) == 1 else f"[{', '.join(map(str, index))}]" if index else ""
+        where = (
+            f"{index[0]}" if len(index) == 1 else f"[{', '.join(map(str, index))}]" if index else ""
+        )
         return f"{where} {self.token(row)}".strip()
 
     def row_name(self, row: int) -> str:
@@ -140,7 +150,9 @@ class Grid:
         return png.Axis(*rows, ticks, pieces_in(self._row_pieces(), rows))
 
     def col_axis(self, cols: Span, most: int) -> png.Axis:
-        ticks = [(col, self.columns[col] if self.columns else str(col)) for col in ticks_in(*cols, most)]
+        ticks = [
+            (col, self.columns[col] if self.columns else str(col)) for col in ticks_in(*cols, most)
+        ]
         return png.Axis(*cols, ticks, pieces_in(self._col_pieces(), cols))
 
     def _col_pieces(self) -> Iterator[tuple[int, int, str]]:
@@ -159,16 +171,25 @@ class Grid:
                         yield begin + start * unit, begin + stop * unit, label
 
 
-def cut_pieces(cuts: Sequence[int], labels: Sequence[Any], size: int) -> Iterator[tuple[int, int, str]]:
+def cut_pieces(
+    cuts: Sequence[int], labels: Sequence[Any], size: int
+) -> Iterator[tuple[int, int, str]]:
     """Pieces of a cut dim; `cuts` may hold its two ends (0 and size) or leave them out."""
     edges = sorted({0, *(int(c) for c in cuts), size})
     for i, (start, stop) in enumerate(pairwise(edges)):
         yield start, stop, f"rank {labels[i]}" if isinstance(labels[i], int) else str(labels[i])
 
 
-def pieces_in(pieces: Iterator[tuple[int, int, str]], span: Span, most: int = 64) -> list[tuple[int, int, str]]:
-    """The pieces that a part of an axis shows, cut to it; none where they would be too many to read."""
-    shown = [(max(a, span[0]), min(b, span[1]), label) for a, b, label in pieces if a < span[1] and b > span[0]]
+def pieces_in(
+    pieces: Iterator[tuple[int, int, str]], span: Span, most: int = 64
+) -> list[tuple[int, int, str]]:
+    """The pieces that a part of an axis shows, cut to it; none where they would be too many to
+    read."""
+    shown = [
+        (max(a, span[0]), min(b, span[1]), label)
+        for a, b, label in pieces
+        if a < span[1] and b > span[0]
+    ]
     return shown if len(shown) <= most else []
 
 
@@ -188,7 +209,8 @@ _SHOWN = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "∅
 
 
 def visible(token: str) -> str:
-    """A token as one line of text: spaces at its ends, newlines and control characters are seen, nothing is markup.
+    """A token as one line of text: spaces at its ends, newlines and control characters are seen,
+    nothing is markup.
 
     >>> visible(" the"), visible("\\n"), visible("</think>"), visible("\\u202e")
     ('·the', '↵', '</think>', '\\\\u202e')
@@ -202,12 +224,14 @@ def visible(token: str) -> str:
 def _shown(character: str) -> str:
     if character in _SHOWN:
         return _SHOWN[character]
-    hidden = not character.isprintable() and character not in " \u200d"  # a joiner holds an emoji together
+    # a joiner holds an emoji together
+    hidden = not character.isprintable() and character not in " \u200d"
     return f"\\u{ord(character):04x}" if hidden else character
 
 
 def exact(value: torch.Tensor) -> str:
-    """An element as the notebook would print it: all digits of a float32, no more of a bfloat16."""
+    """An element as the notebook would print it: all digits of a float32, no more of a
+    bfloat16."""
     item = value.item()
     digits = {torch.float64: 12, torch.float32: 7}.get(value.dtype, 5)
     return f"{item:.{digits}g}" if isinstance(item, float) else str(item)

@@ -1,6 +1,8 @@
-"""A palette PNG that explains itself: pixels, axis labels, shard strips, colour bar and caption, all drawn in.
+"""A palette PNG that explains itself: pixels, axis labels, shard strips, colour bar and caption,
+all drawn in.
 
-A saved notebook on GitHub loses styles and scripts; a picture with its labels inside it does not. No image library.
+A saved notebook on GitHub loses styles and scripts; a picture with its labels inside it does not.
+No image library.
 """
 
 from __future__ import annotations
@@ -15,22 +17,27 @@ import numpy as np
 
 __all__ = ["Axis", "colours", "encode", "quantise", "render"]
 
-# Stops of the two maps, low to high. Blue-white-red and viridis-like: both keep their order for the colour-blind.
+# Stops of the two maps, low to high. Blue-white-red and viridis-like: both keep their order for
+# the colour-blind.
 SIGNED = ["0b3d7e", "2f79b9", "7db5d9", "cfe3f0", "f8f8f6", "fbd3bd", "ee9273", "cb3f3b", "86081f"]
 UNSIGNED = ["fbfaf5", "d9ecc8", "93d3ae", "49b3ac", "2a86a8", "2b5892", "2c2a63"]
 NAN = (176, 176, 176)
 INK, SOFT, FAINT, PAPER = (32, 33, 36), (104, 108, 114), (214, 217, 221), (255, 255, 255)
 BANDS = ((222, 228, 236), (196, 206, 219))
 
-PLOT_WIDTH, PLOT_HEIGHT = 960, 480  # what the plot area grows towards, in whole pixels per tile pixel
-LEVELS = 63  # colours of a static picture: enough for the eye, and noise compresses a third better than with 255
+# what the plot area grows towards, in whole pixels per tile pixel
+PLOT_WIDTH, PLOT_HEIGHT = 960, 480
+# colours of a static picture: enough for the eye, and noise compresses a third better than with
+# 255
+LEVELS = 63
 
 
 @dataclass(frozen=True)
 class Axis:
     """Cells start..stop along one side of a view.
 
-    ticks: (cell, label) pairs; a label sits at its cell's middle. shards: (start, stop, label) pieces within the view.
+    ticks: (cell, label) pairs; a label sits at its cell's middle. shards: (start, stop, label)
+    pieces within the view.
     """
 
     start: int
@@ -52,10 +59,13 @@ def colours(signed: bool) -> np.ndarray:
 
 
 def quantise(values: np.ndarray, lo: float, hi: float, levels: int = 255) -> np.ndarray:
-    """Float (h, w) -> uint8 palette indices: 0 where NaN, else 1 for <= lo up to `levels` for >= hi."""
+    """Float (h, w) -> uint8 palette indices: 0 where NaN, else 1 for <= lo up to `levels` for >=
+    hi."""
     with np.errstate(invalid="ignore"):
         share = np.clip((values.astype(np.float64) - lo) / (hi - lo), 0, 1)
-        return np.where(np.isnan(share), 0, 1 + np.round(np.nan_to_num(share) * (levels - 1))).astype(np.uint8)
+        return np.where(
+            np.isnan(share), 0, 1 + np.round(np.nan_to_num(share) * (levels - 1))
+        ).astype(np.uint8)
 
 
 def encode(index: np.ndarray, palette: np.ndarray) -> bytes:
@@ -66,7 +76,9 @@ def encode(index: np.ndarray, palette: np.ndarray) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     body = zlib.compress(lines.tobytes(), 9)
     chunks = [(b"IHDR", header), (b"PLTE", np.ascontiguousarray(palette, np.uint8).tobytes())]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*c) for c in [*chunks, (b"IDAT", body), (b"IEND", b"")])
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        _chunk(*c) for c in [*chunks, (b"IDAT", body), (b"IEND", b"")]
+    )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -87,8 +99,8 @@ def render(
 ) -> tuple[bytes, int, int]:
     """A labelled picture of a tile: PNG bytes, width, height.
 
-    values: (h, w) float, covering rows × cols, cells[0] × cells[1] of them a pixel (those at the end may have fewer).
-    bar: (value, label) beside the colour bar.
+    values: (h, w) float, covering rows × cols, cells[0] × cells[1] of them a pixel (those at the
+    end may have fewer). bar: (value, label) beside the colour bar.
     """
     rows = replace(rows, ticks=[(cell, _short(label)) for cell, label in rows.ticks])
     paint = _Paint(signed)
@@ -119,14 +131,16 @@ def _grown(index: np.ndarray, axes: tuple[Axis, Axis], cells: tuple[int, int]) -
     along = max(1, min(160, PLOT_WIDTH // index.shape[1]))
     grown = index.repeat(down, 0).repeat(along, 1)
     high, wide = (
-        max(1, round((axis.stop - axis.start) / block * scale))  # the last pixel is as wide as its cells are many
+        # the last pixel is as wide as its cells are many
+        max(1, round((axis.stop - axis.start) / block * scale))
         for axis, block, scale in zip(axes, cells, (down, along), strict=True)
     )
     return grown[:high, :wide]
 
 
 class _Paint:
-    """The picture while it is drawn: palette indices, and the indices of the colours that are not the map's."""
+    """The picture while it is drawn: palette indices, and the indices of the colours that are not
+    the map's."""
 
     def __init__(self, signed: bool):
         ramp = colours(signed)
@@ -190,7 +204,9 @@ class _Paint:
                 self.image[y0, left : left + wide : 6] = self.ink
                 self.image[y0, left + 1 : left + wide : 6] = self.ink
 
-    def colour_bar(self, x: int, top: int, high: int, lo: float, hi: float, bar: Sequence[tuple[float, str]]) -> None:
+    def colour_bar(
+        self, x: int, top: int, high: int, lo: float, hi: float, bar: Sequence[tuple[float, str]]
+    ) -> None:
         high = max(high, 60)
         ramp = quantise(np.linspace(hi, lo, high)[:, None], lo, hi, LEVELS)
         height = min(high, self.image.shape[0] - top - 8)
@@ -205,7 +221,7 @@ class _Paint:
                 free = y + 16
 
 
-# --- the font: 5 × 8, one byte a column, lowest bit on top -----------------------------------------------------------
+# --- the font: 5 × 8, one byte a column, lowest bit on top ----------------------------
 
 _GLYPHS = (  # noqa: SIM905
     "0000000000 00005f0000 0007000700 147f147f14 242a7f2a12 2313086462 3649562050 0005030000 001c224100 0041221c00 "
@@ -246,7 +262,8 @@ def _short(text: str, most: int = 28) -> str:
 
 
 def _mask(text: str) -> np.ndarray:
-    """(16, 12 * characters) bool: the text at twice the font's size. A character the font lacks is a box."""
+    """(16, 12 * characters) bool: the text at twice the font's size. A character the font lacks is
+    a box."""
     if not text:
         return np.zeros((16, 0), bool)
     return np.concatenate([_glyph(character) for character in text], axis=1)

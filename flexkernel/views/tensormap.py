@@ -1,7 +1,9 @@
-"""The tensor map: any tensor as pixels, of which only those on screen travel, and again at each zoom.
+"""The tensor map: any tensor as pixels, of which only those on screen travel, and again at each
+zoom.
 
-The browser asks for a part of the matrix and a size in pixels; the part is reduced where it lies and goes over the comm
-as one byte a pixel. Beside the live map lies a static picture of it, which a saved notebook keeps.
+The browser asks for a part of the matrix and a size in pixels; the part is reduced where it lies
+and goes over the comm as one byte a pixel. Beside the live map lies a static picture of it, which
+a saved notebook keeps.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from .grid import Grid, Span, exact
 
 __all__ = ["TensorMap", "freeze_all", "tensor_map"]
 
-# A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 70 kB (html and png,
-# both in base64) and 22 kB of ESM: under the 0.4 MB that a view may cost.
+# A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 70
+# kB (html and png, both in base64) and 22 kB of ESM: under the 0.4 MB that a view may cost.
 TILE_PIXELS = 200_000  # one byte each; a larger screen stretches them
 STILL = (176, 704, 62_000)  # rows and columns of the static picture, and its pixels, at most
 VALUES = 8_192  # so many native cells go along as fp32, so that hovering needs no question
@@ -41,43 +43,53 @@ NAMES = 512  # so many row labels go along
 REDUCED = {"extreme": "signed extreme", "mean": "mean", "max": "max", "min": "min", "std": "std"}
 ESM = Path(__file__).with_name("tensormap.js").read_text(encoding="utf-8")
 
-MAX_LIVE = 32  # ipywidgets keeps every widget for ever: above this the oldest map becomes a picture and is let go
+# ipywidgets keeps every widget for ever: above this the oldest map becomes a picture and is let go
+MAX_LIVE = 32
 _live: weakref.WeakValueDictionary[int, TensorMap] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def tensor_map(
-    source: Any, *, rows: Span | slice | None = None, cols: Span | slice | None = None, title: str | None = None
+    source: Any,
+    *,
+    rows: Span | slice | None = None,
+    cols: Span | slice | None = None,
+    title: str | None = None,
 ) -> TensorMap:
     """A map of a Capture, or of a torch tensor or numpy array made by hand, to zoom into.
 
-    source: anything with `shape`, `dtype` and either `tensor()` or `tiles(rows, cols, height, width, how)` and
-    `__getitem__`; `name`, `tokens`, `shards`, `evidence` are shown where it has them. Leading dims become rows, the
-    last dim columns. rows, cols: the part to open at, (start, stop) in rows and columns; Home shows the whole.
+    source: anything with `shape`, `dtype` and either `tensor()` or `tiles(rows, cols, height,
+    width, how)` and `__getitem__`; `name`, `tokens`, `shards`, `evidence` are shown where it has
+    them. Leading dims become rows, the last dim columns. rows, cols: the part to open at, (start,
+    stop) in rows and columns; Home shows the whole.
     """
     return TensorMap(Grid(source, title), rows=rows, cols=cols)
 
 
 def freeze_all() -> list[TensorMap]:
-    """Replaces every live map by its static picture, for a notebook that is to be kept. Returns those it froze."""
+    """Replaces every live map by its static picture, for a notebook that is to be kept. Returns
+    those it froze."""
     return [view.freeze() for _, view in sorted(_live.items())]
 
 
 def _admit(view: TensorMap) -> int:
     """Makes room for a live map among at most MAX_LIVE, and numbers it."""
     for _, oldest in sorted(_live.items())[: max(0, len(_live) - MAX_LIVE + 1)]:
-        oldest.freeze(f"Frozen: only the last {MAX_LIVE} maps stay live. Run the cell again for a live one.")
+        oldest.freeze(
+            f"Frozen: only the last {MAX_LIVE} maps stay live. Run the cell again for a live one."
+        )
     number = next(_numbers)
     _live[number] = view
     return number
 
 
-# --- one view, drawn -------------------------------------------------------------------------------------------------
+# --- one view, drawn ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is looked at: rows × cols, at most height × width pixels, how they are reduced, the colour range."""
+    """What is looked at: rows × cols, at most height × width pixels, how they are reduced, the
+    colour range."""
 
     rows: Span
     cols: Span
@@ -89,7 +101,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Tile:
-    """A drawn part: values (h, w) float32, each of cells[0] × cells[1] cells, the range it is coloured by."""
+    """A drawn part: values (h, w) float32, each of cells[0] × cells[1] cells, the range it is
+    coloured by."""
 
     part: Part
     values: np.ndarray
@@ -109,9 +122,15 @@ class Tile:
     def says(self, nan: int | None) -> str:
         """What was reduced, what was clipped, what is missing: nothing of it silently."""
         down, along = self.cells
-        what = "one pixel is one cell" if self.native else f"{REDUCED[self.part.how]} of {down}×{along} cells/pixel"
+        what = (
+            "one pixel is one cell"
+            if self.native
+            else f"{REDUCED[self.part.how]} of {down}×{along} cells/pixel"
+        )
         clipped = f", {self.beyond:,} pixel{'s' * (self.beyond > 1)} beyond" if self.beyond else ""
-        return f"{what} · range {range_text(self.range)}{clipped}" + (f" · {nan:,} NaN" if nan else "")
+        return f"{what} · range {range_text(self.range)}{clipped}" + (
+            f" · {nan:,} NaN" if nan else ""
+        )
 
     def bar(self) -> list[tuple[float, str]]:
         lo, hi = self.range
@@ -144,7 +163,8 @@ def still_part(part: Part) -> Part:
 
 
 class Overview:
-    """What is known of the whole matrix once it was looked at: bounds, NaN, largest elements, colour ranges."""
+    """What is known of the whole matrix once it was looked at: bounds, NaN, largest elements,
+    colour ranges."""
 
     def __init__(self, grid: Grid):
         self.rows, self.cols = (0, grid.num_rows), (0, grid.num_cols)
@@ -152,28 +172,38 @@ class Overview:
         self.most, self.least = grid.bounds(self.rows, self.cols, *self.size)
         self.nan = grid.count_nan()
         self.signed = bool((self.least < 0).any())
-        self.low, self.high = (_finite(t, pick) for t, pick in ((self.least, min), (self.most, max)))
+        self.low, self.high = (
+            _finite(t, pick) for t, pick in ((self.least, min), (self.most, max))
+        )
         self.largest = self._largest(grid)
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def range(self, grid: Grid, how: str) -> tuple[float, float]:
         """The colour range of one reduction: what 99.5 % of the whole map's pixels lie in.
 
-        Of its pixels, not of its cells: the extreme of 180 cells lies beyond 99.5 % of cells half of the time, and the
-        map would be nothing but its two end colours. It then stays the same at every zoom.
+        Of its pixels, not of its cells: the extreme of 180 cells lies beyond 99.5 % of cells half
+        of the time, and the map would be nothing but its two end colours. It then stays the same
+        at every zoom.
         """
         if how not in self._ranges:
             self._ranges[how] = fitting(self.tile(grid, how), self.signed and how != "std")
         return self._ranges[how]
 
     def tile(self, grid: Grid, how: str) -> torch.Tensor:
-        known = {"max": self.most, "min": self.least, "extreme": reduce.extreme(self.most, self.least)}
+        known = {
+            "max": self.most,
+            "min": self.least,
+            "extreme": reduce.extreme(self.most, self.least),
+        }
         return known[how] if how in known else grid.tiles(self.rows, self.cols, *self.size, how)
 
     def _largest(self, grid: Grid, count: int = 3) -> list[tuple[int, int, str]]:
-        """(row, column, value) of the elements farthest from zero: they lie in the pixels farthest from zero."""
+        """(row, column, value) of the elements farthest from zero: they lie in the pixels farthest
+        from zero."""
         far = torch.maximum(self.most.abs(), self.least.abs()).nan_to_num(-1.0, posinf=math.inf)
-        down, along = (-(-n // s) for n, s in zip((grid.num_rows, grid.num_cols), self.size, strict=True))
+        down, along = (
+            -(-n // s) for n, s in zip((grid.num_rows, grid.num_cols), self.size, strict=True)
+        )
         found: list[tuple[float, int, int, str]] = []
         for pixel in far.flatten().topk(min(count, far.numel())).indices.tolist():
             r, c = (pixel // far.shape[1]) * down, (pixel % far.shape[1]) * along
@@ -192,22 +222,34 @@ def _finite(values: torch.Tensor, pick: Any) -> float:
 
 
 def fitting(values: torch.Tensor, signed: bool) -> tuple[float, float]:
-    """The robust range of a tile; symmetric where the whole tensor has negative elements, though this tile may not."""
+    """The robust range of a tile; symmetric where the whole tensor has negative elements, though
+    this tile may not."""
     lo, hi = reduce.robust_range(values)
     far = max(abs(lo), abs(hi))
     return (-far, far) if signed else (lo, hi)
 
 
 def draw(grid: Grid, overview: Overview, part: Part) -> Tile:
-    """The part as a tile. Its blocks are counted from row and column 0, so that panning does not make them shimmer."""
+    """The part as a tile. Its blocks are counted from row and column 0, so that panning does not
+    make them shimmer."""
     rows, height = _snapped(part.rows, part.height, grid.num_rows)
     cols, width = _snapped(part.cols, part.width, grid.num_cols)
-    known = (rows, cols, (height, width)) == (overview.rows, overview.cols, tuple(overview.most.shape))
-    values = overview.tile(grid, part.how) if known else grid.tiles(rows, cols, height, width, part.how)
-    cells = tuple(-(-(stop - start) // size) for (start, stop), size in ((rows, height), (cols, width)))
+    known = (rows, cols, (height, width)) == (
+        overview.rows,
+        overview.cols,
+        tuple(overview.most.shape),
+    )
+    values = (
+        overview.tile(grid, part.how) if known else grid.tiles(rows, cols, height, width, part.how)
+    )
+    cells = tuple(
+        -(-(stop - start) // size) for (start, stop), size in ((rows, height), (cols, width))
+    )
     signed = overview.signed and part.how != "std"
     bounds = part.range or overview.range(grid, part.how)
-    return Tile(replace(part, rows=rows, cols=cols), values.numpy(), (cells[0], cells[1]), bounds, signed)
+    return Tile(
+        replace(part, rows=rows, cols=cols), values.numpy(), (cells[0], cells[1]), bounds, signed
+    )
 
 
 def _snapped(span: Span, pixels: int, size: int) -> tuple[Span, int]:
@@ -218,23 +260,28 @@ def _snapped(span: Span, pixels: int, size: int) -> tuple[Span, int]:
     return (start, stop), -(-(stop - start) // block)
 
 
-# --- the widget ------------------------------------------------------------------------------------------------------
+# --- the widget -----------------------------------------------------------------------
 
 
 class TensorMap(anywidget.AnyWidget):
-    """A live map. Wheel zooms, dragging pans (with shift: zooms to the box), arrows move the cursor, Home resets."""
+    """A live map. Wheel zooms, dragging pans (with shift: zooms to the box), arrows move the
+    cursor, Home resets."""
 
     _esm = ESM
     info = traitlets.Dict().tag(sync=True)
     lut = traitlets.Bytes().tag(sync=True)
 
-    def __init__(self, grid: Grid, rows: Span | slice | None = None, cols: Span | slice | None = None):
+    def __init__(
+        self, grid: Grid, rows: Span | slice | None = None, cols: Span | slice | None = None
+    ):
         self._grid = grid
-        self._lock = threading.RLock()  # Jupyter may answer the browser from another thread than the cell's
+        # Jupyter may answer the browser from another thread than the cell's
+        self._lock = threading.RLock()
         self._display_id = uuid.uuid4().hex
         self._displayed = self._answered = False
         self._frozen = False
-        self._still: dict[str, Any] = {}  # the static copy: the last one drawn, and after `freeze` all there is
+        # the static copy: the last one drawn, and after `freeze` all there is
+        self._still: dict[str, Any] = {}
         self._over: Overview | None = None
         self._part = still_part(Part(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols)))
         super().__init__(info=about(grid, self._part), lut=_luts())
@@ -251,14 +298,18 @@ class TensorMap(anywidget.AnyWidget):
         return self._frozen
 
     def to_tensor(self) -> torch.Tensor:
-        """The elements on screen: (rows, columns), the tensor's own dtype; a view where it lies here."""
+        """The elements on screen: (rows, columns), the tensor's own dtype; a view where it lies
+        here."""
         with self._lock:
             if self._frozen:
-                raise CaptureExpired("this map is frozen and has let its tensor go; make a new one from the capture")
+                raise CaptureExpired(
+                    "this map is frozen and has let its tensor go; make a new one from the capture"
+                )
             return self._grid.part(self._part.rows, self._part.cols)
 
     def freeze(self, note: str = "") -> TensorMap:
-        """Replaces the live map in the notebook by a static picture of what it shows, and lets the tensor go."""
+        """Replaces the live map in the notebook by a static picture of what it shows, and lets the
+        tensor go."""
         with self._lock:
             if not self._frozen:
                 self._still = self._draw_still(note)
@@ -271,7 +322,8 @@ class TensorMap(anywidget.AnyWidget):
     # --- what Jupyter calls
 
     def _ipython_display_(self) -> None:
-        """Displays under an id of its own: without one, `freeze` could not find the output again."""
+        """Displays under an id of its own: without one, `freeze` could not find the output
+        again."""
         data, metadata = self._repr_mimebundle_()
         display = _notebook_display()
         if display:
@@ -306,7 +358,11 @@ class TensorMap(anywidget.AnyWidget):
         try:
             tile = draw(self._grid, self._overview(), still_part(self._part))
         except CaptureExpired as gone:
-            return noted(self._still, note or str(gone)) if self._still else {"text/plain": f"{self._grid}\n{gone}"}
+            return (
+                noted(self._still, note or str(gone))
+                if self._still
+                else {"text/plain": f"{self._grid}\n{gone}"}
+            )
         return noted(still_bundle(self._grid, self._overview(), tile), note)
 
     def _replace_output(self, note: str) -> None:
@@ -315,14 +371,17 @@ class TensorMap(anywidget.AnyWidget):
         if display and self._displayed:
             data, metadata = self._repr_mimebundle_()
             display.update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
-        if self._displayed or not self._answered:  # in a box of widgets it stays, or there would be a hole
+        # in a box of widgets it stays, or there would be a hole
+        if self._displayed or not self._answered:
             self.close()
-            self.__dict__.pop("_repr_mimebundle_", None)  # ipywidgets blanks a closed widget; ours stays shown
+            # ipywidgets blanks a closed widget; ours stays shown
+            self.__dict__.pop("_repr_mimebundle_", None)
 
     # --- messages from the browser
 
     def _on_message(self, _: Any, asked: dict[str, Any], buffers: Any) -> None:
-        """One answer to each question {view, seq, kind, ...}; `view` says which display of this map asks."""
+        """One answer to each question {view, seq, kind, ...}; `view` says which display of this
+        map asks."""
         answer = {"view": self._answer_view, "probe": self._answer_probe}.get(asked.get("kind", ""))
         if answer is None:
             return
@@ -369,7 +428,10 @@ def about(grid: Grid, part: Part) -> dict[str, Any]:
     """What the browser needs to know once."""
     if grid.empty:
         return {}
-    widest = max(len(grid.row_label(row)) for row in np.linspace(0, grid.num_rows - 1, 64).astype(int).tolist())
+    widest = max(
+        len(grid.row_label(row))
+        for row in np.linspace(0, grid.num_rows - 1, 64).astype(int).tolist()
+    )
     return {
         "title": grid.name,
         "about": f"{grid.shape_text} {grid.dtype}",
@@ -391,7 +453,11 @@ def asked_part(asked: dict[str, Any]) -> Part:
     if how not in REDUCED:
         raise ValueError(f"no reduction {how!r}; there are {', '.join(REDUCED)}")
     given = asked.get("range")
-    fixed = (float(given[0]), float(given[1])) if isinstance(given, list) and given[0] < given[1] else None
+    fixed = (
+        (float(given[0]), float(given[1]))
+        if isinstance(given, list) and given[0] < given[1]
+        else None
+    )
     size = max(1, int(height / too_many)), max(1, int(width / too_many))
     return Part(_pair(asked["rows"]), _pair(asked["cols"]), *size, how, fixed)
 
@@ -401,10 +467,15 @@ def _pair(span: Any) -> Span:
     return int(start), int(stop)
 
 
-def tile_message(grid: Grid, overview: Overview, tile: Tile, ticks: Any) -> tuple[dict[str, Any], list[bytes]]:
+def tile_message(
+    grid: Grid, overview: Overview, tile: Tile, ticks: Any
+) -> tuple[dict[str, Any], list[bytes]]:
     """The answer to a view: words as JSON, pixels (and few native values) as raw buffers."""
     lo, hi = tile.range
-    rows, cols = grid.row_axis(tile.part.rows, int(ticks[0])), grid.col_axis(tile.part.cols, int(ticks[1]))
+    rows, cols = (
+        grid.row_axis(tile.part.rows, int(ticks[0])),
+        grid.col_axis(tile.part.cols, int(ticks[1])),
+    )
     content = {
         "kind": "tile",
         "rows": tile.part.rows,
@@ -418,7 +489,9 @@ def tile_message(grid: Grid, overview: Overview, tile: Tile, ticks: Any) -> tupl
         "bar": tile.bar(),
         "ticks": [rows.ticks, cols.ticks],
         "shards": [rows.shards, cols.shards],
-        "names": [grid.row_name(row) for row in range(*tile.part.rows)] if rows.stop - rows.start <= NAMES else None,
+        "names": [grid.row_name(row) for row in range(*tile.part.rows)]
+        if rows.stop - rows.start <= NAMES
+        else None,
     }
     buffers = [png.quantise(tile.values, lo, hi).tobytes()]
     if tile.native and tile.values.size <= VALUES:
@@ -427,7 +500,8 @@ def tile_message(grid: Grid, overview: Overview, tile: Tile, ticks: Any) -> tupl
 
 
 def probe(grid: Grid, rows: Span, cols: Span, how: str) -> str:
-    """What is under the pointer, exactly: one cell, or a pixel's block and where in it the value is."""
+    """What is under the pointer, exactly: one cell, or a pixel's block and where in it the value
+    is."""
     rows, cols = grid.within(rows, cols)
     block = grid.part(rows, cols).cpu()
     if block.numel() == 1:
@@ -448,17 +522,18 @@ def _luts() -> bytes:
 
 
 def _notebook_display() -> Any:
-    """IPython's display module where a notebook runs, else None. Looked up, not imported: without IPython running there
-    is nobody to display to."""
+    """IPython's display module where a notebook runs, else None. Looked up, not imported: without
+    IPython running there is nobody to display to."""
     ipython = sys.modules.get("IPython")
     return sys.modules.get("IPython.display") if ipython and ipython.get_ipython() else None
 
 
-# --- the static copy -------------------------------------------------------------------------------------------------
+# --- the static copy ------------------------------------------------------------------
 
 
 def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
-    """text/plain, text/html, image/png, and the size to show the picture at. No script, no SVG, inline styles only."""
+    """text/plain, text/html, image/png, and the size to show the picture at. No script, no SVG,
+    inline styles only."""
     rows = grid.row_axis(tile.part.rows, max(1, min(16, tile.values.shape[0])))
     cols = grid.col_axis(tile.part.cols, 8)
     title = f"{grid.name}  {grid.shape_text} {grid.dtype}"
@@ -471,7 +546,9 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
     facts = facts_of(grid, overview)
     return {
         "text/plain": "\n".join([title, caption, *(f"{name}: {value}" for name, value in facts)]),
-        "text/html": _still_html(encoded, size["width"], f"{title}: {caption}", part_text(grid, tile.part), facts),
+        "text/html": _still_html(
+            encoded, size["width"], f"{title}: {caption}", part_text(grid, tile.part), facts
+        ),
         "image/png": encoded,
         "size": size,
     }
@@ -479,7 +556,9 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
 
 def facts_of(grid: Grid, overview: Overview) -> list[tuple[str, str]]:
     """What a saved picture cannot be asked any more: bounds, largest elements, where they lie."""
-    largest = ", ".join(f"{text} at {grid.row_name(r)}column {c}" for r, c, text in overview.largest)
+    largest = ", ".join(
+        f"{text} at {grid.row_name(r)}column {c}" for r, c, text in overview.largest
+    )
     return [
         ("lowest, highest", f"{number(overview.low)}, {number(overview.high)}"),
         ("farthest from zero", largest or "none"),
@@ -497,7 +576,9 @@ def part_text(grid: Grid, part: Part) -> str:
     return f"Rows {r0}–{r1 - 1} and columns {c0}–{c1 - 1} of {rows} × {cols}."
 
 
-def _still_html(encoded: str, width: int, alt: str, caption: str, facts: list[tuple[str, str]]) -> str:
+def _still_html(
+    encoded: str, width: int, alt: str, caption: str, facts: list[tuple[str, str]]
+) -> str:
     cell = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;vertical-align:top;"
     rows = "".join(
         f'<tr style="background:none"><td style="{cell}opacity:.7;white-space:nowrap">{html.escape(name)}</td>'
@@ -523,8 +604,11 @@ def noted(still: dict[str, Any], note: str) -> dict[str, Any]:
 
 
 def text_bundle(grid: Grid) -> dict[str, Any]:
-    """What is said of a tensor without cells to draw: a 0-d tensor's value, an empty one's shape."""
+    """What is said of a tensor without cells to draw: a 0-d tensor's value, an empty one's
+    shape."""
     try:
-        return {"text/plain": f"{grid}: {grid.scalar() if not grid.shape else 'no elements, nothing to draw'}"}
+        return {
+            "text/plain": f"{grid}: {grid.scalar() if not grid.shape else 'no elements, nothing to draw'}"
+        }
     except CaptureExpired as gone:
         return {"text/plain": f"{grid}\n{gone}"}

@@ -1,4 +1,5 @@
-"""The model tree: what the model is made of, where its pieces lie and which hooks are on them. Static; no script."""
+"""The model tree: what the model is made of, where its pieces lie and which hooks are on them.
+Static; no script."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ __all__ = ["ModelTree", "ModuleRow", "model_tree", "tree_html"]
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One module. name: as named_modules() of the unsharded model says. num_parameters: of it and all below.
+    """One module. name: as named_modules() of the unsharded model says. num_parameters: of it and
+    all below.
 
-    shape: of its whole output, a tuple or a formula such as "(B, S, 576)". placement: "Shard(-1)", "Replicate", ...
-    ranks: those that hold it. hooks: (hook name, its groups) pairs.
+    shape: of its whole output, a tuple or a formula such as "(B, S, 576)". placement: "Shard(-1)",
+    "Replicate", ... ranks: those that hold it. hooks: (hook name, its groups) pairs.
     """
 
     name: str
@@ -28,7 +30,8 @@ class ModuleRow:
 
 
 def tree_html(rows: Iterable[Any], title: str = "") -> str:
-    """The tree as HTML that needs no script and no style sheet. rows: anything with a ModuleRow's attributes."""
+    """The tree as HTML that needs no script and no style sheet. rows: anything with a ModuleRow's
+    attributes."""
     return ModelTree(list(rows), title)._repr_html_()
 
 
@@ -49,7 +52,8 @@ def model_tree(rows: Iterable[Any], title: str = "") -> ModelTree:
 
 @dataclass
 class _Node:
-    """A place in the tree: its last name, its module, what is below. same: how many layers are folded into it."""
+    """A place in the tree: its last name, its module, what is below. same: how many layers are
+    folded into it."""
 
     label: str
     row: Any
@@ -59,7 +63,14 @@ class _Node:
     def looks(self) -> tuple[Any, ...]:
         """What must be equal for two layers to be one line: all that is shown but their number."""
         row = self.row
-        own = (row.cls, row.num_parameters, str(row.shape), row.placement, tuple(row.ranks), _hooks(row))
+        own = (
+            row.cls,
+            row.num_parameters,
+            str(row.shape),
+            row.placement,
+            tuple(row.ranks),
+            _hooks(row),
+        )
         return (own, tuple((node.label, node.same, node.looks()) for node in self.below))
 
 
@@ -75,8 +86,14 @@ class ModelTree:
         return {"text/html": self._repr_html_(), "text/plain": str(self)}
 
     def _repr_html_(self) -> str:
-        head = "".join(_cell(name, style, title="") for name, style in zip(_COLUMNS, _styles(), strict=True))
-        title = f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>' if self.title else ""
+        head = "".join(
+            _cell(name, style, title="") for name, style in zip(_COLUMNS, _styles(), strict=True)
+        )
+        title = (
+            f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>'
+            if self.title
+            else ""
+        )
         top = "".join(_html(node, 0) for node in self._top)
         return (
             f'<div style="font-size:12px;line-height:1.7;overflow-x:auto"><div style="min-width:{_TOTAL}px">{title}'
@@ -96,16 +113,19 @@ class ModelTree:
             )
             for line in lines
         ]
-        return "\n".join([*([self.title] if self.title else []), *(line.rstrip() for line in table)])
+        return "\n".join(
+            [*([self.title] if self.title else []), *(line.rstrip() for line in table)]
+        )
 
     __repr__ = __str__
 
 
-# --- the tree --------------------------------------------------------------------------------------------------------
+# --- the tree -------------------------------------------------------------------------
 
 
 def _grow(rows: Iterable[Any]) -> list[_Node]:
-    """Nodes by dotted name. The root ("") is a line of its own on top; containers that no row names are made up."""
+    """Nodes by dotted name. The root ("") is a line of its own on top; containers that no row
+    names are made up."""
     top: list[_Node] = []
     nodes: dict[str, _Node] = {}
 
@@ -145,7 +165,7 @@ def _label(node: _Node) -> str:
     return f"{node.label}–{int(node.label) + node.same - 1} ×{node.same}"
 
 
-# --- the columns -----------------------------------------------------------------------------------------------------
+# --- the columns ----------------------------------------------------------------------
 
 _COLUMNS = ("module", "class", "parameters", "whole output", "placement", "ranks", "hooks")
 _WIDTHS = (250, 170, 96, 130, 110, 70, 220)
@@ -167,7 +187,9 @@ def _cells(node: _Node) -> tuple[str, ...]:
         _shape(row.shape),
         row.placement,
         ranks_text(row.ranks),
-        ", ".join(f"{name} ({' '.join(groups)})" if groups else name for name, groups in _hooks(row)),
+        ", ".join(
+            f"{name} ({' '.join(groups)})" if groups else name for name, groups in _hooks(row)
+        ),
     )
 
 
@@ -212,7 +234,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
-# --- text and html ---------------------------------------------------------------------------------------------------
+# --- text and html --------------------------------------------------------------------
 
 
 def _text(node: _Node, depth: int) -> Iterator[tuple[str, ...]]:
@@ -223,11 +245,15 @@ def _text(node: _Node, depth: int) -> Iterator[tuple[str, ...]]:
 
 
 def _html(node: _Node, depth: int) -> str:
-    """A line; with something below it, one that unfolds. Open down to the layers, closed inside them."""
+    """A line; with something below it, one that unfolds. Open down to the layers, closed inside
+    them."""
     *cells, hooks = _cells(node)
-    cells.append(hooks or ("below" if _hooked_below(node) else ""))  # a closed line still tells that there are some
+    # a closed line still tells that there are some
+    cells.append(hooks or ("below" if _hooked_below(node) else ""))
     styled = zip(cells, _styles(depth), strict=True)
-    line = "".join(_cell(text, style, title=_title(node, i)) for i, (text, style) in enumerate(styled))
+    line = "".join(
+        _cell(text, style, title=_title(node, i)) for i, (text, style) in enumerate(styled)
+    )
     if not node.below:
         return f'<div style="{_LINE}padding-left:16px">{line}</div>'
     inside = "".join(_html(child, depth + 1) for child in node.below)
@@ -244,9 +270,18 @@ def _title(node: _Node, column: int) -> str:
 
 
 def _styles(depth: int = 0) -> list[str]:
-    """One style a column; the first gives back what the indentation takes, so that the columns stay in line."""
+    """One style a column; the first gives back what the indentation takes, so that the columns
+    stay in line."""
     widths = (_WIDTHS[0] - 14 * depth, *_WIDTHS[1:])
-    extra = ("font-family:monospace;", "opacity:.75;", "text-align:right;", "", "", "", "font-family:monospace;")
+    extra = (
+        "font-family:monospace;",
+        "opacity:.75;",
+        "text-align:right;",
+        "",
+        "",
+        "",
+        "font-family:monospace;",
+    )
     return [f"{_CELL}{more}width:{width}px" for more, width in zip(extra, widths, strict=True)]
 
 

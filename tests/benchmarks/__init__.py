@@ -1,1 +1,2 @@
-"""What this costs beside what it would be done with otherwise: `make bench`, `make bench ROWS="reads edit"`."""
+"""What this costs beside what it would be done with otherwise: `make bench`, `make bench
+ROWS="reads edit"`."""

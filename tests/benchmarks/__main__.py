@@ -1,4 +1,5 @@
-"""`python -m benchmarks [--quick] [--repeats N] [--runs N] [row ...]`: measures the rows, prints and writes them.
+"""`python -m benchmarks [--quick] [--repeats N] [--runs N] [row ...]`: measures the rows, prints
+and writes them.
 
 Ends with 1 only if a row could not be run; a goal that is missed is a figure like any other."""
 
@@ -23,14 +24,22 @@ def measured(row: Row, lab: Lab) -> Measured:
         return Measured(row, figures, (before, load()))
     except Exception as error:  # the other rows are still worth measuring
         traceback.print_exc()
-        return Measured(row, (), (before, load()), f"{type(error).__name__}: {error}".splitlines()[0])
+        return Measured(
+            row, (), (before, load()), f"{type(error).__name__}: {error}".splitlines()[0]
+        )
 
 
 def main(asked: Sequence[str] | None = None) -> int:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"all by default; {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="as small as can be, to see that it runs; writes nothing")
+    parser.add_argument(
+        "rows", nargs="*", metavar="row", help=f"all by default; {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="as small as can be, to see that it runs; writes nothing",
+    )
     parser.add_argument("--repeats", type=int, default=9, help="turns of each way that are counted")
     parser.add_argument("--runs", type=int, default=1000, help="of the row `flat`")
     options = parser.parse_args(asked)

@@ -39,7 +39,11 @@ def round_trip(lab: Lab) -> list[Figure]:
         warm=3,
     )
     return [
-        Figure("run / (empty + bare)", of(times, lambda a, b, c: a / (b + c), "ours", "empty", "bare"), at_most=1.5),
+        Figure(
+            "run / (empty + bare)",
+            of(times, lambda a, b, c: a / (b + c), "ours", "empty", "bare"),
+            at_most=1.5,
+        ),
         Figure("run", milliseconds(times["ours"]), "ms"),
         Figure("empty call", milliseconds(times["empty"]), "ms"),
         Figure("bare forward", milliseconds(times["bare"]), "ms"),
@@ -47,7 +51,8 @@ def round_trip(lab: Lab) -> list[Figure]:
 
 
 def empty_call(session: Any) -> float:
-    """Seconds of a call that does nothing, of all engines by one view. What the client keeps of it is let go of."""
+    """Seconds of a call that does nothing, of all engines by one view. What the client keeps of it
+    is let go of."""
     cluster = session.cluster
     begin = time.perf_counter()
     result = cluster._client[cluster.engines].apply_async(ranks.nothing)

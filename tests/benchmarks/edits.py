@@ -1,4 +1,5 @@
-"""Edits: what changing a whole sharded activation adds to a forward; beside FlexModel's edit of the same."""
+"""Edits: what changing a whole sharded activation adds to a forward; beside FlexModel's edit of
+the same."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SIZES = {"1 MB": 16, "16 MB": 256, "64 MB": 1024}  # positions of the wide one
 
 
 def gathered(lab: Lab) -> list[Figure]:
-    """x * 0.5 of the whole activation, by an edit that sees all of it: once here, on every rank in FlexModel."""
+    """x * 0.5 of the whole activation, by an edit that sees all of it: once here, on every rank in
+    FlexModel."""
     where, found = str(opponents.folder()), []
     for size, positions in SIZES.items():
         session, rows = wide(lab, positions)
@@ -30,11 +32,18 @@ def gathered(lab: Lab) -> list[Figure]:
                 at_least=None if size == "1 MB" else 1.5,
             )
         )
-        found += [Figure(f"{size}, {way}", milliseconds(times[way]), "ms") for way in times if size == "16 MB"]
+        found += [
+            Figure(f"{size}, {way}", milliseconds(times[way]), "ms")
+            for way in times
+            if size == "16 MB"
+        ]
     session, rows = wide(lab, 4096)
     times = edited(lab, session, rows, REPLICATED, None, where)
     session.on_ranks(ranks.forget)
-    return [*found, Figure("replicated 1 MB: FlexModel / ours", of(times, whole_ratio, "FlexModel", "ours"))]
+    return [
+        *found,
+        Figure("replicated 1 MB: FlexModel / ours", of(times, whole_ratio, "FlexModel", "ours")),
+    ]
 
 
 def define(session: Any) -> None:

@@ -12,8 +12,8 @@ LIMIT_S = 300.0  # then it ends with the runs that it has made
 
 
 def thousand(lab: Lab) -> list[Figure]:
-    """What has grown most between the 50th and the last of 1,000 runs (--runs), in any process; and slabs,
-    descriptors and threads."""
+    """What has grown most between the 50th and the last of 1,000 runs (--runs), in any process;
+    and slabs, descriptors and threads."""
     import flat
 
     lab.end()
@@ -28,8 +28,15 @@ def thousand(lab: Lab) -> list[Figure]:
     assert {"driver", "engine 0", "engine 1", "controller"} == set(processes)
     return [
         Figure("runs", constant(samples[-1][0]), ""),
-        *(Figure(f"{name} grew by", constant(growth("MB", [name])), "MB", at_most=20) for name in processes),
+        *(
+            Figure(f"{name} grew by", constant(growth("MB", [name])), "MB", at_most=20)
+            for name in processes
+        ),
         Figure("slabs grew by", constant(growth("files", ["slabs"])), "files", at_most=0),
-        Figure("descriptors of any process", constant(growth("fds", processes)), "", at_most=flat.FEW),
-        Figure("threads of any process", constant(growth("threads", processes)), "", at_most=flat.FEW),
+        Figure(
+            "descriptors of any process", constant(growth("fds", processes)), "", at_most=flat.FEW
+        ),
+        Figure(
+            "threads of any process", constant(growth("threads", processes)), "", at_most=flat.FEW
+        ),
     ]

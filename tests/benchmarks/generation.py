@@ -1,4 +1,5 @@
-"""Generation: new tokens with every layer captured, beside none, and beside recomputing all of it for each token."""
+"""Generation: new tokens with every layer captured, beside none, and beside recomputing all of it
+for each token."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ PROMPT = [3 + i % 200 for i in range(96)]
 
 
 def with_captures(lab: Lab) -> list[Figure]:
-    """64 tokens of the real model over two stages, with all layer outputs kept, and without hooks."""
+    """64 tokens of the real model over two stages, with all layer outputs kept, and without
+    hooks."""
     session, new = lab.session(lab.real(), pp=2), 8 if lab.quick else 64
 
     def generate(hooked: bool) -> float:
@@ -33,21 +35,30 @@ def with_captures(lab: Lab) -> list[Figure]:
         session.unhook()
         return seconds
 
-    times = in_turns({"captured": lambda: generate(True), "bare": lambda: generate(False)}, max(lab.repeats // 2, 2))
+    times = in_turns(
+        {"captured": lambda: generate(True), "bare": lambda: generate(False)},
+        max(lab.repeats // 2, 2),
+    )
     return [
-        Figure("tokens/s with captures / without", of(times, lambda a, b: b / a, "captured", "bare"), at_least=0.85),
+        Figure(
+            "tokens/s with captures / without",
+            of(times, lambda a, b: b / a, "captured", "bare"),
+            at_least=0.85,
+        ),
         Figure("with", of(times, lambda a: new / a, "captured"), "tokens/s"),
         Figure("without", of(times, lambda a: new / a, "bare"), "tokens/s"),
     ]
 
 
 def layers_of(session: Any) -> int:
-    return sum(name.count(".") == 2 and name.startswith("model.layers.") for name in session.info.names)
+    return sum(
+        name.count(".") == 2 and name.startswith("model.layers.") for name in session.info.names
+    )
 
 
 def against_recomputing(lab: Lab) -> list[Figure]:
-    """In one process: every layer at every step, by a cached generation with hooks; and as tools do that know no
-    cache, by a whole forward for each token with output_hidden_states=True."""
+    """In one process: every layer at every step, by a cached generation with hooks; and as tools
+    do that know no cache, by a whole forward for each token with output_hidden_states=True."""
     session, new = lab.session(lab.real(), n=1), 4 if lab.quick else 32
     model = session.cluster._runtime.model
     session.hook(LAYERS)
@@ -70,10 +81,18 @@ def against_recomputing(lab: Lab) -> list[Figure]:
         texts["theirs"] = ids[0, len(PROMPT) :].tolist()
 
     times = in_turns({"ours": ours, "recomputed": recompute}, 2, warm=0 if not lab.quick else 1)
-    assert texts["ours"] == texts["theirs"] and len(texts["ours"]) == new, "both made the same tokens"
+    assert texts["ours"] == texts["theirs"] and len(texts["ours"]) == new, (
+        "both made the same tokens"
+    )
     return [
-        Figure("tokens/s, ours / recomputing", of(times, lambda a, b: b / a, "ours", "recomputed"), at_least=1),
-        Figure("bytes kept, recomputing / ours", constant(held["theirs"] / held["ours"]), at_least=1),
+        Figure(
+            "tokens/s, ours / recomputing",
+            of(times, lambda a, b: b / a, "ours", "recomputed"),
+            at_least=1,
+        ),
+        Figure(
+            "bytes kept, recomputing / ours", constant(held["theirs"] / held["ours"]), at_least=1
+        ),
         Figure("ours", of(times, lambda a: new / a, "ours"), "tokens/s"),
         Figure("ours keeps", constant(held["ours"] / 1e6), "MB"),
     ]

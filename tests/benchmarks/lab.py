@@ -1,4 +1,5 @@
-"""Lab: the engines and models that rows share. One cluster at a time; asking for another ends the last."""
+"""Lab: the engines and models that rows share. One cluster at a time; asking for another ends the
+last."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ __all__ = ["Lab"]
 
 
 class Lab:
-    """quick: everything as small as it can be, to see that it runs; the figures mean nothing then. runs: of one cell,
-    to see that nothing grows."""
+    """quick: everything as small as it can be, to see that it runs; the figures mean nothing then.
+    runs: of one cell, to see that nothing grows."""
 
     def __init__(self, quick: bool = False, repeats: int = 9, runs: int = 1000):
         self.runs = runs
@@ -41,7 +42,9 @@ class Lab:
 
     def tiny(self, arch: str) -> Path:
         """The folder of a random model; in a quick run of the smallest there is."""
-        return models.tiny("llama" if self.quick and arch == "llama_deep" else arch, self._folder.name)
+        return models.tiny(
+            "llama" if self.quick and arch == "llama_deep" else arch, self._folder.name
+        )
 
     def real(self) -> Path:
         """SmolLM2-135M-Instruct, if it is there already or can be fetched."""
@@ -50,7 +53,8 @@ class Lab:
         return self.tiny("llama") if self.quick else demo.model()
 
     def session(self, path: Path | None = None, n: int = 2, host: str = "", **layout: int) -> Any:
-        """A session over n engines (1: in this process) without hooks and runs, with that model loaded so.
+        """A session over n engines (1: in this process) without hooks and runs, with that model
+        loaded so.
 
         host: where the engines say that they are; with a name, their data comes over sockets."""
         if self._asked != (n, host) or not all(self._session.cluster.alive()):

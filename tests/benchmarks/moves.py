@@ -1,5 +1,5 @@
-"""Moves: how an activation gets from a hook into the notebook, on this host and from another; beside ipyparallel's
-pull and a bare socket."""
+"""Moves: how an activation gets from a hook into the notebook, on this host and from another;
+beside ipyparallel's pull and a bare socket."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def wide(lab: Lab, positions: int = 4096, host: str = "") -> tuple[Any, list[lis
 
 
 def here(lab: Lab) -> list[Figure]:
-    """From the hook to a tensor in the notebook, on this host. Ours: the slowest rank's time in hooks (which copies
-    and digests), and the reading of the tensor; the first run, which makes its slab, apart."""
+    """From the hook to a tensor in the notebook, on this host. Ours: the slowest rank's time in
+    hooks (which copies and digests), and the reading of the tensor; the first run, which makes its
+    slab, apart."""
     session, rows = wide(lab)
     session.hook(WIDE)
     runs: list[Any] = []
@@ -136,7 +137,8 @@ def from_far(lab: Lab) -> list[Figure]:
 
 @contextmanager
 def raw_socket(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
-    """One message with the array over PUSH and PULL, uncopied on both sides: what TCP and zmq take by themselves."""
+    """One message with the array over PUSH and PULL, uncopied on both sides: what TCP and zmq take
+    by themselves."""
     view = session.cluster._client[session.cluster.engines[0]]
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.RCVTIMEO = 60_000
@@ -155,8 +157,9 @@ def raw_socket(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
 
 
 def slices(lab: Lab) -> list[Figure]:
-    """256 KiB of the same activation: on this host; and from another while the engine that serves it computes. With
-    both at it two cores leave none to this process, which stands in for another host."""
+    """256 KiB of the same activation: on this host; and from another while the engine that serves
+    it computes. With both at it two cores leave none to this process, which stands in for another
+    host."""
     rounds = 20 if lab.quick else ROUNDS
     session, rows = wide(lab, 256)
     session.hook(WIDE)
@@ -164,7 +167,9 @@ def slices(lab: Lab) -> list[Figure]:
     near = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     view = session.cluster._client[session.cluster.engines[0]]
     view.apply_sync(ranks.put, "bench", 4 * SLICE)
-    trips = in_turns({"trip": lambda: view.apply_sync(ranks.slice_of, "bench", SLICE)}, min(rounds, 50), warm=3)["trip"]
+    trips = in_turns(
+        {"trip": lambda: view.apply_sync(ranks.slice_of, "bench", SLICE)}, min(rounds, 50), warm=3
+    )["trip"]
     view.execute("del bench", block=True)
     forget(session)
 
@@ -179,7 +184,9 @@ def slices(lab: Lab) -> list[Figure]:
     idle = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     return [
         Figure("same host", milliseconds(near), "ms", at_most=0.1),
-        Figure("other host, the engine that serves it computing", milliseconds(far), "ms", at_most=1),
+        Figure(
+            "other host, the engine that serves it computing", milliseconds(far), "ms", at_most=1
+        ),
         Figure("both engines computing", milliseconds(crowded), "ms"),
         Figure("other host, idle", milliseconds(idle), "ms"),
         Figure("`apply_sync`, idle", milliseconds(trips), "ms"),

@@ -1,4 +1,5 @@
-"""Opponents: packages that are installed for a benchmark only, without their dependencies, into a folder of their own.
+"""Opponents: packages that are installed for a benchmark only, without their dependencies, into a
+folder of their own.
 
 The folder comes last on the path, so that whatever the project itself uses stays as it is.
 """
@@ -21,8 +22,18 @@ def folder() -> Path:
     """Where they are; the first to ask installs them. RuntimeError: they cannot be had here."""
     where = ROOT / "build" / "opponents"
     if not (where / "complete").exists():
-        asked = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*asked, "--target", str(where), *PACKAGES], capture_output=True, text=True)
+        asked = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
+        done = subprocess.run(
+            [*asked, "--target", str(where), *PACKAGES], capture_output=True, text=True
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             _tried.append(f"pip install --no-deps {' '.join(PACKAGES)}: {last}")

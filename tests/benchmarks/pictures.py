@@ -1,4 +1,5 @@
-"""Pictures: what a view sends to the browser, and how long that takes; beside plotly's FigureWidget."""
+"""Pictures: what a view sends to the browser, and how long that takes; beside plotly's
+FigureWidget."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PART = 64  # FigureWidget gets that part of the large map: the whole took 145 s
 
 
 def first(lab: Lab) -> list[Figure]:
-    """The first picture of a 4096 × 16384 sharded activation, from `.show()` to the pixels; and a zoom into it."""
+    """The first picture of a 4096 × 16384 sharded activation, from `.show()` to the pixels; and a
+    zoom into it."""
     session, rows = wide(lab)
     session.hook(WIDE)
     capture = session.run(rows)[WIDE]
@@ -61,11 +63,14 @@ def first(lab: Lab) -> list[Figure]:
 
 
 def ten(lab: Lab) -> list[Figure]:
-    """Ten views in one notebook, made and drawn: what ten modules of the real model put out for eight tokens."""
+    """Ten views in one notebook, made and drawn: what ten modules of the real model put out for
+    eight tokens."""
     session = lab.session(lab.real(), n=1)
     session.hook("model.layers.**")
     run = session.run([[3, 5, 7, 11, 13, 17, 19, 23]])
-    tensors = [capture.tensor()[0] for capture in run if capture.error is None and capture.ndim == 3][:10]
+    tensors = [
+        capture.tensor()[0] for capture in run if capture.error is None and capture.ndim == 3
+    ][:10]
     assert len(tensors) == 10
     sizes: list[int] = []
 
@@ -76,33 +81,51 @@ def ten(lab: Lab) -> list[Figure]:
         sizes.append(sum(view.num_bytes for view in views))
 
     theirs = tensors[:1] if lab.quick else tensors
-    times = in_turns({"ours": ours, "plotly": lambda: [figure_widget(t) for t in theirs]}, max(lab.repeats // 2, 2))
+    times = in_turns(
+        {"ours": ours, "plotly": lambda: [figure_widget(t) for t in theirs]},
+        max(lab.repeats // 2, 2),
+    )
     return [
         Figure("sent by ours", constant(max(sizes) / 1e6), "MB", at_most=1),
         Figure("ours made and drawn in", milliseconds(times["ours"]), "ms", at_most=2000),
-        Figure(f"sent by {len(theirs)} FigureWidgets", constant(sum(sent(figure(t)) for t in theirs) / 1e6), "MB"),
+        Figure(
+            f"sent by {len(theirs)} FigureWidgets",
+            constant(sum(sent(figure(t)) for t in theirs) / 1e6),
+            "MB",
+        ),
         Figure("they are made, not drawn, in", milliseconds(times["plotly"]), "ms"),
     ]
 
 
 class Shown:
-    """A map as a notebook shows it: all that goes over the wire is counted, with the widget's own code."""
+    """A map as a notebook shows it: all that goes over the wire is counted, with the widget's own
+    code."""
 
     def __init__(self, source: Any):
         self.view = tensor_map(source)
-        self.num_bytes = sent(self.view) + len(json.dumps(self.view._repr_mimebundle_()[0], default=str))
+        self.num_bytes = sent(self.view) + len(
+            json.dumps(self.view._repr_mimebundle_()[0], default=str)
+        )
         self.answers: list[Any] = []
         self.view.send = self._count
 
     def _count(self, content: Any, buffers: Any = None) -> None:
         assert content.get("kind") != "error", content
         self.answers.append(content)
-        self.num_bytes += len(json.dumps(content)) + sum(memoryview(b).nbytes for b in buffers or ())
+        self.num_bytes += len(json.dumps(content)) + sum(
+            memoryview(b).nbytes for b in buffers or ()
+        )
 
     def ask(self, rows: tuple[int, int], cols: tuple[int, int]) -> None:
         """What the browser asks when it is opened, and at each zoom."""
         before = len(self.answers)
-        asked = {"rows": list(rows), "cols": list(cols), "size": list(SCREEN), "ticks": [20, 9], "how": "extreme"}
+        asked = {
+            "rows": list(rows),
+            "cols": list(cols),
+            "size": list(SCREEN),
+            "ticks": [20, 9],
+            "how": "extreme",
+        }
         self.view._handle_custom_msg({"kind": "view", "view": "me", "seq": before, **asked}, [])
         assert len(self.answers) == before + 1, "it was answered"
 

@@ -1,4 +1,5 @@
-"""Ranks: what benchmarks have each engine do beside our own runs. Importable there; each returns plain data.
+"""Ranks: what benchmarks have each engine do beside our own runs. Importable there; each returns
+plain data.
 
 All ranks must call those that run the model.
 """
@@ -42,7 +43,8 @@ def batch_of(rows: Rows) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def unwatched() -> Iterator[Any]:
-    """This engine's Runtime, its model without anything of ours on it. The session has no hooks then."""
+    """This engine's Runtime, its model without anything of ours on it. The session has no hooks
+    then."""
     runtime = door._runtime
     assert not runtime.hook_set.hooks, "a bare forward is one without hooks"
     names, modules = runtime.watch._names, runtime.hooks.modules
@@ -100,9 +102,11 @@ def halved(_module: Any, x: torch.Tensor, _save: Any, _modules: Any) -> torch.Te
 def flexmodel(
     rows: Rows, hooks: Sequence[tuple[str, int | None]], edit: bool, where: str
 ) -> tuple[float, int, dict[str, float]]:
-    """(seconds of a forward under FlexModel, bytes that this rank keeps after it, module → sum of what was kept).
+    """(seconds of a forward under FlexModel, bytes that this rank keeps after it, module → sum of
+    what was kept).
 
-    hooks: (module, the whole size of its last dim if that is sharded). where: the folder it is installed in."""
+    hooks: (module, the whole size of its last dim if that is sharded). where: the folder it is
+    installed in."""
     if where not in sys.path:
         sys.path.append(where)
     from flex_model.core import HookFunction
@@ -112,12 +116,15 @@ def flexmodel(
         wrapped, found = flexmodel_of(runtime.model)
         for name, size in hooks:
             shape = None if size is None else (None, None, size)
-            function = HookFunction(name, expected_shape=shape, editing_function=halved if edit else None)
+            function = HookFunction(
+                name, expected_shape=shape, editing_function=halved if edit else None
+            )
             wrapped.register_forward_hook(function)
         try:
             seconds = forward(wrapped, rows)
         finally:
-            _finalize_dangling_state(wrapped._module_to_hook_fns_map)  # a hook of it cannot be taken away otherwise
+            # a hook of it cannot be taken away otherwise
+            _finalize_dangling_state(wrapped._module_to_hook_fns_map)
             wrapped._hook_fn_group_manager = _HookFunctionGroupManager()
         kept = sum(t.nbytes for tensors in found.values() for t in tensors)
         sums = {name: float(tensors[-1].double().sum()) for name, tensors in found.items()}
@@ -127,7 +134,8 @@ def flexmodel(
 
 
 def flexmodel_of(model: torch.nn.Module) -> tuple[Any, dict[str, list[torch.Tensor]]]:
-    """The model wrapped, once, with the gloo group that it would not make by itself; and where it puts activations."""
+    """The model wrapped, once, with the gloo group that it would not make by itself; and where it
+    puts activations."""
     if _kept.get("model") is not model:
         from flex_model.core import FlexModel
 
@@ -135,7 +143,10 @@ def flexmodel_of(model: torch.nn.Module) -> tuple[Any, dict[str, list[torch.Tens
         group = dist.new_group(backend="gloo")
         world = dist.get_world_size()
         _kept["model"] = model
-        _kept["wrapped"] = FlexModel(model, found, tensor_parallel_size=world, process_group=group), found
+        _kept["wrapped"] = (
+            FlexModel(model, found, tensor_parallel_size=world, process_group=group),
+            found,
+        )
     return _kept["wrapped"]
 
 
@@ -149,7 +160,8 @@ def nothing() -> None:
 
 
 def busy(flag: str) -> int:
-    """Keep this engine's main thread at work as a forward does while that file is there; how many products it made."""
+    """Keep this engine's main thread at work as a forward does while that file is there; how many
+    products it made."""
     a, count, end = torch.randn(384, 384), 0, time.monotonic() + 60
     while os.path.exists(flag) and time.monotonic() < end:
         a = (a @ a).tanh()

@@ -40,7 +40,10 @@ def against_bare(lab: Lab) -> list[Figure]:
 def against_flexmodel(lab: Lab) -> list[Figure]:
     """The time that the same reads add, ours and FlexModel's; and the memory."""
     session, rows, names = prepared(lab)
-    where, wide = str(opponents.folder()), session.info.scan[names[-1], "output"][0][0].shape(1, 1)[-1]
+    where, wide = (
+        str(opponents.folder()),
+        session.info.scan[names[-1], "output"][0][0].shape(1, 1)[-1],
+    )
     hooks = [(name, wide if name.endswith("gate_proj") else None) for name in names]
     kept: list[int] = []
 
@@ -61,7 +64,9 @@ def against_flexmodel(lab: Lab) -> list[Figure]:
     session.on_ranks(ranks.forget)
     whole, booked = memory(session, rows)
     return [
-        Figure("FlexModel adds / ours adds", of(times, added, "bare", "ours", "FlexModel"), at_least=4),
+        Figure(
+            "FlexModel adds / ours adds", of(times, added, "bare", "ours", "FlexModel"), at_least=4
+        ),
         Figure("FlexModel / bare", of(times, ratio, "FlexModel", "bare")),
         Figure("ours / bare", of(times, ratio, "ours", "bare")),
         Figure("kept by FlexModel on all ranks", constant(sum(kept) / MB), "MB"),
@@ -80,7 +85,8 @@ def prepared(lab: Lab) -> tuple[Any, list[list[int]], list[str]]:
 
 
 def ours(session: Any, rows: Sequence[Sequence[int]]) -> float:
-    """Seconds of the forward on the slowest rank, with our reads in it. The session is without hooks again."""
+    """Seconds of the forward on the slowest rank, with our reads in it. The session is without
+    hooks again."""
     for glob in GLOBS:
         session.hook(glob)
     run = session.run(rows)
@@ -92,9 +98,11 @@ def ours(session: Any, rows: Sequence[Sequence[int]]) -> float:
 
 
 def of_forward(session: Any, run: Any) -> float:
-    """Seconds that the slowest rank's forward took with its hooks. run.seconds has the most of each part over all
-    ranks: what one spends in hooks, another waits for."""
-    return slowest([s["forward"] + s["copy"] for s in session.on_ranks(ranks.seconds_of, run.number)])
+    """Seconds that the slowest rank's forward took with its hooks. run.seconds has the most of
+    each part over all ranks: what one spends in hooks, another waits for."""
+    return slowest(
+        [s["forward"] + s["copy"] for s in session.on_ranks(ranks.seconds_of, run.number)]
+    )
 
 
 def check_alike(session: Any, rows: Sequence[Sequence[int]], sums: dict[str, float]) -> None:
@@ -106,14 +114,17 @@ def check_alike(session: Any, rows: Sequence[Sequence[int]], sums: dict[str, flo
     run = session.run(rows)
     for name, theirs in sums.items():
         own = float(run[name].tensor().double().sum())
-        assert math.isclose(own, theirs, rel_tol=1e-3, abs_tol=1e-2), f"{name}: {own} here, {theirs} by FlexModel"
+        assert math.isclose(own, theirs, rel_tol=1e-3, abs_tol=1e-2), (
+            f"{name}: {own} here, {theirs} by FlexModel"
+        )
     run.free()
     session.unhook()
     session._alike = sums.keys()
 
 
 def memory(session: Any, rows: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """(bytes of all whole tensors that are read, bytes of the host's memory that a run of ours books for them)."""
+    """(bytes of all whole tensors that are read, bytes of the host's memory that a run of ours
+    books for them)."""
     for glob in GLOBS:
         session.hook(glob)
     run = session.run(rows)
@@ -128,8 +139,8 @@ def ratio(a: float, b: float) -> float:
 
 
 def added(bare: float, ours: float, theirs: float) -> float:
-    """How many times more theirs adds. Where ours adds nothing that can be measured, it is what a tenth of a percent
-    would be."""
+    """How many times more theirs adds. Where ours adds nothing that can be measured, it is what a
+    tenth of a percent would be."""
     return (theirs - bare) / max(ours - bare, 1e-3 * bare)
 
 

@@ -18,7 +18,8 @@ LAYERS = "model.layers.*"
 
 
 def one_process(lab: Lab) -> list[Figure]:
-    """Every layer's output of one forward, in one process: ours, torch's hooks, output_hidden_states=True, nnsight."""
+    """Every layer's output of one forward, in one process: ours, torch's hooks,
+    output_hidden_states=True, nnsight."""
     session = lab.session(lab.tiny("llama_deep"), n=1)
     runtime = session.cluster._runtime
     B, S = (1, 16) if lab.quick else (4, 128)
@@ -34,7 +35,9 @@ def one_process(lab: Lab) -> list[Figure]:
     def hooked() -> None:
         kept: list[torch.Tensor] = []
         handles = [
-            layer.register_forward_hook(lambda _m, _a, out: kept.append(ranks.leaf(out).detach().clone()))
+            layer.register_forward_hook(
+                lambda _m, _a, out: kept.append(ranks.leaf(out).detach().clone())
+            )
             for layer in runtime.model.model.layers
         ]
         try:
@@ -54,7 +57,9 @@ def one_process(lab: Lab) -> list[Figure]:
     session.hook(LAYERS)
     traced = nnsight_of(runtime.model, batch, num_layers, seen)
     ways = {"bare": forward, "ours": ours, "torch hooks": hooked}
-    times = in_turns({**ways, "output_hidden_states": hidden_states, "nnsight": traced}, TURNS * lab.repeats)
+    times = in_turns(
+        {**ways, "output_hidden_states": hidden_states, "nnsight": traced}, TURNS * lab.repeats
+    )
     check(seen, num_layers)
     names = ("ours", "torch hooks", "output_hidden_states", "nnsight")
     return [
@@ -64,7 +69,9 @@ def one_process(lab: Lab) -> list[Figure]:
     ]
 
 
-def nnsight_of(model: Any, batch: dict[str, torch.Tensor], num_layers: int, seen: dict) -> Callable[[], None]:
+def nnsight_of(
+    model: Any, batch: dict[str, torch.Tensor], num_layers: int, seen: dict
+) -> Callable[[], None]:
     """A trace of nnsight's that saves every layer's output."""
     opponents.folder()
     import nnsight
@@ -81,7 +88,8 @@ def nnsight_of(model: Any, batch: dict[str, torch.Tensor], num_layers: int, seen
 
 
 def check(seen: dict[str, list[torch.Tensor]], num_layers: int) -> None:
-    """All have seen the same, but for output_hidden_states, whose last one is after the final norm."""
+    """All have seen the same, but for output_hidden_states, whose last one is after the final
+    norm."""
     assert len(seen) == 4
     for name, found in seen.items():
         assert len(found) == num_layers, f"{name} kept {len(found)} of {num_layers} layers"

@@ -1,4 +1,5 @@
-"""Rows: what is measured, against what, and the goal. `make bench` measures them all, in this order."""
+"""Rows: what is measured, against what, and the goal. `make bench` measures them all, in this
+order."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ __all__ = ["ROWS", "Row"]
 
 @dataclass(frozen=True)
 class Row:
-    """name: how it is asked for. why: what is to be known of its figures, or why a goal cannot be reached here."""
+    """name: how it is asked for. why: what is to be known of its figures, or why a goal cannot be
+    reached here."""
 
     name: str
     what: str

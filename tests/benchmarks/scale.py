@@ -1,4 +1,5 @@
-"""Scale: what more engines cost the driver and the controller, and what that means for as many as a cluster has.
+"""Scale: what more engines cost the driver and the controller, and what that means for as many as
+a cluster has.
 
 The row `engines` measures it and writes SCALE.md."""
 
@@ -39,8 +40,9 @@ HOOK = "model.layers.1.mlp"
 
 @dataclass(frozen=True)
 class Size:
-    """What a session over this many engines costs. Milliseconds are medians of runs of a tiny model with one hook, and
-    of empty calls; the driver's are of its own processor time, whatever else the machine does."""
+    """What a session over this many engines costs. Milliseconds are medians of runs of a tiny
+    model with one hook, and of empty calls; the driver's are of its own processor time, whatever
+    else the machine does."""
 
     engines: int
     start_s: float
@@ -56,7 +58,8 @@ class Size:
 
 
 def engines(lab: Lab) -> list[Figure]:
-    """How the control cost of a run grows with the engines, beside how an empty call does. Writes SCALE.md."""
+    """How the control cost of a run grows with the engines, beside how an empty call does. Writes
+    SCALE.md."""
     counts = (1, 2) if lab.quick else COUNTS
     lab.end()
     lab.tiny("llama")  # its making is not to be counted
@@ -79,14 +82,17 @@ def engines(lab: Lab) -> list[Figure]:
 
 
 def within(lab: Lab, counts: Sequence[int], limit_s: float) -> tuple[list[Size], dict[int, str]]:
-    """(what each number of engines costs; those of which that is not known → why). One that would not be ready within
-    the limit, as the one before it went, is not begun; one that cannot be started here does not spoil the others."""
+    """(what each number of engines costs; those of which that is not known → why). One that would
+    not be ready within the limit, as the one before it went, is not begun; one that cannot be
+    started here does not spoil the others."""
     begin, last, sizes, skipped = time.monotonic(), 0.0, list[Size](), dict[int, str]()
     for n in counts:
         now = time.monotonic()
         left, expected = begin + limit_s - now, last * n / sizes[-1].engines if sizes else 0.0
         if left < expected:
-            skipped[n] = f"it would take {expected:.0f} s as the machine is, of which {max(left, 0):.0f} s were left"
+            skipped[n] = (
+                f"it would take {expected:.0f} s as the machine is, of which {max(left, 0):.0f} s were left"
+            )
             continue
         try:
             sizes.append(measured(lab, n, left / 2))
@@ -99,11 +105,14 @@ def within(lab: Lab, counts: Sequence[int], limit_s: float) -> tuple[list[Size],
 
 def growth(sizes: Sequence[Size]) -> float:
     first, last = sizes[0], sizes[-1]
-    return (last.driver_run_ms / first.driver_run_ms) / (last.driver_empty_ms / first.driver_empty_ms)
+    return (last.driver_run_ms / first.driver_run_ms) / (
+        last.driver_empty_ms / first.driver_empty_ms
+    )
 
 
 def measured(lab: Lab, n: int, limit_s: float) -> Size:
-    """A session over n engines; a batch of one row, so that a run asks the same of the driver whatever n is.
+    """A session over n engines; a batch of one row, so that a run asks the same of the driver
+    whatever n is.
 
     limit_s: how long runs and empty calls may be repeated; three times they are in any case."""
     before = driver_mb()
@@ -122,7 +131,9 @@ def measured(lab: Lab, n: int, limit_s: float) -> Size:
         while len(runs) < 3 or (len(runs) < repeats and time.monotonic() < until):
             runs.append(one_run(session))
             empties.append(cost(lambda: empty_call(session)))
-        engine_mb = statistics.median(rss for _, rss in session.on_ranks(ranks.pid_and_memory)) / 1e6
+        engine_mb = (
+            statistics.median(rss for _, rss in session.on_ranks(ranks.pid_and_memory)) / 1e6
+        )
         controller = psutil.Process(session.cluster._cluster.controller.pid)
         family = [controller, *controller.children(recursive=True)]
         controller_mb = sum(process.memory_info().rss for process in family) / 1e6
@@ -147,8 +158,9 @@ def measured(lab: Lab, n: int, limit_s: float) -> Size:
 
 
 def one_run(session: Any) -> tuple[float, float, float]:
-    """(milliseconds of a run, of the driver's processor time, of all that is not the slowest engine's forward): the
-    header before it is control, too, and in it early ranks wait for those that the driver's call reaches last."""
+    """(milliseconds of a run, of the driver's processor time, of all that is not the slowest
+    engine's forward): the header before it is control, too, and in it early ranks wait for those
+    that the driver's call reaches last."""
     found: list[Any] = []
     wall, cpu = cost(lambda: found.append(session.run(ROWS)))
     run = found[0]
@@ -170,9 +182,11 @@ def driver_mb() -> float:
 
 
 def line(sizes: Sequence[Size], what: str) -> tuple[float, float]:
-    """(at no engine, for each engine more): the straight line through these sizes, without the first of several: with
-    it this process imports what all of them need."""
-    points = [(size.engines, getattr(size, what)) for size in (sizes[1:] if len(sizes) > 2 else sizes)]
+    """(at no engine, for each engine more): the straight line through these sizes, without the
+    first of several: with it this process imports what all of them need."""
+    points = [
+        (size.engines, getattr(size, what)) for size in (sizes[1:] if len(sizes) > 2 else sizes)
+    ]
     fitted = statistics.linear_regression(*zip(*points, strict=True))
     return fitted.intercept, fitted.slope
 
@@ -194,29 +208,45 @@ COLUMNS = {
     "driver_mb": "driver grew by, MB",
     "engine_mb": "an engine, MB",
 }
-STRAIGHT = ("driver_run_ms", "driver_empty_ms", "controller_mb", "driver_mb")  # engines do not share their cores
+# engines do not share their cores
+STRAIGHT = ("driver_run_ms", "driver_empty_ms", "controller_mb", "driver_mb")
 
 
-def page(sizes: Sequence[Size], loads: tuple[float, float], skipped: Mapping[int, str] = NOTHING) -> str:
+def page(
+    sizes: Sequence[Size], loads: tuple[float, float], skipped: Mapping[int, str] = NOTHING
+) -> str:
     table = [
         f"| engines | {' | '.join(COLUMNS.values())} |",
         "| --- " * (len(COLUMNS) + 1) + "|",
-        *(f"| {s.engines} | {' | '.join(number(getattr(s, what)) for what in COLUMNS)} |" for s in sizes),
+        *(
+            f"| {s.engines} | {' | '.join(number(getattr(s, what)) for what in COLUMNS)} |"
+            for s in sizes
+        ),
         *(f"\n{n} engines were not measured: {why}." for n, why in skipped.items()),
     ]
     ahead = [
         f"| engines | {' | '.join(COLUMNS[what] for what in STRAIGHT)} |",
         "| --- " * (len(STRAIGHT) + 1) + "|",
-        *(f"| {n} | {' | '.join(number(foreseen(sizes, what, n)) for what in STRAIGHT)} |" for n in FORESEEN),
+        *(
+            f"| {n} | {' | '.join(number(foreseen(sizes, what, n)) for what in STRAIGHT)} |"
+            for n in FORESEEN
+        ),
     ]
-    exponents = {what: exponent(sizes, what) for what in ("control_ms", "empty_ms", "driver_run_ms", "driver_empty_ms")}
+    exponents = {
+        what: exponent(sizes, what)
+        for what in ("control_ms", "empty_ms", "driver_run_ms", "driver_empty_ms")
+    }
     grown = ", ".join(f"{COLUMNS[what]} n^{value:.2f}" for what, value in exponents.items())
     when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores, load average {loads[0]:.1f} → {loads[1]:.1f}."
     fitted = f"Growth, fitted over n ≥ 2: {grown}."
     title = f"## {' and '.join(map(str, FORESEEN))} engines"
     drawn = "The straight lines through the figures above, drawn on:"
-    meaning = MEANING.format(each=number(line(sizes, "driver_run_ms")[1]), most=most(sizes), call=number(CALL_MS))
-    return "\n".join([INTRODUCTION, when, "", *table, "", fitted, "", title, "", drawn, "", *ahead, "", meaning])
+    meaning = MEANING.format(
+        each=number(line(sizes, "driver_run_ms")[1]), most=most(sizes), call=number(CALL_MS)
+    )
+    return "\n".join(
+        [INTRODUCTION, when, "", *table, "", fitted, "", title, "", drawn, "", *ahead, "", meaning]
+    )
 
 
 def most(sizes: Sequence[Size]) -> str:
@@ -227,8 +257,14 @@ def most(sizes: Sequence[Size]) -> str:
 
 def exponent(sizes: Sequence[Size], what: str) -> float:
     """e in n^e, over the sizes from 2 engines on."""
-    points = [(math.log(s.engines), math.log(max(getattr(s, what), 1e-6))) for s in sizes if s.engines > 1]
-    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else float("nan")
+    points = [
+        (math.log(s.engines), math.log(max(getattr(s, what), 1e-6))) for s in sizes if s.engines > 1
+    ]
+    return (
+        statistics.linear_regression(*zip(*points, strict=True)).slope
+        if len(points) > 1
+        else float("nan")
+    )
 
 
 INTRODUCTION = """# More engines

@@ -1,4 +1,5 @@
-"""Table: RESULTS.md, of which a command rewrites the rows that it has measured and leaves the others as they are."""
+"""Table: RESULTS.md, of which a command rewrites the rows that it has measured and leaves the
+others as they are."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ PACKAGES = ("torch", "transformers", "ipyparallel", "pyzmq", "plotly")
 
 @dataclass(frozen=True)
 class Measured:
-    """A row's figures, or why there are none. loads: the machine's load average before and after."""
+    """A row's figures, or why there are none. loads: the machine's load average before and
+    after."""
 
     row: Row
     figures: Sequence[Figure]
@@ -66,9 +68,13 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
-def written(measured: Sequence[Measured], rows: Sequence[Row], loads: tuple[float, float], before: str = "") -> str:
+def written(
+    measured: Sequence[Measured], rows: Sequence[Row], loads: tuple[float, float], before: str = ""
+) -> str:
     """The page: rows measured now, and those of the page before that were not."""
-    lines = {name: line for line in before.splitlines() for name in [line.split(" | ")[0].strip("| ")]}
+    lines = {
+        name: line for line in before.splitlines() for name in [line.split(" | ")[0].strip("| ")]
+    }
     lines |= {m.row.name: str(m) for m in measured}
     not_run = "| {0.name} | {0.what} | {0.against} | {0.goal} | not run | – | – |"
     table = [lines.get(row.name, not_run.format(row)) for row in rows]
@@ -88,10 +94,16 @@ def machine() -> str:
 def cpu() -> str:
     """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
-    found = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    found = [
+        line.split(":", 1)[1].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return found[0] if found else platform.processor()
 
 
 def versions() -> Mapping[str, str]:
-    own = {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    own = {"Python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
     return own | opponents.versions()

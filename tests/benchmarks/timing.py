@@ -43,7 +43,9 @@ class Figure:
         return None if self.at_least is None else self.value.median >= self.at_least
 
     def __str__(self) -> str:
-        low, median, high = (number(n) for n in (self.value.low, self.value.median, self.value.high))
+        low, median, high = (
+            number(n) for n in (self.value.low, self.value.median, self.value.high)
+        )
         around = "" if low == high else f" ({low}–{high})"
         return f"{self.what} {median}{' ' * (self.unit not in ('×', ''))}{self.unit}{around}"
 
@@ -71,7 +73,8 @@ def timed(way: Callable[[], Any]) -> float:
 def in_turns(ways: Mapping[str, Callable[[], Any]], repeats: int, warm: int = 1) -> Times:
     """Seconds of each way, A B C A B C ...; the first `warm` turns are not counted."""
     times: Times = {name: [] for name in ways}
-    gc.collect()  # once: after it all caches are cold, and what takes microseconds took ten times as long
+    # once: after it all caches are cold, and what takes microseconds took ten times as long
+    gc.collect()
     for turn in range(warm + repeats):
         for name, way in ways.items():
             seconds = timed(way)
@@ -88,8 +91,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def of(times: Times, combine: Callable[..., float], *names: str) -> Spread:
-    """A number made of the medians of several ways, `combine(median, median, ...)`; around it the quartiles of what it
-    is if the turns are drawn again."""
+    """A number made of the medians of several ways, `combine(median, median, ...)`; around it the
+    quartiles of what it is if the turns are drawn again."""
     draw, turns = random.Random(0), len(times[names[0]])
 
     def once(chosen: Sequence[int]) -> float:

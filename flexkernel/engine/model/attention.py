@@ -1,8 +1,10 @@
-"""Inside attention: the virtual points @q, @k (after rotary), @v, @pattern and @z of every attention module.
+"""Inside attention: the virtual points @q, @k (after rotary), @v, @pattern and @z of every
+attention module.
 
-transformers looks its attention function up by name on every call. Ours stands in under the names that exist, so the
-masks stay what they are, and calls the original; a module that nobody watches pays one dictionary look-up.
-Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B, H, S, P+S), z (B, S, H, D).
+transformers looks its attention function up by name on every call. Ours stands in under the names
+that exist, so the masks stay what they are, and calls the original; a module that nobody watches
+pays one dictionary look-up. Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B, H, S,
+P+S), z (B, S, H, D).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ POINTS = ("q", "k", "v", "pattern", "z")
 TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with its value
 
 
-def tap(module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]) -> None:
-    """Call function at every forward of the module; what it is given returns the point's value, which is computed
-    only if it is called. One function a point."""
+def tap(
+    module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]
+) -> None:
+    """Call function at every forward of the module; what it is given returns the point's value,
+    which is computed only if it is called. One function a point."""
     module.__dict__.setdefault(TAPS, {})[point] = function
 
 
@@ -55,7 +59,8 @@ def watched(name: str) -> Callable:
             return taps[point](value) if point in taps else None
 
         q, k, v = (
-            x if (new := at(point, lambda x=x: x)) is None else new for point, x in (("q", q), ("k", k), ("v", v))
+            x if (new := at(point, lambda x=x: x)) is None else new
+            for point, x in (("q", q), ("k", k), ("v", v))
         )
         z, pattern = run(module, q, k, v, mask, **kwargs)
         whole = functools.cache(lambda: pattern_of(module, pattern, q, k, v, mask, kwargs))
@@ -69,22 +74,26 @@ def watched(name: str) -> Callable:
 
 
 def mixed(pattern: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """z as it is with another pattern: each query head mixes the values of its key/value head. (B, S, H, D)"""
+    """z as it is with another pattern: each query head mixes the values of its key/value head. (B,
+    S, H, D)"""
     every = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
     return (pattern @ every).transpose(1, 2).contiguous().view(z.shape)
 
 
 def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
-    """The attention pattern: as computed, else computed beside the forward by the model's own eager attention."""
+    """The attention pattern: as computed, else computed beside the forward by the model's own
+    eager attention."""
     if pattern is not None:
         return pattern
     additive = additive_mask(mask, q, k, kwargs.get("sliding_window"))
     return eager_attention(module)(module, q, k, v, additive, **kwargs)[1]
 
 
-def additive_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, window: int | None) -> torch.Tensor:
-    """The mask as eager attention wants it, float (B or 1, 1, Q, K): sdpa hands over bool or None (causal), flash
-    (B, K) or None."""
+def additive_mask(
+    mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """The mask as eager attention wants it, float (B or 1, 1, Q, K): sdpa hands over bool or None
+    (causal), flash (B, K) or None."""
     if mask is not None and mask.dtype != torch.bool and mask.dim() == 4:
         return mask
     keep = mask
@@ -93,6 +102,10 @@ def additive_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, w
         keep = torch.ones(Q, K, dtype=torch.bool, device=q.device).tril(K - Q)
         if window:
             keep &= ~torch.ones_like(keep).tril(K - Q - window)
-        keep = keep[None, None] if mask is None else keep[None, None] & mask[:, None, None, :].bool()
+        keep = (
+            keep[None, None] if mask is None else keep[None, None] & mask[:, None, None, :].bool()
+        )
     assert keep is not None
-    return torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, torch.finfo(q.dtype).min)
+    return torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(
+        ~keep, torch.finfo(q.dtype).min
+    )

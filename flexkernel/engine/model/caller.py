@@ -1,7 +1,8 @@
 """How a model is called with a batch.
 
-A forward gets by name what it asks for by name: input_ids, attention_mask, position_ids, use_cache. The ids go to its
-first parameter if none is called input_ids. What else it needs only the user can say: forward=.
+A forward gets by name what it asks for by name: input_ids, attention_mask, position_ids,
+use_cache. The ids go to its first parameter if none is called input_ids. What else it needs only
+the user can say: forward=.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Caller:
-    """Calls a model. forward: the user's (model, batch) → output, as cloudpickled code; None: as its signature says.
+    """Calls a model. forward: the user's (model, batch) → output, as cloudpickled code; None: as
+    its signature says.
 
     batch: input_ids, attention_mask, position_ids, each (B, S) int64 on the model's device."""
 
@@ -35,30 +37,40 @@ class Caller:
         if forward is not None:
             self.forward = pickle.loads(forward)
             if not callable(self.forward):
-                raise LoadError(f"forward= is a function of the model and a batch; found {type(self.forward).__name__}")
+                raise LoadError(
+                    f"forward= is a function of the model and a batch; found {type(self.forward).__name__}"
+                )
             return
         inner = unwrapped(model)
         self.name = type(inner).__name__
         self.parameters = inspect.signature(inner.forward).parameters
-        self.any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters.values())
+        self.any_name = any(
+            p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters.values()
+        )
         first = next((p.name for p in self.parameters.values() if p.kind in POSITIONAL), None)
         # under the name of another of the batch's tensors it is that one's place
         self.first = None if IDS in self.parameters or first in (MASK, "position_ids") else first
-        # Megatron's masks are True where attention must not look, and its causal layers see no pads in them
+        # Megatron's masks are True where attention must not look, and its causal layers see no
+        # pads in them
         self.megatron = type(inner).__module__.startswith("megatron.")
         self._check()
 
     def __call__(self, batch: Mapping[str, torch.Tensor], **more: Any) -> Any:
         """The model's output. more: use_cache, past_key_values: passed on where they are taken.
 
-        What was compiled runs as it is written: compiled code has the hooks of the moment in which it was made."""
+        What was compiled runs as it is written: compiled code has the hooks of the moment in which
+        it was made."""
         with as_written(self.compiled):
             return self._called(batch, **more)
 
     def _called(self, batch: Mapping[str, torch.Tensor], **more: Any) -> Any:
         if self.forward is not None:
             return self.forward(self.model, batch)
-        given = {name: value for name, value in {**batch, **more}.items() if self.takes(name) and name != self.first}
+        given = {
+            name: value
+            for name, value in {**batch, **more}.items()
+            if self.takes(name) and name != self.first
+        }
         if self.megatron and MASK in given:
             S = batch[IDS].shape[1]
             given[MASK] = torch.ones(1, 1, S, S, dtype=torch.bool, device=batch[IDS].device).triu(1)
@@ -74,10 +86,15 @@ class Caller:
     @property
     def caches(self) -> bool:
         """Whether it goes on from a cache as transformers' models do."""
-        return self.forward is None and "past_key_values" in self.parameters and hasattr(self.model, "config")
+        return (
+            self.forward is None
+            and "past_key_values" in self.parameters
+            and hasattr(self.model, "config")
+        )
 
     def check_pads(self, padded: bool) -> None:
-        """PromptError: rows of different length for a forward that would take the pads for tokens."""
+        """PromptError: rows of different length for a forward that would take the pads for
+        tokens."""
         if padded and self.forward is None and (self.megatron or not self.takes(MASK)):
             raise PromptError(
                 f"the rows have different lengths, and {self.name}.forward "

@@ -1,6 +1,8 @@
-"""A checkpoint's files, looked at before any is read: a load that has to fail fails while the earlier model is there.
+"""A checkpoint's files, looked at before any is read: a load that has to fail fails while the
+earlier model is there.
 
-Only headers are read. A file that is shorter than its header says would end an engine, where it is mapped.
+Only headers are read. A file that is shorter than its header says would end an engine, where it is
+mapped.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ OTHERS = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save writes", b"G
 
 
 def check_files(folder: Path) -> None:
-    """LoadError unless the folder's weights are whole safetensors files that lie in it. Without any it says nothing:
-    whoever loads does."""
+    """LoadError unless the folder's weights are whole safetensors files that lie in it. Without
+    any it says nothing: whoever loads does."""
     for path in weights(folder):
         check_file(path)
 
@@ -42,13 +44,21 @@ def named(index: Path) -> list[str]:
     """The files that an index names, each once."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+        outside = [
+            name
+            for name in names
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+        ]
     except OSError as error:
         raise LoadError(f"{index} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LoadError(f"{index} is no index of a checkpoint: {type(error).__name__}: {error}") from None
+        raise LoadError(
+            f"{index} is no index of a checkpoint: {type(error).__name__}: {error}"
+        ) from None
     if outside:
-        raise LoadError(f"{index} names {outside[0]!r}, which is outside of its folder: do not trust this checkpoint")
+        raise LoadError(
+            f"{index} names {outside[0]!r}, which is outside of its folder: do not trust this checkpoint"
+        )
     return names
 
 
@@ -66,9 +76,26 @@ def check_file(path: Path) -> None:
         try:
             start = file.read(8)
             there = 8 + whole_bytes(header(start, found.st_size, file))
-        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError, OSError) as error:
-            looks = next((f"; it begins as {what} does" for mark, what in OTHERS.items() if start.startswith(mark)), "")
-            raise LoadError(f"{path} is no safetensors file: {error}{looks}. Nothing else is read") from None
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            OverflowError,
+            RecursionError,
+            OSError,
+        ) as error:
+            looks = next(
+                (
+                    f"; it begins as {what} does"
+                    for mark, what in OTHERS.items()
+                    if start.startswith(mark)
+                ),
+                "",
+            )
+            raise LoadError(
+                f"{path} is no safetensors file: {error}{looks}. Nothing else is read"
+            ) from None
         there += int.from_bytes(start, "little")
         if there != found.st_size:
             raise LoadError(
@@ -90,5 +117,7 @@ def header(start: bytes, num_bytes: int, file: Any) -> dict[str, Any]:
 
 def whole_bytes(header: dict[str, Any]) -> int:
     """How many bytes of tensors a header describes."""
-    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    ends = [
+        int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"
+    ]
     return max(ends, default=0)

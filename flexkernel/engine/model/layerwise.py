@@ -1,5 +1,5 @@
-"""A model that is larger than the memory: each layer's weights are read from the safetensors files when the layer is
-called, and let go when it returns. The forward is the model's own.
+"""A model that is larger than the memory: each layer's weights are read from the safetensors files
+when the layer is called, and let go when it returns. The forward is the model's own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ __all__ = ["streamed"]
 def streamed(path: str, dtype: torch.dtype, device: str, attention: str) -> torch.nn.Module:
     """The unsharded model of a folder or hub id, with no weights in memory until they are needed.
 
-    LoadError: its checkpoint has no safetensors, or names its tensors otherwise than the model does."""
+    LoadError: its checkpoint has no safetensors, or names its tensors otherwise than the model
+    does."""
     folder = local_folder(path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(str(folder)), attn_implementation=attention, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            read_config(str(folder)), attn_implementation=attention, dtype=dtype
+        )
     fill_buffers(model, device)
     files = files_of(folder)
     for name, buffer in model.named_buffers():
@@ -53,10 +56,15 @@ def files_of(folder: Path) -> dict[str, Path]:
     """Tensor → the file it lies in."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        return {
+            name: folder / file
+            for name, file in json.loads(index.read_text())["weight_map"].items()
+        }
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise LoadError(f"{folder} has no model.safetensors: its layers cannot be read one at a time")
+        raise LoadError(
+            f"{folder} has no model.safetensors: its layers cannot be read one at a time"
+        )
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -65,7 +73,8 @@ Whereabouts = dict[torch.nn.Module, list[tuple[str, torch.nn.Parameter, Path, st
 
 
 def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Whereabouts:
-    """Module → each of its own parameters: its name there, itself on meta, the file, the tensor in it.
+    """Module → each of its own parameters: its name there, itself on meta, the file, the tensor in
+    it.
 
     A tied parameter is stored under one of its names."""
     names: dict[int, list[str]] = {}
@@ -76,7 +85,10 @@ def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Wh
     for module in model.modules():
         for short, parameter in module.named_parameters(recurse=False):
             called = names[id(parameter)]
-            stored = next((n for name in called for n in (name, name.removeprefix(prefix)) if n in files), None)
+            stored = next(
+                (n for name in called for n in (name, name.removeprefix(prefix)) if n in files),
+                None,
+            )
             if stored is None:
                 raise LoadError(
                     f"{path}: its files hold no tensor {called[0]!r}; transformers converts this checkpoint as it "
@@ -87,7 +99,8 @@ def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Wh
 
 
 def units(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What is loaded at a time: each layer of the outermost lists of layers, and whatever has weights beside them."""
+    """What is loaded at a time: each layer of the outermost lists of layers, and whatever has
+    weights beside them."""
     if next(model.parameters(recurse=False), None) is not None:
         yield model
         return
@@ -103,7 +116,9 @@ def fetch(unit: torch.nn.Module, lies: Whereabouts, device: str) -> None:
         for short, parameter, path, stored in lies.get(module, ()):
             tensor = read(path, stored, device).to(parameter.dtype)
             if tensor.shape != parameter.shape:
-                raise LoadError(f"{stored} is {tuple(tensor.shape)} in {path}, the model's is {tuple(parameter.shape)}")
+                raise LoadError(
+                    f"{stored} is {tuple(tensor.shape)} in {path}, the model's is {tuple(parameter.shape)}"
+                )
             module._parameters[short] = torch.nn.Parameter(tensor, requires_grad=False)
             module.__dict__.setdefault("_flex_meta", {})[short] = parameter
 

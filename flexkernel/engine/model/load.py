@@ -1,4 +1,5 @@
-"""A model onto this rank: transformers' own sharded loading, with the degrees checked before anything is read."""
+"""A model onto this rank: transformers' own sharded loading, with the degrees checked before
+anything is read."""
 
 from __future__ import annotations
 
@@ -49,14 +50,21 @@ NUM_SCANS = 8  # are kept
 def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise LoadError(f"dtype {name!r} is not one of torch's floating point types, such as float32 or bfloat16")
+        raise LoadError(
+            f"dtype {name!r} is not one of torch's floating point types, such as float32 or bfloat16"
+        )
     if found.itemsize < 2:
-        raise LoadError(f"dtype {name!r} is one to keep weights in, torch computes no layer in it: take bfloat16")
+        raise LoadError(
+            f"dtype {name!r} is one to keep weights in, torch computes no layer in it: take bfloat16"
+        )
     return found
 
 
-def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]) -> ModelInfo:
-    """What is known of a model before any of it is loaded: its modules, every value's shape, and that the degrees fit.
+def inspect(
+    source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]
+) -> ModelInfo:
+    """What is known of a model before any of it is loaded: its modules, every value's shape, and
+    that the degrees fit.
 
     LoadError, LayoutError: what is wrong with the path, the dtype or the degrees."""
     model, config = whole_model(source, dtype_of(dtype), layout)
@@ -91,7 +99,10 @@ def inspect(source: Source, layout: Layout, dtype: str, attention: str | None, p
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter and buffer with its shape, tied ones under each of their names."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
@@ -107,7 +118,8 @@ _scans: dict[tuple[Any, ...], Scan] = {}  # of the models seen last
 
 
 def known(model: torch.nn.Module, source: Source, config: Any, dtype: str) -> Scan:
-    """The model's scan, made once for each class, config and dtype; a user's own model may depend on anything."""
+    """The model's scan, made once for each class, config and dtype; a user's own model may depend
+    on anything."""
     if source.builder is not None:
         return scanned(model, source.forward)
     try:
@@ -122,7 +134,8 @@ def known(model: torch.nn.Module, source: Source, config: Any, dtype: str) -> Sc
 
 
 def scanned(model: torch.nn.Module, forward: bytes | None) -> Scan:
-    """The model's scan. LoadError if its forward cannot run without data, or not in a way that is known."""
+    """The model's scan. LoadError if its forward cannot run without data, or not in a way that is
+    known."""
     try:
         return scan(model, forward)
     except LoadError:
@@ -135,7 +148,8 @@ def scanned(model: torch.nn.Module, forward: bytes | None) -> Scan:
 
 
 def check_placements(info: ModelInfo) -> None:
-    """PlacementError, HookError: a declaration that says nothing, or of no module that there is."""
+    """PlacementError, HookError: a declaration that says nothing, or of no module that there
+    is."""
     for key, text in info.placements.items():
         parse(text)
         if not info.built:  # which may have modules that its reference has not
@@ -154,16 +168,22 @@ def implementation(asked: str | None, model: torch.nn.Module | None) -> str:
 
 def described(model: torch.nn.Module | None) -> tuple[ModuleInfo, ...]:
     named = model.named_modules() if model is not None else ()
-    return tuple(ModuleInfo(name, type(m).__name__, sum(p.numel() for p in m.parameters())) for name, m in named)
+    return tuple(
+        ModuleInfo(name, type(m).__name__, sum(p.numel() for p in m.parameters()))
+        for name, m in named
+    )
 
 
-def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> tuple[torch.nn.Module | None, Any]:
-    """The unsharded model on the meta device, its degrees checked, and its config; None for a builder that has no
-    reference."""
+def whole_model(
+    source: Source, dtype: torch.dtype, layout: Layout
+) -> tuple[torch.nn.Module | None, Any]:
+    """The unsharded model on the meta device, its degrees checked, and its config; None for a
+    builder that has no reference."""
     if source.builder is not None:
         if source.reference is None:
             return None, None
-        reference = pickle.loads(source.reference)  # imports the user's modules, whose own tensors are to be real
+        # imports the user's modules, whose own tensors are to be real
+        reference = pickle.loads(source.reference)
         with torch.device("meta"):
             model = reference().eval()
         config = copy.deepcopy(getattr(model, "config", None))
@@ -177,7 +197,9 @@ def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> tuple[tor
             f"{source.path} is neither a model folder nor a model the hub knows: {first_line(error)}"
         ) from error
     except Exception as error:  # what a config's own checks raise
-        raise LoadError(f"the config of {source.path} describes no model: {' '.join(str(error).split())}") from error
+        raise LoadError(
+            f"the config of {source.path} describes no model: {' '.join(str(error).split())}"
+        ) from error
     try:
         model = unsharded(config, dtype)
     except Exception as error:
@@ -194,7 +216,9 @@ def build(builder: bytes) -> torch.nn.Module:
     """What a user's builder returns on this rank. LoadError if it is no module."""
     model = pickle.loads(builder)()
     if not isinstance(model, torch.nn.Module):
-        raise LoadError(f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module")
+        raise LoadError(
+            f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module"
+        )
     model.requires_grad_(False)  # the base is frozen unless a run asks for a gradient
     copied_out(model.parameters())
     return model.eval()
@@ -222,7 +246,9 @@ def check(config: Any, model: torch.nn.Module, layout: Layout) -> None:
             size = getattr(text, key, None)
             if size and size % layout.tp:
                 fits = [d for d in range(2, layout.tp * 4 + 1) if divides(text, d)]
-                raise LayoutError(f"tp={layout.tp} does not divide {name}'s {size} {what}; tp could be {fits or 1}")
+                raise LayoutError(
+                    f"tp={layout.tp} does not divide {name}'s {size} {what}; tp could be {fits or 1}"
+                )
     if layout.pp > 1:
         base = getattr(model, model.base_model_prefix, model)
         missing = [part for part in ("layers", "embed_tokens", "norm") if not hasattr(base, part)]
@@ -232,9 +258,13 @@ def check(config: Any, model: torch.nn.Module, layout: Layout) -> None:
                 f"{model.base_model_prefix}.{missing[0]} and it has none; use fsdp= or dp="
             )
         if len(base.layers) < layout.pp:
-            raise LayoutError(f"pp={layout.pp} stages need as many layers; {name} has {len(base.layers)}")
+            raise LayoutError(
+                f"pp={layout.pp} stages need as many layers; {name} has {len(base.layers)}"
+            )
     if layout.batch_groups > 1 and not getattr(model, "fsdp_plan", None):
-        raise LayoutError(f"fsdp={layout.fsdp}, dp={layout.dp}: {name} has no FSDP plan in transformers")
+        raise LayoutError(
+            f"fsdp={layout.fsdp}, dp={layout.dp}: {name} has no FSDP plan in transformers"
+        )
 
 
 def divides(text: Any, tp: int) -> bool:
@@ -243,8 +273,13 @@ def divides(text: Any, tp: int) -> bool:
 
 
 def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> torch.nn.Module:
-    """This rank's part of the model, in eval mode. All ranks must call; the process group exists already."""
-    options: dict[str, Any] = {"dtype": dtype_of(dtype), "attn_implementation": attention, "trust_remote_code": False}
+    """This rank's part of the model, in eval mode. All ranks must call; the process group exists
+    already."""
+    options: dict[str, Any] = {
+        "dtype": dtype_of(dtype),
+        "attn_implementation": attention,
+        "trust_remote_code": False,
+    }
     options["use_safetensors"] = True
     if layout.world > 1:
         options["distributed_config"] = distributed_config(layout)
@@ -261,7 +296,8 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
 
 
 def part_of(runtime: Any, info: ModelInfo) -> torch.nn.Module:
-    """This rank's part, loaded, or built by the user's function. A rank that fails leaves nobody waiting. All ranks."""
+    """This rank's part, loaded, or built by the user's function. A rank that fails leaves nobody
+    waiting. All ranks."""
     from flexkernel.engine.run.forward import gave_up
 
     try:
@@ -308,7 +344,8 @@ def know(runtime: Any, info: ModelInfo) -> None:
 
 
 def exists(path: str) -> None:
-    """LoadError for something that looks like a folder and is none. Anything else may be a hub id."""
+    """LoadError for something that looks like a folder and is none. Anything else may be a hub
+    id."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -316,7 +353,10 @@ def exists(path: str) -> None:
             raise LoadError(f"{path} holds no config.json: it is not a saved transformers model")
     elif looks_local or folder.exists():
         near = sorted(p.name for p in folder.parent.iterdir())[:8] if folder.parent.is_dir() else []
-        raise LoadError(f"there is no model folder {path}" + (f"; beside it are {', '.join(near)}" if near else ""))
+        raise LoadError(
+            f"there is no model folder {path}"
+            + (f"; beside it are {', '.join(near)}" if near else "")
+        )
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -325,7 +365,12 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 
 def own(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     """This rank's parameters, placeholders have none."""
-    return (local(p) for m in model.modules() if not is_placeholder(m) for p in m.parameters(recurse=False))
+    return (
+        local(p)
+        for m in model.modules()
+        if not is_placeholder(m)
+        for p in m.parameters(recurse=False)
+    )
 
 
 def local_parameters(model: torch.nn.Module) -> int:

@@ -1,8 +1,8 @@
 """What of a loaded model still lies in its checkpoint's file: it is copied out.
 
-On the CPU, and where the dtype is the file's, transformers leaves parameters where safetensors has mapped them. A file
-that is written anew under a loaded model would change its numbers without a word; one that is cut off would kill the
-engine (SIGBUS) at its next forward.
+On the CPU, and where the dtype is the file's, transformers leaves parameters where safetensors has
+mapped them. A file that is written anew under a loaded model would change its numbers without a
+word; one that is cut off would kill the engine (SIGBUS) at its next forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ __all__ = ["copied_out", "files_in_memory"]
 
 
 def copied_out(parameters: Iterable[torch.Tensor]) -> int:
-    """Give each of these that lies in a file memory of its own, tied ones the same; returns how many did."""
+    """Give each of these that lies in a file memory of its own, tied ones the same; returns how
+    many did."""
     regions = files_in_memory()
     starts = [start for start, _ in regions]
     copies: dict[tuple, torch.Tensor] = {}
@@ -35,8 +36,9 @@ def copied_out(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def files_in_memory() -> list[tuple[int, int]]:
-    """Where this process has files mapped that others can change: (first byte, end), in order. Libraries are left out;
-    so are the slabs, which are private to this user and never hold a parameter."""
+    """Where this process has files mapped that others can change: (first byte, end), in order.
+    Libraries are left out; so are the slabs, which are private to this user and never hold a
+    parameter."""
     found = []
     try:
         with open("/proc/self/maps") as lines:

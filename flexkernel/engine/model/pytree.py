@@ -1,8 +1,8 @@
 """The tensors inside a value that goes into or comes out of a module, each under its path.
 
-An output that is itself a tensor has the path "". A tuple's elements are "0", "1"; a mapping's or dataclass's values
-go by their key; nesting joins with a dot. A module's input is its positional arguments by number, then its keyword
-arguments by name.
+An output that is itself a tensor has the path "". A tuple's elements are "0", "1"; a mapping's or
+dataclass's values go by their key; nesting joins with a dot. A module's input is its positional
+arguments by number, then its keyword arguments by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def replaced(value: Any, path: str, tensor: torch.Tensor) -> Any:
     """The value with another tensor at that path; everything else of it is the same object."""
     if isinstance(value, torch.Tensor):
         return tensor
-    key = next(key for key, inner in children(value) if any(found == path for found, _ in leaves(inner, key)))
+    key = next(
+        key
+        for key, inner in children(value)
+        if any(found == path for found, _ in leaves(inner, key))
+    )
     inner = replaced(dict(children(value))[key], path[len(key) :].removeprefix("."), tensor)
     if isinstance(value, Mapping):
         other = copy.copy(value)
@@ -70,6 +74,8 @@ def leaf(value: Any, path: str) -> torch.Tensor | None:
 
 def users_line(error: BaseException) -> str:
     """The last line of the user's own code that an error went through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename
+    ]
     own = [f for f in frames if "site-packages" not in f.filename] or frames
     return f" (line {own[-1].lineno}: {own[-1].line or own[-1].name})" if own else ""

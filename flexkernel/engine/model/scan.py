@@ -1,6 +1,6 @@
-"""The scan: the unsharded model runs on the meta device, and every value's shape becomes a formula in the batch size
-B, the sequence length S and the past P. It costs no memory and a second or two, and makes placement a matter of
-comparison instead of a guess.
+"""The scan: the unsharded model runs on the meta device, and every value's shape becomes a formula
+in the batch size B, the sequence length S and the past P. It costs no memory and a second or two,
+and makes placement a matter of comparison instead of a guess.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ __all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
 
 Scan = dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
 WINDOW = 8  # every sliding window during the scan, so that it shows
-# (B, S, past): two sizes could agree by chance, 6 and 9 are 3 × B and half of S; a cached step tells S from past + S
+# (B, S, past): two sizes could agree by chance, 6 and 9 are 3 × B and half of S; a cached step
+# tells S from past + S
 SIZES = ((2, 11, 0), (3, 17, 0), (5, 13, 0), (2, 1, 19))
 TERMS = {
     "B": lambda B, S, P: B,
@@ -42,11 +43,14 @@ def unsharded(config: Any, dtype: torch.dtype) -> torch.nn.Module:
         config.sliding_window = WINDOW
     extra = {"experts_implementation": "batched_mm"} if has_experts(config) else {}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype, **extra).eval()
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=dtype, **extra
+        ).eval()
 
 
 def runnable_on_meta(model: torch.nn.Module) -> torch.nn.Module:
-    """A user's reference model, switched to the implementations that run on the meta device where it has any."""
+    """A user's reference model, switched to the implementations that run on the meta device where
+    it has any."""
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
     config: Any = getattr(model, "config", None)
@@ -56,11 +60,15 @@ def runnable_on_meta(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def has_experts(config: Any) -> bool:
-    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return any(
+        getattr(config, name, None)
+        for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
 
 
 def scan(model: torch.nn.Module, forward: bytes | None = None) -> Scan:
-    """(module or virtual point, "output" | "input") → for each call in a forward, a formula for each tensor leaf.
+    """(module or virtual point, "output" | "input") → for each call in a forward, a formula for
+    each tensor leaf.
 
     forward: the user's own way to call it, as code."""
     call = Caller(model, forward)
@@ -71,7 +79,9 @@ def scan(model: torch.nn.Module, forward: bytes | None = None) -> Scan:
     for where, calls in runs[0].items():
         found[where] = tuple(
             tuple(
-                ShapeFormula(path, formula(where[0], shapes_of(runs, where, call, path), sizes), dtype)
+                ShapeFormula(
+                    path, formula(where[0], shapes_of(runs, where, call, path), sizes), dtype
+                )
                 for path, (_, dtype) in values.items()
             )
             for call, values in enumerate(calls)
@@ -87,7 +97,14 @@ def observe(call: Caller, B: int, S: int, past: int) -> Observed:
     seen: Observed = {}
     ids = lambda n: torch.ones(B, n, dtype=torch.long, device="meta")  # noqa: E731
     position = lambda a, n: torch.arange(a, a + n, device="meta").expand(B, n)  # noqa: E731
-    batch = lambda a, n: {"input_ids": ids(n), "attention_mask": ids(a + n), "position_ids": position(a, n)}  # noqa: E731
+
+    def batch(a: int, n: int) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": ids(n),
+            "attention_mask": ids(a + n),
+            "position_ids": position(a, n),
+        }
+
     cache = {"past_key_values": DynamicCache(config=call.model.config)} if past else {}
     with torch.no_grad():
         if past:
@@ -105,7 +122,9 @@ class watching:
         self.handles: list[Any] = []
 
     def note(self, name: str, at: str, value: Any) -> None:
-        shapes = {path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)}
+        shapes = {
+            path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)
+        }
         self.seen.setdefault((name, at), []).append(shapes)
 
     def note_point(self, name: str, value: Callable[[], torch.Tensor]) -> None:
@@ -116,10 +135,14 @@ class watching:
         for name, module in self.model.named_modules():
             self.handles += [
                 module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, name=name: self.note(name, "input", inputs(args, kwargs)), with_kwargs=True
+                    lambda _m, args, kwargs, name=name: self.note(
+                        name, "input", inputs(args, kwargs)
+                    ),
+                    with_kwargs=True,
                 ),
                 module.register_forward_hook(
-                    lambda _m, args, kwargs, out, name=name: self.note(name, "output", out), with_kwargs=True
+                    lambda _m, args, kwargs, out, name=name: self.note(name, "output", out),
+                    with_kwargs=True,
                 ),
             ]
             for point in attention.POINTS:
@@ -133,7 +156,9 @@ class watching:
                 attention.untap(module, point)
 
 
-def shapes_of(runs: Sequence[Observed], where: tuple[str, str], call: int, path: str) -> list[tuple[int, ...] | None]:
+def shapes_of(
+    runs: Sequence[Observed], where: tuple[str, str], call: int, path: str
+) -> list[tuple[int, ...] | None]:
     """The shapes of one leaf in each run; None where it did not show."""
     found = []
     for run in runs:
@@ -145,13 +170,22 @@ def shapes_of(runs: Sequence[Observed], where: tuple[str, str], call: int, path:
 def formula(
     name: str, shapes: Sequence[tuple[int, ...] | None], sizes: Sequence[tuple[int, int, int]]
 ) -> tuple[tuple[int, str], ...] | None:
-    """The dims as terms in B, S and P; None where no formula fits, or the rows are ordered by the data.
+    """The dims as terms in B, S and P; None where no formula fits, or the rows are ordered by the
+    data.
 
-    Rows inside a mixture's experts are sorted by expert: their shape may fit a formula, their order does not."""
+    Rows inside a mixture's experts are sorted by expert: their shape may fit a formula, their
+    order does not."""
     known = [(shape, size) for shape, size in zip(shapes, sizes, strict=True) if shape is not None]
-    if len(known) < 2 or len({len(shape) for shape, _ in known}) > 1 or "experts" in name.split(".")[:-1]:
+    if (
+        len(known) < 2
+        or len({len(shape) for shape, _ in known}) > 1
+        or "experts" in name.split(".")[:-1]
+    ):
         return None
-    dims = [dim_of([shape[d] for shape, _ in known], [size for _, size in known]) for d in range(len(known[0][0]))]
+    dims = [
+        dim_of([shape[d] for shape, _ in known], [size for _, size in known])
+        for d in range(len(known[0][0]))
+    ]
     if any(dim is None or (dim[1] == "B*S" and dim[0] > 1) for dim in dims):
         return None
     return tuple(dim for dim in dims if dim is not None)
@@ -169,7 +203,9 @@ def dim_of(values: Sequence[int], sizes: Sequence[tuple[int, int, int]]) -> tupl
         of_term = [function(*size) for size in sizes]
         if all(of_term) and values[0] % of_term[0] == 0:
             factor = values[0] // of_term[0]
-            if factor and all(value == factor * t for value, t in zip(values, of_term, strict=True)):
+            if factor and all(
+                value == factor * t for value, t in zip(values, of_term, strict=True)
+            ):
                 return factor, term
     return None
 

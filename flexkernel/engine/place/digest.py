@@ -1,7 +1,7 @@
 """The digest of a value: what ranks that hold copies compare, instead of the values.
 
-It is exact on GPUs too. An all-reduce of NCCL gives every rank the same bits, and a tolerance wide enough for kernels
-that add in any order would let addends of a sum pass as copies of one value.
+It is exact on GPUs too. An all-reduce of NCCL gives every rank the same bits, and a tolerance wide
+enough for kernels that add in any order would let addends of a sum pass as copies of one value.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["digest", "digest_in_flight", "joined_digest", "landed"]
 
 
 def digest(value: torch.Tensor) -> int:
-    """Wrapping sum of the value's bytes as int64 words, each row times its number: equal values have equal digests,
-    and so have not the same rows in another order. 2 ms per 64 MiB."""
+    """Wrapping sum of the value's bytes as int64 words, each row times its number: equal values
+    have equal digests, and so have not the same rows in another order. 2 ms per 64 MiB."""
     return int(digest_in_flight(value))
 
 
@@ -39,7 +39,9 @@ def digest_in_flight(value: torch.Tensor) -> torch.Tensor | int:
         total = words.sum()
     else:
         rows = words[: num_rows * width].view(num_rows, width).sum(1)
-        total = rows.mul_(odd_numbers(num_rows, rows.device)).sum() + words[num_rows * width :].sum()
+        total = (
+            rows.mul_(odd_numbers(num_rows, rows.device)).sum() + words[num_rows * width :].sum()
+        )
     return total + tail.sum(dtype=torch.int64) if len(tail) else total
 
 
@@ -47,13 +49,17 @@ def landed(seen: Mapping[Any, Seen]) -> dict[Any, Seen]:
     """The same with every digest a number, by one transfer."""
     flying = {key: one.digest for key, one in seen.items() if isinstance(one.digest, torch.Tensor)}
     numbers = torch.stack(list(flying.values())).tolist() if flying else []
-    there = {key: dataclasses.replace(seen[key], digest=n) for key, n in zip(flying, numbers, strict=True)}
+    there = {
+        key: dataclasses.replace(seen[key], digest=n)
+        for key, n in zip(flying, numbers, strict=True)
+    }
     return {**seen, **there}
 
 
 def joined_digest(before: Any, after: Any) -> Any:
     """Of two values one after the other, in 64 bits."""
-    if isinstance(after, torch.Tensor) or isinstance(before, torch.Tensor):  # whose numbers wrap by themselves
+    # whose numbers wrap by themselves
+    if isinstance(after, torch.Tensor) or isinstance(before, torch.Tensor):
         return before * 0x100000001B3 + after
     return (before * 0x100000001B3 + after + (1 << 63)) % (1 << 64) - (1 << 63)
 

@@ -1,5 +1,5 @@
-"""What the modules of fairscale, Megatron-core and transformers say by class and flags: how their values lie over tp,
-which dim has the rows of a batch, and how they split their weights.
+"""What the modules of fairscale, Megatron-core and transformers say by class and flags: how their
+values lie over tp, which dim has the rows of a batch, and how they split their weights.
 """
 
 from __future__ import annotations
@@ -15,27 +15,35 @@ from flexkernel.errors import PlacementError
 
 __all__ = ["Known", "known", "weight_placement"]
 
-FIRST = ("", "0", "input", "input_", "input_ids", "query", "hidden_states")  # paths of the value that is meant
+# paths of the value that is meant
+FIRST = ("", "0", "input", "input_", "input_ids", "query", "hidden_states")
 
 
 @dataclass(frozen=True)
 class Known:
-    """placement: over tp, None if that is not said. batch: the dim of its rows, None if that is not said."""
+    """placement: over tp, None if that is not said. batch: the dim of its rows, None if that is
+    not said."""
 
     placement: Placement | None
     batch: int | None
 
 
-# S positions, B rows, D width: Megatron's values are (S, B, D), and its models' and embeddings' ends (B, S)
+# S positions, B rows, D width: Megatron's values are (S, B, D), and its models' and embeddings'
+# ends (B, S)
 SBD = 1
 BSD = 0
 WHOLE = Replicate()
 
 
 def known(
-    name: str, module: torch.nn.Module | None, at: str, path: str = "", parent: torch.nn.Module | None = None
+    name: str,
+    module: torch.nn.Module | None,
+    at: str,
+    path: str = "",
+    parent: torch.nn.Module | None = None,
 ) -> Known | None:
-    """What the module's class, or its parent's, says of what goes in ("input") or comes out; None: neither does."""
+    """What the module's class, or its parent's, says of what goes in ("input") or comes out; None:
+    neither does."""
     library, kind = library_of(module), type(module).__name__
     if path == "logits" and library == "transformers":
         return Known(None, BSD)
@@ -63,12 +71,16 @@ def library_of(module: torch.nn.Module | None) -> str:
 
 
 def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> Known | None:
-    sequence = bool(getattr(module, "sequence_parallel", False))  # then S is split over tp between the layers
+    # then S is split over tp between the layers
+    sequence = bool(getattr(module, "sequence_parallel", False))
     if kind == "ColumnParallelLinear":
         if at == "input":
             return Known(Shard(0) if sequence else WHOLE, SBD)
         gathered = getattr(module, "gather_output", False)
-        return Known(WHOLE if gathered else split_along(-1, name, module, getattr(module, "weight", None)), SBD)
+        return Known(
+            WHOLE if gathered else split_along(-1, name, module, getattr(module, "weight", None)),
+            SBD,
+        )
     if kind == "RowParallelLinear":
         if at == "input":
             return Known(Shard(-1) if getattr(module, "input_is_parallel", False) else WHOLE, SBD)
@@ -79,15 +91,23 @@ def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> Kn
     return None
 
 
-def split_along(dim: int, name: str, module: torch.nn.Module, weight: torch.Tensor | None) -> Placement:
-    """Over tp, of a layer's output or weight: one that packs several projections splits each of them by itself.
+def split_along(
+    dim: int, name: str, module: torch.nn.Module, weight: torch.Tensor | None
+) -> Placement:
+    """Over tp, of a layer's output or weight: one that packs several projections splits each of
+    them by itself.
 
     PlacementError: it packs some and its weight does not say how."""
     packs = getattr(weight, "partition_stride", 1)
     if isinstance(packs, int) and packs > 1:
         return _StridedShard(dim, split_factor=packs)
-    if getattr(getattr(module, "config", None), "gated_linear_unit", False) and "linear_fc1" in name:
-        raise PlacementError(f"{name}: its layer packs several projections, whose order over tp is not known")
+    if (
+        getattr(getattr(module, "config", None), "gated_linear_unit", False)
+        and "linear_fc1" in name
+    ):
+        raise PlacementError(
+            f"{name}: its layer packs several projections, whose order over tp is not known"
+        )
     return Shard(dim)
 
 
@@ -98,13 +118,16 @@ def between(module: torch.nn.Module, _at: str) -> Known:
 
 
 def attention_core(_module: torch.nn.Module, at: str) -> Known:
-    return Known(Shard(2) if at == "input" else Shard(-1), SBD)  # query (S, B, heads, D); (S, B, heads × D)
+    # query (S, B, heads, D); (S, B, heads × D)
+    return Known(Shard(2) if at == "input" else Shard(-1), SBD)
 
 
 def embedding(module: torch.nn.Module, at: str) -> Known:
     if at == "input":
         return Known(WHOLE, BSD)
-    scattered = getattr(module, "reduce_scatter_embeddings", False) or module.scatter_to_sequence_parallel
+    scattered = (
+        getattr(module, "reduce_scatter_embeddings", False) or module.scatter_to_sequence_parallel
+    )
     return between(module, at) if scattered else Known(WHOLE, SBD)
 
 
@@ -139,10 +162,12 @@ def places(_module: torch.nn.Module, _at: str) -> Known:
     return Known(WHOLE, BSD)
 
 
-# What the parts of Megatron's modules see that have no class of their own: its norms may be torch's
+# What the parts of Megatron's modules see that have no class of their own: its norms may be
+# torch's
 CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], Known]]] = {
     "TransformerLayer": dict.fromkeys(
-        ("input_layernorm", "pre_cross_attn_layernorm", "cross_attention", "pre_mlp_layernorm"), between
+        ("input_layernorm", "pre_cross_attn_layernorm", "cross_attention", "pre_mlp_layernorm"),
+        between,
     ),
     "TransformerBlock": {"final_layernorm": between},
     "SelfAttention": {"q_layernorm": heads, "k_layernorm": heads},
@@ -153,7 +178,8 @@ CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], Known]]] = {
     },
 }
 
-# The dim along which parallel layers split what they own; what is not named lies whole on each rank
+# The dim along which parallel layers split what they own; what is not named lies whole on each
+# rank
 WEIGHTS = {
     "ColumnParallelLinear": {"weight": 0, "bias": 0},
     "RowParallelLinear": {"weight": 1},

@@ -1,7 +1,9 @@
-"""Where this rank's value lies in the whole one. Never a guess: evidence is named, and checked against the shapes.
+"""Where this rank's value lies in the whole one. Never a guess: evidence is named, and checked
+against the shapes.
 
-The order of truth: the value is a DTensor and says so; the user declared it; the model's parallel plan covers the
-module; its class is a known parallel layer; the scan's whole shape against the local one. Else PlacementError.
+The order of truth: the value is a DTensor and says so; the user declared it; the model's parallel
+plan covers the module; its class is a known parallel layer; the scan's whole shape against the
+local one. Else PlacementError.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from .layers import Known, known
 
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "chunk", "rows_held"]
 
-# transformers' tensor-parallel styles: what the module's first input and its output are over tp. None: not known.
+# transformers' tensor-parallel styles: what the module's first input and its output are over tp.
+# None: not known.
 STYLES: dict[str, dict[str, Placement | None]] = {
     "colwise": {"input": Replicate(), "output": Shard(-1)},
     "colwise_gather_output": {"input": Replicate(), "output": Replicate()},
@@ -33,15 +36,18 @@ STYLES: dict[str, dict[str, Placement | None]] = {
     "all_reduce": {"output": Replicate()},
 }
 MOST_DECIDED = 4096  # places that a Placer remembers
-STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}  # where a rank's columns do not lie together
+# where a rank's columns do not lie together
+STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank needs to know of itself to place a value: where it sits, and its rows of the batch.
+    """What a rank needs to know of itself to place a value: where it sits, and its rows of the
+    batch.
 
-    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row. S: how many positions this
-    forward runs; past: how many a generation's earlier ones have run; step: its number."""
+    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row. S: how
+    many positions this forward runs; past: how many a generation's earlier ones have run; step:
+    its number."""
 
     layout: Layout
     rank: int
@@ -80,7 +86,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Placed:
-    """A local tensor and its place: local == whole[box] for the box it holds; over tp it is `placement`."""
+    """A local tensor and its place: local == whole[box] for the box it holds; over tp it is
+    `placement`."""
 
     local: torch.Tensor
     evidence: str
@@ -89,8 +96,8 @@ class Placed:
 
 
 class Placer:
-    """Places the values of one model. styles: name → transformers' tensor-parallel style; declared: glob → placement;
-    modules: this rank's, by name."""
+    """Places the values of one model. styles: name → transformers' tensor-parallel style;
+    declared: glob → placement; modules: this rank's, by name."""
 
     def __init__(
         self,
@@ -103,11 +110,15 @@ class Placer:
         self.declared = [(*aimed(key), parse(text)) for key, text in declared.items()]
         self._decided: dict[tuple, tuple[str, Placement, Box]] = {}
 
-    def place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
-        """Where the value lies in the whole. Every rank decides by itself and alike. PlacementError when unknown.
+    def place(
+        self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place
+    ) -> Placed:
+        """Where the value lies in the whole. Every rank decides by itself and alike.
+        PlacementError when unknown.
 
-        Decided once for plain tensors of one shape: what a model's layers leave in a processor's caches is not this
-        code, so that deciding it again took five times as long in a forward as beside one."""
+        Decided once for plain tensors of one shape: what a model's layers leave in a processor's
+        caches is not this code, so that deciding it again took five times as long in a forward as
+        beside one."""
         if isinstance(value, DTensor):
             return self._place(name, at, value, formula, here)
         local = waited(value)
@@ -121,7 +132,9 @@ class Placer:
             decided = self._decided[key] = placed.evidence, placed.placement, placed.holds
         return Placed(local, *decided)
 
-    def _place(self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place) -> Placed:
+    def _place(
+        self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place
+    ) -> Placed:
         evidence, placement, local = self.evidence(name, at, value, formula.path)
         name += " input" if at == "input" else ""  # as a declaration would name it
         whole = here.whole(formula)
@@ -135,7 +148,8 @@ class Placer:
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
     ) -> tuple[str, Placement | None, torch.Tensor]:
-        """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves it to the scan."""
+        """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves
+        it to the scan."""
         if isinstance(value, DTensor):
             return "dtensor", plain(tp_placement(value), name), waited(value.to_local())
         local = waited(value)
@@ -158,7 +172,8 @@ class Placer:
         return "scan", None, local
 
     def batch_dim(self, name: str, at: str, path: str) -> int | str | None:
-        """The dim of the batch's rows, as declared or by class; NO_BATCH: there is none; None: nothing says it."""
+        """The dim of the batch's rows, as declared or by class; NO_BATCH: there is none; None:
+        nothing says it."""
         for glob, of, placed in self.declared:
             if of == at and placed.batch is not None and match(glob, name):
                 return placed.batch
@@ -182,7 +197,9 @@ def aimed(key: str) -> tuple[str, str]:
 
 def plain(placement: Placement, name: str) -> Placement:
     """The placement, if it is one of those that are put together here."""
-    if type(placement) in (Shard, Replicate) or (type(placement) is Partial and placement.reduce_op == "sum"):
+    if type(placement) in (Shard, Replicate) or (
+        type(placement) is Partial and placement.reduce_op == "sum"
+    ):
         return placement
     raise PlacementError(
         f"{name} is {placement} over tp: that is no sum, or its parts lie interleaved in the whole, and is not put "
@@ -195,7 +212,8 @@ NO_BATCH = "none"
 
 @dataclass(frozen=True)
 class Declared:
-    """placement: over tp. batch: the dim of the batch's rows, or NO_BATCH. What is None was not declared."""
+    """placement: over tp. batch: the dim of the batch's rows, or NO_BATCH. What is None was not
+    declared."""
 
     placement: Placement | None = None
     batch: int | str | None = None
@@ -205,11 +223,15 @@ def parse(text: str) -> Declared:
     """A declared placement.
 
     >>> parse("shard:-1"), parse("batch:1 replicate"), parse("batch:none").batch
-    (Declared(placement=Shard(dim=-1), batch=None), Declared(placement=Replicate(), batch=1), 'none')
+    (Declared(placement=Shard(dim=-1), batch=None), Declared(placement=Replicate(), batch=1),
+    'none')
     """
     found = Declared()
     for word in text.split() if isinstance(text, str) else ():
-        shard, batch = re.fullmatch(r"shard:(-?\d+)", word), re.fullmatch(r"batch:(-?\d+|none)", word)
+        shard, batch = (
+            re.fullmatch(r"shard:(-?\d+)", word),
+            re.fullmatch(r"batch:(-?\d+|none)", word),
+        )
         if batch and found.batch is None:
             found = replace(found, batch=NO_BATCH if batch[1] == NO_BATCH else int(batch[1]))
         elif (shard or word in PLACEMENTS) and found.placement is None:
@@ -234,12 +256,15 @@ def tp_placement(value: DTensor) -> Placement:
     if len(value.placements) == 1:
         return value.placements[0]
     if "tp" not in names:
-        raise PlacementError(f"a DTensor over {names or 'unnamed axes'} has no tp axis: {value.placements}")
+        raise PlacementError(
+            f"a DTensor over {names or 'unnamed axes'} has no tp axis: {value.placements}"
+        )
     return value.placements[names.index("tp")]
 
 
 def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: str) -> Placement:
-    """The placement that explains the local shape: the expected one, or smaller in just one dim."""
+    """The placement that explains the local shape: the expected one, or smaller in just one
+    dim."""
     if tuple(local) == tuple(expected):
         return Replicate()
     smaller = [dim for dim, (a, b) in enumerate(zip(local, expected, strict=False)) if a != b]
@@ -252,13 +277,21 @@ def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: s
 
 
 def checked(
-    placement: Placement, local: Sequence[int], expected: Sequence[int], here: Place, name: str, evidence: str
+    placement: Placement,
+    local: Sequence[int],
+    expected: Sequence[int],
+    here: Place,
+    name: str,
+    evidence: str,
 ) -> tuple[int, int, int] | None:
-    """(dim, start, stop) of this rank's part over tp, None where it holds all. PlacementError: the shapes disagree."""
+    """(dim, start, stop) of this rank's part over tp, None where it holds all. PlacementError: the
+    shapes disagree."""
     want, part = list(expected), None
     if isinstance(placement, Shard):
         if not -len(want) <= placement.dim < len(want):
-            raise PlacementError(f"{name}: {evidence} says {placement}, but the value has {len(want)} dims: {want}")
+            raise PlacementError(
+                f"{name}: {evidence} says {placement}, but the value has {len(want)} dims: {want}"
+            )
         dim = placement.dim % len(want)
         start, stop = chunk(want[dim], here.layout.tp, here.tp)
         want[dim], part = stop - start, (dim, start, stop)
@@ -283,10 +316,14 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
 def for_rows(
     whole: tuple[int, ...], rows: tuple[int, ...], formula: ShapeFormula, said: int | str | None
 ) -> tuple[int, ...]:
-    """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch. said: as in box()."""
+    """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch.
+    said: as in box()."""
     if not isinstance(said, int) or len(formula.dims_of("B", "B*S")) < 2:
         return rows
-    return tuple(a if dim == said % len(rows) else b for dim, (a, b) in enumerate(zip(rows, whole, strict=True)))
+    return tuple(
+        a if dim == said % len(rows) else b
+        for dim, (a, b) in enumerate(zip(rows, whole, strict=True))
+    )
 
 
 def box(
@@ -297,8 +334,8 @@ def box(
     name: str,
     said: int | str | None = None,
 ) -> Box:
-    """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the dim of the rows by
-    declaration or class; else the formula says it."""
+    """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the
+    dim of the rows by declaration or class; else the formula says it."""
     held = (part,) if part else ()
     dims = formula.dims_of("B", "B*S")
     if here.layout.batch_groups == 1 or not dims:
@@ -306,7 +343,9 @@ def box(
     if isinstance(said, int):
         said %= len(whole)
         if said not in dims:
-            raise PlacementError(f"{name}: its rows are said to be along dim {said}, but it is {formula}")
+            raise PlacementError(
+                f"{name}: its rows are said to be along dim {said}, but it is {formula}"
+            )
         return with_rows(held, said, whole[said], here, name)
     if len(dims) > 1:
         raise PlacementError(
@@ -325,7 +364,9 @@ def box(
 def with_rows(held: Box, dim: int, size: int, here: Place, name: str) -> Box:
     """What is held, of these rows only."""
     if dim in [other for other, _, _ in held]:
-        raise PlacementError(f"{name}: dim {dim} is split over the batch and over tp; its order is not known")
+        raise PlacementError(
+            f"{name}: dim {dim} is split over the batch and over tp; its order is not known"
+        )
     unit = size // here.B
     return tuple(sorted((*held, (dim, here.rows[0] * unit, here.rows[1] * unit))))
 
@@ -358,8 +399,8 @@ def pieces(box: Box) -> Iterator[tuple[Box, Box]]:
 
 
 def shared_part(shape: Sequence[int], copies: int, index: int) -> tuple[int, int, int] | None:
-    """Which piece of a value that `copies` ranks hold rank `index` of them writes, along the largest dim: (dim, start,
-    stop) within what they hold; None if there is nothing for it."""
+    """Which piece of a value that `copies` ranks hold rank `index` of them writes, along the
+    largest dim: (dim, start, stop) within what they hold; None if there is nothing for it."""
     if math.prod(shape) == 0:
         return None
     if not shape:

@@ -1,5 +1,5 @@
-"""This rank's slabs: which it has mapped, the files of its own for values that had no planned place, and what has been
-moved to disk.
+"""This rank's slabs: which it has mapped, the files of its own for values that had no planned
+place, and what has been moved to disk.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def path_of(runtime: Any, name: str) -> Path:
     return (runtime.spill_folder if on_disk(name) else runtime.run_folder) / name
 
 
-# --- on disk ------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------
 
 
 def spill_to(runtime: Any, root: Path | None) -> tuple[Path | None, int]:
-    """Have a folder on disk for what the driver moves there: (its root, bytes that are free in it). root=None: that
-    which there is. The runs that lie in another one stay there no longer than the next load."""
+    """Have a folder on disk for what the driver moves there: (its root, bytes that are free in
+    it). root=None: that which there is. The runs that lie in another one stay there no longer than
+    the next load."""
     if root is not None and root != runtime.spill_root:
         found, held = claim(runtime.run_folder.name, root)
         drop_spilled(runtime)
@@ -63,8 +64,11 @@ def spill_to(runtime: Any, root: Path | None) -> tuple[Path | None, int]:
     return runtime.spill_root, shutil.disk_usage(runtime.spill_folder).free
 
 
-def spill(runtime: Any, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int) -> None:
-    """Move what a run keeps from a slab to a file of its own on disk; the first rank of each host does it."""
+def spill(
+    runtime: Any, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int
+) -> None:
+    """Move what a run keeps from a slab to a file of its own on disk; the first rank of each host
+    does it."""
     if runtime.seat.local_rank == 0:
         source = open_slab(runtime, slab, slab_bytes).bytes[base : base + num_bytes]
         write_out(source, path_of(runtime, name))
@@ -105,8 +109,9 @@ def let_go(runtime: Any) -> None:
 
 
 def freeze_imports(runtime: Any) -> None:
-    """Have the garbage collector leave alone what an engine has imported before it has its first seat: a few hundred
-    thousand objects that never go, a fifth of a second each time that it looks through them."""
+    """Have the garbage collector leave alone what an engine has imported before it has its first
+    seat: a few hundred thousand objects that never go, a fifth of a second each time that it looks
+    through them."""
     if runtime.seat.world == 1 and runtime.model is None:
         gc.collect()
         gc.freeze()
@@ -119,7 +124,9 @@ def power(num_bytes: int) -> int:
 
 def extra_slab(runtime: Any, plan: RunPlan, num_bytes: int) -> tuple[Slab, str]:
     """A file of this rank's own for a value that has no planned place."""
-    taken = [name for name in runtime.slabs if name.startswith(extra_prefix(runtime.rank, plan.run))]
+    taken = [
+        name for name in runtime.slabs if name.startswith(extra_prefix(runtime.rank, plan.run))
+    ]
     name = f"{extra_prefix(runtime.rank, plan.run)}{len(taken)}.slab"
     return open_slab(runtime, name, max(pages(num_bytes), PAGE)), name
 
@@ -129,7 +136,8 @@ def extra_prefix(rank: int, run: int) -> str:
 
 
 def has(runtime: Any, run: int, slab: str, base: int) -> bool:
-    """Whether what this run keeps lies there still: until its number is freed, nothing else is written there."""
+    """Whether what this run keeps lies there still: until its number is freed, nothing else is
+    written there."""
     plan = runtime.runs[run][0] if run in runtime.runs else None
     return plan is not None and (plan.slab, plan.base) == (slab, base)
 

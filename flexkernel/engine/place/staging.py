@@ -1,10 +1,11 @@
-"""Copies of values into the slabs. From a CPU each is made at once. From a GPU they travel while the forward goes on,
-and are awaited before anybody is told that they are there.
+"""Copies of values into the slabs. From a CPU each is made at once. From a GPU they travel while
+the forward goes on, and are awaited before anybody is told that they are there.
 
-What comes after may write over a value, so that it is cloned by the stream that computed it; a side stream carries the
-clone away. Right into the slab where its place lies in one piece: the slab is page-locked. A strided place gets it
-through page-locked memory of our own, from which the CPU puts it there: torch would take pageable memory for that, and
-would wait, or on some machines not wait, for each. Clones are bounded: one too many waits until the oldest is there.
+What comes after may write over a value, so that it is cloned by the stream that computed it; a
+side stream carries the clone away. Right into the slab where its place lies in one piece: the slab
+is page-locked. A strided place gets it through page-locked memory of our own, from which the CPU
+puts it there: torch would take pageable memory for that, and would wait, or on some machines not
+wait, for each. Clones are bounded: one too many waits until the oldest is there.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ def copies_from(device: str) -> Copies:
 
 
 class Copies:
-    """Copies that are there when the call returns. in_flight: whether they are not. note: what makes them slow."""
+    """Copies that are there when the call returns. in_flight: whether they are not. note: what
+    makes them slow."""
 
     in_flight = False
     note = ""
 
     def begin(self, slab: Slab) -> None:
-        """A run begins that writes into this slab; nothing of an earlier one is on its way any more."""
+        """A run begins that writes into this slab; nothing of an earlier one is on its way any
+        more."""
 
     def write(self, place: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a value into its place in a slab, of the same shape and dtype. From now on the value may change."""
+        """Copy a value into its place in a slab, of the same shape and dtype. From now on the
+        value may change."""
         place.copy_(value)
 
     def digest(self, value: torch.Tensor) -> Any:
@@ -60,8 +64,8 @@ class Copies:
 
 @dataclass
 class Flight:
-    """One copy on its way. clone: what is read until `done`. place: where the CPU then puts what is in `held`; None: it
-    goes there by itself, or is not wanted."""
+    """One copy on its way. clone: what is read until `done`. place: where the CPU then puts what
+    is in `held`; None: it goes there by itself, or is not wanted."""
 
     clone: torch.Tensor
     held: torch.Tensor
@@ -70,8 +74,8 @@ class Flight:
 
 
 class Staged(Copies):
-    """Copies that travel over a lane. Clones belong to their flight until it is done: no allocator gives their memory
-    away before that, on whatever stream."""
+    """Copies that travel over a lane. Clones belong to their flight until it is done: no allocator
+    gives their memory away before that, on whatever stream."""
 
     in_flight = True
 
@@ -84,7 +88,8 @@ class Staged(Copies):
     def begin(self, slab: Slab) -> None:
         self.drop()
         self.land()
-        if slab.path.name not in self._tried and not on_disk(slab.path.name):  # what is there is to leave the memory
+        # what is there is to leave the memory
+        if slab.path.name not in self._tried and not on_disk(slab.path.name):
             self._tried.add(slab.path.name)
             problem = self.lane.lock(slab.bytes)
             if problem:
@@ -137,10 +142,13 @@ class Staged(Copies):
             self._locked, self._tried = [], set()
 
     def _write_in_pieces(self, place: torch.Tensor, value: torch.Tensor, size: int) -> None:
-        """Along the first dim that there is something to split of: pieces of one that lies in one piece do so too."""
+        """Along the first dim that there is something to split of: pieces of one that lies in one
+        piece do so too."""
         dim = next(d for d, length in enumerate(value.shape) if length > 1)
         num_pieces = math.ceil(size / self.most)
-        for part, piece in zip(place.chunk(num_pieces, dim), value.chunk(num_pieces, dim), strict=True):
+        for part, piece in zip(
+            place.chunk(num_pieces, dim), value.chunk(num_pieces, dim), strict=True
+        ):
             self.write(part, piece)
 
     def _land_oldest(self) -> None:
@@ -171,7 +179,8 @@ class Lane:
         return torch.empty(value.shape, dtype=dtype, device=value.device).copy_(value)
 
     def locked(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Page-locked memory on the host. torch keeps it for the next, once what is sent to it is there."""
+        """Page-locked memory on the host. torch keeps it for the next, once what is sent to it is
+        there."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def send(self, clone: torch.Tensor, held: torch.Tensor) -> torch.cuda.Event:
@@ -186,7 +195,9 @@ class Lane:
 
     def lock(self, memory: torch.Tensor) -> str:
         """Page-lock memory that is mapped already; why that cannot be, "" if it is done."""
-        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE))
+        error = int(
+            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)
+        )
         if error:
             self._take_error()
         return f"CUDA error {error}" if error else ""
@@ -197,7 +208,8 @@ class Lane:
             self._take_error()
 
     def _take_error(self) -> None:
-        """CUDA keeps the error of a call that failed, and torch would raise it from the next kernel."""
+        """CUDA keeps the error of a call that failed, and torch would raise it from the next
+        kernel."""
         try:
             torch.zeros((), device="cuda").add_(1)
         except RuntimeError:  # it is the one that is known already

@@ -1,8 +1,9 @@
-"""The breaker: frees ranks that wait in a collective for one that will not come. And faults made on purpose.
+"""The breaker: frees ranks that wait in a collective for one that will not come. And faults made
+on purpose.
 
-gloo has no abort. What always works is to shut down this process's established pair sockets: every peer raises within
-a tenth of a second. Only those sockets: touching gloo's listening socket kills the process, and zmq's or the store's
-would cost the engine its cluster.
+gloo has no abort. What always works is to shut down this process's established pair sockets: every
+peer raises within a tenth of a second. Only those sockets: touching gloo's listening socket kills
+the process, and zmq's or the store's would cost the engine its cluster.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["FAULT", "KINDS", "Breaker", "fault"]
 
 
 class Breaker:
-    """Knows the ports of the process groups; breaks them on request, or at an interrupt while the engine is busy."""
+    """Knows the ports of the process groups; breaks them on request, or at an interrupt while the
+    engine is busy."""
 
     def __init__(self) -> None:
         self.busy = False
@@ -43,15 +45,16 @@ class Breaker:
         self._before, self._ports, self.broken = frozenset(listening()), frozenset(), False
 
     def after_groups(self, not_ours: Iterable[int] = ()) -> None:
-        """Learn the groups' ports from all ranks. Every rank must call it, outside any other collective."""
+        """Learn the groups' ports from all ranks. Every rank must call it, outside any other
+        collective."""
         mine = sorted(set(listening()) - self._before - set(not_ours))
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         self._ports = frozenset(port for ports in everyone for port in ports)
 
     def break_groups(self) -> int:
-        """Shut the groups' connections down; returns how many. From any thread. What NCCL does is aborted: its peers
-        are freed when they are told, by the driver."""
+        """Shut the groups' connections down; returns how many. From any thread. What NCCL does is
+        aborted: its peers are freed when they are told, by the driver."""
         self.broken = True
         count = 0
         for connection in psutil.Process().net_connections(kind="tcp"):
@@ -67,14 +70,16 @@ class Breaker:
         return connection.laddr.port in self._ports or connection.raddr.port in self._ports
 
     def watch_interrupts(self) -> None:
-        """Break the groups when SIGINT comes while busy. A handler in Python would not run while the main thread waits
-        in a collective; the byte that the C level writes into this pipe does arrive. Main thread only."""
+        """Break the groups when SIGINT comes while busy. A handler in Python would not run while
+        the main thread waits in a collective; the byte that the C level writes into this pipe does
+        arrive. Main thread only."""
         if self._watching or threading.current_thread() is not threading.main_thread():
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        if previous != -1:  # somebody else reads signals here, an event loop for instance: leave it to them
+        # somebody else reads signals here, an event loop for instance: leave it to them
+        if previous != -1:
             signal.set_wakeup_fd(previous)
             os.close(read)
             os.close(write)
@@ -90,7 +95,11 @@ class Breaker:
 
 
 def listening() -> list[int]:
-    return [c.laddr.port for c in psutil.Process().net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN]
+    return [
+        c.laddr.port
+        for c in psutil.Process().net_connections(kind="tcp")
+        if c.status == psutil.CONN_LISTEN
+    ]
 
 
 def shut(fd: int) -> int:
@@ -103,7 +112,7 @@ def shut(fd: int) -> int:
     return 1
 
 
-# --- faults made on purpose --------------------------------------------------------------------------
+# --- faults made on purpose -----------------------------------------------------------
 
 FAULT = "FLEX_FAULT"  # rank=1,at=model.layers.1.mlp,kind=kill
 
@@ -147,14 +156,18 @@ KINDS: dict[str, Callable[[], None]] = {
 
 @contextlib.contextmanager
 def fault(rank: int, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
-    """Within it the fault happens that FLEX_FAULT asks for, once: when that module has run on that rank. Off unless the
-    variable is set. HookError: it says what means nothing."""
+    """Within it the fault happens that FLEX_FAULT asks for, once: when that module has run on that
+    rank. Off unless the variable is set. HookError: it says what means nothing."""
     text = os.environ.get(FAULT)
     if not text:
         yield
         return
     asked = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if set(asked) != {"rank", "at", "kind"} or asked["kind"] not in KINDS or not asked["rank"].isdecimal():
+    if (
+        set(asked) != {"rank", "at", "kind"}
+        or asked["kind"] not in KINDS
+        or not asked["rank"].isdecimal()
+    ):
         raise HookError(f"{FAULT}={text!r} is not rank=R,at=MODULE,kind={'|'.join(KINDS)}")
     if int(asked["rank"]) != rank or asked["at"] not in modules:
         yield
@@ -173,4 +186,8 @@ def fault(rank: int, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
 
 
 def blank(value: Any) -> Any:
-    return torch.full_like(value, torch.nan) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return (
+        torch.full_like(value, torch.nan)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+    )

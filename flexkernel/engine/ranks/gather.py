@@ -1,8 +1,9 @@
-"""Our own collectives. Each can be waited for with an end: it is asynchronous and polled, never blocking.
+"""Our own collectives. Each can be waited for with an end: it is asynchronous and polled, never
+blocking.
 
-An exchange lets one rank see a whole tensor: on one host the parts meet in shared memory, and what is sent is a
-header before, which says whether every rank came to the same place, and one after, which says how it went. Between
-hosts the parts are sent, too.
+An exchange lets one rank see a whole tensor: on one host the parts meet in shared memory, and what
+is sent is a header before, which says whether every rank came to the same place, and one after,
+which says how it went. Between hosts the parts are sent, too.
 """
 
 from __future__ import annotations
@@ -41,16 +42,28 @@ __all__ = [
 
 HEADER = 16  # numbers in a header
 BOX = 24  # numbers for a box: up to eight pieces of three
-# Up to so many ranks a header goes around their ring. Through the first of more it takes the more a fraction of the
-# steps: 9 ms and not 42 for 16 on two cores
+# Up to so many ranks a header goes around their ring. Through the first of more it takes the more
+# a fraction of the steps: 9 ms and not 42 for 16 on two cores
 FEW = 2
 LATE_S = 15.0  # what our collectives wait longer than a run may stand still
-POLL_S = 2e-4  # a third of the CPU that polling without a pause takes, and faster with more ranks than cores
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
+# a third of the CPU that polling without a pause takes, and faster with more ranks than cores
+POLL_S = 2e-4
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+]
 
 
-def header(numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """What every rank of the group says before it goes on: (ranks, 16) int64. Every one of them must call it.
+def header(
+    numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """What every rank of the group says before it goes on: (ranks, 16) int64. Every one of them
+    must call it.
 
     EngineError when some rank has not come within timeout_s."""
     return gathered([*numbers, *[0] * (HEADER - len(numbers))], timeout_s, group)
@@ -59,7 +72,8 @@ def header(numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | 
 def gathered(
     numbers: Sequence[int] | torch.Tensor, timeout_s: float, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """What every rank of the group says: (ranks, *numbers) int64. Every one must call, with as many numbers."""
+    """What every rank of the group says: (ranks, *numbers) int64. Every one must call, with as
+    many numbers."""
     mine = torch.as_tensor(numbers, dtype=torch.int64)
     every = torch.empty(dist.get_world_size(group), *mine.shape, dtype=torch.int64)
     if len(every) > FEW:
@@ -74,7 +88,8 @@ def gathered(
 
 
 def wait(work: dist.Work, timeout_s: float, what: str) -> None:
-    """Until the work is done. EngineError long after timeout_s: the watch, which knows who is missing, comes first."""
+    """Until the work is done. EngineError long after timeout_s: the watch, which knows who is
+    missing, comes first."""
     end = time.monotonic() + timeout_s + LATE_S
     while not work.is_completed():
         if time.monotonic() > end:
@@ -84,9 +99,9 @@ def wait(work: dist.Work, timeout_s: float, what: str) -> None:
 
 
 def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None]:
-    """This rank's groups for exchanges: "tp", which shares its rows, "batch", which holds the same shards for other
-    rows, "stage", which holds the same modules, and "world"; None where that is all ranks. All ranks must call, in
-    every generation, after the model's own groups are there."""
+    """This rank's groups for exchanges: "tp", which shares its rows, "batch", which holds the same
+    shards for other rows, "stage", which holds the same modules, and "world"; None where that is
+    all ranks. All ranks must call, in every generation, after the model's own groups are there."""
     found: dict[str, dist.ProcessGroup | None] = {"world": None}
     for name, axes in (("stage", ("pp",)), ("tp", ("pp", "batch")), ("batch", ("pp", "tp"))):
         members: dict[tuple[int, ...], list[int]] = {}
@@ -103,7 +118,9 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
     return found
 
 
-def post(tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+def post(
+    tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float
+) -> None:
     """Send to a rank, which must fetch it; nothing is sent of an empty tensor."""
     if tensor.numel():
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -111,7 +128,11 @@ def post(tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeo
 
 
 def fetched(
-    shape: Sequence[int], dtype: torch.dtype, rank: int, group: dist.ProcessGroup | None, timeout_s: float
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    rank: int,
+    group: dist.ProcessGroup | None,
+    timeout_s: float,
 ) -> torch.Tensor:
     """What a rank posts, of that shape and dtype."""
     data = torch.empty(shape, dtype=dtype)
@@ -140,8 +161,11 @@ def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: flo
     _finish(dist.isend(data.cpu() if on_cpu else data, peer, group=group), timeout_s)
 
 
-def receive(model: torch.nn.Module, into: torch.Tensor, step: int, timeout_s: float) -> torch.Tensor:
-    """What the rank so many stages on sends: of the shape and dtype of `into`, which may be overwritten."""
+def receive(
+    model: torch.nn.Module, into: torch.Tensor, step: int, timeout_s: float
+) -> torch.Tensor:
+    """What the rank so many stages on sends: of the shape and dtype of `into`, which may be
+    overwritten."""
     group, peer, on_cpu = stage_peer(model, step)
     data = into.detach().contiguous()
     data = data.cpu() if on_cpu else data
@@ -150,16 +174,19 @@ def receive(model: torch.nn.Module, into: torch.Tensor, step: int, timeout_s: fl
 
 
 def _finish(work: dist.Work | None, timeout_s: float) -> None:
-    """gloo ends a message between two ranks only in wait(): it cannot be polled, but it has an end, and breaks."""
+    """gloo ends a message between two ranks only in wait(): it cannot be polled, but it has an
+    end, and breaks."""
     assert work is not None, "this rank is in the group"
     work.wait(timedelta(seconds=timeout_s))
 
 
 class Exchange:
-    """Meets the other ranks of a group over one tensor. slab_of: (group, turn, bytes) → a slab that they share.
+    """Meets the other ranks of a group over one tensor. slab_of: (group, turn, bytes) → a slab
+    that they share.
 
-    On one host the parts meet in two slabs that take turns: a rank that is one exchange ahead writes into the other
-    one, and none can be two ahead. hosts: rank → host; a group that is on several sends its parts."""
+    On one host the parts meet in two slabs that take turns: a rank that is one exchange ahead
+    writes into the other one, and none can be two ahead. hosts: rank → host; a group that is on
+    several sends its parts."""
 
     def __init__(
         self,
@@ -183,14 +210,23 @@ class Exchange:
         writes: bool,
         function: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """function(whole), run on the group's first rank; this rank's part of the result, in memory of its own.
+        """function(whole), run on the group's first rank; this rank's part of the result, in
+        memory of its own.
 
-        local: this rank's part, `holds` of the whole of that shape; it gives it if `writes`, and takes `reads` of the
-        result. Every rank of the group must call. EditError on all of them if the function raises on one."""
+        local: this rank's part, `holds` of the whole of that shape; it gives it if `writes`, and
+        takes `reads` of the result. Every rank of the group must call. EditError on all of them if
+        the function raises on one."""
         members = self.groups[group]
         meeting = self._meeting(group, shape, local.dtype)
         meeting.put(local, holds if writes else None, reads)
-        numbers = [zlib.crc32(what.encode()), call, 0, DTYPES.index(local.dtype), len(shape), *shape]
+        numbers = [
+            zlib.crc32(what.encode()),
+            call,
+            0,
+            DTYPES.index(local.dtype),
+            len(shape),
+            *shape,
+        ]
         self._agree(header(numbers, self.timeout_s, members), what)
         meeting.bring()
         problem: EditError | None = None
@@ -209,7 +245,9 @@ class Exchange:
             raise OtherRankFailed(f"the edit of {what} failed on another rank")
         return meeting.take().to(local.device)
 
-    def _meeting(self, group: str, shape: tuple[int, ...], dtype: torch.dtype) -> InSlab | ByMessages:
+    def _meeting(
+        self, group: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> InSlab | ByMessages:
         members = self.groups[group]
         ranks = dist.get_process_group_ranks(members)
         if len({self.hosts[rank] for rank in ranks}) > 1:
@@ -223,11 +261,14 @@ class Exchange:
     def _agree(self, said: torch.Tensor, what: str) -> None:
         """Every rank must be at the same edit with the same shape and dtype."""
         if not (said == said[0]).all():
-            raise EngineError(f"the ranks are at different edits, or see different shapes; this one is at {what}")
+            raise EngineError(
+                f"the ranks are at different edits, or see different shapes; this one is at {what}"
+            )
 
 
 class InSlab:
-    """Where parts meet on one host: each rank writes its own into the whole, and reads its own of it."""
+    """Where parts meet on one host: each rank writes its own into the whole, and reads its own of
+    it."""
 
     def __init__(self, whole: torch.Tensor):
         self.whole = whole
@@ -247,7 +288,8 @@ class InSlab:
 
 
 class ByMessages:
-    """Where parts meet if their ranks are on several hosts: each sends its own to the first rank, and gets it back."""
+    """Where parts meet if their ranks are on several hosts: each sends its own to the first rank,
+    and gets it back."""
 
     def __init__(
         self,
@@ -257,7 +299,13 @@ class ByMessages:
         dtype: torch.dtype,
         timeout_s: float,
     ):
-        self.group, self.ranks, self.shape, self.dtype, self.timeout_s = group, ranks, shape, dtype, timeout_s
+        self.group, self.ranks, self.shape, self.dtype, self.timeout_s = (
+            group,
+            ranks,
+            shape,
+            dtype,
+            timeout_s,
+        )
         self.first = dist.get_rank(group) == 0
         self.whole = torch.empty(shape if self.first else (0,), dtype=dtype)
 
@@ -285,7 +333,9 @@ class ByMessages:
         return taken_apart(self.whole, self.reads)
 
     def _from(self, i: int, box: Box) -> torch.Tensor:
-        return fetched(boxed(self.shape, box), self.dtype, self.ranks[i], self.group, self.timeout_s)
+        return fetched(
+            boxed(self.shape, box), self.dtype, self.ranks[i], self.group, self.timeout_s
+        )
 
 
 def put_together(whole: torch.Tensor, local: torch.Tensor, holds: Box) -> None:

@@ -1,6 +1,7 @@
 """This rank among the others: the rendezvous store, the process groups, and their generation.
 
-A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a broken one is met.
+A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a
+broken one is met.
 """
 
 from __future__ import annotations
@@ -23,41 +24,57 @@ __all__ = ["gpu_of", "join", "leave", "open_store", "settle_in"]
 JOIN_S = 60.0  # what ranks have at least to meet
 
 
-def open_store(folder: Path, generation: int, interface: str = "127.0.0.1") -> tuple[str, int, dist.Store | None]:
+def open_store(
+    folder: Path, generation: int, interface: str = "127.0.0.1"
+) -> tuple[str, int, dist.Store | None]:
     """A rendezvous store: (address, port, what has to live as long as it).
 
-    On loopback a file in this user's private folder: a TCPStore has no password, and whoever is on this machine could
-    put his own addresses into it. Elsewhere a TCPStore in this process, which listens on that interface only: left to
-    itself it listens on all of them."""
+    On loopback a file in this user's private folder: a TCPStore has no password, and whoever is on
+    this machine could put his own addresses into it. Elsewhere a TCPStore in this process, which
+    listens on that interface only: left to itself it listens on all of them."""
     if ipaddress.ip_address(interface).is_loopback:
         for path in folder.glob("store-*"):  # of generations before
             path.unlink(missing_ok=True)
         return str(folder / f"store-{generation}"), 0, None
-    listener = socket.socket(socket.AF_INET6 if ":" in interface else socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(
+        socket.AF_INET6 if ":" in interface else socket.AF_INET, socket.SOCK_STREAM
+    )
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((interface, 0))
     listener.listen(1024)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        interface, port, None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        interface,
+        port,
+        None,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
     return interface, port, store
 
 
 def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
-    """Initialise this generation's default group. All ranks must call. Returns this rank's client of the store."""
+    """Initialise this generation's default group. All ranks must call. Returns this rank's client
+    of the store."""
     if port == 0:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    # Their defaults tear the process down, and the model with it, where a collective or its watcher hangs
+    # Their defaults tear the process down, and the model with it, where a collective or its
+    # watcher hangs
     os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
-    store = dist.FileStore(address, seat.world) if port == 0 else dist.TCPStore(address, port, None, is_master=False)
+    store = (
+        dist.FileStore(address, seat.world)
+        if port == 0
+        else dist.TCPStore(address, port, None, is_master=False)
+    )
     store.set_timeout(timedelta(seconds=JOIN_S))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"generation-{seat.generation}", store),
         rank=seat.rank,
         world_size=seat.world,
-        # The watch, which knows more, comes first; and ranks may be slow to meet, whatever a run's timeout is
+        # The watch, which knows more, comes first; and ranks may be slow to meet, whatever a run's
+        # timeout is
         timeout=timedelta(seconds=max(timeout_s, JOIN_S) + 15),
     )
     return store
@@ -69,9 +86,12 @@ def leave() -> None:
 
 
 def settle_in(seat: Seat, device: str) -> None:
-    """Have as many threads as an engine may have, and its own GPU, before anything is put on one. Alone it is the
-    user's own process, with threads and a GPU of the user's choice. LoadError: there is no GPU for it."""
-    index = gpu_of(seat.local_rank, torch.cuda.device_count()) if device == "cuda" else seat.local_rank
+    """Have as many threads as an engine may have, and its own GPU, before anything is put on one.
+    Alone it is the user's own process, with threads and a GPU of the user's choice. LoadError:
+    there is no GPU for it."""
+    index = (
+        gpu_of(seat.local_rank, torch.cuda.device_count()) if device == "cuda" else seat.local_rank
+    )
     if seat.world == 1:
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -81,8 +101,8 @@ def settle_in(seat: Seat, device: str) -> None:
 
 
 def gpu_of(local_rank: int, count: int) -> int:
-    """Which of the GPUs that it sees is an engine's: that of its number on its host, or the only one where a launcher
-    shows each engine its own. LoadError."""
+    """Which of the GPUs that it sees is an engine's: that of its number on its host, or the only
+    one where a launcher shows each engine its own. LoadError."""
     if local_rank < count:
         return local_rank
     if count == 1:

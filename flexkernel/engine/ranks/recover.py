@@ -1,6 +1,8 @@
-"""New process groups under old weights: what a broken collective costs is a second, never the model.
+"""New process groups under old weights: what a broken collective costs is a second, never the
+model.
 
-A rank whose engine died is taken by a new one, which loads its part by itself and then joins the others' regroup.
+A rank whose engine died is taken by a new one, which loads its part by itself and then joins the
+others' regroup.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from .mesh import join, leave, settle_in
 __all__ = ["describe", "inherit", "regroup", "settle"]
 
 
-def regroup(runtime: Any, seat: Seat, address: str, port: int, timeout_s: float, builder: bytes | None) -> None:
-    """Leave the groups, join those of the seat's generation, and put them under the loaded model. All ranks must call.
+def regroup(
+    runtime: Any, seat: Seat, address: str, port: int, timeout_s: float, builder: bytes | None
+) -> None:
+    """Leave the groups, join those of the seat's generation, and put them under the loaded model.
+    All ranks must call.
 
-    The meshes are made again in the order of the load, so that groups get the names that meshes, DTensors and forward
-    closures remember; weights stay where they are and the next forward is bit-equal. builder: a rank is new and its
-    part is built by the user's code, which may send to the other ranks: every rank runs it, those that have their part
-    already drop what comes of it."""
+    The meshes are made again in the order of the load, so that groups get the names that meshes,
+    DTensors and forward closures remember; weights stay where they are and the next forward is
+    bit-equal. builder: a rank is new and its part is built by the user's code, which may send to
+    the other ranks: every rank runs it, those that have their part already drop what comes of
+    it."""
     leave()
     reset_forward(runtime.model)
     runtime.breaker.before_groups()
@@ -65,16 +71,19 @@ def build_again(runtime: Any, builder: bytes) -> None:
 
 
 def describe(runtime: Any) -> Heritage:
-    """What an attaching driver needs to go on where the last one stopped, and a new engine to take a rank."""
+    """What an attaching driver needs to go on where the last one stopped, and a new engine to take
+    a rank."""
     from flexkernel.engine.run import train
 
     edits = {name: spec for name, (spec, _) in runtime.edits.items()}
-    return Heritage(runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs, train.held(runtime))
+    return Heritage(
+        runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs, train.held(runtime)
+    )
 
 
 def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
-    """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on all ranks, and a
-    builder's model with them."""
+    """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on
+    all ranks, and a builder's model with them."""
     from flexkernel.engine.model import attention
     from flexkernel.engine.model.load import know, load, take
 
@@ -90,7 +99,8 @@ def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
 
 
 def settle(runtime: Any, heritage: Heritage) -> int:
-    """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were loaded for it."""
+    """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were
+    loaded for it."""
     from flexkernel.engine.model.load import local_bytes
     from flexkernel.engine.run import train
 

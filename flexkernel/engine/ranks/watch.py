@@ -1,8 +1,9 @@
 """The watch: which module this rank is in, and freedom for all ranks when nothing moves any more.
 
-Each layer that begins is noted in memory that the driver can read too; in which of its modules a rank is, its stack
-says when it is asked. When no layer has begun for the run's timeout, a thread of this engine breaks the groups, which
-frees whoever waits for another rank, and interrupts the main thread if it does not come back by that.
+Each layer that begins is noted in memory that the driver can read too; in which of its modules a
+rank is, its stack says when it is asked. When no layer has begun for the run's timeout, a thread
+of this engine breaks the groups, which frees whoever waits for another rank, and interrupts the
+main thread if it does not come back by that.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ COLLECTIVES = (
 
 
 class Stall:
-    """What this rank was at when nothing moved. waiting: for other ranks; line: of the user's own code, if any."""
+    """What this rank was at when nothing moved. waiting: for other ranks; line: of the user's own
+    code, if any."""
 
     def __init__(self, module: str, frame: FrameType | None, timeout_s: float):
         self.module, self.timeout_s = module, timeout_s
@@ -49,11 +51,14 @@ class Stall:
         where = self.module or "no module yet"
         if self.waiting:
             return f"waited in {where}"
-        return f"no progress for {self.timeout_s:g} s: it is in {where}" + (f", at {self.line}" if self.line else "")
+        return f"no progress for {self.timeout_s:g} s: it is in {where}" + (
+            f", at {self.line}" if self.line else ""
+        )
 
 
 class Watch:
-    """Of one engine. pulse: where the driver reads what this rank is at; none before it has a seat."""
+    """Of one engine. pulse: where the driver reads what this rank is at; none before it has a
+    seat."""
 
     def __init__(self, breaker: Any) -> None:
         self.breaker = breaker
@@ -63,7 +68,8 @@ class Watch:
         self._of: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
         self._turns = itertools.count(1)
-        self._turn = 0  # the number of the run that is watched; 0: none is, and there is nobody to free
+        # the number of the run that is watched; 0: none is, and there is nobody to free
+        self._turn = 0
         self._timeout_s = 0.0
         self._begun = threading.Event()
         self._done = threading.Event()  # the thread frees nobody
@@ -72,9 +78,13 @@ class Watch:
         self._main = 0
 
     def know(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
-        """The model's modules in the order by which the pulse counts them; those that this rank has. Its layers are
-        noted from here on: to note every module would cost some percent of a small model's forward."""
-        self._names, self._of = names, {modules[name]: name for name in reversed(names) if name in modules}
+        """The model's modules in the order by which the pulse counts them; those that this rank
+        has. Its layers are noted from here on: to note every module would cost some percent of a
+        small model's forward."""
+        self._names, self._of = (
+            names,
+            {modules[name]: name for name in reversed(names) if name in modules},
+        )
         at = {name: i for i, name in enumerate(names)}
         for handle in self._handles:
             handle.remove()
@@ -87,7 +97,11 @@ class Watch:
         if self.pulse is not None:
             self.pulse.beat(at)
             entered = args[0] if args else None
-            if torch.is_grad_enabled() and isinstance(entered, torch.Tensor) and entered.requires_grad:
+            if (
+                torch.is_grad_enabled()
+                and isinstance(entered, torch.Tensor)
+                and entered.requires_grad
+            ):
                 entered.register_hook(functools.partial(self._back, at))  # a backward moves too
 
     def _back(self, at: int, _gradient: torch.Tensor) -> None:
@@ -96,7 +110,8 @@ class Watch:
 
     @property
     def module(self) -> str:
-        """The one that the thread which runs the model is in; the layer that began last where its stack shows none."""
+        """The one that the thread which runs the model is in; the layer that began last where its
+        stack shows none."""
         frame = sys._current_frames().get(self._main)
         while frame is not None:
             owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
@@ -108,7 +123,8 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, timeout_s: float) -> Iterator[None]:
-        """Watch what runs within; it may be as long as it likes if modules begin. timeout_s: with none beginning."""
+        """Watch what runs within; it may be as long as it likes if modules begin. timeout_s: with
+        none beginning."""
         if self.pulse is None:
             yield
             return
@@ -122,7 +138,8 @@ class Watch:
         finally:
             self._turn = 0
             try:
-                self._done.wait()  # an interrupt that is on its way comes here, not into what this engine does next
+                # an interrupt that is on its way comes here, not into what this engine does next
+                self._done.wait()
             finally:
                 self._begun.clear()
                 self.pulse.running = False
@@ -149,10 +166,12 @@ class Watch:
         """Break the groups; interrupt the main thread if it does not come back by itself."""
         self._done.clear()
         try:
-            if self._turn != turn:  # it came back before it could know that it has to wait for this
+            # it came back before it could know that it has to wait for this
+            if self._turn != turn:
                 return
             self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
-            time.sleep(NOTE_S)  # the others note where they wait: once they are free nobody can tell any more
+            # the others note where they wait: once they are free nobody can tell any more
+            time.sleep(NOTE_S)
             if self._turn != turn:
                 return
             self.breaker.break_groups()
@@ -171,15 +190,25 @@ class Watch:
 
 
 def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:
-    """Whose beginnings are progress: the root, and the members of lists; its own children where it has no list."""
+    """Whose beginnings are progress: the root, and the members of lists; its own children where it
+    has no list."""
     mine = [name for name in names if name in modules]
-    lists = {name for name in mine if isinstance(modules[name], torch.nn.ModuleList | torch.nn.Sequential)}
+    lists = {
+        name
+        for name in mine
+        if isinstance(modules[name], torch.nn.ModuleList | torch.nn.Sequential)
+    }
     members = [name for name in mine if name.rpartition(".")[0] in lists]
-    return ["", *(members or [name for name in mine if name and "." not in name])] if "" in mine else members
+    return (
+        ["", *(members or [name for name in mine if name and "." not in name])]
+        if "" in mine
+        else members
+    )
 
 
 def waits(frame: FrameType | None) -> bool:
-    """Whether a thread seems to be in a collective. One that comes free when the groups are broken was, in any case."""
+    """Whether a thread seems to be in a collective. One that comes free when the groups are broken
+    was, in any case."""
     while frame is not None:
         file = frame.f_code.co_filename
         if any(place in file for place in COLLECTIVES):
@@ -200,6 +229,8 @@ def users_line(frame: FrameType | None) -> str:
             and "/flexkernel/" not in file
             and "/lib/python" not in file
         ):
-            return f"{file}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}".strip()
+            return (
+                f"{file}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}".strip()
+            )
         frame = frame.f_back
     return ""

@@ -1,9 +1,11 @@
-"""The gradients of one run: a loss on whole logits and captures, and each rank's backward from its own ends.
+"""The gradients of one run: a loss on whole logits and captures, and each rank's backward from its
+own ends.
 
-The loss is computed once, on rank 0, on leaves without a graph; the gradients of these go through shared memory to the
-ranks that hold the activations, and each rank makes one backward from what it holds. Over tp a value of which every
-rank has all has a gradient of which every rank has all; over dp and fsdp each rank has its rows'; the stages of a
-pipeline go back one after another. Nothing is averaged and nothing is scaled.
+The loss is computed once, on rank 0, on leaves without a graph; the gradients of these go through
+shared memory to the ranks that hold the activations, and each rank makes one backward from what it
+holds. Over tp a value of which every rank has all has a gradient of which every rank has all; over
+dp and fsdp each rank has its rows'; the stages of a pipeline go back one after another. Nothing is
+averaged and nothing is scaled.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ IGNORED = -100  # torch's own: a label that cross_entropy leaves out
 class Tape:
     """What one rank's backward begins from.
 
-    graph: whether the forward keeps a graph at all. ends: index in the plan → this rank's part of that capture, with
-    its graph, which part of the whole it is, and whether its gradient counts here. sent, received: what went to the
-    next pipeline stage and came from the one before."""
+    graph: whether the forward keeps a graph at all. ends: index in the plan → this rank's part of
+    that capture, with its graph, which part of the whole it is, and whether its gradient counts
+    here. sent, received: what went to the next pipeline stage and came from the one before."""
 
     graph: bool
     ends: dict[int, tuple[torch.Tensor, Any, bool]] = field(default_factory=dict)
@@ -70,25 +72,25 @@ class Tape:
     received: torch.Tensor | None = None
 
     def forget(self) -> None:
-        """Let go of the graph. Its hooks know the recording, which knows this tape: a ring that no collector sees
-        through, and that would hold the model and its groups for ever."""
+        """Let go of the graph. Its hooks know the recording, which knows this tape: a ring that no
+        collector sees through, and that would hold the model and its groups for ever."""
         self.ends.clear()
         self.sent = self.received = None
 
     def end(self, i: int, local: torch.Tensor, placed: Placed, here: Place, batched: bool) -> None:
-        """Note where a capture's gradient would come in. Of ranks that hold copies for other rows of the batch the
-        first counts; a rank whose rows nobody wants gets zeros."""
+        """Note where a capture's gradient would come in. Of ranks that hold copies for other rows
+        of the batch the first counts; a rank whose rows nobody wants gets zeros."""
         counts = not here.idle if batched else here.layout.coordinate(here.rank)["batch"] == 0
         self.ends[i] = local, placed.holds, counts
 
 
-# --- the graph -----------------------------------------------------------------------------------------
+# --- the graph ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iterator[None]:
-    """While it is entered a forward keeps its graph on the tape, if the tape says so, and these parameters get a
-    gradient; those that this rank does not hold are left out."""
+    """While it is entered a forward keeps its graph on the tape, if the tape says so, and these
+    parameters get a gradient; those that this rank does not hold are left out."""
     if tape is None or not tape.graph:
         with torch.no_grad():
             yield
@@ -98,23 +100,28 @@ def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iter
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), stage_edges(runtime.model, tape), without_gradient_sync(runtime.model):
+        with (
+            torch.enable_grad(),
+            stage_edges(runtime.model, tape),
+            without_gradient_sync(runtime.model),
+        ):
             yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
 
 
-# --- the loss ------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
     """What a loss is told beside the logits.
 
-    tokens: ids (B, S). mask: (B, S) bool, False on pads. labels: (B, S), at each position the next token; -100, which
-    cross_entropy leaves out, at the last one and where a pad is either. captures: by module name, or (module, at,
-    index, call), each whole. modules: the trainable ones."""
+    tokens: ids (B, S). mask: (B, S) bool, False on pads. labels: (B, S), at each position the next
+    token; -100, which cross_entropy leaves out, at the last one and where a pad is either.
+    captures: by module name, or (module, at, index, call), each whole. modules: the trainable
+    ones."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
@@ -124,10 +131,13 @@ class Batch:
 
 
 class Leaves(Mapping):
-    """The captures of a run as leaves of the loss's graph, each made when it is first asked for."""
+    """The captures of a run as leaves of the loss's graph, each made when it is first asked
+    for."""
 
     def __init__(self, entries: Sequence[Entry], whole: Callable[[int], torch.Tensor]):
-        self._keys = {i: e.key for i, e in enumerate(entries) if not e.hook.gradient and e.hook.reduce is None}
+        self._keys = {
+            i: e.key for i, e in enumerate(entries) if not e.hook.gradient and e.hook.reduce is None
+        }
         self._whole, self.made = whole, {}  # type: ignore[var-annotated]
 
     def leaf(self, i: int) -> torch.Tensor:
@@ -174,19 +184,22 @@ def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def next_token(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The mean cross-entropy of the next tokens."""
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+    )
 
 
 LOSSES: dict[str, Callable] = {"next_token": next_token}
 
 
 NOTHING, WRITTEN, FAILED = range(3)
-COLUMNS = 4 + BOX  # of what a rank says of a capture: state, digest, part held, elements written, part written
+# of what a rank says of a capture: state, digest, part held, elements written, part written
+COLUMNS = 4 + BOX
 
 
 def said_of(recording: Any) -> torch.Tensor:
-    """What this rank's captures came to, (entries, COLUMNS) int64: whoever computes the loss must not read what is not
-    there, or differs between copies, or is a sum's addend."""
+    """What this rank's captures came to, (entries, COLUMNS) int64: whoever computes the loss must
+    not read what is not there, or differs between copies, or is a sum's addend."""
     rows = []
     for i, entry in enumerate(recording.plan.entries):
         seen = recording.planned.get(i)
@@ -204,7 +217,8 @@ def said_of(recording: Any) -> torch.Tensor:
 
 
 def check_whole(entry: Entry, said: torch.Tensor) -> None:
-    """LossError unless the capture is whole and its copies agree. said: (ranks, COLUMNS), as above."""
+    """LossError unless the capture is whole and its copies agree. said: (ranks, COLUMNS), as
+    above."""
     rows = said.tolist()
     if any(state == FAILED for state, *_ in rows):
         raise LossError(
@@ -224,7 +238,9 @@ def check_whole(entry: Entry, said: torch.Tensor) -> None:
         raise LossError(f"the loss asks for {entry.key}, which did not come, or not all of it")
 
 
-def evaluated(runtime: Any, plan: RunPlan, recording: Any, said: torch.Tensor) -> tuple[float, dict[int, torch.Tensor]]:
+def evaluated(
+    runtime: Any, plan: RunPlan, recording: Any, said: torch.Tensor
+) -> tuple[float, dict[int, torch.Tensor]]:
     """(the loss, index of a capture → its gradient), on the one rank that computes it. LossError.
 
     said: (ranks, entries, COLUMNS), what each rank's captures came to."""
@@ -247,11 +263,14 @@ def evaluated(runtime: Any, plan: RunPlan, recording: Any, said: torch.Tensor) -
         found = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else ()
     for parameter, gradient in zip(trained, found[len(asked) :], strict=True):
         add_gradient(parameter, gradient)
-    return float(value.detach()), {i: g for i, g in zip(asked, found, strict=False) if g is not None}
+    return float(value.detach()), {
+        i: g for i, g in zip(asked, found, strict=False) if g is not None
+    }
 
 
 def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """What the user's loss makes of them. LossError names its line, or says what it should have returned."""
+    """What the user's loss makes of them. LossError names its line, or says what it should have
+    returned."""
     assert loss is not None
     function = LOSSES[loss] if isinstance(loss, str) else pickle.loads(loss)
     try:
@@ -262,26 +281,43 @@ def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) 
         raise LossError(str(error)) from error
     except LossError:
         raise
-    except BaseException as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the loss's to end
-        raise LossError(f"the loss raised {type(error).__name__}: {error}{users_line(error)}") from error
+    except (
+        BaseException
+    ) as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the loss's to end
+        raise LossError(
+            f"the loss raised {type(error).__name__}: {error}{users_line(error)}"
+        ) from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
-        what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise LossError(f"the loss returned {what}; it has to return one number, a tensor such as x.mean()")
+        what = (
+            f"{tuple(value.shape)} {value.dtype}"
+            if isinstance(value, torch.Tensor)
+            else type(value).__name__
+        )
+        raise LossError(
+            f"the loss returned {what}; it has to return one number, a tensor such as x.mean()"
+        )
     if not value.requires_grad:
-        raise LossError("the loss depends on neither logits, captures nor modules: there is nothing to differentiate")
+        raise LossError(
+            "the loss depends on neither logits, captures nor modules: there is nothing to differentiate"
+        )
     return value.reshape(())
 
 
 def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
     if gradient is not None:
-        parameter.grad = gradient.detach().clone() if parameter.grad is None else parameter.grad + gradient
+        parameter.grad = (
+            gradient.detach().clone() if parameter.grad is None else parameter.grad + gradient
+        )
 
 
-# --- backward --------------------------------------------------------------------------------------------
+# --- backward -------------------------------------------------------------------------
 
 
-def backward(runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]) -> float | None:
-    """The loss, on the rank that computes it, and this rank's share of the backward. All ranks must call."""
+def backward(
+    runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
+) -> float | None:
+    """The loss, on the rank that computes it, and this rank's share of the backward. All ranks
+    must call."""
     tape: Tape = recording.tape
     value, gradients = seeds(runtime, plan, recording, slab_of)
     if tape.graph:
@@ -314,7 +350,10 @@ def seeds(
             problem = error
     size = lambda i: pages(size_of(entries[i].shape, entries[i].formula.dtype))  # noqa: E731
     num_bytes = sum(map(size, found))
-    said = header([plan.run, what, int(problem is not None), len(found), num_bytes, bits(value)], plan.timeout_s)
+    said = header(
+        [plan.run, what, int(problem is not None), len(found), num_bytes, bits(value)],
+        plan.timeout_s,
+    )
     if problem is not None:
         raise problem
     if said[0, 2]:
@@ -341,13 +380,19 @@ def seeds(
 
 
 def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) -> None:
-    """Bring to rank 0's host what ranks of other hosts have captured: there the loss looks at it. All ranks.
+    """Bring to rank 0's host what ranks of other hosts have captured: there the loss looks at it.
+    All ranks.
 
     said: (ranks, entries, COLUMNS), what each rank's captures came to."""
     hosts, entries = runtime.seat.hosts, recording.plan.entries
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0]]:
         for i, (state, _, _, size, *numbers) in enumerate(said[rank].tolist()):
-            if state != WRITTEN or not size or entries[i].hook.reduce is not None or runtime.rank not in (0, rank):
+            if (
+                state != WRITTEN
+                or not size
+                or entries[i].hook.reduce is not None
+                or runtime.rank not in (0, rank)
+            ):
                 continue
             region, box = recording.region(entries[i]), box_of(numbers)
             part = narrowed(recording.slab.tensor(region), box)
@@ -358,7 +403,8 @@ def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) 
 
 
 def hand_out(runtime: Any, shared: torch.Tensor, timeout_s: float) -> None:
-    """What rank 0 has put there, to the first rank of every other host, into its own slab at the same place."""
+    """What rank 0 has put there, to the first rank of every other host, into its own slab at the
+    same place."""
     hosts = runtime.seat.hosts
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0] and hosts.index(host) == r]:
         if runtime.rank == 0:
@@ -368,10 +414,14 @@ def hand_out(runtime: Any, shared: torch.Tensor, timeout_s: float) -> None:
 
 
 def go_back(
-    runtime: Any, tape: Tape, ends: list[torch.Tensor], gradients: list[torch.Tensor], timeout_s: float
+    runtime: Any,
+    tape: Tape,
+    ends: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    timeout_s: float,
 ) -> None:
-    """This rank's backward. A stage first waits for the gradient of what it sent, and sends that of what it got: zeros
-    where nothing depends on it, since the stage before waits."""
+    """This rank's backward. A stage first waits for the gradient of what it sent, and sends that
+    of what it got: zeros where nothing depends on it, since the stage before waits."""
     if tape.sent is not None:
         gradient = receive(runtime.model, torch.empty_like(tape.sent), +1, timeout_s)
         if tape.sent.requires_grad:
@@ -380,7 +430,12 @@ def go_back(
         torch.autograd.backward(ends, gradients)
     if tape.received is not None:
         gradient = tape.received.grad
-        send(runtime.model, torch.zeros_like(tape.received) if gradient is None else gradient, -1, timeout_s)
+        send(
+            runtime.model,
+            torch.zeros_like(tape.received) if gradient is None else gradient,
+            -1,
+            timeout_s,
+        )
 
 
 def bits(value: float) -> int:
@@ -388,16 +443,19 @@ def bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-# --- edits -----------------------------------------------------------------------------------------------
+# --- edits ----------------------------------------------------------------------------
 
 
 class Meeting(torch.autograd.Function):
-    """An edit of a whole activation that lies in parts: the parts meet on one rank, going forward for the edit, going
-    back for its vector-Jacobian product. The anchor keeps every rank in the graph, also one whose part has none: a rank
-    that stayed out of the backward would leave the others waiting."""
+    """An edit of a whole activation that lies in parts: the parts meet on one rank, going forward
+    for the edit, going back for its vector-Jacobian product. The anchor keeps every rank in the
+    graph, also one whose part has none: a rank that stayed out of the backward would leave the
+    others waiting."""
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, anchor: torch.Tensor, meet: Callable, edit: Callable) -> torch.Tensor:
+    def forward(
+        ctx: Any, local: torch.Tensor, anchor: torch.Tensor, meet: Callable, edit: Callable
+    ) -> torch.Tensor:
         ctx.meet, ctx.inner = meet, None
 
         def edited(x: torch.Tensor) -> torch.Tensor:
@@ -415,23 +473,28 @@ class Meeting(torch.autograd.Function):
             leaf, new = ctx.inner
             if not new.requires_grad:
                 return torch.zeros_like(leaf)
-            torch.autograd.backward([new], [whole.clone()])  # modules in the edit get their gradients here
+            # modules in the edit get their gradients here
+            torch.autograd.backward([new], [whole.clone()])
             return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
         return ctx.meet(gradient.contiguous(), product, " backward"), None, None, None
 
 
 def differentiable(local: torch.Tensor, meet: Callable, edit: Callable) -> torch.Tensor:
-    """meet(local, edit, "") with a gradient. meet(part, function, what): function of the whole, run on one rank."""
+    """meet(local, edit, "") with a gradient. meet(part, function, what): function of the whole,
+    run on one rank."""
     if not torch.is_grad_enabled():
         return meet(local, edit, "")
     anchor = torch.zeros((), requires_grad=True, device=local.device)
     return Meeting.apply(local, anchor, meet, edit)
 
 
-def watched(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor:
-    """The same numbers, as a view of which arrived(gradient) is told; what it returns goes on in the gradient's place.
-    A view: the value may have other uses, whose gradients are not this module's. HookError: it can have no gradient."""
+def watched(
+    tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor | None]
+) -> torch.Tensor:
+    """The same numbers, as a view of which arrived(gradient) is told; what it returns goes on in
+    the gradient's place. A view: the value may have other uses, whose gradients are not this
+    module's. HookError: it can have no gradient."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise HookError(f"a value of {tensor.dtype} has no gradient")
     source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
@@ -440,9 +503,10 @@ def watched(tensor: torch.Tensor, arrived: Callable[[torch.Tensor], torch.Tensor
     return view
 
 
-# --- modules ---------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------
 
 
 def trainable(modules: Mapping[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The parameters of these modules that are trained, in an order that is the same on every rank."""
+    """The parameters of these modules that are trained, in an order that is the same on every
+    rank."""
     return [p for name in sorted(modules) for p in modules[name].parameters() if p.requires_grad]

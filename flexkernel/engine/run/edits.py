@@ -1,6 +1,8 @@
-"""Edits: functions that change an activation inside the forward. Each sees the whole one and runs once, on one rank.
+"""Edits: functions that change an activation inside the forward. Each sees the whole one and runs
+once, on one rank.
 
-The presets that treat every element by itself run where the shards lie, without a word between ranks.
+The presets that treat every element by itself run where the shards lie, without a word between
+ranks.
 """
 
 from __future__ import annotations
@@ -45,14 +47,16 @@ __all__ = ["PRESETS", "Context", "Editor"]
 class Context:
     """What an edit is told beside the activation.
 
-    module: its name. save: a dict that lives on between runs, on the rank where the edit runs. step: of the generation.
-    tokens: ids (B, S) of the positions that x has: in a generation the prompt's, then at each step the newest token's;
-    at @k and @v all so far. mask: (B, S) bool, False on pads and after a row's end. positions: (B, S), of each token in
-    its row. All on the activation's device.
+    module: its name. save: a dict that lives on between runs, on the rank where the edit runs.
+    step: of the generation. tokens: ids (B, S) of the positions that x has: in a generation the
+    prompt's, then at each step the newest token's; at @k and @v all so far. mask: (B, S) bool,
+    False on pads and after a row's end. positions: (B, S), of each token in its row. All on the
+    activation's device.
     """
 
     module: str
-    save: dict[str, Any] = field()  # said, since nnsight gives every object a `save`, which would be its default
+    # said, since nnsight gives every object a `save`, which would be its default
+    save: dict[str, Any] = field()
     tokens: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor
@@ -61,7 +65,8 @@ class Context:
 
 
 class Modules(dict):
-    """The trainable modules as an edit sees them: not from the shards, where each rank would count its gradient."""
+    """The trainable modules as an edit sees them: not from the shards, where each rank would count
+    its gradient."""
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], edit: str, per: str):
         super().__init__(modules if per != "element" else {})
@@ -69,11 +74,15 @@ class Modules(dict):
 
     def __missing__(self, name: str) -> torch.nn.Module:
         if name in self.there:
-            raise EditError(f"edit {self.edit!r} is per='element', which sees no modules: make it 'whole' or 'row'")
-        raise EditError(f"edit {self.edit!r} asks for the module {name!r}; there are {self.there or 'none'}")
+            raise EditError(
+                f"edit {self.edit!r} is per='element', which sees no modules: make it 'whole' or 'row'"
+            )
+        raise EditError(
+            f"edit {self.edit!r} asks for the module {name!r}; there are {self.there or 'none'}"
+        )
 
 
-# --- presets -----------------------------------------------------------------------------------------
+# --- presets --------------------------------------------------------------------------
 #
 # x is what a rank holds, or the whole; value is what the hook was given, already cut to the same part.
 
@@ -85,7 +94,10 @@ def mean(x: torch.Tensor, _value: Any, at: _Part) -> torch.Tensor:
         weight = at.context.mask.reshape(-1, *[1] * (x.dim() - 1)).to(x)
         return ((x * weight).sum(0, keepdim=True) / weight.sum()).expand_as(x)
     weight = at.context.mask.to(x)
-    shape = [weight.shape[0] if d in dims[:1] else weight.shape[1] if d in dims[1:2] else 1 for d in range(x.dim())]
+    shape = [
+        weight.shape[0] if d in dims[:1] else weight.shape[1] if d in dims[1:2] else 1
+        for d in range(x.dim())
+    ]
     weight = weight.view(shape)
     return ((x * weight).sum(dims[:2], keepdim=True) / weight.sum()).expand_as(x)
 
@@ -97,8 +109,13 @@ def project_out(x: torch.Tensor, value: torch.Tensor, _at: _Part) -> torch.Tenso
 
 
 def noise(x: torch.Tensor, value: Any, at: _Part) -> torch.Tensor:
-    """Plus normal noise of this standard deviation, drawn for the whole, so that it does not depend on the layout."""
-    drawn = at.drawn() if at.generating else torch.randn(at.whole, generator=torch.Generator().manual_seed(at.seed))
+    """Plus normal noise of this standard deviation, drawn for the whole, so that it does not
+    depend on the layout."""
+    drawn = (
+        at.drawn()
+        if at.generating
+        else torch.randn(at.whole, generator=torch.Generator().manual_seed(at.seed))
+    )
     return x + (narrowed(drawn, at.box) * value).to(x)
 
 
@@ -117,8 +134,8 @@ PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]]
 
 @dataclass(frozen=True)
 class _Part:
-    """Which part of the whole an edit sees: its box, the whole's shape and formula, the positions of the text that it
-    has."""
+    """Which part of the whole an edit sees: its box, the whole's shape and formula, the positions
+    of the text that it has."""
 
     whole: tuple[int, ...]
     box: Box
@@ -129,8 +146,8 @@ class _Part:
     generating: bool
 
     def drawn(self) -> torch.Tensor:
-        """Normal noise of the whole's shape, for each position of the text from a seed of its own: a generation then
-        gives a position the same noise at every step that sees it."""
+        """Normal noise of the whole's shape, for each position of the text from a seed of its own:
+        a generation then gives a position the same noise at every step that sees it."""
         shape, dim = list(self.whole), position_dim(self.formula)
         folded = self.formula.dims_of("B*S")
         if folded:
@@ -140,15 +157,18 @@ class _Part:
             return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
         each = [*shape[:dim], *shape[dim + 1 :]]
         seeds = ((self.seed + c * 0x9E3779B97F4A7C15) & (2**63 - 1) for c in self.columns)
-        columns = [torch.randn(each, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        columns = [
+            torch.randn(each, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
         return torch.stack(columns, dim).reshape(self.whole)
 
 
-# --- making them ---------------------------------------------------------------------------------------
+# --- making them ----------------------------------------------------------------------
 
 
 class Editor:
-    """Makes the edits of one run on this rank. The ranks that hold parts of an activation reach each edit together."""
+    """Makes the edits of one run on this rank. The ranks that hold parts of an activation reach
+    each edit together."""
 
     def __init__(
         self,
@@ -169,28 +189,43 @@ class Editor:
         self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
         self.text, self.generation, self.modules = text, plan.generation, modules
         self.of_the_model = frozenset(placer.modules.values())
-        self.drawn = Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
-        self.edited: dict[CaptureKey, Seen] = {}  # before each edit, and after some: of which copies must be equal
+        self.drawn = (
+            Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
+        )
+        # before each edit, and after some: of which copies must be equal
+        self.edited: dict[CaptureKey, Seen] = {}
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
-        """The value with its tensor edited. EditError: the edit raised, or returned what cannot take its place."""
+        """The value with its tensor edited. EditError: the edit raised, or returned what cannot
+        take its place."""
         path, tensor, formula = self._find(hook, name, call, value)
         new = self.edit_tensor(hook, name, call, path, tensor, formula)
         return value if new is None else replaced(value, path, new)
 
-    def edit_gradient(self, hook: HookSpec, name: str, call: int, path: str, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the module's tensor at that path, edited: it lies as that tensor does."""
+    def edit_gradient(
+        self, hook: HookSpec, name: str, call: int, path: str, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of the module's tensor at that path, edited: it lies as that tensor
+        does."""
         formula = self._formula(hook, name, call, path)
         new = self.edit_tensor(hook, name, call, path, gradient, formula)
         return gradient if new is None else new
 
     def edit_tensor(
-        self, hook: HookSpec, name: str, call: int, path: str, tensor: torch.Tensor, formula: ShapeFormula
+        self,
+        hook: HookSpec,
+        name: str,
+        call: int,
+        path: str,
+        tensor: torch.Tensor,
+        formula: ShapeFormula,
     ) -> torch.Tensor | None:
         """What takes the tensor's place; None: nobody wants it edited here."""
         placed = self.placer.place(name, hook.of, tensor, formula, self.here)
         if isinstance(placed.placement, Partial):
-            raise PlacementError(f"{name}: each rank holds an addend of a sum here; edit the module that sums it")
+            raise PlacementError(
+                f"{name}: each rank holds an addend of a sum here; edit the module that sums it"
+            )
         per, function = self._function(hook)
         if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
             return None  # copied rows that nobody wants
@@ -198,8 +233,14 @@ class Editor:
         before = self._note(key, placed, placed.local)
         if per == "element":
             part = self._part(hook, name, placed.holds, formula, own_rows=True, per=per)
-            local = guarded(hook, name, placed.local.clone(), lambda x: function(x, self._cut(hook, part, x), part))
-            if hook.edit not in PRESETS:  # it may draw at random, and copies would differ from here on
+            local = guarded(
+                hook,
+                name,
+                placed.local.clone(),
+                lambda x: function(x, self._cut(hook, part, x), part),
+            )
+            # it may draw at random, and copies would differ from here on
+            if hook.edit not in PRESETS:
                 self._note(replace(key, at=f"{hook.at}{EDITED}"), placed, local)
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
@@ -208,39 +249,59 @@ class Editor:
             self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
         return again_distributed(tensor, local)
 
-    def edit_parameter(self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: Seen) -> torch.Tensor:
-        """This rank's part of a parameter's gradient, edited; the edit sees the whole and runs once. All ranks.
+    def edit_parameter(
+        self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: Seen
+    ) -> torch.Tensor:
+        """This rank's part of a parameter's gradient, edited; the edit sees the whole and runs
+        once. All ranks.
 
-        gradient: what this rank holds of it. seen: which part that is; it counts if it was written."""
+        gradient: what this rank holds of it. seen: which part that is; it counts if it was
+        written."""
         shape = tuple(self.info.parameters[name])
-        formula = ShapeFormula("", tuple((size, "") for size in shape), str(gradient.dtype).removeprefix("torch."))
+        formula = ShapeFormula(
+            "", tuple((size, "") for size in shape), str(gradient.dtype).removeprefix("torch.")
+        )
         part = self._part(hook, name, (), formula, own_rows=False)
         _, function = self._function(hook)
 
         def run(whole: torch.Tensor) -> torch.Tensor:
-            new = guarded(hook, name, whole.clone(), lambda x: function(x, self._cut(hook, part, x), part))
+            new = guarded(
+                hook, name, whole.clone(), lambda x: function(x, self._cut(hook, part, x), part)
+            )
             return self._chosen(hook, name, Placed(whole, "", Replicate(), ()), formula, new)
 
         if self.exchange is None:
             return run(gradient)
         title, holds = f"{hook.key} {name}", seen.holds
-        return self.exchange.once(title, 0, "world", gradient, shape, holds, holds, seen.box is not None, run)
+        return self.exchange.once(
+            title, 0, "world", gradient, shape, holds, holds, seen.box is not None, run
+        )
 
     def note(self, key: CaptureKey, before: Seen, nan: bool) -> None:
-        """What was there before an edit, of which copies must have been equal; nan: the edit has made some."""
+        """What was there before an edit, of which copies must have been equal; nan: the edit has
+        made some."""
         self.edited[key] = replace(before, nan=nan)
 
     def _note(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> Seen:
-        """Note a value of which all copies must be equal; in a generation after those of the steps before."""
+        """Note a value of which all copies must be equal; in a generation after those of the steps
+        before."""
         earlier = self.edited.get(key)
         said = joined_digest(earlier.digest if earlier is not None else 0, digest(value.detach()))
         nan = earlier is not None and earlier.nan
-        self.edited[key] = Seen(placed.evidence, repr(placed.placement), said, placed.holds, nan=nan)
+        self.edited[key] = Seen(
+            placed.evidence, repr(placed.placement), said, placed.holds, nan=nan
+        )
         return self.edited[key]
 
-    def _find(self, hook: HookSpec, name: str, call: int, value: Any) -> tuple[str, torch.Tensor, ShapeFormula]:
+    def _find(
+        self, hook: HookSpec, name: str, call: int, value: Any
+    ) -> tuple[str, torch.Tensor, ShapeFormula]:
         known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
-        path = hook.index if hook.index is not None else next((f.path for f in known), next(leaves(value), ("",))[0])
+        path = (
+            hook.index
+            if hook.index is not None
+            else next((f.path for f in known), next(leaves(value), ("",))[0])
+        )
         tensor = leaf(value, path)
         if tensor is None:
             raise HookError(f"{name}: there is no tensor at {path!r} to edit")
@@ -250,7 +311,9 @@ class Editor:
         known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
         formula = next((f for f in known if f.path == path), None)
         if formula is None or formula.dims is None:
-            raise PlacementError(f"{name}: its shape or order depends on the data, so that no edit can be placed there")
+            raise PlacementError(
+                f"{name}: its shape or order depends on the data, so that no edit can be placed there"
+            )
         return formula
 
     def _function(self, hook: HookSpec) -> tuple[str, Callable]:
@@ -269,7 +332,15 @@ class Editor:
 
         return spec.per, users
 
-    def _part(self, hook: HookSpec, name: str, box: Box, formula: ShapeFormula, own_rows: bool, per: str = "") -> _Part:
+    def _part(
+        self,
+        hook: HookSpec,
+        name: str,
+        box: Box,
+        formula: ShapeFormula,
+        own_rows: bool,
+        per: str = "",
+    ) -> _Part:
         """What an edit is told. own_rows: it sees this group's rows of the batch only."""
         rows = slice(*self.here.rows) if own_rows else slice(None)
         saved = self.saved.setdefault(hook.edit or "", {})
@@ -283,10 +354,13 @@ class Editor:
         return _Part(whole, box, formula, context, seed, columns, self.generation is not None)
 
     def _cut(self, hook: HookSpec, part: _Part, x: torch.Tensor) -> Any:
-        """The hook's value as the preset takes it: a number, or the tensor's part that belongs to this part."""
+        """The hook's value as the preset takes it: a number, or the tensor's part that belongs to
+        this part."""
         given = hook.value
         if isinstance(given, Blob):
-            tensor = torch.frombuffer(bytearray(given.data), dtype=getattr(torch, given.dtype)).view(given.shape)
+            tensor = torch.frombuffer(
+                bytearray(given.data), dtype=getattr(torch, given.dtype)
+            ).view(given.shape)
         elif isinstance(given, SlabValue):
             tensor = self.open_slab(given.region.slab, given.slab_bytes).tensor(given.region)
         else:
@@ -304,7 +378,8 @@ class Editor:
         return narrowed(tensor.expand(part.whole), part.box).to(x)
 
     def _patched(self, source: torch.Tensor, part: _Part) -> torch.Tensor | None:
-        """What a source that covers the text up to some position has for this forward; None after its end."""
+        """What a source that covers the text up to some position has for this forward; None after
+        its end."""
         dim = position_dim(part.formula)
         if dim is None or source.dim() != len(part.whole):
             return source
@@ -313,9 +388,17 @@ class Editor:
         return source[(slice(None),) * dim + (slice(part.columns.start, part.columns.stop),)]
 
     def _once(
-        self, hook: HookSpec, name: str, call: int, placed: Placed, formula: ShapeFormula, per: str, function: Callable
+        self,
+        hook: HookSpec,
+        name: str,
+        call: int,
+        placed: Placed,
+        formula: ShapeFormula,
+        per: str,
+        function: Callable,
     ) -> torch.Tensor:
-        """The edit run on one rank of those that hold a part, on the whole of it; this rank's part of the result."""
+        """The edit run on one rank of those that hold a part, on the whole of it; this rank's part
+        of the result."""
         layout = self.here.layout
         batched = formula.dims_of("B", "B*S")
         group = "tp" if per == "row" and batched else "stage"
@@ -336,21 +419,32 @@ class Editor:
                 f"{name}: {formula} has no rows, so that the groups of rows have parts of its gradient"
             )
         mine = placed.holds
-        if group == "tp" and layout.batch_groups > 1:  # the rows of this group are all that it sees
+        # the rows of this group are all that it sees
+        if group == "tp" and layout.batch_groups > 1:
             mine = tuple(piece for piece in placed.holds if piece[0] not in batched)
             shape = self.here.own(formula)
         else:
             shape = part.whole
-        writes = self._writes(placed, group) and not (self.here.idle and batched and group == "stage")
-        fallback = self.here.idle and batched and group == "stage"  # a copied row: give it the first one
-        reads = tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine) if fallback else mine
+        writes = self._writes(placed, group) and not (
+            self.here.idle and batched and group == "stage"
+        )
+        # a copied row: give it the first one
+        fallback = self.here.idle and batched and group == "stage"
+        reads = (
+            tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine)
+            if fallback
+            else mine
+        )
         call |= self.here.step << 16
 
-        def meet(part: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], what: str) -> torch.Tensor:
+        def meet(
+            part: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], what: str
+        ) -> torch.Tensor:
             assert self.exchange is not None
             title = f"{hook.key} {name}{what}"
             got = self.exchange.once(title, call, group, part, shape, mine, reads, writes, function)
-            return torch.zeros_like(got) if what and self.here.idle and batched else got  # a copied row has no gradient
+            # a copied row has no gradient
+            return torch.zeros_like(got) if what and self.here.idle and batched else got
 
         return differentiable(placed.local, meet, run)
 
@@ -363,7 +457,8 @@ class Editor:
     def _chosen(
         self, hook: HookSpec, name: str, placed: Placed, formula: ShapeFormula, new: torch.Tensor
     ) -> torch.Tensor:
-        """The edited values where the hook's positions, heads and neurons are, the old ones elsewhere."""
+        """The edited values where the hook's positions, heads and neurons are, the old ones
+        elsewhere."""
         old = placed.local
         if hook.positions is None and hook.heads is None and hook.neurons is None:
             return new
@@ -382,45 +477,59 @@ class Editor:
         return torch.where(chosen, new, old)
 
     def _of_this_forward(self, hook: HookSpec, total: int) -> tuple[int, ...]:
-        """The hook's positions, which are the whole text's, as indices of what this forward has. Negative ones count
-        from the end of the text as it is now: -1 is each forward's newest token."""
+        """The hook's positions, which are the whole text's, as indices of what this forward has.
+        Negative ones count from the end of the text as it is now: -1 is each forward's newest
+        token."""
         assert hook.positions is not None and self.generation is not None
         check_positions(hook, self.text.S, self.generation.max_new_tokens)
         columns = self.here.columns(total)
         absolute = (p if p >= 0 else columns.stop + p for p in hook.positions)
         return tuple(p - columns.start for p in absolute if p in columns)
 
-    def _dims(self, hook: HookSpec, name: str, formula: ShapeFormula, ndim: int) -> list[tuple[tuple[int, ...], int]]:
+    def _dims(
+        self, hook: HookSpec, name: str, formula: ShapeFormula, ndim: int
+    ) -> list[tuple[tuple[int, ...], int]]:
         """(chosen indices, the dim they count along)."""
         found: list[tuple[tuple[int, ...], int]] = []
         if hook.positions is not None:
             along = formula.dims_of("S") or formula.dims_of("P+S", "W+S")
             if not along:
-                raise HookError(f"{hook.key}: {name} is {formula}, it has no dim of positions alone")
+                raise HookError(
+                    f"{hook.key}: {name} is {formula}, it has no dim of positions alone"
+                )
             found.append((hook.positions, along[0]))
         if hook.heads is not None:
             point = name.rpartition(".@")[2] if ".@" in name else ""
             if not point:
-                raise HookError(f"{hook.key}: heads are there at @q, @k, @v, @pattern and @z, not at {name}")
+                raise HookError(
+                    f"{hook.key}: heads are there at @q, @k, @v, @pattern and @z, not at {name}"
+                )
             found.append((hook.heads, 2 if point == "z" else 1))
         if hook.neurons is not None:
             found.append((hook.neurons, ndim - 1))
         return found
 
 
-def guarded(hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
-    """What the function makes of x, which must be able to take its place. EditError names the edit and its line."""
+def guarded(
+    hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torch.Tensor], Any]
+) -> torch.Tensor:
+    """What the function makes of x, which must be able to take its place. EditError names the edit
+    and its line."""
     shape, dtype, device = x.shape, x.dtype, x.device
     try:
         new = function(x)
     except EditError:
         raise
-    except BaseException as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the edit's to end
+    except (
+        BaseException
+    ) as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the edit's to end
         raise EditError(
             f"edit {hook.edit!r} at {name} raised {type(error).__name__}: {error}{users_line(error)}"
         ) from error
     if not isinstance(new, torch.Tensor):
-        raise EditError(f"edit {hook.edit!r} at {name} returned {type(new).__name__}; it has to return a tensor like x")
+        raise EditError(
+            f"edit {hook.edit!r} at {name} returned {type(new).__name__}; it has to return a tensor like x"
+        )
     if new.shape != shape or new.dtype != dtype or new.device != device:
         raise EditError(
             f"edit {hook.edit!r} at {name} returned {tuple(new.shape)} {new.dtype} on {new.device}; "
@@ -430,7 +539,8 @@ def guarded(hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torc
 
 
 def has_nan(value: torch.Tensor) -> bool:
-    """One look at each number where their sum is one, as nearly always; infinities may make NaN of it, too.
+    """One look at each number where their sum is one, as nearly always; infinities may make NaN of
+    it, too.
 
     >>> has_nan(torch.tensor([1.0, float("nan")])), has_nan(torch.tensor([float("inf"), -float("inf")]))
     (True, False)
@@ -444,12 +554,18 @@ def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     if not isinstance(old, DTensor):
         return local
     return DTensor.from_local(
-        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        local,
+        old.device_mesh,
+        old.placements,
+        run_check=False,
+        shape=old.shape,
+        stride=old.stride(),
     )
 
 
 def seen_by(hook: HookSpec, edits: Mapping[str, tuple[EditSpec, Callable]]) -> str:
-    """What the hook's edit is per: "whole", "row" or "element". HookError: it is not known here."""
+    """What the hook's edit is per: "whole", "row" or "element". HookError: it is not known
+    here."""
     assert hook.edit is not None
     if hook.edit not in PRESETS and hook.edit not in edits:
         raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")

@@ -6,6 +6,7 @@ Nothing is sent in the forward that the model would not send by itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ BROKEN = ("gloo/transport", ABORTED)  # a collective says so when a peer has bro
 
 
 def run(runtime: Any, plan: RunPlan) -> RunReport:
-    """This rank's share of the run. All ranks must call. Raises before the forward what is wrong, on all ranks."""
+    """This rank's share of the run. All ranks must call. Raises before the forward what is wrong,
+    on all ranks."""
     start = time.perf_counter()
     forget(runtime, plan.freed)
     prepared: tuple[Recording, dict[str, torch.Tensor]] | None = None
@@ -79,7 +81,9 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     if runtime.model is None:
         raise EngineError("no model is loaded on this rank", runtime.rank)
     if plan.hooks != runtime.hook_set.digest:
-        raise HookError(f"rank {runtime.rank} has other hooks than the session; attach again, or load again")
+        raise HookError(
+            f"rank {runtime.rank} has other hooks than the session; attach again, or load again"
+        )
     info, layout = runtime.info, runtime.info.layout
     if plan.generation is not None:
         generate.check(runtime)
@@ -95,7 +99,9 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     here = Place(layout, runtime.rank, B, S, rows, info.window)
     text = Text(plan)
     if plan.generation is not None:
-        text = Text(plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan))
+        text = Text(
+            plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan)
+        )
         text.begin(range(*rows))
     kind = Steps if plan.generation is not None else Recording
     recording = kind(
@@ -119,17 +125,23 @@ def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
     if plan.loss is None:
         return None
     asked = [hook.key for hook in active if hook.of == "param"]
-    if (asked or (plan.training is not None and plan.training.parameters)) and in_fsdp1(runtime.model):
+    if (asked or (plan.training is not None and plan.training.parameters)) and in_fsdp1(
+        runtime.model
+    ):
         raise PlacementError(
             "FSDP1 flattens parameters and averages their gradients: those are not read or trained here; "
             f"use fully_shard(module){f', or unhook {asked[0]!r}' if asked else ''}"
         )
-    in_edits = runtime.modules and any(hook.edit is not None and hook.edit not in PRESETS for hook in active)
+    in_edits = runtime.modules and any(
+        hook.edit is not None and hook.edit not in PRESETS for hook in active
+    )
     trains = plan.training is not None and bool(plan.training.parameters)
     return Tape(graph=bool(in_edits) or trains or any(hook.gradient for hook in active))
 
 
-def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text) -> Editor | None:
+def editor(
+    runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text
+) -> Editor | None:
     """Who makes this run's edits; None if there are none. HookError where they cannot be made."""
     editing = [hook for hook in active if hook.edit is not None]
     if not editing:
@@ -138,7 +150,12 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
     per = {hook.key: seen_by(hook, runtime.edits) for hook in editing}
     if runtime.seat.world > 1 and any(what != "element" for what in per.values()):
         whole = [key for key, what in per.items() if what == "whole"]
-        if plan.generation is not None and whole and runtime.info.layout.batch_groups > 1 and several_hosts(runtime):
+        if (
+            plan.generation is not None
+            and whole
+            and runtime.info.layout.batch_groups > 1
+            and several_hosts(runtime)
+        ):
             raise HookError(
                 f"{whole[0]}: the rows of this generation are on several hosts, and an edit there sees those of its "
                 "own only: make it per='row'"
@@ -146,7 +163,9 @@ def editor(runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, tex
 
         def slab_of(group: str, turn: int, num_bytes: int) -> Slab:
             size = power(num_bytes)
-            return open_slab(runtime, f"exchange-{group_name(runtime, group)}-{turn}-{size}.slab", size)
+            return open_slab(
+                runtime, f"exchange-{group_name(runtime, group)}-{turn}-{size}.slab", size
+            )
 
         exchange = Exchange(runtime.groups, slab_of, runtime.seat.hosts, plan.timeout_s)
     return Editor(
@@ -177,7 +196,8 @@ def group_name(runtime: Any, group: str) -> str:
 
 
 def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
-    """This rank's rows; one copied row where it has none, since it must run the model's collectives all the same."""
+    """This rank's rows; one copied row where it has none, since it must run the model's
+    collectives all the same."""
     own = slice(*rows) if rows[1] > rows[0] else slice(0, 1)
     tensor = lambda rows: torch.tensor(rows[own], dtype=torch.long, device=device)  # noqa: E731
     return {
@@ -188,14 +208,17 @@ def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> dict[str, tor
 
 
 def agree(runtime: Any, plan: RunPlan, problem: Exception | None) -> None:
-    """Go on only if every rank can. Raises the rank's own problem, or that another rank has one."""
+    """Go on only if every rank can. Raises the rank's own problem, or that another rank has
+    one."""
     if runtime.seat.world == 1:
         if problem is not None:
             raise problem
         return
     runtime.breaker.busy = True
     try:
-        said = header([plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s)
+        said = header(
+            [plan.run, plan.hooks, int(problem is not None), plan.num_bytes], plan.timeout_s
+        )
     except BaseException as failure:
         broke_off(runtime, failure)
         raise
@@ -213,7 +236,8 @@ def agree(runtime: Any, plan: RunPlan, problem: Exception | None) -> None:
 
 
 def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch.Tensor]) -> bool:
-    """The forward itself; whether it was stopped early. A rank that fails breaks the groups, so that nobody waits."""
+    """The forward itself; whether it was stopped early. A rank that fails breaks the groups, so
+    that nobody waits."""
     runtime.breaker.busy = runtime.seat.world > 1
     runtime.hooks.recording = recording
     hooked = [name for _, names in recording.of_parameters(runtime) for name in names]
@@ -225,7 +249,7 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
             stopped = enters and forward(runtime, plan, recording, batch)
             land(runtime, recording)
             if recording.tape is not None and not stopped:
-                slab_of = lambda name, size: open_slab(runtime, f"{name}-{power(size)}.slab", power(size))  # noqa: E731
+                slab_of = functools.partial(slab_of_size, runtime)
                 for parameter in trainable(runtime.modules):
                     parameter.grad = None
                 recording.loss = backward(runtime, plan, recording, slab_of)
@@ -250,7 +274,9 @@ def go(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch
         forget_gradients(runtime, names)
 
 
-def forward(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch.Tensor]) -> bool:
+def forward(
+    runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, torch.Tensor]
+) -> bool:
     """This rank's forward, or its forwards; whether it was stopped early."""
     try:
         if isinstance(recording, Steps):
@@ -263,16 +289,17 @@ def forward(runtime: Any, plan: RunPlan, recording: Recording, batch: dict[str, 
 
 
 def land(runtime: Any, recording: Recording) -> None:
-    """Have all captures be there. RuntimeError: the groups were aborted meanwhile; on a GPU nothing else would say so,
-    and what was computed since is not what it seems to be."""
+    """Have all captures be there. RuntimeError: the groups were aborted meanwhile; on a GPU
+    nothing else would say so, and what was computed since is not what it seems to be."""
     recording.land()
     if recording.copies.in_flight and runtime.seat.world > 1 and runtime.breaker.broken:
         raise RuntimeError(f"{ABORTED} while this rank computed")
 
 
 def so_far(runtime: Any, plan: RunPlan, recording: Recording) -> tuple[RunReport, ...]:
-    """What a run that ends here has captured on this rank; of a generation, after each of its last forwards. Nothing
-    on a GPU beside others: it is on its way still, and what it waits for may not come, or be cut off."""
+    """What a run that ends here has captured on this rank; of a generation, after each of its last
+    forwards. Nothing on a GPU beside others: it is on its way still, and what it waits for may not
+    come, or be cut off."""
     if recording.copies.in_flight and runtime.seat.world > 1:
         return ()
     recording.land()
@@ -301,8 +328,9 @@ def broke_off(runtime: Any, error: BaseException, partial: tuple[RunReport, ...]
 
 
 def gave_up(runtime: Any, error: BaseException) -> None:
-    """This rank has not got its part of a model: say why, and leave the groups, those too that the load has made and
-    that no breaker knows of. What is left of the model holds them: it goes first."""
+    """This rank has not got its part of a model: say why, and leave the groups, those too that the
+    load has made and that no breaker knows of. What is left of the model holds them: it goes
+    first."""
     broke_off(runtime, error)
     at: BaseException | None = error
     while at is not None:
@@ -315,11 +343,12 @@ def gave_up(runtime: Any, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
-    """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward at all.
+    """Arrange for the forward to end at plan.stop_at; yields whether this rank enters the forward
+    at all.
 
-    Ranks of a tp group reach the module together. Stages before it end where they would wait for the logits, stages
-    after it do not begin. With the batch split (fsdp, dp), and in a builder's pipeline, the forward runs to its end:
-    its collectives need all."""
+    Ranks of a tp group reach the module together. Stages before it end where they would wait for
+    the logits, stages after it do not begin. With the batch split (fsdp, dp), and in a builder's
+    pipeline, the forward runs to its end: its collectives need all."""
     layout = runtime.info.layout
     if plan.stop_at is None or layout.batch_groups > 1 or (runtime.info.built and layout.pp > 1):
         yield True
@@ -346,19 +375,37 @@ def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
             stage.__dict__.pop("broadcast_from_last", None)
 
 
-def told(runtime: Any, error: BaseException, broken: bool = False, secondary: bool = False) -> ErrorReport:
+def told(
+    runtime: Any, error: BaseException, broken: bool = False, secondary: bool = False
+) -> ErrorReport:
     """The error as the driver hears of it."""
     text = "".join(traceback.format_exception(error))
-    name = type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
-    message = str(error) if name != "EngineError" else f"{type(error).__name__} on rank {runtime.rank}: {error}"
+    name = (
+        type(error).__name__ if isinstance(error, (FlexError, KeyboardInterrupt)) else "EngineError"
+    )
+    message = (
+        str(error)
+        if name != "EngineError"
+        else f"{type(error).__name__} on rank {runtime.rank}: {error}"
+    )
     message += f" (rank {runtime.rank})" if name == "EditError" else ""
     broke = isinstance(error, RuntimeError | LoadError) and any(mark in message for mark in BROKEN)
     secondary = secondary or broke or isinstance(error, OtherRankFailed)
     stall, waited = runtime.watch.stall, ""
-    if stall is not None and (broke or isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in message):
+    if stall is not None and (
+        broke or isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in message
+    ):
         stall.waiting |= broke
         secondary, waited = stall.waiting, stall.module if stall.waiting else ""
         edit = f"; {message}" if name == "EditError" else ""
         name = "EngineError" if name == "KeyboardInterrupt" else name
-        message = f"rank {runtime.rank} " + (f"{stall}" if stall.waiting else f"did not arrive, {stall}{edit}")
+        message = f"rank {runtime.rank} " + (
+            f"{stall}" if stall.waiting else f"did not arrive, {stall}{edit}"
+        )
     return ErrorReport(runtime.rank, name, message, text, time.time(), broken, secondary, waited)
+
+
+def slab_of_size(runtime: Any, name: str, num_bytes: int) -> Slab:
+    """A slab that holds at least so many bytes, under a name that says how many it has."""
+    size = power(num_bytes)
+    return open_slab(runtime, f"{name}-{size}.slab", size)

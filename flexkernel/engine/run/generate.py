@@ -1,7 +1,9 @@
-"""A generation: transformers' own loop on every rank. What a forward computes goes to its own positions of the whole.
+"""A generation: transformers' own loop on every rank. What a forward computes goes to its own
+positions of the whole.
 
-A step is one forward: the first runs the prompt, each later one the newest token. A counter on the root says which step
-and which positions it is, never the cache. All ranks make as many forwards, since each of them may hold collectives.
+A step is one forward: the first runs the prompt, each later one the newest token. A counter on the
+root says which step and which positions it is, never the cache. All ranks make as many forwards,
+since each of them may hold collectives.
 """
 
 from __future__ import annotations
@@ -34,13 +36,17 @@ def check(runtime: Any) -> None:
     """GenerationError: this model cannot go on by itself."""
     model = runtime.model
     if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise GenerationError(f"{type(model).__name__} has no generate(): it is no language model of transformers")
+        raise GenerationError(
+            f"{type(model).__name__} has no generate(): it is no language model of transformers"
+        )
     if runtime.info.layout.pp > 1 and not hasattr(model, "_pp_stage"):
         raise GenerationError(
             f"{type(model).__name__} is a pipeline of your own: its stages share no cache to go on from"
         )
     if runtime.caller.forward is not None:
-        raise GenerationError(f"{type(model).__name__} is called by your forward=, and its generate() would not be")
+        raise GenerationError(
+            f"{type(model).__name__} is called by your forward=, and its generate() would not be"
+        )
 
 
 def ends(runtime: Any, plan: RunPlan) -> list[int]:
@@ -52,14 +58,18 @@ def ends(runtime: Any, plan: RunPlan) -> list[int]:
 
 
 def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, torch.Tensor]) -> None:
-    """Go on after the batch; its tokens are in recording.text. All ranks must call; all make as many forwards."""
+    """Go on after the batch; its tokens are in recording.text. All ranks must call; all make as
+    many forwards."""
     asked, model = plan.generation, runtime.model
     assert asked is not None
     layout = runtime.info.layout
     options = dict(asked.options)
     if layout.pp > 1:
         options["past_key_values"] = StageCache(model)
-    if behind_the_base(runtime, recording) and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if (
+        behind_the_base(runtime, recording)
+        and "logits_to_keep" in inspect.signature(model.forward).parameters
+    ):
         options["logits_to_keep"] = 0  # all: a hook sees what only the newest position would have
     with (
         counted(runtime.hooks.modules[""], recording),
@@ -83,7 +93,8 @@ def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, tor
 
 
 def behind_the_base(runtime: Any, recording: Recording) -> bool:
-    """Whether a hook of the run is on a module that sees what is left for the logits: the root, or the head."""
+    """Whether a hook of the run is on a module that sees what is left for the logits: the root, or
+    the head."""
     base = runtime.model.base_model_prefix
     hooks = [h for h in runtime.hook_set.hooks if h.key in recording.active]
     names = {name for hook in hooks for name in runtime.planner.targets(hook.glob)}
@@ -92,7 +103,8 @@ def behind_the_base(runtime: Any, recording: Recording) -> bool:
 
 @contextmanager
 def counted(root: torch.nn.Module, recording: Steps) -> Iterator[None]:
-    """Before each forward the recording learns how many positions it runs. Before any other hook."""
+    """Before each forward the recording learns how many positions it runs. Before any other
+    hook."""
 
     def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -107,7 +119,8 @@ def counted(root: torch.nn.Module, recording: Steps) -> Iterator[None]:
 
 @contextmanager
 def drawn_from(seed: int, here: Place, device: str) -> Iterator[None]:
-    """Ranks that share rows draw alike, others do not; where the batch is not split, as one process with this seed."""
+    """Ranks that share rows draw alike, others do not; where the batch is not split, as one
+    process with this seed."""
     group = 0 if here.idle else here.layout.coordinate(here.rank)["batch"]
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed((seed + group * 0x9E3779B97F4A7C15) % (1 << 63))
@@ -139,7 +152,8 @@ class Steps(Recording):
         self.prompt = self.here
         self.forwards = 0
         self.wrote: dict[int, int] = {}
-        self.whole: dict[int, dict[int, Seen]] = {}  # forwards → what was whole after so many; of the last two
+        # forwards → what was whole after so many; of the last two
+        self.whole: dict[int, dict[int, Seen]] = {}
         self._columns: dict[tuple[int, ...] | None, tuple[list[tuple[int, ...]], list[int]]] = {}
 
     def begin(self, num_positions: int) -> None:
@@ -156,10 +170,13 @@ class Steps(Recording):
             self.editor.here = self.here
 
     def _whole_now(self) -> dict[int, Seen]:
-        """What came in every forward so far, each in a place of its own: ranks are at most one forward apart."""
+        """What came in every forward so far, each in a place of its own: ranks are at most one
+        forward apart."""
         entries = self.plan.entries
         return {
-            i: seen for i, seen in self.planned.items() if self.wrote.get(i) == self.forwards and not entries[i].newest
+            i: seen
+            for i, seen in self.planned.items()
+            if self.wrote.get(i) == self.forwards and not entries[i].newest
         }
 
     def finish(self) -> None:
@@ -168,7 +185,9 @@ class Steps(Recording):
             if seen.error is None and self.wrote.get(i, 0) != self.forwards:
                 key = self.plan.entries[i].key
                 self.planned[i] = failed(
-                    CaptureError(f"{key}: it came in {self.wrote.get(i, 0)} of {self.forwards} forwards")
+                    CaptureError(
+                        f"{key}: it came in {self.wrote.get(i, 0)} of {self.forwards} forwards"
+                    )
                 )
 
     def _write(self, i: int, value: torch.Tensor | None, tape: Any = None) -> Seen:
@@ -176,14 +195,22 @@ class Steps(Recording):
         if before is not None and before.error is not None:
             return before  # one forward of it is missing: it stays so
         entry = self.plan.entries[i]
-        here = self._of_logits(value) if entry.hook.name == "logits" and value is not None else self.here
+        here = (
+            self._of_logits(value)
+            if entry.hook.name == "logits" and value is not None
+            else self.here
+        )
         placed = self._placed(entry, value, here)
         if isinstance(placed.placement, Partial):
-            raise PlacementError(f"{entry.key}: its addends are not summed over the steps of a generation")
+            raise PlacementError(
+                f"{entry.key}: its addends are not summed over the steps of a generation"
+            )
         self.wrote[i] = self.wrote.get(i, 0) + 1
         put = self._put if entry.hook.reduce is None else self._put_reduced
         kept, holds, box = put(entry, placed, here)
-        said = joined_digest(before.digest if before is not None else 0, self._digest(kept, placed, entry.formula))
+        said = joined_digest(
+            before.digest if before is not None else 0, self._digest(kept, placed, entry.formula)
+        )
         placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
         return Seen(placed.evidence, placement, said, holds, box)
 
@@ -192,9 +219,11 @@ class Steps(Recording):
         n = value.shape[1] if value.dim() == 3 else self.here.S
         return dataclasses.replace(self.here, S=n, past=self.here.past + self.here.S - n)
 
-    def _put(self, entry: Entry, placed: Placed, here: Place) -> tuple[torch.Tensor, Box, Box | None]:
-        """Copy what this forward has of the capture to its positions: (what is kept of it, the part of the whole that
-        this rank holds, the part that it writes)."""
+    def _put(
+        self, entry: Entry, placed: Placed, here: Place
+    ) -> tuple[torch.Tensor, Box, Box | None]:
+        """Copy what this forward has of the capture to its positions: (what is kept of it, the
+        part of the whole that this rank holds, the part that it writes)."""
         assert self.slab is not None
         whole, view = self.slab.tensor(self.region(entry)), Unfolded(entry, placed, here)
         local, target, holds = view.local, view.of_whole(whole), view.holds
@@ -208,14 +237,23 @@ class Steps(Recording):
         if piece is None:
             return local, view.box(holds, whole), None
         view.put(narrowed(target, piece), narrowed(local, piece), here, self.copies.write)
-        return local, view.box(holds, whole), view.box(joined(holds, piece[0]) if piece else holds, whole)
+        return (
+            local,
+            view.box(holds, whole),
+            view.box(joined(holds, piece[0]) if piece else holds, whole),
+        )
 
-    def _put_reduced(self, entry: Entry, placed: Placed, here: Place) -> tuple[torch.Tensor, Box, Box | None]:
-        """The same of a reduction: over positions too, what a forward says is added to what those before it said."""
+    def _put_reduced(
+        self, entry: Entry, placed: Placed, here: Place
+    ) -> tuple[torch.Tensor, Box, Box | None]:
+        """The same of a reduction: over positions too, what a forward says is added to what those
+        before it said."""
         assert self.slab is not None
         view, place = Unfolded(entry, placed, here), self.slab.tensor(self.region(entry))
         if view.folded is not None or view.keys is not None:
-            raise PlacementError(f"{entry.key} is {entry.formula}: its steps cannot be reduced; hook it without reduce")
+            raise PlacementError(
+                f"{entry.key} is {entry.formula}: its steps cannot be reduced; hook it without reduce"
+            )
         local, dim = view.local, view.dim
         real: torch.Tensor | None = None
         wanted: tuple[int, ...] = ()
@@ -238,25 +276,38 @@ class Steps(Recording):
             self._add_parts(found, entry, place, box)
         else:
             at = left_of(((dim, *self._span(entry, here)),), entry.over) if dim is not None else ()
-            self._put_parts(found, entry, narrowed(place, tuple((d + 2, a, b) for d, a, b in at)), box)
+            self._put_parts(
+                found, entry, narrowed(place, tuple((d + 2, a, b) for d, a, b in at)), box
+            )
         return local, view.holds, box
 
-    def _add_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
+    def _add_parts(
+        self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box
+    ) -> None:
         if self.here.step:
             self.copies.land()
             before = place[:, entry.slot(self.here.layout, self.here.rank)]
             device = found.parts[0].device
-            parts = tuple(narrowed(part, left_of(box, entry.over)).to(device, copy=True) for part in before)
+            parts = tuple(
+                narrowed(part, left_of(box, entry.over)).to(device, copy=True) for part in before
+            )
             found = reduce.combine([dataclasses.replace(found, parts=parts), found])
         self._put_parts(found, entry, place, box)
 
     def _piece(self, view: Unfolded, shape: Sequence[int], copies: int, index: int) -> Box | None:
-        """What this rank copies of a part that several hold, the same in every forward; None: nothing."""
+        """What this rank copies of a part that several hold, the same in every forward; None:
+        nothing."""
         if copies == 1:
             return ()
         flat = [1 if d in (view.dim, view.keys) else size for d, size in enumerate(shape)]
         piece = shared_part(flat, copies, index)
-        return () if piece and (not flat or piece[0] in (view.dim, view.keys)) else (piece,) if piece else None
+        return (
+            ()
+            if piece and (not flat or piece[0] in (view.dim, view.keys))
+            else (piece,)
+            if piece
+            else None
+        )
 
     def _positions(
         self, entry: Entry, view: Unfolded, target: torch.Tensor, here: Place
@@ -301,9 +352,11 @@ def picked(local: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
 
 
 class Unfolded:
-    """A value of one forward, its rows and its positions in dims of their own even where the module has them in one.
+    """A value of one forward, its rows and its positions in dims of their own even where the
+    module has them in one.
 
-    dim: along which its positions lie, None if it has none. keys: the second such dim of @pattern."""
+    dim: along which its positions lie, None if it has none. keys: the second such dim of
+    @pattern."""
 
     def __init__(self, entry: Entry, placed: Placed, here: Place):
         formula = entry.formula
@@ -317,19 +370,27 @@ class Unfolded:
             self._unfold(self.folded, here)
         elif len(along) > 1:
             if not entry.key.module.endswith(".@pattern"):
-                raise PlacementError(f"{entry.key} is {formula}: its steps cannot be put together in a generation")
+                raise PlacementError(
+                    f"{entry.key} is {formula}: its steps cannot be put together in a generation"
+                )
             self.keys = along[1]
         if self.odd(formula, along) or self.dim in [d for d, _, _ in self.holds]:
-            raise PlacementError(f"{entry.key} is {formula}: its positions cannot be told apart in a generation")
+            raise PlacementError(
+                f"{entry.key} is {formula}: its positions cannot be told apart in a generation"
+            )
 
     def odd(self, formula: ShapeFormula, along: list[int]) -> bool:
         dims = formula.dims or ()
-        return any(dims[d][0] != 1 or dims[d][1] == "P" for d in along) or (self.folded is not None and bool(along))
+        return any(dims[d][0] != 1 or dims[d][1] == "P" for d in along) or (
+            self.folded is not None and bool(along)
+        )
 
     def _unfold(self, dim: int, here: Place) -> None:
         self.local = self.local.unflatten(dim, (here.local_rows, here.S))
         rows = ((dim, *here.rows),) if here.layout.batch_groups > 1 else ()
-        self.holds = tuple(sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.holds if d != dim))))
+        self.holds = tuple(
+            sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.holds if d != dim)))
+        )
 
     def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
         return whole if self.folded is None else whole.unflatten(self.folded, (self.B, -1))
@@ -339,10 +400,14 @@ class Unfolded:
         if self.folded is None:
             return box
         each = whole.shape[self.folded] // self.B
-        return tuple((d, a * each, b * each) if d == self.folded else (d - (d > self.folded), a, b) for d, a, b in box)
+        return tuple(
+            (d, a * each, b * each) if d == self.folded else (d - (d > self.folded), a, b)
+            for d, a, b in box
+        )
 
     def put(self, target: torch.Tensor, local: torch.Tensor, here: Place, write: Callable) -> None:
-        """Write it into the target; of a pattern each query has the keys so far, and zeros after them."""
+        """Write it into the target; of a pattern each query has the keys so far, and zeros after
+        them."""
         if self.keys is not None:
             columns = here.columns(local.shape[self.keys])
             target.narrow(self.keys, 0, columns.start).zero_()

@@ -1,7 +1,8 @@
-"""The gradients of parameters: summed so that they are the unsharded model's, read, edited, and let go.
+"""The gradients of parameters: summed so that they are the unsharded model's, read, edited, and
+let go.
 
-A parameter's gradient lies as the parameter does. Every rank must come to each of these functions that says so, also
-one that does not hold the parameter.
+A parameter's gradient lies as the parameter does. Every rank must come to each of these functions
+that says so, also one that does not hold the parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from flexkernel.wire import Box, CaptureKey, HookSpec, Seen
 
 from .parameters import owner_of, placed
 
-__all__ = ["edit_gradients", "forget_gradients", "parameter_of", "sum_parameters", "tied", "write_gradient"]
+__all__ = [
+    "edit_gradients",
+    "forget_gradients",
+    "parameter_of",
+    "sum_parameters",
+    "tied",
+    "write_gradient",
+]
 
 
 def parameter_of(runtime: Any, name: str) -> torch.nn.Parameter | None:
@@ -39,9 +47,12 @@ def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
 
 
 def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None:
-    """Make the gradients of these parameters lie as the parameters do, and whole sums: over the groups of rows where
-    nothing else has summed them, over the first and the last stage where they share one. All ranks must call."""
-    owned = list({id(p): p for name in names if (p := parameter_of(runtime, name)) is not None}.values())
+    """Make the gradients of these parameters lie as the parameters do, and whole sums: over the
+    groups of rows where nothing else has summed them, over the first and the last stage where they
+    share one. All ranks must call."""
+    owned = list(
+        {id(p): p for name in names if (p := parameter_of(runtime, name)) is not None}.values()
+    )
     for parameter in owned:
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
@@ -59,7 +70,8 @@ def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None
 
 
 def both_ends(runtime: Any, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
-    """Tied embeddings are two copies of one parameter, on the first stage and on the last: both get the sum."""
+    """Tied embeddings are two copies of one parameter, on the first stage and on the last: both
+    get the sum."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     mine = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
@@ -72,9 +84,11 @@ def both_ends(runtime: Any, weight: torch.nn.Parameter, step: int, timeout_s: fl
 
 
 def edit_gradients(runtime: Any, recording: Any) -> None:
-    """Make the edits of parameters' gradients, each on the whole of one, in the order of their hooks. All ranks.
+    """Make the edits of parameters' gradients, each on the whole of one, in the order of their
+    hooks. All ranks.
 
-    A parameter of several names is edited once a hook. EditError: no gradient reached it, or as an edit raises."""
+    A parameter of several names is edited once a hook. EditError: no gradient reached it, or as an
+    edit raises."""
     for hook, names in recording.of_parameters(runtime):
         done: set[str] = set()
         for name in names if hook.edit is not None else ():
@@ -84,13 +98,17 @@ def edit_gradients(runtime: Any, recording: Any) -> None:
                 edit_gradient(runtime, recording.editor, hook, name, same)
 
 
-def edit_gradient(runtime: Any, editor: Any, hook: HookSpec, name: str, same: Sequence[str]) -> None:
+def edit_gradient(
+    runtime: Any, editor: Any, hook: HookSpec, name: str, same: Sequence[str]
+) -> None:
     """One parameter's, which this rank may hold under another of its names, or not at all."""
     mine = next((n for n in same if parameter_of(runtime, n) is not None), None)
     if mine is None:
         shape = tuple(runtime.info.parameters[name])
         nothing: Box = tuple((dim, 0, 0) for dim in range(len(shape)))
-        empty = torch.empty([0] * len(shape), dtype=getattr(torch, runtime.info.dtype), device=runtime.device)
+        empty = torch.empty(
+            [0] * len(shape), dtype=getattr(torch, runtime.info.dtype), device=runtime.device
+        )
         editor.edit_parameter(hook, name, empty, Seen("none", "none", holds=nothing))
         return
     gradient, seen = lying(runtime, mine)
@@ -102,7 +120,8 @@ def edit_gradient(runtime: Any, editor: Any, hook: HookSpec, name: str, same: Se
 
 
 def lying(runtime: Any, name: str) -> tuple[torch.Tensor, Seen]:
-    """What this rank holds of a parameter's gradient, in its own memory, and which part of the whole that is.
+    """What this rank holds of a parameter's gradient, in its own memory, and which part of the
+    whole that is.
 
     CaptureError: the loss does not depend on it."""
     module, parameter = owner_of(runtime, name), parameter_of(runtime, name)
@@ -124,13 +143,17 @@ def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
 
 
 def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
-    """Copy what this rank holds of a parameter's gradient into its place; None where it does not hold the parameter.
+    """Copy what this rank holds of a parameter's gradient into its place; None where it does not
+    hold the parameter.
 
     CaptureError: the loss does not depend on it."""
     if parameter_of(runtime, name) is None:
         return None
     gradient, seen = lying(runtime, name)
     if gradient.dtype != whole.dtype:
-        raise PlacementError(f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned")
-    put_together(whole, gradient, seen.holds)  # copies write the same numbers, as their digests show
+        raise PlacementError(
+            f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned"
+        )
+    # copies write the same numbers, as their digests show
+    put_together(whole, gradient, seen.holds)
     return seen

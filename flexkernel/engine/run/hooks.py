@@ -1,8 +1,8 @@
 """Hooks on this rank's modules, and the recording that a run makes with them.
 
-A torch hook stays registered from `attach` to `detach`; while no run records it returns at once. A read never
-communicates, never replaces the value (it returns None) and never raises into the forward: a failure is written down.
-An edit replaces the value, and fails the run if it fails.
+A torch hook stays registered from `attach` to `detach`; while no run records it returns at once. A
+read never communicates, never replaces the value (it returns None) and never raises into the
+forward: a failure is written down. An edit replaces the value, and fails the run if it fails.
 """
 
 from __future__ import annotations
@@ -19,11 +19,29 @@ from flexkernel.engine.compat import waited
 from flexkernel.engine.model import attention
 from flexkernel.engine.model.pytree import arguments, inputs, leaf, leaves, replaced
 from flexkernel.engine.place.digest import landed
-from flexkernel.engine.place.placements import NO_BATCH, Place, Placed, Placer, chunk, narrowed, rows_held, shared_part
+from flexkernel.engine.place.placements import (
+    NO_BATCH,
+    Place,
+    Placed,
+    Placer,
+    chunk,
+    narrowed,
+    rows_held,
+    shared_part,
+)
 from flexkernel.engine.place.staging import Copies
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.slabs import Entry, Plan, Slab, left, left_of, logits_path, position_dim, size_of
+from flexkernel.memory.slabs import (
+    Entry,
+    Plan,
+    Slab,
+    left,
+    left_of,
+    logits_path,
+    position_dim,
+    size_of,
+)
 from flexkernel.wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
 
 from .autograd import Tape, watched
@@ -45,7 +63,8 @@ def same(value: Any) -> Any:
 
 
 class Hooks:
-    """The torch hooks of this rank. `reads(name, at)`: whether this rank is the stage that reads that module."""
+    """The torch hooks of this rank. `reads(name, at)`: whether this rank is the stage that reads
+    that module."""
 
     def __init__(self, modules: dict[str, torch.nn.Module], reads: Callable[[str, str], bool]):
         self.modules = modules
@@ -54,7 +73,8 @@ class Hooks:
         self._handles: dict[str, list[Callable[[], None]]] = {}
 
     def attach(self, hook: HookSpec, names: tuple[str, ...]) -> list[str]:
-        """Register on every one of these modules that this rank reads; returns them. Replaces a hook of that key."""
+        """Register on every one of these modules that this rank reads; returns them. Replaces a
+        hook of that key."""
         self.detach(hook.key)
         if hook.of == "param":  # read after the backward, where they lie
             return list(names)
@@ -63,12 +83,19 @@ class Hooks:
         return mine
 
     def become(
-        self, old: Sequence[HookSpec], new: Sequence[HookSpec], names: Callable[[HookSpec], tuple[str, ...]]
+        self,
+        old: Sequence[HookSpec],
+        new: Sequence[HookSpec],
+        names: Callable[[HookSpec], tuple[str, ...]],
     ) -> None:
-        """From these hooks to those, each on the modules that it names; what both begin with stays. Gradients first:
-        they are of what a module itself put out. The logits last: they are what a run ends with."""
+        """From these hooks to those, each on the modules that it names; what both begin with
+        stays. Gradients first: they are of what a module itself put out. The logits last: they are
+        what a run ends with."""
         old, new = (sorted(hooks, key=lambda hook: not hook.gradient) for hooks in (old, new))
-        same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
+            min(len(old), len(new)),
+        )
         for hook in old[same:]:
             self.detach(hook.key)
         for hook in new[same:]:
@@ -90,7 +117,9 @@ class Hooks:
         module = self.modules[name]
         if hook.of == "input":
 
-            def before(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            def before(
+                _module: torch.nn.Module, args: tuple, kwargs: dict
+            ) -> tuple[tuple, dict] | None:
                 new = self.fire(hook, name, lambda: inputs(args, kwargs))
                 return None if new is None else arguments(new, len(args))
 
@@ -103,7 +132,9 @@ class Hooks:
             return module.register_forward_hook(after, with_kwargs=True).remove
         raise HookError(f"there are no hooks at {hook.at!r}")
 
-    def _tap(self, hook: HookSpec, name: str, module: torch.nn.Module, point: str) -> Callable[[], None]:
+    def _tap(
+        self, hook: HookSpec, name: str, module: torch.nn.Module, point: str
+    ) -> Callable[[], None]:
         """A virtual point has one tap, which all hooks on it share."""
         hooks = module.__dict__.setdefault("_flex_hooks", {}).setdefault(point, {})
         hooks[hook.key] = hook
@@ -111,7 +142,9 @@ class Hooks:
         def fired(value: Callable[[], torch.Tensor]) -> torch.Tensor | None:
             new = None
             for each in hooks.values():
-                edited = self.fire(each, name, value if new is None else functools.partial(same, new))
+                edited = self.fire(
+                    each, name, value if new is None else functools.partial(same, new)
+                )
                 new = new if edited is None else edited
             return new
 
@@ -143,7 +176,8 @@ class Hooks:
 
 
 class Recording:
-    """What the hooks of one run write, and where. region: a plan's entry → its place; spill: keeps what has none."""
+    """What the hooks of one run write, and where. region: a plan's entry → its place; spill: keeps
+    what has none."""
 
     def __init__(
         self,
@@ -161,7 +195,13 @@ class Recording:
     ):
         self.text, self.copies = text, copies or Copies()
         self.plan, self.active, self.slab, self.region = plan, active | {"logits"}, slab, region
-        self.placer, self.here, self.spill, self.editor, self.tape = placer, here, spill, editor, tape
+        self.placer, self.here, self.spill, self.editor, self.tape = (
+            placer,
+            here,
+            spill,
+            editor,
+            tape,
+        )
         self.where = index_of(plan)
         self.calls: dict[tuple[str, str, str], int] = {}
         self.edits: dict[tuple[str, str], int] = {}
@@ -173,7 +213,8 @@ class Recording:
     def record(self, hook: HookSpec, name: str, value: Callable[[], Any], at: str = "") -> None:
         """Write a value into its place. Whatever goes wrong is kept for whoever reads the capture.
 
-        at: the capture's, where it is not the hook's: what was there before an edit is kept apart from what it made."""
+        at: the capture's, where it is not the hook's: what was there before an edit is kept apart
+        from what it made."""
         start = time.perf_counter()
         at = at or hook.at
         call = self.calls.get((hook.key, name, at), 0)
@@ -186,7 +227,9 @@ class Recording:
                 entry = self.plan.entries[i]
                 made = value()
                 self.planned[i] = self._write(i, asked_for(made, hook, entry.key.index), self.tape)
-        except Exception as error:  # a read never raises into the forward; the capture carries its failure
+        except (
+            Exception
+        ) as error:  # a read never raises into the forward; the capture carries its failure
             if i is None:
                 self.others[CaptureKey(hook.key, name, at, hook.index or "", call)] = failed(error)
             else:
@@ -194,26 +237,31 @@ class Recording:
         self.seconds += time.perf_counter() - start
 
     def land(self) -> None:
-        """Have everything that was written be there, and every digest a number. Before anybody is told of it."""
+        """Have everything that was written be there, and every digest a number. Before anybody is
+        told of it."""
         self.copies.land()
         if self.copies.in_flight:
             self.planned, self.others = landed(self.planned), landed(self.others)
 
     def edit(self, hook: HookSpec, name: str, value: Any) -> Any:
-        """The value as the hook's edit makes it. Unlike a read it does raise: a forward without its edit is wrong."""
+        """The value as the hook's edit makes it. Unlike a read it does raise: a forward without
+        its edit is wrong."""
         call = self.edits.get((hook.key, name), 0)
         self.edits[hook.key, name] = call + 1
         return self.editor.edit(hook, name, call, value)
 
     def watch(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> Any:
-        """The same value, whose gradient is written, and edited, once it is there. None: this run has no gradients."""
+        """The same value, whose gradient is written, and edited, once it is there. None: this run
+        has no gradients."""
         if self.tape is None or not self.tape.graph:
             return None
         call = self.calls.get((hook.key, name, hook.at), 0)
         self.calls[hook.key, name, hook.at] = call + 1
         before, found = f"{hook.at} before", value()
         i = self.where.get((hook.key, name, hook.at, call))
-        path = self.plan.entries[i].key.index if i is not None else hook.index or first_leaf(found)[0]
+        path = (
+            self.plan.entries[i].key.index if i is not None else hook.index or first_leaf(found)[0]
+        )
         tensor = leaf(found, path)
         if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
             what = f"is {tensor.dtype}" if tensor is not None else "has no tensor there"
@@ -225,19 +273,31 @@ class Recording:
         def arrived(gradient: torch.Tensor) -> torch.Tensor | None:
             if before in hook.kept_at:
                 self._keep_gradient(hook, name, before, call, path, gradient)
-            new = None if hook.edit is None else self.editor.edit_gradient(hook, name, call, path, gradient)
+            new = (
+                None
+                if hook.edit is None
+                else self.editor.edit_gradient(hook, name, call, path, gradient)
+            )
             if hook.at in hook.kept_at:
-                self._keep_gradient(hook, name, hook.at, call, path, gradient if new is None else new)
+                self._keep_gradient(
+                    hook, name, hook.at, call, path, gradient if new is None else new
+                )
             return new
 
         return replaced(found, path, watched(waited(tensor), arrived))
 
-    def _keep_gradient(self, hook: HookSpec, name: str, at: str, call: int, path: str, gradient: torch.Tensor) -> None:
+    def _keep_gradient(
+        self, hook: HookSpec, name: str, at: str, call: int, path: str, gradient: torch.Tensor
+    ) -> None:
         """As a read keeps a value: whatever goes wrong is kept for whoever reads the capture."""
         start = time.perf_counter()
         i = self.where.get((hook.key, name, at, call))
         try:
-            seen = self._write(i, gradient) if i is not None else self._described(hook, name, path, gradient.detach())
+            seen = (
+                self._write(i, gradient)
+                if i is not None
+                else self._described(hook, name, path, gradient.detach())
+            )
         except Exception as error:  # as in record()
             seen = failed(error)
         if i is not None:
@@ -248,12 +308,16 @@ class Recording:
 
     def of_parameters(self, runtime: Any) -> list[tuple[HookSpec, tuple[str, ...]]]:
         """The hooks on parameters' gradients that are active in this run, and what each names."""
-        hooks = [hook for hook in runtime.hook_set.hooks if hook.of == "param" and hook.key in self.active]
+        hooks = [
+            hook
+            for hook in runtime.hook_set.hooks
+            if hook.of == "param" and hook.key in self.active
+        ]
         return [(hook, runtime.planner.names(hook)) for hook in hooks]
 
     def keep_parameters(self, runtime: Any, before: bool = False) -> None:
-        """The gradients of the parameters that hooks name, after the backward; those of which the hook keeps what was
-        there before its edit, before that. Nothing is sent."""
+        """The gradients of the parameters that hooks name, after the backward; those of which the
+        hook keeps what was there before its edit, before that. Nothing is sent."""
         for i, entry in enumerate(self.plan.entries):
             if entry.hook.of == "param" and entry.key.at.endswith(" before") is before:
                 try:
@@ -267,7 +331,9 @@ class Recording:
         assert self.slab is not None
         return self.slab.tensor(self.region(self.plan.entries[i]))
 
-    def _placed(self, entry: Entry, value: torch.Tensor | None, here: Place, tape: Tape | None = None) -> Placed:
+    def _placed(
+        self, entry: Entry, value: torch.Tensor | None, here: Place, tape: Tape | None = None
+    ) -> Placed:
         """Where the value lies. PlacementError: it is not what the scan said it would be."""
         if value is None:
             raise PlacementError(
@@ -277,14 +343,19 @@ class Recording:
         seen = value if tape is not None and tape.graph else value.detach()
         placed = self.placer.place(entry.key.module, entry.hook.of, seen, entry.formula, here)
         if placed.local.dtype != getattr(torch, entry.formula.dtype):
-            raise PlacementError(f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}")
+            raise PlacementError(
+                f"{entry.key}: the scan says {entry.formula.dtype}, the value is {placed.local.dtype}"
+            )
         return placed
 
     def _write(self, i: int, value: torch.Tensor | None, tape: Tape | None = None) -> Seen:
         entry, here = self.plan.entries[i], self.here
         placed = self._placed(entry, value, here, tape)
         local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
-        evidence, placement = placed.evidence, repr(placed.placement) if here.layout.tp > 1 else "whole"
+        evidence, placement = (
+            placed.evidence,
+            repr(placed.placement) if here.layout.tp > 1 else "whole",
+        )
         batched = entry.formula.dims_of("B", "B*S")
         if tape is not None and not isinstance(placed.placement, Partial):
             tape.end(i, local, placed, here, bool(batched))
@@ -293,24 +364,31 @@ class Recording:
             return Seen(evidence, placement, 0, placed.holds, None)
         if entry.hook.reduce is not None:
             box = self._reduce(entry, local, placed, self._place_of(i), self._mask(entry))
-            return Seen(evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box)
+            return Seen(
+                evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box
+            )
         if isinstance(placed.placement, Partial):
-            copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0  # one group's addends are the sum
+            # one group's addends are the sum
+            copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0
             region = None if copy else self.spill(local)
             return Seen(evidence, placement, 0, placed.holds, None, region, partial=here.layout.tp)
         assert self.slab is not None
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
             self.copies.write(narrowed(self._place_of(i), box), part)
-        return Seen(evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box)
+        return Seen(
+            evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box
+        )
 
     def _digest(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Any:
         """Of what other ranks hold too; what this one holds alone is compared with nothing."""
         return self.copies.digest(local) if self._copies(placed, formula)[0] > 1 else 0
 
-    def _piece_of(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> tuple[torch.Tensor, Box | None]:
-        """(what this rank copies of what it holds, its part of the whole): ranks that hold copies share the work, a
-        piece each. None: it copies nothing."""
+    def _piece_of(
+        self, local: torch.Tensor, placed: Placed, formula: ShapeFormula
+    ) -> tuple[torch.Tensor, Box | None]:
+        """(what this rank copies of what it holds, its part of the whole): ranks that hold copies
+        share the work, a piece each. None: it copies nothing."""
         copies, index = self._copies(placed, formula)
         if copies == 1:
             return local, placed.holds
@@ -322,11 +400,18 @@ class Recording:
         return narrowed(local, (piece,)), joined(placed.holds, piece)
 
     def _reduce(
-        self, entry: Entry, local: torch.Tensor, placed: Placed, place: torch.Tensor, mask: torch.Tensor | None
+        self,
+        entry: Entry,
+        local: torch.Tensor,
+        placed: Placed,
+        place: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> Box | None:
-        """Write what this rank's part says of the reduction into a place of its own; the reader combines all of them.
+        """Write what this rank's part says of the reduction into a place of its own; the reader
+        combines all of them.
 
-        place: (statistics, slots, what is kept). mask: (B, positions), which of the whole count."""
+        place: (statistics, slots, what is kept). mask: (B, positions), which of the whole
+        count."""
         self._check_reducible(entry, placed)
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
@@ -346,7 +431,9 @@ class Recording:
             return reduce.nothing(entry.hook.reduce.op, left(part.shape, entry.over), part.dtype)
         return reduce.masked(entry.hook.reduce.op, part.detach(), entry.over, mask)
 
-    def _put_parts(self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box) -> None:
+    def _put_parts(
+        self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box
+    ) -> None:
         target = place[:, entry.slot(self.here.layout, self.here.rank)]
         for statistic, into in zip(found.parts, target, strict=True):
             self.copies.write(narrowed(into, left_of(box, entry.over)), statistic)
@@ -361,14 +448,19 @@ class Recording:
     def _copies(self, placed: Placed, formula: ShapeFormula) -> tuple[int, int]:
         """(how many ranks hold this part, which of them this one is)."""
         layout, where = self.here.layout, self.here.layout.coordinate(self.here.rank)
-        copies, index = (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
+        copies, index = (
+            (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
+        )
         if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
             copies, index = copies * layout.batch_groups, index + copies * where["batch"]
         return copies, index
 
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
-        """A value with no planned place: kept in a region of this rank's own, described in the reply."""
-        path, tensor = first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
+        """A value with no planned place: kept in a region of this rank's own, described in the
+        reply."""
+        path, tensor = (
+            first_leaf(value) if hook.index is None else (hook.index, leaf(value, hook.index))
+        )
         if hook.name == "logits":
             found = logits_in(value)
             if found is None:
@@ -383,12 +475,17 @@ class Recording:
                 self.others[key] = failed(error)
 
     def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> Seen:
-        """Its part of the whole as the evidence says it, without a formula: the batch must lie on one group."""
+        """Its part of the whole as the evidence says it, without a formula: the batch must lie on
+        one group."""
         layout, tp, at = self.here.layout, self.here.tp, hook.of
         if hook.kept_positions is not None:
-            raise PlacementError(f"{name or '(root)'} {at}: its positions are not known; hook it without positions")
+            raise PlacementError(
+                f"{name or '(root)'} {at}: its positions are not known; hook it without positions"
+            )
         if hook.reduce is not None:
-            raise PlacementError(f"{name or '(root)'} {at}: no formula gives its shape; hook it without reduce")
+            raise PlacementError(
+                f"{name or '(root)'} {at}: no formula gives its shape; hook it without reduce"
+            )
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
             evidence, placement = "described", Replicate()
@@ -414,12 +511,15 @@ class Recording:
             keeps = False  # every group of ranks has the same
         region = self.spill(local) if keeps else None
         partial = layout.tp if isinstance(placement, Partial) else 0
-        return Seen(evidence, repr(placement), self.copies.digest(local), holds, None, region, partial)
+        return Seen(
+            evidence, repr(placement), self.copies.digest(local), holds, None, region, partial
+        )
 
 
 def asked_for(value: Any, hook: HookSpec, path: str) -> torch.Tensor | None:
-    """The tensor that a plan means, by its path in the unsharded model's value. Where a hook names no index, that is
-    the first one: a builder's module may put a tensor out where the unsharded one has a tuple."""
+    """The tensor that a plan means, by its path in the unsharded model's value. Where a hook names
+    no index, that is the first one: a builder's module may put a tensor out where the unsharded
+    one has a tuple."""
     if hook.name == "logits":
         named = logits_in(value)
         return None if named is None else leaf(value, named)
@@ -445,12 +545,16 @@ def index_of(plan: Plan) -> dict[tuple[str, str, str, int], int]:
     """(hook, module, at, call) → index in the plan; made once a plan."""
     found = plan.__dict__.get("_index")
     if found is None:
-        found = {(e.key.hook, e.key.module, e.at, e.key.call): i for i, e in enumerate(plan.entries)}
+        found = {
+            (e.key.hook, e.key.module, e.at, e.key.call): i for i, e in enumerate(plan.entries)
+        }
         object.__setattr__(plan, "_index", found)
     return found
 
 
-def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place, holds: Box) -> torch.Tensor:
+def kept(
+    local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place, holds: Box
+) -> torch.Tensor:
     """What a hook keeps of a value: all, or the positions it names."""
     if hook.kept_positions is None:
         return local
@@ -462,17 +566,25 @@ def kept(local: torch.Tensor, hook: HookSpec, formula: ShapeFormula, here: Place
         )
     if dim is None:
         return local
-    return local.index_select(dim, torch.tensor([p % here.S for p in hook.kept_positions], device=local.device))
+    return local.index_select(
+        dim, torch.tensor([p % here.S for p in hook.kept_positions], device=local.device)
+    )
 
 
 def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor | None:
-    """Which numbers of that part of the whole are real, to be broadcast over it; None: all, or it makes no difference.
+    """Which numbers of that part of the whole are real, to be broadcast over it; None: all, or it
+    makes no difference.
 
-    mask: (B, positions). PlacementError: a reduction over rows or positions, and which are pads is not known."""
+    mask: (B, positions). PlacementError: a reduction over rows or positions, and which are pads is
+    not known."""
     formula = entry.formula
     rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
     along = position_dim(formula)
-    if mask is None or not {rows, folded, along}.intersection(entry.over) or (folded is None and None in (rows, along)):
+    if (
+        mask is None
+        or not {rows, folded, along}.intersection(entry.over)
+        or (folded is None and None in (rows, along))
+    ):
         return None
     ndim = len(entry.shape)
     if folded is not None:
@@ -484,7 +596,9 @@ def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor |
         real = real[(None,) * first + (slice(None),) + (None,) * (last - first - 1) + (...,)]
         real = real[(...,) + (None,) * (ndim - last - 1)]
     if any(size not in (1, entry.shape[dim]) for dim, size in enumerate(real.shape)):
-        raise PlacementError(f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce")
+        raise PlacementError(
+            f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce"
+        )
     return narrowed(real, tuple((d, a, b) for d, a, b in box if real.shape[d] > 1))
 
 
@@ -516,7 +630,8 @@ def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
 def spiller(
     slab_of: Callable[[int], tuple[Slab, str]], write: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> Callable[[torch.Tensor], Region]:
-    """Keeps tensors one after another in slab files of this rank's own; slab_of(bytes) → (slab, its name).
+    """Keeps tensors one after another in slab files of this rank's own; slab_of(bytes) → (slab,
+    its name).
 
     write: copies a tensor into its place."""
 

@@ -1,8 +1,9 @@
-"""Parameters and buffers: which part of one lies on this rank, and writing it into its place in the whole.
+"""Parameters and buffers: which part of one lies on this rank, and writing it into its place in
+the whole.
 
-A DTensor says where it lies, over any axes of any mesh. A plain tensor lies whole on every rank that has it, unless it
-was declared or its layer is known to split it. Nothing is sent, FSDP2's own copies are let go; but FSDP1, which keeps
-pieces of flattened parameters, has to gather.
+A DTensor says where it lies, over any axes of any mesh. A plain tensor lies whole on every rank
+that has it, unless it was declared or its layer is known to split it. Nothing is sent, FSDP2's own
+copies are let go; but FSDP1, which keeps pieces of flattened parameters, has to gather.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which o
 
 
 def held(runtime: Any, name: str) -> Held | list[str]:
-    """What this rank holds of it; the nearest names there are where it holds nothing of that name."""
+    """What this rank holds of it; the nearest names there are where it holds nothing of that
+    name."""
     module, tensor = find(runtime, name)
     if module is None or tensor is None:
         return nearest(name, list(names(runtime.named)))
@@ -47,12 +49,19 @@ def held(runtime: Any, name: str) -> Held | list[str]:
         return []  # it lies on a mesh that this rank has no part in
     flat = flat_shape(runtime.model, module, name.rpartition(".")[2])
     if flat is not None:  # every rank is given all of it, by all of them together
-        return Held(flat, str(tensor.dtype).removeprefix("torch."), (), "flat", "part of a flat parameter over fsdp")
+        return Held(
+            flat,
+            str(tensor.dtype).removeprefix("torch."),
+            (),
+            "flat",
+            "part of a flat parameter over fsdp",
+        )
     return placed(runtime, name, module, tensor)[0]
 
 
 def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
-    """Copy what this rank holds into its place, if it is the one that writes; its digest in any case.
+    """Copy what this rank holds into its place, if it is the one that writes; its digest in any
+    case.
 
     All ranks that hold it must call: FSDP1 gathers it."""
     found = held(runtime, name)
@@ -62,12 +71,19 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
             whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
             for part, piece in pieces(found.holds):
                 narrowed(whole, part).copy_(narrowed(local, piece))
-        return Seen(found.evidence, found.placement, digest(local), found.holds, found.holds if writes else None)
+        return Seen(
+            found.evidence,
+            found.placement,
+            digest(local),
+            found.holds,
+            found.holds if writes else None,
+        )
 
 
 @contextlib.contextmanager
 def local_part(runtime: Any, name: str, change: bool = False) -> Iterator[torch.Tensor]:
-    """What this rank holds of it, to be read, or with `change` to be written into, while it is entered."""
+    """What this rank holds of it, to be read, or with `change` to be written into, while it is
+    entered."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
     last = name.rpartition(".")[2]
@@ -82,14 +98,17 @@ def local_part(runtime: Any, name: str, change: bool = False) -> Iterator[torch.
         runtime.breaker.busy = False
 
 
-# --- changing it for a while -----------------------------------------------------------------------
+# --- changing it for a while ----------------------------------------------------------
 
 
-def put(runtime: Any, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]) -> None:
-    """Give a parameter a new value in place, until restore(whose). All ranks that hold it must call: FSDP1 gathers.
+def put(
+    runtime: Any, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]
+) -> None:
+    """Give a parameter a new value in place, until restore(whose). All ranks that hold it must
+    call: FSDP1 gathers.
 
-    changes: (name, where its whole new value lies, or the parts of it that this rank holds) for each of its names.
-    HookError: it is the same parameter here as one that was changed before."""
+    changes: (name, where its whole new value lies, or the parts of it that this rank holds) for
+    each of its names. HookError: it is the same parameter here as one that was changed before."""
     if not runtime.changed or runtime.changed[-1][0] != whose:
         runtime.changed.append((whose, []))
     kept = runtime.changed[-1][1]
@@ -106,14 +125,19 @@ def put(runtime: Any, whose: str, changes: Sequence[tuple[str, SlabValue | tuple
 
 
 def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
-    """Remember what is there before it changes, as (name, the memory, a copy); False: another name has changed it.
+    """Remember what is there before it changes, as (name, the memory, a copy); False: another name
+    has changed it.
 
     earlier: how many of those kept are of other parameters."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
     flat = flat_local(runtime.model, module, name.rpartition(".")[2])
     there = placed(runtime, name, module, tensor)[1] if flat is None else flat
-    same = [i for i, (_, other, _) in enumerate(kept) if other.data_ptr() == there.data_ptr() and there.numel()]
+    same = [
+        i
+        for i, (_, other, _) in enumerate(kept)
+        if other.data_ptr() == there.data_ptr() and there.numel()
+    ]
     if flat is not None:  # in which there are others too
         kept += [] if same else [(name, there, there.clone())]
         return True
@@ -125,13 +149,17 @@ def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
 
 def new_part(runtime: Any, value: SlabValue | tuple[Blob, ...], part: Box, i: int) -> torch.Tensor:
     if isinstance(value, SlabValue):
-        return narrowed(open_slab(runtime, value.region.slab, value.slab_bytes).tensor(value.region), part)
-    return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(value[i].shape)
+        return narrowed(
+            open_slab(runtime, value.region.slab, value.slab_bytes).tensor(value.region), part
+        )
+    return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(
+        value[i].shape
+    )
 
 
 def restore(runtime: Any, whose: str = "") -> None:
-    """Give parameters back what they had before put(whose), and before whatever was put since; "": all. May be called
-    again where it was broken off. Sends nothing."""
+    """Give parameters back what they had before put(whose), and before whatever was put since; "":
+    all. May be called again where it was broken off. Sends nothing."""
     if not any(owner == whose or not whose for owner, _ in runtime.changed):
         return
     reshard(runtime.model)  # what FSDP holds whole is the changed one
@@ -145,26 +173,29 @@ def restore(runtime: Any, whose: str = "") -> None:
             return
 
 
-# --- finding it ------------------------------------------------------------------------------------
+# --- finding it -----------------------------------------------------------------------
 
 
 def find(runtime: Any, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
-    """The module that owns it on this rank, and the parameter or buffer; None where another stage has it.
+    """The module that owns it on this rank, and the parameter or buffer; None where another stage
+    has it.
 
-    What FSDP left unsharded after a forward is sharded again, which moves nothing between ranks."""
+    What FSDP left unsharded after a forward is sharded again, which moves nothing between
+    ranks."""
     module, last = owner_of(runtime, name), name.rpartition(".")[2]
     if module is None:
         return None, None
     found = module._parameters.get(last)
     found = module._buffers.get(last) if found is None else found
     if found is None and flat_shape(runtime.model, module, last) is not None:
-        found = getattr(module, last)  # of FSDP1's flat parameter, which has taken the place of the module's own
+        # of FSDP1's flat parameter, which has taken the place of the module's own
+        found = getattr(module, last)
     return (module, found) if found is not None else (None, None)
 
 
 def owner_of(runtime: Any, name: str) -> torch.nn.Module | None:
-    """The module of which it is the name of a parameter or buffer, its parameters sharded as they are between forwards;
-    None where another stage has it."""
+    """The module of which it is the name of a parameter or buffer, its parameters sharded as they
+    are between forwards; None where another stage has it."""
     reshard(runtime.model)
     module = runtime.named.get(name.rpartition(".")[0])
     return None if module is None or is_placeholder(module) else module
@@ -178,16 +209,22 @@ def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
                 yield f"{name}.{last}" if name else last
 
 
-# --- where it lies ---------------------------------------------------------------------------------
+# --- where it lies --------------------------------------------------------------------
 
 
-def placed(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[Held, torch.Tensor]:
-    """Which part of the whole this rank holds, and that part. PlacementError where that is not known."""
+def placed(
+    runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor
+) -> tuple[Held, torch.Tensor]:
+    """Which part of the whole this rank holds, and that part. PlacementError where that is not
+    known."""
     known = runtime.info.parameters.get(name)
     if isinstance(tensor, DTensor):
         evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.detach().to_local()
         axes = axes_of(tensor)
-        over = ", ".join(f"{p!r} over {axis}" for p, axis in zip(tensor.placements, axis_names(tensor), strict=True))
+        over = ", ".join(
+            f"{p!r} over {axis}"
+            for p, axis in zip(tensor.placements, axis_names(tensor), strict=True)
+        )
     else:
         evidence, placement = said(runtime, name, module, tensor)
         if evidence == "scan" and known is None:
@@ -219,8 +256,11 @@ def axis_names(tensor: DTensor) -> Sequence[str]:
     return mesh.mesh_dim_names or [f"axis {i}" for i in range(mesh.ndim)]
 
 
-def said(runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor) -> tuple[str, Placement]:
-    """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else whole."""
+def said(
+    runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor
+) -> tuple[str, Placement]:
+    """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else
+    whole."""
     for glob, at, placed in runtime.placer.declared:
         if at == "output" and placed.placement is not None and match(glob, name):
             return "declared", placed.placement
@@ -239,15 +279,18 @@ def full_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int
 
 
 def split(shape: Sequence[int], axes: Sequence[Axis], name: str) -> list[torch.Tensor]:
-    """For each dim the indices that lie here: the axes split an index as they split the tensor, from left to right.
+    """For each dim the indices that lie here: the axes split an index as they split the tensor,
+    from left to right.
 
-    FSDP over TP writes that it split last as a strided shard at the left. Where parts are uneven, that can say
-    something else than what it did: then nobody knows, and it is refused."""
+    FSDP over TP writes that it split last as a strided shard at the left. Where parts are uneven,
+    that can say something else than what it did: then nobody knows, and it is refused."""
     for placement, _, _ in axes:
         if not isinstance(placement, Replicate) and not is_split(placement):
             raise PlacementError(f"{name} is {placement!r}, which is no part of a whole")
         if is_split(placement) and not -len(shape) <= placement.dim < len(shape):
-            raise PlacementError(f"{name} is said to be {placement!r}, but it has {len(shape)} dims: {tuple(shape)}")
+            raise PlacementError(
+                f"{name} is said to be {placement!r}, but it has {len(shape)} dims: {tuple(shape)}"
+            )
     ordered = [(placement, *rest) for placement, *rest in axes if is_split(placement)]
     found, in_time = applied(shape, ordered), applied(shape, as_it_happened(ordered, len(shape)))
     if not all(map(torch.equal, found, in_time)):
@@ -265,7 +308,8 @@ def applied(shape: Sequence[int], axes: Sequence[Axis]) -> list[torch.Tensor]:
 
 
 def as_it_happened(axes: Sequence[Axis], ndim: int) -> list[Axis]:
-    """The axes in the order in which they split: one whose strides are the splits at its right came after those."""
+    """The axes in the order in which they split: one whose strides are the splits at its right
+    came after those."""
     first: list[Axis] = []
     last: list[Axis] = []
     for i, (placement, num_parts, part) in enumerate(axes):
@@ -279,7 +323,8 @@ def as_it_happened(axes: Sequence[Axis], ndim: int) -> list[Axis]:
 
 
 def holds(shape: Sequence[int], indices: Sequence[torch.Tensor]) -> Box:
-    """The indices as runs: a dim of which all lies here is left out, one in several runs occurs several times."""
+    """The indices as runs: a dim of which all lies here is left out, one in several runs occurs
+    several times."""
     return tuple(
         (dim, start, stop)
         for dim, index in enumerate(indices)

@@ -1,5 +1,6 @@
-"""What an edit may not do: send to other ranks, run the model it is in, print without end. Each is refused when it is
-tried, before it could leave the other ranks waiting. What it sets for the whole process is set back when it is done.
+"""What an edit may not do: send to other ranks, run the model it is in, print without end. Each is
+refused when it is tried, before it could leave the other ranks waiting. What it sets for the whole
+process is set back when it is done.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def confined(modules: Container[torch.nn.Module]) -> Iterator[None]:
 
     def refuse(module: torch.nn.Module, _args: Any) -> None:
         if module in modules:
-            raise Refused(f"an edit cannot run the model that it is in ({type(module).__name__} was called)")
+            raise Refused(
+                f"an edit cannot run the model that it is in ({type(module).__name__} was called)"
+            )
 
     handle = register_module_forward_pre_hook(refuse)
     alone = contextlib.nullcontext() if not dist.is_initialized() else NoCollectives()
@@ -44,8 +47,9 @@ def confined(modules: Container[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def set_back() -> Iterator[None]:
-    """Within it a user's function runs on one rank: afterwards torch's defaults are as they were. A process that it has
-    forked ends here: it would go on as this rank, over the same connections."""
+    """Within it a user's function runs on one rank: afterwards torch's defaults are as they were.
+    A process that it has forked ends here: it would go on as this rank, over the same
+    connections."""
     pid, dtype, grad = os.getpid(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
@@ -57,8 +61,9 @@ def set_back() -> Iterator[None]:
 
 
 class Drawn:
-    """Random numbers for the edits of one generation, from a seed of their own. An edit runs on one rank: if it drew
-    from where tokens are drawn from, the ranks would draw different tokens after it."""
+    """Random numbers for the edits of one generation, from a seed of their own. An edit runs on
+    one rank: if it drew from where tokens are drawn from, the ranks would draw different tokens
+    after it."""
 
     def __init__(self, seed: int):
         self._seed = seed % (1 << 63)
@@ -103,7 +108,8 @@ class NoCollectives(TorchDispatchMode):
 
 
 class Limited(io.TextIOBase):
-    """Passes on what is printed, up to a limit: each line crosses the cluster's control plane and stays in memory."""
+    """Passes on what is printed, up to a limit: each line crosses the cluster's control plane and
+    stays in memory."""
 
     def __init__(self, out: Any):
         self._out, self._left = out, MOST_PRINTED

@@ -1,7 +1,9 @@
-"""The text of a run as it grows: the prompt, then what a generation adds, for all rows of the batch.
+"""The text of a run as it grows: the prompt, then what a generation adds, for all rows of the
+batch.
 
-New tokens lie in the run's slab. Each rank writes those of its own rows before it feeds them: after any exchange
-every rank of the host can read all. The driver reads them too, while the call is in flight.
+New tokens lie in the run's slab. Each rank writes those of its own rows before it feeds them:
+after any exchange every rank of the host can read all. The driver reads them too, while the call
+is in flight.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ __all__ = ["Text"]
 class Text:
     """ids, mask, positions: of any columns, (B, n), as a forward over them takes them.
 
-    table: (B, max_new_tokens) int64 in the slab; a cell is the run's stamp and the token, so that what lay there before
-    is told from it. ends: tokens after which a row has ended."""
+    table: (B, max_new_tokens) int64 in the slab; a cell is the run's stamp and the token, so that
+    what lay there before is told from it. ends: tokens after which a row has ended."""
 
     def __init__(self, plan: RunPlan, table: torch.Tensor | None = None, ends: Sequence[int] = ()):
         self.S, self.generation = len(plan.ids[0]), plan.generation
@@ -44,8 +46,11 @@ class Text:
         return self._of(columns, self._ids, self._new()[0] if self.generation is not None else None)
 
     def mask(self, columns: range) -> torch.Tensor:
-        """(B, n) bool: False on pads and, from a row's last token on, on what is run for the sake of other rows."""
-        return self._of(columns, self._mask, self._new()[1] if self.generation is not None else None)
+        """(B, n) bool: False on pads and, from a row's last token on, on what is run for the sake
+        of other rows."""
+        return self._of(
+            columns, self._mask, self._new()[1] if self.generation is not None else None
+        )
 
     def positions(self, columns: range) -> torch.Tensor:
         """(B, n) int64: each column's position in its row."""
@@ -59,7 +64,11 @@ class Text:
             return prompt[:, columns.start : columns.stop]
         assert new is not None, "only a generation goes on after its prompt"
         return torch.cat(
-            [prompt[:, columns.start :], new[:, max(columns.start - self.S, 0) : columns.stop - self.S]], 1
+            [
+                prompt[:, columns.start :],
+                new[:, max(columns.start - self.S, 0) : columns.stop - self.S],
+            ],
+            1,
         )
 
     def _new(self) -> tuple[torch.Tensor, torch.Tensor]:

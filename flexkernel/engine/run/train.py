@@ -1,7 +1,7 @@
 """Trainable modules beside the model, and one step of an optimizer after a run's backward.
 
-Every rank has a copy of each module. A module runs where its edit or the loss runs; the sum of its gradients over all
-ranks is what every copy then steps by, so that the copies stay equal.
+Every rank has a copy of each module. A module runs where its edit or the loss runs; the sum of its
+gradients over all ranks is what every copy then steps by, so that the copies stay equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from flexkernel.wire import RunPlan, Training
 from .autograd import trainable
 from .gradients import parameter_of
 
-__all__ = ["add", "forget_steps", "gradients", "held", "remove", "set_state", "state", "step", "sum_modules"]
+__all__ = [
+    "add",
+    "forget_steps",
+    "gradients",
+    "held",
+    "remove",
+    "set_state",
+    "state",
+    "step",
+    "sum_modules",
+]
 
 
 def add(runtime: Any, name: str, code: bytes) -> None:
@@ -48,7 +58,10 @@ def held(runtime: Any) -> dict[str, tuple[bytes, bytes]]:
 
 def state(runtime: Any, name: str) -> tuple[bytes, int]:
     """(its weights as safetensors, their digest: copies must have equal ones)."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in runtime.modules[name].state_dict().items()}
+    tensors = {
+        key: value.detach().cpu().contiguous()
+        for key, value in runtime.modules[name].state_dict().items()
+    }
     return bytes_of(tensors), sum(digest(value) for value in tensors.values())
 
 
@@ -59,47 +72,62 @@ def set_state(runtime: Any, name: str, data: bytes) -> None:
 def gradients(runtime: Any, name: str) -> tuple[bytes, int]:
     """(the gradients of the last run with a loss, as safetensors; their digest)."""
     found = {
-        key: p.grad.cpu().contiguous() for key, p in runtime.modules[name].named_parameters() if p.grad is not None
+        key: p.grad.cpu().contiguous()
+        for key, p in runtime.modules[name].named_parameters()
+        if p.grad is not None
     }
     return bytes_of(found), sum(digest(value) for value in found.values())
 
 
 def forget_steps(runtime: Any) -> None:
-    """Begin every optimizer anew: a rank that came back remembers nothing of its steps. All ranks."""
+    """Begin every optimizer anew: a rank that came back remembers nothing of its steps. All
+    ranks."""
     runtime.optimizers.clear()
 
 
-# --- in a run ----------------------------------------------------------------------------------------------
+# --- in a run -------------------------------------------------------------------------
 
 
 def sum_modules(runtime: Any, timeout_s: float) -> None:
-    """Give every copy the sum of its gradients over all ranks, zeros where it did not run. All ranks."""
+    """Give every copy the sum of its gradients over all ranks, zeros where it did not run. All
+    ranks."""
     for parameter in trainable(runtime.modules):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if runtime.seat.world > 1:
-            wait(dist.all_reduce(parameter.grad, async_op=True), timeout_s, "the gradients of modules")
+            wait(
+                dist.all_reduce(parameter.grad, async_op=True),
+                timeout_s,
+                "the gradients of modules",
+            )
 
 
 def step(runtime: Any, plan: RunPlan) -> None:
     """Step the plan's optimizer, after every rank has its gradients. All ranks."""
     assert plan.training is not None
     if runtime.seat.world > 1:
-        header([plan.run, 1], plan.timeout_s)  # a rank that failed is not here, and then no copy steps
+        # a rank that failed is not here, and then no copy steps
+        header([plan.run, 1], plan.timeout_s)
     for optimizer in optimizers(runtime, plan.training):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 def optimizers(runtime: Any, training: Training) -> Sequence[torch.optim.Optimizer]:
-    """The optimizers of this training, with what they remember of its steps. Sharded parameters have one of their own:
-    torch does not mix them with plain ones in one update."""
-    key = hashlib.sha256(repr((training.optimizer, training.parameters, training.modules)).encode()).hexdigest()
+    """The optimizers of this training, with what they remember of its steps. Sharded parameters
+    have one of their own: torch does not mix them with plain ones in one update."""
+    key = hashlib.sha256(
+        repr((training.optimizer, training.parameters, training.modules)).encode()
+    ).hexdigest()
     if key not in runtime.optimizers:
         wanted = {name: runtime.modules[name] for name in training.modules}
-        owned = {id(p): p for n in training.parameters if (p := parameter_of(runtime, n)) is not None}
+        owned = {
+            id(p): p for n in training.parameters if (p := parameter_of(runtime, n)) is not None
+        }
         every = [*trainable(wanted), *owned.values()]
-        kinds = [[p for p in every if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
+        kinds = [
+            [p for p in every if isinstance(p, DTensor) is sharded] for sharded in (False, True)
+        ]
         make = pickle.loads(training.optimizer) if training.optimizer is not None else adamw
         runtime.optimizers[key] = [made(make, parameters) for parameters in kinds if parameters]
     return runtime.optimizers[key]
@@ -113,7 +141,9 @@ def made(make: Any, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     try:
         found = make(parameters)
     except Exception as error:
-        raise LossError(f"the optimizer could not be made: {type(error).__name__}: {error}") from error
+        raise LossError(
+            f"the optimizer could not be made: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(found, torch.optim.Optimizer):
         raise HookError(
             f"optimizer= is a function (parameters) that returns a torch optimizer, not {type(found).__name__}"
