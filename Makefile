@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check bench chaos faults flat fuzz lab venv chromium clean
+.PHONY: demo test long check bench chaos faults flat fuzz house lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -23,6 +23,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The structure of the code, measured: make house
+house: $(STAMP)
+	$(BIN)/python tools/house.py
 
 # What it costs beside what it would be done with otherwise: make bench ROWS="reads edit"
 bench: $(STAMP)
