@@ -19,21 +19,21 @@ __all__ = [
     "EditSpec",
     "ErrorReport",
     "Generation",
-    "Held",
-    "Heritage",
     "HookSet",
     "HookSpec",
     "Layout",
     "ModelInfo",
     "ModuleInfo",
     "Owner",
+    "ParameterShard",
+    "RankInfo",
+    "RankState",
     "Reduction",
     "Region",
     "RunPlan",
     "RunReport",
-    "Seat",
-    "Seen",
     "ShapeFormula",
+    "ShardRecord",
     "SlabValue",
     "Source",
     "Training",
@@ -106,7 +106,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """Which rank this process is. local_rank: its number among the ranks of its host, which is
     also its GPU's. hosts: rank → host."""
 
@@ -119,13 +119,13 @@ class Seat:
 
 @dataclass(frozen=True)
 class Owner:
-    """A driver process that has engines. born: when its process began, since: when it attached;
-    seconds, since the host's boot and since 1970."""
+    """A driver process that has engines. start_time: when its process began, in seconds since the
+    host's boot. since: when it attached, in seconds since 1970."""
 
     driver: str
     host: str
     pid: int
-    born: float
+    start_time: float
     since: float
 
 
@@ -481,22 +481,22 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one rank saw of one capture.
+class ShardRecord:
+    """What one rank reports of one capture.
 
-    holds: the part of the whole that lay on this rank, as (dim, start, stop) for each dim it holds
-    a part of. box: the part it wrote: ranks that hold the same part share the copying; None: it
-    wrote nothing. digest: of what it holds, if others hold the same part: they must have the same
-    numbers. 0 where none does. nan: an edit made NaN of it, which had none. region: where the
-    value lies if not in its planned place. partial: it is one of that many addends of a sum over
-    tp.
+    shard: the part of the whole that lies on this rank, as (dim, start, stop) for each dim of which
+    it holds a part. written: the part that it copied into the slab; ranks that hold the same part
+    share the copying, None: it copied nothing. digest: a checksum of its shard, if other ranks hold
+    the same part and must have the same numbers; 0 if none does. nan: an edit put a NaN into a
+    value that had none. region: where the value lies, if not in its planned place. partial: the
+    value is one of that many addends of a sum over tp.
     """
 
     evidence: str
     placement: str
     digest: int = 0
-    holds: Box = ()
-    box: Box | None = ()
+    shard: Box = ()
+    written: Box | None = ()
     region: Region | None = None
     partial: int = 0
     error: tuple[str, str] | None = None
@@ -504,29 +504,31 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What one rank holds of a parameter: the whole's shape and dtype; its part, as in Seen, in
-    which a dim occurs once for each run of it."""
+class ParameterShard:
+    """What one rank holds of a parameter: the whole's shape and dtype, and its part. In `shard` a
+    dim occurs once for each run of it."""
 
     shape: tuple[int, ...]
     dtype: str
-    holds: Box
+    shard: Box
     evidence: str
     placement: str
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """One rank's answer to a RunPlan. planned: index in the plan → Seen; others: values that had
+    """One rank's answer to a RunPlan. planned: index in the plan → ShardRecord; others: values that had
     no planned place."""
 
     rank: int
     run: int
-    planned: dict[int, Seen]
-    others: dict[CaptureKey, Seen]
+    planned: dict[int, ShardRecord]
+    others: dict[CaptureKey, ShardRecord]
     seconds: dict[str, float]
     stopped: bool = False
-    edited: dict[CaptureKey, Seen] = field(default_factory=dict)  # what was there before each edit
+    edited: dict[CaptureKey, ShardRecord] = field(
+        default_factory=dict
+    )  # what was there before each edit
     forwards: int = 1
     # row of the batch → its new tokens, up to its end
     generated: dict[int, list[int]] = field(default_factory=dict)
@@ -535,7 +537,7 @@ class RunReport:
 
 
 @dataclass(frozen=True)
-class Heritage:
+class RankState:
     """What an engine is given that takes a dead one's rank: the model and where it comes from,
     hooks, edits, and what the dead one had reported of each stored run."""
 

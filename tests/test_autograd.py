@@ -382,7 +382,7 @@ def test_a_backward_counts_as_progress(session, tiny, layout):
 
 
 def counted() -> int:
-    return watched.runtime().watch.pulse.count
+    return watched.runtime().watch.heartbeat.count
 
 
 def test_a_loss_has_to_say_which_of_several_captures(session, tiny):

@@ -28,7 +28,7 @@ from flexkernel.cluster import cluster as clusters
 from flexkernel.cluster.private import check_private
 from flexkernel.cluster.reaper import end
 from flexkernel.errors import ClusterError
-from flexkernel.memory.pulse import born
+from flexkernel.memory.heartbeat import start_time
 from flexkernel.wire import Owner
 
 two = pytest.mark.engines(2)
@@ -218,20 +218,20 @@ def test_a_notebook_that_goes_during_a_forward_leaves_a_model_that_runs(times, t
 def test_66_a_clock_that_jumps_changes_nothing(monkeypatch):
     """Which process it was is not asked of the clock: nobody is thought dead, and nobody's process
     is ended."""
-    mine = born(os.getpid())
+    mine = start_time(os.getpid())
     sleeper = subprocess.Popen(["sleep", "60"])
-    known = [(sleeper.pid, born(sleeper.pid))]
+    known = [(sleeper.pid, start_time(sleeper.pid))]
     owner = Owner("somebody", socket.gethostname(), os.getpid(), mine, 0.0)
     real = time.time
     for hours in (-5, 5):
         monkeypatch.setattr(time, "time", lambda hours=hours: real() + 3600 * hours)
         monkeypatch.setattr(psutil._pslinux, "BOOT_TIME", real() + 3600 * hours, raising=False)
-        assert born(os.getpid()) == mine and engine.lives(owner)
+        assert start_time(os.getpid()) == mine and engine.lives(owner)
     assert not engine.lives(Owner("x", socket.gethostname(), os.getpid(), mine - 100, 0.0))
     assert end([(sleeper.pid, known[0][1] + 5)], 0.1) == [] and sleeper.poll() is None
     assert end(known, 3) == [sleeper.pid] and sleeper.wait(5) is not None
     with pytest.raises(psutil.NoSuchProcess):
-        born(sleeper.pid)
+        start_time(sleeper.pid)
 
 
 @two

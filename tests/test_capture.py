@@ -15,7 +15,7 @@ from safetensors import safe_open
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory.slabs import PAGE, Pool, Slab, pages
 from flexkernel.session.capture import Capture
-from flexkernel.wire import Box, CaptureKey, Region, Seen
+from flexkernel.wire import Box, CaptureKey, Region, ShardRecord
 
 KEY = CaptureKey("m", "m")
 
@@ -84,7 +84,9 @@ def written(
             index = index_of(box, whole.dim())
             home.slab_of(hosts[rank], "p.slab").tensor(region)[index] = whole[index]
         mine = holds[rank] if holds else box or ()
-        seen[rank] = Seen("scan", "Replicate()", (digests or [0] * len(boxes))[rank], mine, box)
+        seen[rank] = ShardRecord(
+            "scan", "Replicate()", (digests or [0] * len(boxes))[rank], mine, box
+        )
     return Capture(KEY, tuple(whole.shape), whole.dtype, seen, region, home, 16 * PAGE, **more)
 
 
@@ -290,13 +292,13 @@ def test_what_lies_on_one_other_host_is_reduced_there(tmp_path, whole):
     ]
 
 
-def own_part(home: Home, rank: int, value: torch.Tensor, holds: Box = (), **more) -> Seen:
+def own_part(home: Home, rank: int, value: torch.Tensor, holds: Box = (), **more) -> ShardRecord:
     """What a rank keeps in a file of its own."""
     region = Region(
         f"extra-{rank}.slab", 0, tuple(value.shape), str(value.dtype).removeprefix("torch.")
     )
     home.slab_of(home.hosts[rank], region.slab).tensor(region).copy_(value)
-    return Seen("dtensor", "x", rank, holds, None, region, **more)
+    return ShardRecord("dtensor", "x", rank, holds, None, region, **more)
 
 
 def test_addends_of_two_hosts_are_summed(tmp_path, whole):
@@ -449,7 +451,9 @@ def test_an_error_of_one_rank_is_the_captures(tmp_path, whole):
     ok = written(tmp_path, whole, "aa", (), None, holds=[(), ()])
     seen = {
         **ok.seen,
-        1: Seen("none", "unknown", box=None, error=("PlacementError", "it has no tensor")),
+        1: ShardRecord(
+            "none", "unknown", written=None, error=("PlacementError", "it has no tensor")
+        ),
     }
     capture = Capture(KEY, ok.shape, ok.dtype, seen, ok._region, ok._home, 16 * PAGE)
     refuses(capture, PlacementError, r"it has no tensor \(rank 1\)")

@@ -9,7 +9,7 @@ import torch
 
 from flexkernel.engine.ranks.mesh import gpu_of, settle_in
 from flexkernel.errors import LoadError
-from flexkernel.wire import Seat
+from flexkernel.wire import RankInfo
 
 
 def test_an_engines_gpu_is_that_of_its_number_on_its_host():
@@ -34,7 +34,7 @@ def test_alone_the_process_keeps_its_threads_and_is_no_rank(monkeypatch):
     monkeypatch.setattr(
         torch, "set_num_threads", lambda _: pytest.fail("the threads are the user's")
     )
-    settle_in(Seat(), "cpu")
+    settle_in(RankInfo(), "cpu")
     assert "LOCAL_RANK" not in os.environ
 
 
@@ -44,7 +44,7 @@ def test_an_engine_says_which_rank_it_is_and_has_the_threads_it_was_given(monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    settle_in(Seat(rank=5, world=8, local_rank=1), "cpu")
+    settle_in(RankInfo(rank=5, world=8, local_rank=1), "cpu")
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [
         "5",
         "8",

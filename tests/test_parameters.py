@@ -32,7 +32,7 @@ from flexkernel.errors import (
     PlacementError,
 )
 from flexkernel.session import parameters
-from flexkernel.wire import Held
+from flexkernel.wire import ParameterShard
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]
 NORM, GATE, DOWN = (
@@ -143,7 +143,7 @@ def test_strides_are_told(session, tiny):
     """gate and up lie one after the other in a rank's part: two runs of rows in the whole."""
     session.load(tiny("mixtral"), tp=2)
     packed = session.parameter("model.layers.0.mlp.experts.gate_up_proj")
-    assert packed.seen[1].holds == ((1, 88, 176), (1, 264, 352))
+    assert packed.seen[1].shard == ((1, 88, 176), (1, 264, 352))
     assert [len(ends) for _, ends, _ in packed.shards] == [4]
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_sent(session, tiny, layout):
     def sent(name: str) -> tuple[list[str], bool]:
         with watched.counting() as counted:
             held = on_rank.held(watched.runtime(), name)
-        return list(counted), isinstance(held, Held)
+        return list(counted), isinstance(held, ParameterShard)
 
     for name in (GATE, "model.embed_tokens.weight", "lm_head.weight", NORM):
         answers = session.on_ranks(sent, name)
@@ -579,7 +579,10 @@ def watched_call(call, asked: list[str]):
 
 def test_gaps_and_overlaps_are_refused():
     def held(*boxes):
-        return {rank: Held((4, 6), "float32", box, "dtensor", "") for rank, box in enumerate(boxes)}
+        return {
+            rank: ParameterShard((4, 6), "float32", box, "dtensor", "")
+            for rank, box in enumerate(boxes)
+        }
 
     good = held(((0, 0, 2),), ((0, 2, 4),), ((0, 2, 4),))
     parameters.check_cover("w", (4, 6), good)
@@ -600,7 +603,7 @@ def test_gaps_and_overlaps_are_refused():
     with pytest.raises(
         PlacementError, match=r"is \(4, 6\) float32 on rank 0 and \(4, 7\) float32 on rank 1"
     ):
-        parameters.agreed("w", held(()) | {1: Held((4, 7), "float32", (), "scan", "")})
+        parameters.agreed("w", held(()) | {1: ParameterShard((4, 7), "float32", (), "scan", "")})
 
 
 # --- its memory -----------------------------------------------------------------------

@@ -164,9 +164,11 @@ def test_the_pieces_of_any_layout_are_the_whole_written_once(
     assert capture.error is None and torch.equal(capture.tensor(), whole)
     written = torch.zeros(whole.shape, dtype=torch.int64)
     for seen in capture.seen.values():
-        if seen.box is not None:
+        if seen.written is not None:
             written[
-                tuple(slice(*dict_of(seen.box).get(d, (0, n))) for d, n in enumerate(whole.shape))
+                tuple(
+                    slice(*dict_of(seen.written).get(d, (0, n))) for d, n in enumerate(whole.shape)
+                )
             ] += 1
     assert (written == 1).all()
 
@@ -326,7 +328,7 @@ def test_a_shape_is_either_placed_within_the_whole_or_refused(shape, rank):
     except PlacementError:
         return
     want = list(whole)
-    for dim, start, stop in placed.holds:
+    for dim, start, stop in placed.shard:
         assert 0 <= start < stop <= whole[dim]
         want[dim] = stop - start
     assert want == list(shape)
@@ -545,4 +547,4 @@ def test_rows_in_another_order_have_another_digest():
 
 def test_a_failure_keeps_its_type_and_text():
     seen = failed(HookError("so"))
-    assert seen.error == ("HookError", "so") and seen.box is None
+    assert seen.error == ("HookError", "so") and seen.written is None

@@ -22,7 +22,7 @@ def written(run, world: int) -> list[int]:
     for capture in run.captures.values():
         assert capture.error is None
         for rank, seen in capture.seen.items():
-            for box in boxes(seen.box) if seen.box is not None else ():
+            for box in boxes(seen.written) if seen.written is not None else ():
                 total[rank] += volume(box, capture.shape) * capture.dtype.itemsize
     return total
 

@@ -20,7 +20,7 @@ from flexkernel.errors import (
 )
 from flexkernel.memory.slabs import PAGE
 from flexkernel.session.run import Run, Store, described
-from flexkernel.wire import CaptureKey, Region, RunPlan, Seen
+from flexkernel.wire import CaptureKey, Region, RunPlan, ShardRecord
 
 IDS = [[5, 6, 7, 8]]
 MLP = "model.layers.1.mlp"
@@ -458,18 +458,23 @@ def test_where_memory_is_small_slabs_are(session, tiny, monkeypatch):
 # --- values nobody planned ------------------------------------------------------------
 
 
-def kept(shape, holds=()) -> Seen:
-    return Seen("dtensor", "x", 0, holds, None, Region("e", 0, shape, "bfloat16"))
+def kept(shape, holds=()) -> ShardRecord:
+    return ShardRecord("dtensor", "x", 0, holds, None, Region("e", 0, shape, "bfloat16"))
 
 
 def test_the_whole_of_described_parts_spans_them():
     parts = {0: kept((3, 4), ((1, 0, 4),)), 1: kept((3, 2), ((1, 4, 6),))}
     assert described(parts) == ((3, 6), torch.bfloat16)
-    assert described({0: kept((3, 4)), 1: Seen("x", "x", 0, (), None)}) == ((3, 4), torch.bfloat16)
+    assert described({0: kept((3, 4)), 1: ShardRecord("x", "x", 0, (), None)}) == (
+        (3, 4),
+        torch.bfloat16,
+    )
 
 
 def test_a_value_that_failed_everywhere_has_no_shape():
-    assert described({0: Seen("none", "unknown", box=None, error=("PlacementError", "so"))}) == (
+    assert described(
+        {0: ShardRecord("none", "unknown", written=None, error=("PlacementError", "so"))}
+    ) == (
         (),
         torch.float32,
     )

@@ -76,7 +76,7 @@ def can_open(paths: list[str]) -> list[str]:
 
 
 def files_of(session) -> list[Path]:
-    """Everything that a session has on disk and in shared memory: slabs, pulses, the store, logs,
+    """Everything that a session has on disk and in shared memory: slabs, heartbeats, the store, logs,
     keys."""
     cluster = session.cluster
     profile, name = Path(cluster._cluster.profile_dir), cluster.cluster_id

@@ -18,7 +18,7 @@ from flexkernel.engine.place.staging import Copies, Lane, Staged, copies_from
 from flexkernel.engine.run.hooks import Recording
 from flexkernel.errors import FlexError
 from flexkernel.memory.slabs import Plan, Slab
-from flexkernel.wire import CaptureKey, Region, Seen
+from flexkernel.wire import CaptureKey, Region, ShardRecord
 
 IDS = [[5, 6, 7, 8, 9], [3, 4, 5, 6, 2]]
 HOOKS = ("model.layers.*", "model.layers.*.mlp.gate_proj", "model.layers.*.self_attn.@pattern")
@@ -238,7 +238,9 @@ def test_digests_in_flight_are_the_digests():
         torch.tensor(3),
         torch.zeros(0),
     ]
-    seen = {i: Seen("scan", "whole", digest_in_flight(value)) for i, value in enumerate(values)}
+    seen = {
+        i: ShardRecord("scan", "whole", digest_in_flight(value)) for i, value in enumerate(values)
+    }
     assert any(isinstance(one.digest, torch.Tensor) for one in seen.values())
     assert [one.digest for one in landed(seen).values()] == [digest(value) for value in values]
     numbers = flying = 0
@@ -254,8 +256,10 @@ def test_a_recording_that_has_landed_tells_numbers():
     value, text = torch.randn(9, 33), SimpleNamespace()
     recording = Recording(Plan((), 0, (), False), frozenset(), None, None, None, None, None, text)
     recording.copies = Staged(Delayed())
-    recording.planned = {0: Seen("scan", "whole", recording.copies.digest(value))}
-    recording.others = {CaptureKey("h", "m"): Seen("scan", "whole", recording.copies.digest(value))}
+    recording.planned = {0: ShardRecord("scan", "whole", recording.copies.digest(value))}
+    recording.others = {
+        CaptureKey("h", "m"): ShardRecord("scan", "whole", recording.copies.digest(value))
+    }
     recording.land()
     assert [one.digest for one in (*recording.planned.values(), *recording.others.values())] == [
         digest(value)

@@ -14,7 +14,7 @@ import watched
 
 import flexkernel as fk
 from flexkernel.engine.ranks import watch
-from flexkernel.memory.pulse import Pulse
+from flexkernel.memory.heartbeat import Heartbeat
 
 IDS = [[5, 6, 7, 8, 9]]
 
@@ -121,16 +121,16 @@ def test_a_thread_that_waits_for_others_is_told_from_one_that_works():
     assert not watch.waits(None) and watch.users_line(None) == ""
 
 
-def test_a_pulse_is_read_by_whoever_looks(tmp_path):
-    mine, theirs = Pulse(tmp_path, 3, write=True), Pulse(tmp_path, 3)
+def test_a_heartbeat_is_read_by_whoever_looks(tmp_path):
+    mine, theirs = Heartbeat(tmp_path, 3, write=True), Heartbeat(tmp_path, 3)
     assert (theirs.count, theirs.module, theirs.running) == (0, -1, False)
     mine.beat(7)
     mine.beat(2)
     mine.running = True
     assert (theirs.count, theirs.module, theirs.running) == (2, 2, True)
     with pytest.raises(FileNotFoundError):
-        Pulse(tmp_path, 4)
-    assert (tmp_path / "pulse-3").stat().st_mode & 0o777 == 0o600
+        Heartbeat(tmp_path, 4)
+    assert (tmp_path / "heartbeat-3").stat().st_mode & 0o777 == 0o600
 
 
 def test_nobody_is_freed_who_is_in_no_run(tmp_path):
@@ -144,12 +144,12 @@ def test_nobody_is_freed_who_is_in_no_run(tmp_path):
             freed.append(looking.module)
 
     looking = watch.Watch(Breaker())
-    looking.pulse = Pulse(tmp_path, 0, write=True)
+    looking.heartbeat = Heartbeat(tmp_path, 0, write=True)
     for _ in range(20):
         with looking.over(0.03):
             pass
         time.sleep(0.1)  # more than the patience of a thread that looks
-    assert freed == [] and not looking.pulse.running
+    assert freed == [] and not looking.heartbeat.running
     with pytest.raises(KeyboardInterrupt), looking.over(0.2):
         time.sleep(30)
     assert len(freed) == 1 and looking.stall is not None
@@ -167,7 +167,7 @@ def test_an_interrupt_from_the_watch_never_leaves_the_run_that_it_was_for(tmp_pa
     monkeypatch.setattr(watch, "AGAIN_S", 0.05)
     monkeypatch.setattr(watch, "NOTE_S", 0.0)
     looking = watch.Watch(Breaker())
-    looking.pulse = Pulse(tmp_path, 0, write=True)
+    looking.heartbeat = Heartbeat(tmp_path, 0, write=True)
     heard = []
     for i in range(20):
         try:

@@ -33,8 +33,8 @@ from flexkernel import engine, errors
 from flexkernel._version import __version__
 from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
 from flexkernel.memory import slabs
-from flexkernel.memory.pulse import Pulse, born
-from flexkernel.wire import ErrorReport, Heritage, Owner, RunReport, Seat
+from flexkernel.memory.heartbeat import Heartbeat, start_time
+from flexkernel.wire import ErrorReport, Owner, RankInfo, RankState, RunReport
 
 from .guarantees import How
 from .interrupts import Held
@@ -214,7 +214,7 @@ class Cluster:
         """Rank → whether its engine is there and answers; one that hangs does not."""
         return self.alive()
 
-    def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+    def replace(self, ranks: Sequence[int], heritage: Mapping[int, RankState]) -> None:
         """Start new engines for these ranks; those that are left keep their part of the model
         where it is."""
         raise ClusterError(
@@ -273,11 +273,11 @@ class Cluster:
             raise
         self.seated = True
 
-    def seats(self) -> list[Seat]:
+    def seats(self) -> list[RankInfo]:
         """Each rank's, in this generation."""
         local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
         return [
-            Seat(rank, self.size, local[rank], self.generation, tuple(self.hosts))
+            RankInfo(rank, self.size, local[rank], self.generation, tuple(self.hosts))
             for rank in range(self.size)
         ]
 
@@ -480,7 +480,7 @@ class IPyParallel(Cluster):
     def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
         """Who these engines are. ClusterError: another driver has them, or they run another
         version of this package."""
-        me = Owner(DRIVER, socket.gethostname(), os.getpid(), born(os.getpid()), time.time())
+        me = Owner(DRIVER, socket.gethostname(), os.getpid(), start_time(os.getpid()), time.time())
         hellos = (
             self.call("look", ranks=ranks)
             if self.reader
@@ -530,7 +530,7 @@ class IPyParallel(Cluster):
 
     # --- replacing --------------------------------------------------------------------
 
-    def replace(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+    def replace(self, ranks: Sequence[int], heritage: Mapping[int, RankState]) -> None:
         """Start new engines for these ranks, each with its rank's part of the model. heritage: by
         rank; empty while no model is loaded. The others keep their part where it is; all get new
         groups."""
@@ -559,7 +559,7 @@ class IPyParallel(Cluster):
         finally:
             self.replacing = False
 
-    def _endow(self, ranks: Sequence[int], heritage: Mapping[int, Heritage]) -> None:
+    def _endow(self, ranks: Sequence[int], heritage: Mapping[int, RankState]) -> None:
         """Have new engines load their part and take their seats, with all others."""
         if not self.seated:
             return
@@ -840,11 +840,11 @@ class IPyParallel(Cluster):
         """How many modules these ranks have begun; None if none is in a run, or some are not on
         this host. What says so of a rank that is being replaced is of an engine that has died: it
         may have been in one."""
-        pulses = [self.pulse(rank) for rank in ranks if rank not in self._unfit]
-        there = [pulse for pulse in pulses if pulse is not None]
-        if len(there) < len(pulses) or not any(pulse.running for pulse in there):
+        heartbeats = [self.heartbeat(rank) for rank in ranks if rank not in self._unfit]
+        there = [heartbeat for heartbeat in heartbeats if heartbeat is not None]
+        if len(there) < len(heartbeats) or not any(heartbeat.running for heartbeat in there):
             return None
-        return sum(pulse.count for pulse in there)
+        return sum(heartbeat.count for heartbeat in there)
 
     def _forget(self, done: list[Any]) -> None:
         """The client keeps what it knows of every call, and of what engines print after it, for
@@ -947,17 +947,17 @@ class IPyParallel(Cluster):
         lines = (vitals or Vitals(self.pids[rank], self._jobs.get(rank))).log()
         return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
 
-    def pulse(self, rank: int) -> Pulse | None:
+    def heartbeat(self, rank: int) -> Heartbeat | None:
         """What a rank on this host is at; None before it has a seat, and for other hosts."""
         host = os.environ.get("FLEX_HOST", "")
         with contextlib.suppress(OSError):
-            return Pulse(slabs.place(self.folder + (f"-{host}" if host else "")), rank)
+            return Heartbeat(slabs.place(self.folder + (f"-{host}" if host else "")), rank)
         return None
 
     def last_module(self, rank: int) -> str:
         """The module that a rank began last; "" where that is not known."""
-        pulse = self.pulse(rank)
-        at = pulse.module if pulse is not None else -1
+        heartbeat = self.heartbeat(rank)
+        at = heartbeat.module if heartbeat is not None else -1
         return (self.module_names[at] or "(root)") if 0 <= at < len(self.module_names) else ""
 
     def interrupt(self, ranks: Sequence[int]) -> None:

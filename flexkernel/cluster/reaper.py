@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from flexkernel.memory.pulse import born
+from flexkernel.memory.heartbeat import start_time
 
 from .forkserver import FORKED
 
@@ -52,7 +52,7 @@ class Reaper:
         are."""
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._say(f"{process.pid} {born(process.pid)!r}")
+                self._say(f"{process.pid} {start_time(process.pid)!r}")
 
     def runs(self, commands: Iterable[Sequence[str]]) -> None:
         """Run these commands too: they end what a batch system has started."""
@@ -85,7 +85,7 @@ def end(known: Iterable[tuple[int, float]], grace_s: float = GRACE_S) -> list[in
     for pid, created in known:
         try:
             process = psutil.Process(pid)
-            if abs(born(pid) - created) < 0.01:
+            if abs(start_time(pid) - created) < 0.01:
                 alive.update({p.pid: p for p in [process, *process.children(recursive=True)]})
         except psutil.NoSuchProcess:
             continue
@@ -106,7 +106,7 @@ def members(cluster_id: str) -> list[tuple[int, float]]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if bears(process, cluster_id) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append((process.pid, born(process.pid)))
+                found.append((process.pid, start_time(process.pid)))
     return found
 
 

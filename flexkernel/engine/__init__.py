@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from flexkernel.memory.pulse import born
+from flexkernel.memory.heartbeat import start_time
 from flexkernel.wire import ErrorReport, Owner
 
 __all__ = ["READS", "answer", "call", "open_runtime"]
@@ -122,7 +122,7 @@ def lives(owner: Owner) -> bool:
     if owner.host != socket.gethostname():
         return True
     try:
-        return abs(born(owner.pid) - owner.born) < 1
+        return abs(start_time(owner.pid) - owner.start_time) < 1
     except psutil.NoSuchProcess:
         return False
 

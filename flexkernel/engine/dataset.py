@@ -31,13 +31,13 @@ def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dic
     boxes: dict[str, Box] = {}
     for i, name in names.items():
         seen, entry = report.planned.get(i), where.entries[i]
-        if seen is not None and seen.error is None and seen.box is not None:
+        if seen is not None and seen.error is None and seen.written is not None:
             slab = open_slab(runtime, plan.slab, plan.slab_bytes)
-            local = narrowed(slab.tensor(where.region(entry, plan.slab, plan.base)), seen.box)
-            parts[name] = Rows(row_dims(entry), entry.shape, seen.box).of(
+            local = narrowed(slab.tensor(where.region(entry, plan.slab, plan.base)), seen.written)
+            parts[name] = Rows(row_dims(entry), entry.shape, seen.written).of(
                 local, kept(mask, entry.hook.kept_positions)
             )
-            boxes[name] = seen.box
+            boxes[name] = seen.written
     if parts:
         save_file(parts, f"{path}.part")
         os.replace(f"{path}.part", path)

@@ -21,7 +21,7 @@ from flexkernel.engine.place.slabs import drop_all, freeze_imports, let_go
 from flexkernel.engine.ranks.breaker import Breaker
 from flexkernel.engine.ranks.watch import Watch
 from flexkernel.memory import slabs
-from flexkernel.memory.pulse import Pulse
+from flexkernel.memory.heartbeat import Heartbeat
 from flexkernel.wire import (
     EditSpec,
     HookSet,
@@ -29,9 +29,9 @@ from flexkernel.wire import (
     Layout,
     ModelInfo,
     ModuleInfo,
+    RankInfo,
     RunPlan,
     RunReport,
-    Seat,
     Source,
 )
 
@@ -42,7 +42,7 @@ class Runtime:
     """This rank: its seat, its part of the model, its hooks, the runs whose captures it wrote."""
 
     def __init__(self) -> None:
-        self.seat = Seat()
+        self.seat = RankInfo()
         self.breaker = Breaker()
         self.watch = Watch(self.breaker)
         self.store: Any = None
@@ -121,7 +121,7 @@ class Runtime:
 
     def sit(
         self,
-        seat: Seat,
+        seat: RankInfo,
         folder: str,
         device: str,
         builder: bytes | None = None,
@@ -135,7 +135,7 @@ class Runtime:
 
         self.seat, self.device, self.folder = seat, device, folder
         settle_in(seat, device)
-        self.watch.pulse = Pulse(self._claimed(folder), seat.rank, write=True)
+        self.watch.heartbeat = Heartbeat(self._claimed(folder), seat.rank, write=True)
         if seat.world > 1:
             regroup(self, seat, address, port, timeout_s, builder)
             self.breaker.watch_interrupts()

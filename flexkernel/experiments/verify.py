@@ -25,7 +25,7 @@ from flexkernel.memory.slabs import Entry, Extent, Plan
 from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
 from flexkernel.session.run import Run, Store
-from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, Seen, Unsharded
+from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, ShardRecord, Unsharded
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
@@ -305,7 +305,7 @@ def specs_of(
 def truth_of(where: Plan, entry: Entry, extent: Extent, store: Store) -> Capture:
     """What rank 0 has written for an entry of the plan."""
     region = where.region(entry, extent.slab, extent.base)
-    seen = {0: Seen("unsharded", "whole")}
+    seen = {0: ShardRecord("unsharded", "whole")}
     dtype = getattr(torch, entry.formula.dtype)
     looked = functools.partial(store.pool.looked_into, extent)
     return Capture(entry.key, entry.shape, dtype, seen, region, store, extent.slab_bytes, looked)

@@ -16,14 +16,14 @@ from flexkernel import errors
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.slabs import Entry, Slab, left_of, pages, size_of
-from flexkernel.wire import Box, CaptureKey, Layout, Region, Seen, SlabValue, boxes
+from flexkernel.wire import Box, CaptureKey, Layout, Region, ShardRecord, SlabValue, boxes
 
 from .files import whole_file
 
 __all__ = ["Capture", "Home", "Reduced", "draw"]
 
 
-NOTHING_SEEN: Mapping[int, Seen] = MappingProxyType({})
+NOTHING_SEEN: Mapping[int, ShardRecord] = MappingProxyType({})
 
 
 class Home(Protocol):
@@ -52,7 +52,7 @@ class Capture:
         key: CaptureKey,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        seen: Mapping[int, Seen],
+        seen: Mapping[int, ShardRecord],
         region: Region | None,
         home: Home,
         slab_bytes: int = 0,
@@ -63,7 +63,7 @@ class Capture:
         covers: tuple[int, ...] | None = None,
     ):
         self.key, self.shape, self.dtype = key, tuple(shape), dtype
-        self.seen: Mapping[int, Seen] = dict(seen)
+        self.seen: Mapping[int, ShardRecord] = dict(seen)
         self.tokens, self.mask, self._cut = tokens, mask, cut
         self._region, self._home, self._slab_bytes = region, home, slab_bytes
         self._looked_into = looked_into or not_counted
@@ -117,7 +117,7 @@ class Capture:
         each)."""
         found: dict[int, dict[tuple[int, int], list[int]]] = {}
         for rank, seen in sorted(self.seen.items()):
-            for dim, start, stop in seen.holds if seen.error is None else ():
+            for dim, start, stop in seen.shard if seen.error is None else ():
                 if stop > start:
                     found.setdefault(dim, {}).setdefault((start, stop), []).append(rank)
         return [
@@ -293,7 +293,7 @@ class Capture:
         return {
             self._home.hosts[r]
             for r, s in self.seen.items()
-            if s.box is not None or s.region is not None
+            if s.written is not None or s.region is not None
         }
 
     def _one_host(self) -> str | None:
@@ -354,11 +354,11 @@ class Capture:
         planned = self.shape if self._cut is None or self._region is None else self._region.shape
         whole = torch.empty(planned, dtype=self.dtype)
         for rank, seen in self.seen.items():
-            if seen.box is not None:
-                for index in (index_of(part, len(self.shape)) for part in boxes(seen.box)):
+            if seen.written is not None:
+                for index in (index_of(part, len(self.shape)) for part in boxes(seen.written)):
                     whole[index] = self._part(rank, index)
             elif seen.region is not None:
-                whole[index_of(seen.holds, len(self.shape))] = self._own_part(rank, seen.region)
+                whole[index_of(seen.shard, len(self.shape))] = self._own_part(rank, seen.region)
         return self._there(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
@@ -381,7 +381,7 @@ class Capture:
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, seen in self.seen.items():
             if seen.region is not None:
-                whole[index_of(seen.holds, len(self.shape))] += self._own_part(
+                whole[index_of(seen.shard, len(self.shape))] += self._own_part(
                     rank, seen.region
                 ).to(exact)
         return whole.to(self.dtype)
@@ -409,16 +409,16 @@ class Reduced(Capture):
         op, dtype = self.entry.hook.reduce.op, getattr(torch, self.entry.formula.dtype)
         whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
         for rank, seen in sorted(self.seen.items()):
-            if seen.box is not None:
+            if seen.written is not None:
                 into = whole[
                     (
                         slice(None),
-                        *index_of(left_of(seen.box, self.entry.over), len(self.entry.kept)),
+                        *index_of(left_of(seen.written, self.entry.over), len(self.entry.kept)),
                     )
                 ]
                 both = [
                     reduce.Partial(op, tuple(parts), dtype)
-                    for parts in (into, self._said_by(rank, seen.box))
+                    for parts in (into, self._said_by(rank, seen.written))
                 ]
                 into.copy_(torch.stack(reduce.combine(both).parts))
         value = reduce.Partial(op, tuple(whole), dtype).value()
@@ -464,7 +464,9 @@ def ranks_text(ranks: Sequence[int]) -> str:
     )
 
 
-def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
+def _failure(
+    key: CaptureKey, seen: Mapping[int, ShardRecord], shape: tuple[int, ...]
+) -> Exception | None:
     """Why this capture is not to be read: a rank failed, copies differ, or a part is missing."""
     for rank, one in sorted(seen.items()):
         if one.error is not None:
@@ -476,13 +478,13 @@ def _failure(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) 
     return differing(key, seen) or _missing(key, seen, shape)
 
 
-def differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
+def differing(key: CaptureKey, seen: Mapping[int, ShardRecord]) -> Exception | None:
     """Ranks that hold the same part must hold the same numbers."""
     first: dict[Box, tuple[int, int]] = {}
     for rank, one in sorted(seen.items()):
-        if one.partial or not all(stop > start for _, start, stop in one.holds):
+        if one.partial or not all(stop > start for _, start, stop in one.shard):
             continue
-        other, digest = first.setdefault(one.holds, (rank, one.digest))
+        other, digest = first.setdefault(one.shard, (rank, one.digest))
         if digest != one.digest:
             declared = key.module + (" input" if key.at.startswith("input") else "")
             return PlacementError(
@@ -493,13 +495,15 @@ def differing(key: CaptureKey, seen: Mapping[int, Seen]) -> Exception | None:
     return None
 
 
-def _missing(key: CaptureKey, seen: Mapping[int, Seen], shape: tuple[int, ...]) -> Exception | None:
+def _missing(
+    key: CaptureKey, seen: Mapping[int, ShardRecord], shape: tuple[int, ...]
+) -> Exception | None:
     """The parts that were written must be the whole: counted, since no two ranks write the same
     element."""
     total = _volume((), shape)
     addends = max((one.partial for one in seen.values()), default=0)
-    parts = [one.box for one in seen.values() if one.box is not None]
-    kept = [one.holds for one in seen.values() if one.region is not None]
+    parts = [one.written for one in seen.values() if one.written is not None]
+    kept = [one.shard for one in seen.values() if one.region is not None]
     written = sum(
         _volume(part, shape) for part in (*(parts if addends else dict.fromkeys(parts)), *kept)
     )

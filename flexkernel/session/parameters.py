@@ -17,7 +17,17 @@ import torch
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slabs import size_of
 from flexkernel.names import nearest
-from flexkernel.wire import Blob, Box, CaptureKey, Held, ModelInfo, Region, Seen, SlabValue, boxes
+from flexkernel.wire import (
+    Blob,
+    Box,
+    CaptureKey,
+    ModelInfo,
+    ParameterShard,
+    Region,
+    ShardRecord,
+    SlabValue,
+    boxes,
+)
 
 from .capture import Capture, ranks_text
 
@@ -66,12 +76,16 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
     return whole
 
 
-def where(cluster: Any, info: ModelInfo, name: str) -> tuple[dict[int, Held], tuple[int, ...], str]:
+def where(
+    cluster: Any, info: ModelInfo, name: str
+) -> tuple[dict[int, ParameterShard], tuple[int, ...], str]:
     """(rank → what it holds of the parameter, the whole's shape, its dtype); as read() refuses."""
     if info.parameters and not info.built and name not in info.parameters:
         raise unknown(name, info, nearest(name, list(info.parameters)))
     answers = cluster.call("parameters.held", name)
-    held = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Held)}
+    held = {
+        rank: answer for rank, answer in enumerate(answers) if isinstance(answer, ParameterShard)
+    }
     if not held:
         raise unknown(name, info, [near for answer in answers for near in answer])
     shape, dtype = agreed(name, held)
@@ -135,7 +149,7 @@ def put(cluster: Any, store: Store, info: ModelInfo, whose: str, name: str, chan
         def of(rank: int) -> list[tuple[str, Any]]:
             near = store.hosts[rank] == store.here
             there = [(alias, held[rank]) for alias, held in by_name.items() if rank in held]
-            return [(alias, value if near else parts(new, one.holds)) for alias, one in there]
+            return [(alias, value if near else parts(new, one.shard)) for alias, one in there]
 
         ranks = sorted({rank for held in by_name.values() for rank in held})
         cluster.call("parameters.put", ranks=ranks, each=[(whose, of(rank)) for rank in ranks])
@@ -194,7 +208,7 @@ def unknown(name: str, info: ModelInfo, near: Sequence[str]) -> HookError:
     )
 
 
-def agreed(name: str, held: Mapping[int, Held]) -> tuple[tuple[int, ...], str]:
+def agreed(name: str, held: Mapping[int, ParameterShard]) -> tuple[tuple[int, ...], str]:
     """The whole's shape and dtype, on which all must agree."""
     first, one = next(iter(held.items()))
     for rank, other in held.items():
@@ -206,15 +220,15 @@ def agreed(name: str, held: Mapping[int, Held]) -> tuple[tuple[int, ...], str]:
     return one.shape, one.dtype
 
 
-def holders(held: Mapping[int, Held]) -> dict[Box, list[int]]:
+def holders(held: Mapping[int, ParameterShard]) -> dict[Box, list[int]]:
     """Each part that there is → the ranks that hold it."""
     found: dict[Box, list[int]] = {}
     for rank, one in held.items():
-        found.setdefault(one.holds, []).append(rank)
+        found.setdefault(one.shard, []).append(rank)
     return found
 
 
-def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, Held]) -> None:
+def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, ParameterShard]) -> None:
     """PlacementError unless the parts make the whole, each element in one of them."""
     there = holders(held)
     parts = [part for box in there for part in boxes(box) if volume(part, shape)]
@@ -250,7 +264,9 @@ def overlap(a: Box, b: Box) -> bool:
     )
 
 
-def check_copies(name: str, held: Mapping[int, Held], seen: Mapping[int, Seen]) -> None:
+def check_copies(
+    name: str, held: Mapping[int, ParameterShard], seen: Mapping[int, ShardRecord]
+) -> None:
     """PlacementError unless ranks that hold the same part hold the same numbers."""
     for first, *others in holders(held).values():
         for rank in others:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from flexkernel.cluster.cluster import Cluster, chosen
 from flexkernel.memory.slabs import Planner
-from flexkernel.wire import EditSpec, Heritage, HookSet, ModelInfo, Source
+from flexkernel.wire import EditSpec, HookSet, ModelInfo, RankState, Source
 
 from .run import Store
 
@@ -61,7 +61,7 @@ class Recovery:
     def timeout_s(self, value: float) -> None:
         self.cluster.timeout_s = value
 
-    def _heritage(self, ranks: Sequence[int]) -> dict[int, Heritage]:
+    def _heritage(self, ranks: Sequence[int]) -> dict[int, RankState]:
         """What the new engines of these ranks are given; nothing while no model is loaded."""
         if self.info is None or self.store is None:
             return {}
@@ -73,6 +73,6 @@ class Recovery:
             for rank in ranks
         }
         return {
-            r: Heritage(self.info, self.source, self.hook_set, self.edits, runs[r], modules)
+            r: RankState(self.info, self.source, self.hook_set, self.edits, runs[r], modules)
             for r in ranks
         }

@@ -43,7 +43,7 @@ from flexkernel.memory.slabs import (
     position_dim,
 )
 from flexkernel.names import match, nearest
-from flexkernel.wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, Seen
+from flexkernel.wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, ShardRecord
 
 from .capture import Capture, Reduced, differing
 from .generation import Stream, generated
@@ -952,8 +952,8 @@ def captures(
     run: Run, where: Plan, extent: Extent, reports: Sequence[RunReport], home: Store
 ) -> dict:
     """Key → Capture, from what each rank saw."""
-    planned: dict[int, dict[int, Seen]] = {}
-    others: dict[CaptureKey, dict[int, Seen]] = {}
+    planned: dict[int, dict[int, ShardRecord]] = {}
+    others: dict[CaptureKey, dict[int, ShardRecord]] = {}
     for report in reports:
         for i, seen in report.planned.items():
             planned.setdefault(i, {})[report.rank] = seen
@@ -1074,7 +1074,7 @@ class Positions:
 def check_edited(reports: Sequence[RunReport]) -> None:
     """PlacementError if ranks edited what they held as copies of one value, and these differed.
     EditError: those were equal, and what the edit made of them was not."""
-    by_rank: dict[CaptureKey, dict[int, Seen]] = {}
+    by_rank: dict[CaptureKey, dict[int, ShardRecord]] = {}
     for report in reports:
         for key, seen in report.edited.items():
             by_rank.setdefault(key, {})[report.rank] = seen
@@ -1100,7 +1100,7 @@ def made_nan(reports: Sequence[RunReport]) -> tuple[str, ...]:
     )
 
 
-def described(by_rank: Mapping[int, Seen]) -> tuple[tuple[int, ...], torch.dtype]:
+def described(by_rank: Mapping[int, ShardRecord]) -> tuple[tuple[int, ...], torch.dtype]:
     """The whole shape and dtype of a value that no plan foresaw, from the parts that ranks
     describe."""
     lies = next((s.region for s in by_rank.values() if s.region is not None), None)
@@ -1109,7 +1109,7 @@ def described(by_rank: Mapping[int, Seen]) -> tuple[tuple[int, ...], torch.dtype
     shape = list(lies.shape)
     for dim in range(len(shape)):
         shape[dim] = max(
-            [stop for s in by_rank.values() for d, _, stop in s.holds if d == dim],
+            [stop for s in by_rank.values() for d, _, stop in s.shard if d == dim],
             default=shape[dim],
         )
     return tuple(shape), getattr(torch, lies.dtype)

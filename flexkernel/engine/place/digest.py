@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flexkernel.wire import Seen
+from flexkernel.wire import ShardRecord
 
 __all__ = ["digest", "digest_in_flight", "joined_digest", "landed"]
 
@@ -45,7 +45,7 @@ def digest_in_flight(value: torch.Tensor) -> torch.Tensor | int:
     return total + tail.sum(dtype=torch.int64) if len(tail) else total
 
 
-def landed(seen: Mapping[Any, Seen]) -> dict[Any, Seen]:
+def landed(seen: Mapping[Any, ShardRecord]) -> dict[Any, ShardRecord]:
     """The same with every digest a number, by one transfer."""
     flying = {key: one.digest for key, one in seen.items() if isinstance(one.digest, torch.Tensor)}
     numbers = torch.stack(list(flying.values())).tolist() if flying else []

@@ -92,7 +92,7 @@ class Placed:
     local: torch.Tensor
     evidence: str
     placement: Placement
-    holds: Box
+    shard: Box
 
 
 class Placer:
@@ -129,7 +129,7 @@ class Placer:
             placed = self._place(name, at, local, formula, here)
             if len(self._decided) >= MOST_DECIDED:
                 self._decided.clear()
-            decided = self._decided[key] = placed.evidence, placed.placement, placed.holds
+            decided = self._decided[key] = placed.evidence, placed.placement, placed.shard
         return Placed(local, *decided)
 
     def _place(

@@ -310,15 +310,15 @@ class ByMessages:
         self.whole = torch.empty(shape if self.first else (0,), dtype=dtype)
 
     def put(self, local: torch.Tensor, holds: Box | None, reads: Box) -> None:
-        self.local, self.holds, self.reads = local, holds, reads
+        self.local, self.shard, self.reads = local, holds, reads
 
     def bring(self) -> None:
-        mine = [int(self.holds is not None), *numbers_of(self.holds or ()), *numbers_of(self.reads)]
+        mine = [int(self.shard is not None), *numbers_of(self.shard or ()), *numbers_of(self.reads)]
         said = gathered(mine, self.timeout_s, self.group).tolist()
         self.given = [box_of(row[1 : 1 + BOX]) if row[0] else None for row in said]
         self.taken = [box_of(row[1 + BOX :]) for row in said]
         if not self.first:
-            if self.holds is not None:
+            if self.shard is not None:
                 post(self.local, self.ranks[0], self.group, self.timeout_s)
             return
         for i, holds in enumerate(self.given):

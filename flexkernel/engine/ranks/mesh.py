@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from flexkernel.engine.compat import abort_groups
 from flexkernel.errors import LoadError
-from flexkernel.wire import Seat
+from flexkernel.wire import RankInfo
 
 __all__ = ["gpu_of", "join", "leave", "open_store", "settle_in"]
 
@@ -54,7 +54,7 @@ def open_store(
     return interface, port, store
 
 
-def join(seat: Seat, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
+def join(seat: RankInfo, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
     """Initialise this generation's default group. All ranks must call. Returns this rank's client
     of the store."""
     if port == 0:
@@ -85,7 +85,7 @@ def leave() -> None:
     abort_groups()
 
 
-def settle_in(seat: Seat, device: str) -> None:
+def settle_in(seat: RankInfo, device: str) -> None:
     """Have as many threads as an engine may have, and its own GPU, before anything is put on one.
     Alone it is the user's own process, with threads and a GPU of the user's choice. LoadError:
     there is no GPU for it."""

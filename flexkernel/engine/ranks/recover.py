@@ -20,7 +20,7 @@ from flexkernel.engine.compat import (
     reset_forward,
 )
 from flexkernel.errors import LoadError
-from flexkernel.wire import Heritage, Seat
+from flexkernel.wire import RankInfo, RankState
 
 from .gather import make_groups
 from .mesh import join, leave, settle_in
@@ -29,7 +29,7 @@ __all__ = ["describe", "inherit", "regroup", "settle"]
 
 
 def regroup(
-    runtime: Any, seat: Seat, address: str, port: int, timeout_s: float, builder: bytes | None
+    runtime: Any, seat: RankInfo, address: str, port: int, timeout_s: float, builder: bytes | None
 ) -> None:
     """Leave the groups, join those of the seat's generation, and put them under the loaded model.
     All ranks must call.
@@ -70,18 +70,18 @@ def build_again(runtime: Any, builder: bytes) -> None:
         know(runtime, runtime.info)
 
 
-def describe(runtime: Any) -> Heritage:
+def describe(runtime: Any) -> RankState:
     """What an attaching driver needs to go on where the last one stopped, and a new engine to take
     a rank."""
     from flexkernel.engine.run import train
 
     edits = {name: spec for name, (spec, _) in runtime.edits.items()}
-    return Heritage(
+    return RankState(
         runtime.info, runtime.source, runtime.hook_set, edits, runtime.runs, train.held(runtime)
     )
 
 
-def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
+def inherit(runtime: Any, seat: RankInfo, device: str, heritage: RankState) -> None:
     """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on
     all ranks, and a builder's model with them."""
     from flexkernel.engine.model import attention
@@ -98,7 +98,7 @@ def inherit(runtime: Any, seat: Seat, device: str, heritage: Heritage) -> None:
         know(runtime, info)
 
 
-def settle(runtime: Any, heritage: Heritage) -> int:
+def settle(runtime: Any, heritage: RankState) -> int:
     """Hooks, edits and stored runs as the dead engine had them; how many bytes of the model were
     loaded for it."""
     from flexkernel.engine.model.load import local_bytes

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flexkernel.memory.pulse import Pulse
+from flexkernel.memory.heartbeat import Heartbeat
 
 __all__ = ["Stall", "Watch"]
 
@@ -57,12 +57,12 @@ class Stall:
 
 
 class Watch:
-    """Of one engine. pulse: where the driver reads what this rank is at; none before it has a
+    """Of one engine. heartbeat: where the driver reads what this rank is at; none before it has a
     seat."""
 
     def __init__(self, breaker: Any) -> None:
         self.breaker = breaker
-        self.pulse: Pulse | None = None
+        self.heartbeat: Heartbeat | None = None
         self.stall: Stall | None = None
         self._names: list[str] = []
         self._of: dict[torch.nn.Module, str] = {}
@@ -78,7 +78,7 @@ class Watch:
         self._main = 0
 
     def know(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
-        """The model's modules in the order by which the pulse counts them; those that this rank
+        """The model's modules in the order by which the heartbeat counts them; those that this rank
         has. Its layers are noted from here on: to note every module would cost some percent of a
         small model's forward."""
         self._names, self._of = (
@@ -94,8 +94,8 @@ class Watch:
         ]
 
     def _note(self, at: int, _module: torch.nn.Module, args: Any) -> None:
-        if self.pulse is not None:
-            self.pulse.beat(at)
+        if self.heartbeat is not None:
+            self.heartbeat.beat(at)
             entered = args[0] if args else None
             if (
                 torch.is_grad_enabled()
@@ -105,8 +105,8 @@ class Watch:
                 entered.register_hook(functools.partial(self._back, at))  # a backward moves too
 
     def _back(self, at: int, _gradient: torch.Tensor) -> None:
-        if self.pulse is not None:
-            self.pulse.beat(at)
+        if self.heartbeat is not None:
+            self.heartbeat.beat(at)
 
     @property
     def module(self) -> str:
@@ -118,18 +118,18 @@ class Watch:
             if isinstance(owner, torch.nn.Module) and owner in self._of:
                 return self._of[owner] or "(root)"
             frame = frame.f_back
-        at = self.pulse.module if self.pulse is not None else -1
+        at = self.heartbeat.module if self.heartbeat is not None else -1
         return (self._names[at] or "(root)") if 0 <= at < len(self._names) else ""
 
     @contextlib.contextmanager
     def over(self, timeout_s: float) -> Iterator[None]:
         """Watch what runs within; it may be as long as it likes if modules begin. timeout_s: with
         none beginning."""
-        if self.pulse is None:
+        if self.heartbeat is None:
             yield
             return
         self.stall, self._timeout_s, self._main = None, timeout_s, threading.get_ident()
-        self.pulse.running = True
+        self.heartbeat.running = True
         self._ensure_thread()
         self._turn = next(self._turns)
         self._begun.set()
@@ -142,7 +142,7 @@ class Watch:
                 self._done.wait()
             finally:
                 self._begun.clear()
-                self.pulse.running = False
+                self.heartbeat.running = False
 
     def _ensure_thread(self) -> None:
         if self._thread is None:
@@ -155,7 +155,7 @@ class Watch:
             turn, last, since = self._turn, -1, time.monotonic()
             while turn and self._turn == turn:
                 time.sleep(min(self._timeout_s / 10, 0.5))
-                count = self.pulse.count if self.pulse is not None else 0
+                count = self.heartbeat.count if self.heartbeat is not None else 0
                 if count != last:
                     last, since = count, time.monotonic()
                 elif time.monotonic() - since > self._timeout_s:

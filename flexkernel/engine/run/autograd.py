@@ -81,7 +81,7 @@ class Tape:
         """Note where a capture's gradient would come in. Of ranks that hold copies for other rows
         of the batch the first counts; a rank whose rows nobody wants gets zeros."""
         counts = not here.idle if batched else here.layout.coordinate(here.rank)["batch"] == 0
-        self.ends[i] = local, placed.holds, counts
+        self.ends[i] = local, placed.shard, counts
 
 
 # --- the graph ------------------------------------------------------------------------
@@ -207,11 +207,11 @@ def said_of(recording: Any) -> torch.Tensor:
             rows.append([NOTHING] + [0] * (COLUMNS - 1))
             continue
         state = FAILED if seen.error is not None or seen.partial else WRITTEN
-        empty = any(stop <= start for _, start, stop in seen.holds)
-        box = seen.box if seen.box is not None and not empty else None
+        empty = any(stop <= start for _, start, stop in seen.shard)
+        box = seen.written if seen.written is not None and not empty else None
         size = 0 if box is None else math.prod(boxed(entry.shape, box))
         digest = (seen.digest + (1 << 63)) % (1 << 64) - (1 << 63)
-        held = -1 if empty else zlib.crc32(repr(seen.holds).encode())
+        held = -1 if empty else zlib.crc32(repr(seen.shard).encode())
         rows.append([state, digest, held, size, *numbers_of(box or ())])
     return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
 

@@ -31,8 +31,8 @@ from flexkernel.wire import (
     HookSpec,
     ModelInfo,
     RunPlan,
-    Seen,
     ShapeFormula,
+    ShardRecord,
     SlabValue,
 )
 
@@ -193,7 +193,7 @@ class Editor:
             Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
         )
         # before each edit, and after some: of which copies must be equal
-        self.edited: dict[CaptureKey, Seen] = {}
+        self.edited: dict[CaptureKey, ShardRecord] = {}
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
         """The value with its tensor edited. EditError: the edit raised, or returned what cannot
@@ -232,7 +232,7 @@ class Editor:
         key = CaptureKey(hook.key, name, hook.at, path, call)
         before = self._note(key, placed, placed.local)
         if per == "element":
-            part = self._part(hook, name, placed.holds, formula, own_rows=True, per=per)
+            part = self._part(hook, name, placed.shard, formula, own_rows=True, per=per)
             local = guarded(
                 hook,
                 name,
@@ -250,7 +250,7 @@ class Editor:
         return again_distributed(tensor, local)
 
     def edit_parameter(
-        self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: Seen
+        self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: ShardRecord
     ) -> torch.Tensor:
         """This rank's part of a parameter's gradient, edited; the edit sees the whole and runs
         once. All ranks.
@@ -272,24 +272,24 @@ class Editor:
 
         if self.exchange is None:
             return run(gradient)
-        title, holds = f"{hook.key} {name}", seen.holds
+        title, holds = f"{hook.key} {name}", seen.shard
         return self.exchange.once(
-            title, 0, "world", gradient, shape, holds, holds, seen.box is not None, run
+            title, 0, "world", gradient, shape, holds, holds, seen.written is not None, run
         )
 
-    def note(self, key: CaptureKey, before: Seen, nan: bool) -> None:
+    def note(self, key: CaptureKey, before: ShardRecord, nan: bool) -> None:
         """What was there before an edit, of which copies must have been equal; nan: the edit has
         made some."""
         self.edited[key] = replace(before, nan=nan)
 
-    def _note(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> Seen:
+    def _note(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> ShardRecord:
         """Note a value of which all copies must be equal; in a generation after those of the steps
         before."""
         earlier = self.edited.get(key)
         said = joined_digest(earlier.digest if earlier is not None else 0, digest(value.detach()))
         nan = earlier is not None and earlier.nan
-        self.edited[key] = Seen(
-            placed.evidence, repr(placed.placement), said, placed.holds, nan=nan
+        self.edited[key] = ShardRecord(
+            placed.evidence, repr(placed.placement), said, placed.shard, nan=nan
         )
         return self.edited[key]
 
@@ -418,10 +418,10 @@ class Editor:
             raise PlacementError(
                 f"{name}: {formula} has no rows, so that the groups of rows have parts of its gradient"
             )
-        mine = placed.holds
+        mine = placed.shard
         # the rows of this group are all that it sees
         if group == "tp" and layout.batch_groups > 1:
-            mine = tuple(piece for piece in placed.holds if piece[0] not in batched)
+            mine = tuple(piece for piece in placed.shard if piece[0] not in batched)
             shape = self.here.own(formula)
         else:
             shape = part.whole
@@ -472,7 +472,7 @@ class Editor:
                 raise HookError(f"{hook.key}: index {outside[0]} is outside the {total} of {name}")
             mask = torch.zeros(total, dtype=torch.bool, device=old.device)
             mask[list(what)] = True
-            mask = narrowed(mask, tuple((0, a, b) for d, a, b in placed.holds if d == dim))
+            mask = narrowed(mask, tuple((0, a, b) for d, a, b in placed.shard if d == dim))
             chosen = chosen & mask.view([-1 if d == dim else 1 for d in range(old.dim())])
         return torch.where(chosen, new, old)
 

@@ -24,7 +24,7 @@ from flexkernel.engine.place.placements import Place, Placed, narrowed, shared_p
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.slabs import Entry, kept_columns, left_of, position_dim
-from flexkernel.wire import Box, HookSpec, RunPlan, Seen, ShapeFormula
+from flexkernel.wire import Box, HookSpec, RunPlan, ShapeFormula, ShardRecord
 
 from .hooks import Recording, failed, joined, mask_of
 from .tokens import Text
@@ -153,7 +153,7 @@ class Steps(Recording):
         self.forwards = 0
         self.wrote: dict[int, int] = {}
         # forwards → what was whole after so many; of the last two
-        self.whole: dict[int, dict[int, Seen]] = {}
+        self.whole: dict[int, dict[int, ShardRecord]] = {}
         self._columns: dict[tuple[int, ...] | None, tuple[list[tuple[int, ...]], list[int]]] = {}
 
     def begin(self, num_positions: int) -> None:
@@ -169,7 +169,7 @@ class Steps(Recording):
         if self.editor is not None:
             self.editor.here = self.here
 
-    def _whole_now(self) -> dict[int, Seen]:
+    def _whole_now(self) -> dict[int, ShardRecord]:
         """What came in every forward so far, each in a place of its own: ranks are at most one
         forward apart."""
         entries = self.plan.entries
@@ -190,7 +190,7 @@ class Steps(Recording):
                     )
                 )
 
-    def _write(self, i: int, value: torch.Tensor | None, tape: Any = None) -> Seen:
+    def _write(self, i: int, value: torch.Tensor | None, tape: Any = None) -> ShardRecord:
         before = self.planned.get(i)
         if before is not None and before.error is not None:
             return before  # one forward of it is missing: it stays so
@@ -212,7 +212,7 @@ class Steps(Recording):
             before.digest if before is not None else 0, self._digest(kept, placed, entry.formula)
         )
         placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
-        return Seen(placed.evidence, placement, said, holds, box)
+        return ShardRecord(placed.evidence, placement, said, holds, box)
 
     def _of_logits(self, value: torch.Tensor) -> Place:
         """transformers computes those of the newest position only, if nobody asks for more."""
@@ -226,7 +226,7 @@ class Steps(Recording):
         part of the whole that this rank holds, the part that it writes)."""
         assert self.slab is not None
         whole, view = self.slab.tensor(self.region(entry)), Unfolded(entry, placed, here)
-        local, target, holds = view.local, view.of_whole(whole), view.holds
+        local, target, holds = view.local, view.of_whole(whole), view.shard
         if view.dim is not None:
             local, target = self._positions(entry, view, target, here)
         if here.idle and entry.formula.dims_of("B", "B*S"):
@@ -263,12 +263,12 @@ class Steps(Recording):
             real = self.text.mask(here.columns(here.S))[:, [c - here.past for c in wanted]]
             real = None if real.all() else real
         if here.idle and entry.formula.dims_of("B", "B*S"):
-            return local, view.holds, None
+            return local, view.shard, None
         copies, index = self._copies(placed, entry.formula)
         piece = self._piece(view, local.shape, copies, index)
         if piece is None:
-            return local, view.holds, None
-        box = joined(view.holds, piece[0]) if piece else view.holds
+            return local, view.shard, None
+        box = joined(view.shard, piece[0]) if piece else view.shard
         shape = tuple(len(wanted) if d == dim else size for d, size in enumerate(entry.shape))
         step = dataclasses.replace(entry, shape=shape)
         found = self._parts(step, narrowed(local, piece), mask_of(step, real, box))
@@ -279,7 +279,7 @@ class Steps(Recording):
             self._put_parts(
                 found, entry, narrowed(place, tuple((d + 2, a, b) for d, a, b in at)), box
             )
-        return local, view.holds, box
+        return local, view.shard, box
 
     def _add_parts(
         self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box
@@ -360,7 +360,7 @@ class Unfolded:
 
     def __init__(self, entry: Entry, placed: Placed, here: Place):
         formula = entry.formula
-        self.local, self.holds, self.B = placed.local, placed.holds, here.B
+        self.local, self.shard, self.B = placed.local, placed.shard, here.B
         self.keys: int | None = None
         self.folded = next(iter(formula.dims_of("B*S")), None)
         self.dim = position_dim(formula)
@@ -374,7 +374,7 @@ class Unfolded:
                     f"{entry.key} is {formula}: its steps cannot be put together in a generation"
                 )
             self.keys = along[1]
-        if self.odd(formula, along) or self.dim in [d for d, _, _ in self.holds]:
+        if self.odd(formula, along) or self.dim in [d for d, _, _ in self.shard]:
             raise PlacementError(
                 f"{entry.key} is {formula}: its positions cannot be told apart in a generation"
             )
@@ -388,8 +388,8 @@ class Unfolded:
     def _unfold(self, dim: int, here: Place) -> None:
         self.local = self.local.unflatten(dim, (here.local_rows, here.S))
         rows = ((dim, *here.rows),) if here.layout.batch_groups > 1 else ()
-        self.holds = tuple(
-            sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.holds if d != dim)))
+        self.shard = tuple(
+            sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.shard if d != dim)))
         )
 
     def of_whole(self, whole: torch.Tensor) -> torch.Tensor:

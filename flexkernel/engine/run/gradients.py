@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from flexkernel.engine.place.digest import digest
 from flexkernel.engine.ranks.gather import put_together, receive, send, wait
 from flexkernel.errors import CaptureError, PlacementError
-from flexkernel.wire import Box, CaptureKey, HookSpec, Seen
+from flexkernel.wire import Box, CaptureKey, HookSpec, ShardRecord
 
 from .parameters import owner_of, placed
 
@@ -109,7 +109,7 @@ def edit_gradient(
         empty = torch.empty(
             [0] * len(shape), dtype=getattr(torch, runtime.info.dtype), device=runtime.device
         )
-        editor.edit_parameter(hook, name, empty, Seen("none", "none", holds=nothing))
+        editor.edit_parameter(hook, name, empty, ShardRecord("none", "none", shard=nothing))
         return
     gradient, seen = lying(runtime, mine)
     new = editor.edit_parameter(hook, name, gradient, seen)
@@ -119,7 +119,7 @@ def edit_gradient(
         gradient.copy_(new)
 
 
-def lying(runtime: Any, name: str) -> tuple[torch.Tensor, Seen]:
+def lying(runtime: Any, name: str) -> tuple[torch.Tensor, ShardRecord]:
     """What this rank holds of a parameter's gradient, in its own memory, and which part of the
     whole that is.
 
@@ -131,7 +131,9 @@ def lying(runtime: Any, name: str) -> tuple[torch.Tensor, Seen]:
     if gradient is None:
         raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return local, Seen(found.evidence, found.placement, digest(local), found.holds, found.holds)
+    return local, ShardRecord(
+        found.evidence, found.placement, digest(local), found.shard, found.shard
+    )
 
 
 def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
@@ -142,7 +144,7 @@ def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
             parameter.grad = None
 
 
-def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
+def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> ShardRecord | None:
     """Copy what this rank holds of a parameter's gradient into its place; None where it does not
     hold the parameter.
 
@@ -155,5 +157,5 @@ def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> Seen | None:
             f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned"
         )
     # copies write the same numbers, as their digests show
-    put_together(whole, gradient, seen.holds)
+    put_together(whole, gradient, seen.shard)
     return seen

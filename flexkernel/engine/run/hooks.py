@@ -42,7 +42,7 @@ from flexkernel.memory.slabs import (
     position_dim,
     size_of,
 )
-from flexkernel.wire import Box, CaptureKey, HookSpec, Region, Seen, ShapeFormula
+from flexkernel.wire import Box, CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
 
 from .autograd import Tape, watched
 from .gradients import write_gradient
@@ -205,8 +205,8 @@ class Recording:
         self.where = index_of(plan)
         self.calls: dict[tuple[str, str, str], int] = {}
         self.edits: dict[tuple[str, str], int] = {}
-        self.planned: dict[int, Seen] = {}
-        self.others: dict[CaptureKey, Seen] = {}
+        self.planned: dict[int, ShardRecord] = {}
+        self.others: dict[CaptureKey, ShardRecord] = {}
         self.seconds = 0.0
         self.loss: float | None = None
 
@@ -348,10 +348,10 @@ class Recording:
             )
         return placed
 
-    def _write(self, i: int, value: torch.Tensor | None, tape: Tape | None = None) -> Seen:
+    def _write(self, i: int, value: torch.Tensor | None, tape: Tape | None = None) -> ShardRecord:
         entry, here = self.plan.entries[i], self.here
         placed = self._placed(entry, value, here, tape)
-        local = kept(placed.local, entry.hook, entry.formula, here, placed.holds)
+        local = kept(placed.local, entry.hook, entry.formula, here, placed.shard)
         evidence, placement = (
             placed.evidence,
             repr(placed.placement) if here.layout.tp > 1 else "whole",
@@ -361,23 +361,25 @@ class Recording:
             tape.end(i, local, placed, here, bool(batched))
         local = local.detach()
         if here.idle and batched:
-            return Seen(evidence, placement, 0, placed.holds, None)
+            return ShardRecord(evidence, placement, 0, placed.shard, None)
         if entry.hook.reduce is not None:
             box = self._reduce(entry, local, placed, self._place_of(i), self._mask(entry))
-            return Seen(
-                evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box
+            return ShardRecord(
+                evidence, placement, self._digest(local, placed, entry.formula), placed.shard, box
             )
         if isinstance(placed.placement, Partial):
             # one group's addends are the sum
             copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0
             region = None if copy else self.spill(local)
-            return Seen(evidence, placement, 0, placed.holds, None, region, partial=here.layout.tp)
+            return ShardRecord(
+                evidence, placement, 0, placed.shard, None, region, partial=here.layout.tp
+            )
         assert self.slab is not None
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
             self.copies.write(narrowed(self._place_of(i), box), part)
-        return Seen(
-            evidence, placement, self._digest(local, placed, entry.formula), placed.holds, box
+        return ShardRecord(
+            evidence, placement, self._digest(local, placed, entry.formula), placed.shard, box
         )
 
     def _digest(self, local: torch.Tensor, placed: Placed, formula: ShapeFormula) -> Any:
@@ -391,13 +393,13 @@ class Recording:
         share the work, a piece each. None: it copies nothing."""
         copies, index = self._copies(placed, formula)
         if copies == 1:
-            return local, placed.holds
+            return local, placed.shard
         piece = shared_part(local.shape, copies, index)
         if piece is None:
             return local, None
         if not local.shape:
-            return local, placed.holds
-        return narrowed(local, (piece,)), joined(placed.holds, piece)
+            return local, placed.shard
+        return narrowed(local, (piece,)), joined(placed.shard, piece)
 
     def _reduce(
         self,
@@ -474,7 +476,7 @@ class Recording:
             except PlacementError as error:
                 self.others[key] = failed(error)
 
-    def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> Seen:
+    def _described(self, hook: HookSpec, name: str, path: str, value: torch.Tensor) -> ShardRecord:
         """Its part of the whole as the evidence says it, without a formula: the batch must lie on
         one group."""
         layout, tp, at = self.here.layout, self.here.tp, hook.of
@@ -506,12 +508,12 @@ class Recording:
         if isinstance(batch, int):
             holds = rows_held(holds, batch, local.shape, self.here, key)
             if self.here.idle:  # copied rows that nobody wants
-                return Seen(evidence, repr(placement), 0, holds, None)
+                return ShardRecord(evidence, repr(placement), 0, holds, None)
         elif layout.coordinate(self.here.rank)["batch"] > 0:
             keeps = False  # every group of ranks has the same
         region = self.spill(local) if keeps else None
         partial = layout.tp if isinstance(placement, Partial) else 0
-        return Seen(
+        return ShardRecord(
             evidence, repr(placement), self.copies.digest(local), holds, None, region, partial
         )
 
@@ -536,9 +538,9 @@ def first_leaf(value: Any) -> tuple[str, torch.Tensor | None]:
     return next(leaves(value), ("", None))
 
 
-def failed(error: Exception) -> Seen:
+def failed(error: Exception) -> ShardRecord:
     """What is kept of a capture that could not be made."""
-    return Seen("none", "unknown", box=None, error=(type(error).__name__, str(error)))
+    return ShardRecord("none", "unknown", written=None, error=(type(error).__name__, str(error)))
 
 
 def index_of(plan: Plan) -> dict[tuple[str, str, str, int], int]:

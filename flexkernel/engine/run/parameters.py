@@ -32,14 +32,14 @@ from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.engine.place.slabs import open_slab
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.names import match, nearest
-from flexkernel.wire import Blob, Box, Held, Region, Seen, SlabValue
+from flexkernel.wire import Blob, Box, ParameterShard, Region, ShardRecord, SlabValue
 
 __all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
 
-def held(runtime: Any, name: str) -> Held | list[str]:
+def held(runtime: Any, name: str) -> ParameterShard | list[str]:
     """What this rank holds of it; the nearest names there are where it holds nothing of that
     name."""
     module, tensor = find(runtime, name)
@@ -49,7 +49,7 @@ def held(runtime: Any, name: str) -> Held | list[str]:
         return []  # it lies on a mesh that this rank has no part in
     flat = flat_shape(runtime.model, module, name.rpartition(".")[2])
     if flat is not None:  # every rank is given all of it, by all of them together
-        return Held(
+        return ParameterShard(
             flat,
             str(tensor.dtype).removeprefix("torch."),
             (),
@@ -59,24 +59,24 @@ def held(runtime: Any, name: str) -> Held | list[str]:
     return placed(runtime, name, module, tensor)[0]
 
 
-def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> Seen:
+def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> ShardRecord:
     """Copy what this rank holds into its place, if it is the one that writes; its digest in any
     case.
 
     All ranks that hold it must call: FSDP1 gathers it."""
     found = held(runtime, name)
-    assert isinstance(found, Held), "it was there when it was planned"
+    assert isinstance(found, ParameterShard), "it was there when it was planned"
     with local_part(runtime, name) as local:
         if writes:
             whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
-            for part, piece in pieces(found.holds):
+            for part, piece in pieces(found.shard):
                 narrowed(whole, part).copy_(narrowed(local, piece))
-        return Seen(
+        return ShardRecord(
             found.evidence,
             found.placement,
             digest(local),
-            found.holds,
-            found.holds if writes else None,
+            found.shard,
+            found.shard if writes else None,
         )
 
 
@@ -115,11 +115,11 @@ def put(
     earlier = len(kept)
     for name, value in changes:
         found = held(runtime, name)
-        assert isinstance(found, Held), "it was there when it was read"
+        assert isinstance(found, ParameterShard), "it was there when it was read"
         if not keep(kept, earlier, runtime, name):
             continue
         with local_part(runtime, name, change=True) as local:
-            for i, (part, piece) in enumerate(pieces(found.holds)):
+            for i, (part, piece) in enumerate(pieces(found.shard)):
                 if narrowed(local, piece).numel():
                     narrowed(local, piece).copy_(new_part(runtime, value, part, i))
 
@@ -214,7 +214,7 @@ def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 
 def placed(
     runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor
-) -> tuple[Held, torch.Tensor]:
+) -> tuple[ParameterShard, torch.Tensor]:
     """Which part of the whole this rank holds, and that part. PlacementError where that is not
     known."""
     known = runtime.info.parameters.get(name)
@@ -242,7 +242,7 @@ def placed(
             + ("" if evidence == "dtensor" else f": declare it, placements={{{name!r}: 'shard:0'}}")
         )
     dtype = str(local.dtype).removeprefix("torch.")
-    return Held(shape, dtype, holds(shape, indices), evidence, over), local
+    return ParameterShard(shape, dtype, holds(shape, indices), evidence, over), local
 
 
 def axes_of(tensor: DTensor) -> list[Axis]:

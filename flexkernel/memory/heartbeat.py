@@ -1,0 +1,74 @@
+"""A rank's heartbeat in shared memory: modules entered, the current one, whether it is running.
+
+Others can read it while the rank is busy, hangs or has died."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import psutil
+
+__all__ = ["Heartbeat", "start_time"]
+
+NUM_BYTES = 32
+
+
+class Heartbeat:
+    """Three numbers in a small mapped file.
+
+    count: how many modules this rank has entered since its engine started. module: the index of the
+    last one in the model, -1 before any. running: whether the rank is in a forward.
+    write: only the rank itself passes it; it creates the file."""
+
+    def __init__(self, folder: Path, rank: int, write: bool = False):
+        flags = os.O_RDONLY
+        prot = mmap.PROT_READ
+        if write:
+            flags = os.O_RDWR | os.O_CREAT
+            prot |= mmap.PROT_WRITE
+        fd = os.open(folder / f"heartbeat-{rank}", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if write:
+                os.posix_fallocate(fd, 0, NUM_BYTES)
+            self._numbers = memoryview(mmap.mmap(fd, NUM_BYTES, prot=prot)).cast("q")
+        finally:
+            os.close(fd)
+        if write:
+            self._numbers[0] = 0
+            self._numbers[1] = -1
+            self._numbers[2] = 0
+
+    def beat(self, module: int) -> None:
+        """Count one more module, and say which."""
+        self._numbers[1] = module
+        self._numbers[0] += 1
+
+    @property
+    def count(self) -> int:
+        return self._numbers[0]
+
+    @property
+    def module(self) -> int:
+        return self._numbers[1]
+
+    @property
+    def running(self) -> bool:
+        return bool(self._numbers[2])
+
+    @running.setter
+    def running(self, value: bool) -> None:
+        self._numbers[2] = int(value)
+
+
+def start_time(pid: int) -> float:
+    """When a process started, in seconds after the host's boot.
+
+    With its pid this identifies a process. It does not use the clock, which can be set meanwhile.
+    psutil.NoSuchProcess: there is none of that pid."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()  # without /proc; raises if the process is gone
