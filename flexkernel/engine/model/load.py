@@ -27,6 +27,7 @@ from flexkernel.names import select
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
 from .checkpoint import check_files
+from .hooks import LOGITS, ModuleHooks
 from .mapped import copied_out
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
@@ -324,7 +325,6 @@ def know(runtime: Any, info: ModelInfo) -> None:
     """Have hooks and plans of the model as it is on this rank."""
     from flexkernel.engine.place.placements import Placer
     from flexkernel.engine.place.staging import copies_from
-    from flexkernel.engine.run.hooks import LOGITS, Hooks
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} has no model")
@@ -337,7 +337,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
         module = modules[name.rpartition(".@")[0] if ".@" in name else name]
         return stage == module.read_on(at)
 
-    runtime.hooks = Hooks(runtime.named, reads)
+    runtime.hooks = ModuleHooks(runtime.named, reads)
     runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
     runtime.copies = copies_from(runtime.device)
     runtime.hooks.attach(LOGITS, ("",))
