@@ -36,7 +36,7 @@ from flexkernel.engine.model import checkpoint
 from flexkernel.errors import FlexError, HookError, LoadError
 from flexkernel.memory import channel
 from flexkernel.names import match, nearest, select
-from flexkernel.notebook import magics
+from flexkernel.notebook import lines, magics
 from flexkernel.session import hookfile
 from flexkernel.wire import Region
 
@@ -412,7 +412,7 @@ PLAIN += [
 
 def words(name: str) -> st.SearchStrategy[list[str]]:
     """What can stand in a magic's line, mostly: its own options, with and without values."""
-    options = sorted(magics.options_of(getattr(magics.FlexMagics, name))) or ["--none"]
+    options = sorted(lines.options_of(getattr(magics.FlexMagics, name))) or ["--none"]
     told = st.tuples(st.sampled_from(options), st.sampled_from([*PLAIN, *EDITS, *LOSSES])).map(
         " ".join
     )

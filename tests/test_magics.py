@@ -35,7 +35,7 @@ from flexkernel.errors import (
     LoadError,
     PromptError,
 )
-from flexkernel.notebook import magics
+from flexkernel.notebook import completion, display, lines, magics
 
 MLP = "model.layers.*.mlp"
 
@@ -152,7 +152,7 @@ def test_loading_again_keeps_the_session_and_doubles_nothing(loaded):
         len([m for m in loaded.shell.Completer.custom_matchers if "FlexMagics" in m.__qualname__])
         == 1
     )
-    assert loaded.shell.input_transformer_manager.token_transformers.count(magics.Question) == 1
+    assert loaded.shell.input_transformer_manager.token_transformers.count(lines.Question) == 1
 
 
 def test_unloading_takes_the_completion_out(loaded):
@@ -163,8 +163,8 @@ def test_unloading_takes_the_completion_out(loaded):
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    done = doctest.testmod(magics)
-    assert done.attempted >= 3 and done.failed == 0
+    done = [doctest.testmod(module) for module in (lines, completion)]
+    assert sum(d.attempted for d in done) >= 3 and all(d.failed == 0 for d in done)
 
 
 def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
@@ -200,7 +200,7 @@ def test_help_lists_the_options(shell, name, monkeypatch):
         shell.shell.hooks, "show_in_pager", lambda data, **more: seen.append(data["text/plain"])
     )
     shell.do(f"%{name}?")
-    options = magics.options_of(getattr(magics.FlexMagics, name))
+    options = lines.options_of(getattr(magics.FlexMagics, name))
     assert len(seen) == 1 and f"%{name}" in seen[0] and all(option in seen[0] for option in options)
 
 
@@ -294,13 +294,13 @@ def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
 def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
     shown = []
 
-    def display(thing, display_id):
+    def show(thing, display_id):
         assert display_id is True
         shown.append(thing._repr_html_())
         return SimpleNamespace(update=lambda thing: shown.append(thing._repr_html_()))
 
-    monkeypatch.setattr(magics, "display", display)
-    with magics.Progress(SimpleNamespace(kernel=None), "a<b", 2) as progress:
+    monkeypatch.setattr(display, "display", show)
+    with display.Progress(SimpleNamespace(kernel=None), "a<b", 2) as progress:
         progress("loading", 1, 2)
         progress("loaded", 2, 2)
     assert ['value="0"' in shown[0], 'value="1"' in shown[1], "<progress" in shown[2]] == [
@@ -316,9 +316,9 @@ def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
 
 def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
     monkeypatch.setattr(
-        magics, "display", lambda shown, display_id: SimpleNamespace(update=lambda shown: None)
+        display, "display", lambda shown, display_id: SimpleNamespace(update=lambda shown: None)
     )
-    with magics.Progress(SimpleNamespace(kernel=None), "sweep", 1, "cell") as progress:
+    with display.Progress(SimpleNamespace(kernel=None), "sweep", 1, "cell") as progress:
         progress("running", 3, 24)
         assert (
             "running sweep: 3 of 24 cells" in repr(progress)
@@ -330,10 +330,10 @@ def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
 def test_a_load_that_fails_leaves_no_bar(monkeypatch):
     shown = []
     handle = SimpleNamespace(update=lambda thing: shown.append((repr(thing), thing._repr_html_())))
-    monkeypatch.setattr(magics, "display", lambda thing, display_id: handle)
+    monkeypatch.setattr(display, "display", lambda thing, display_id: handle)
     with (
         contextlib.suppress(ValueError),
-        magics.Progress(SimpleNamespace(kernel=None), "m", 2) as progress,
+        display.Progress(SimpleNamespace(kernel=None), "m", 2) as progress,
     ):
         progress("loading", 1, 2)
         raise ValueError
@@ -767,7 +767,7 @@ def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
 def test_the_views_that_completion_offers_are_those_there_are():
     from flexkernel.views import VIEWS
 
-    assert list(magics.USUAL["as_"]) == list(VIEWS)
+    assert list(completion.USUAL["as_"]) == list(VIEWS)
 
 
 def test_a_prompt_is_not_completed(loaded):

@@ -25,7 +25,7 @@ from torch import nn
 import flexkernel as fk
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
 from flexkernel.memory import channel, slabs
-from flexkernel.notebook.magics import as_html
+from flexkernel.notebook.display import as_html
 from flexkernel.session import prompts
 
 two = pytest.mark.engines(2)

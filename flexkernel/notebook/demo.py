@@ -255,7 +255,7 @@ def _say(text: str) -> None:
 
 # ---- the quickstart --------------------------------------------------------------------------------------------------
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 CELL_TIMEOUT_S = 600
 FIGURE = "application/vnd.plotly.v1+json"
 # nbconvert's page asks a CDN for require.js, MathJax and mermaid; ours must look the same without

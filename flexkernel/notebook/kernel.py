@@ -23,7 +23,7 @@ __all__ = ["FlexKernel", "install"]
 
 NAME = "flexkernel"
 SOURCES = (  # of the kernelspec: in the source tree; where a wheel puts it
-    Path(__file__).parent.parent / "kernel_spec",
+    Path(__file__).parents[2] / "kernel_spec",
     Path(sys.prefix) / "share" / "jupyter" / "kernels" / NAME,
 )
 

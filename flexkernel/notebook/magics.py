@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import html
-import linecache
 import re
-import shlex
 import sys
-import textwrap
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import (
@@ -28,7 +22,6 @@ from IPython.core.completer import (
     context_matcher,
 )
 from IPython.core.error import UsageError
-from IPython.core.inputtransformer2 import HelpEnd, MagicAssign
 from IPython.core.magic import (
     Magics,
     cell_magic,
@@ -38,11 +31,25 @@ from IPython.core.magic import (
     no_var_expand,
 )
 from IPython.core.magic_arguments import argument, magic_arguments
-from IPython.display import display
 
 from flexkernel.errors import CaptureError, ClusterError
-from flexkernel.session.hookfile import compiled
 from flexkernel.session.hooks import AT
+
+from .completion import MAGIC_LINE, USUAL, children, expected, quoted
+from .display import Growing, Progress, Views, as_html, plain
+from .lines import (
+    Question,
+    body,
+    given,
+    loss_of,
+    numbers,
+    options_of,
+    parsed,
+    split_prompt,
+    twin,
+    unquoted,
+    words,
+)
 
 if TYPE_CHECKING:
     from flexkernel.experiments.preview import Preview
@@ -57,7 +64,7 @@ __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 # under this name the session of the magics is in the notebook, if nothing else is
 VARIABLE = "flex"
 MOST_VIEWS = 16  # that one line draws
-REDRAW_S = 0.05  # a text that grows faster than this is shown in larger pieces
+GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
 ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
 ACTION_OF = {
     "n": "start",
@@ -90,187 +97,6 @@ def unregister(shell: Any) -> None:
     magics = shell.magics_manager.registry[FlexMagics.__name__]
     shell.Completer.custom_matchers.remove(magics.matcher)
     shell.input_transformer_manager.token_transformers.remove(Question)
-
-
-# --- parsing --------------------------------------------------------------------------
-
-
-def body(name: str, cell: str, namespace: dict[str, Any]) -> Callable:
-    """The function (x, ctx) whose body the cell is. Its lines show in tracebacks."""
-    if not name.isidentifier():
-        raise UsageError(f"{name!r} cannot be the name of an edit: it is a Python name")
-    head = f"def {name}(x, ctx):\n"
-    source = head + (
-        textwrap.indent(textwrap.dedent(cell), "    ") if cell.strip() else "    pass\n"
-    )
-    try:
-        return compiled(name, source, namespace)
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        raise UsageError(
-            f"edit {name!r}, line {(error.lineno or 1) - 1}: {error.msg}: {line}"
-        ) from None
-    except ValueError as error:  # a NUL in it; a line that ends the function
-        raise UsageError(f"edit {name!r}: {error}") from None
-
-
-LOSS = """def loss(logits, batch):
-    import torch
-    from torch.nn import functional as F
-    tokens, mask, labels, captures, modules = batch.tokens, batch.mask, batch.labels, batch.captures, batch.modules
-    return ({})
-"""
-
-
-def loss_of(text: str, namespace: dict[str, Any]) -> Callable | str:
-    """The loss that an expression is, over logits, labels, captures, tokens, mask and modules; or
-    one of ours."""
-    if text == "next_token":
-        return text
-    try:
-        made: dict[str, Any] = {}
-        exec(compile(LOSS.format(text), "<loss>", "exec"), namespace, made)
-    except SyntaxError as error:
-        raise UsageError(f"--backward {text!r} is no Python expression: {error.msg}") from None
-    linecache.cache["<loss>"] = (len(LOSS), None, LOSS.format(text).splitlines(True), "<loss>")
-    return made["loss"]
-
-
-def twin(text: str) -> Callable:
-    """Say what does the same as this magic in Python."""
-
-    def mark(magic: Any) -> Any:
-        magic.twin = text
-        return magic
-
-    return mark
-
-
-def parsed(magic: Any, line: str | Sequence[str]) -> argparse.Namespace:
-    """The line's arguments. UsageError itself, never a child of it: IPython shows those with a
-    traceback."""
-    try:
-        words = shlex.split(line) if isinstance(line, str) else list(line)
-        return magic.parser.parse_args(glued(words))
-    except (ValueError, UsageError) as error:
-        raise UsageError(f"{error}. %{magic.__name__}? shows what it takes") from None
-
-
-def glued(words: Sequence[str]) -> list[str]:
-    """`--positions -1,0` as one word: to argparse the second half looks like an option.
-
-    >>> glued(["a", "--positions", "-1,0"])
-    ['a', '--positions=-1,0']
-    """
-    done: list[str] = []
-    for word in words:
-        negative = re.fullmatch(r"-\d+(,-?\d+)*", word)
-        if negative and done and done[-1].startswith("--") and "=" not in done[-1]:
-            done[-1] += f"={word}"
-        else:
-            done.append(word)
-    return done
-
-
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those arguments that the line had: for the others the session has its own defaults."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, [])}
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def words(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def options_of(magic: Any) -> dict[str, argparse.Action]:
-    # argparse has no public list of a parser's options
-    return dict(magic.parser._option_string_actions)
-
-
-def split_prompt(line: str, options: dict[str, argparse.Action]) -> tuple[list[str], str]:
-    """The options that a line begins with, and the prompt: the raw rest. `--` by itself ends the
-    options."""
-    found: list[str] = []
-    rest = line.strip()
-    while rest.startswith("--"):
-        word, rest = next_word(rest)
-        if word == "--":
-            break
-        name, given_here, _ = word.partition("=")
-        if name not in options:
-            raise UsageError(
-                f"there is no option {name}; there are {', '.join(options)}. "
-                f"A prompt that begins with dashes is written after --: %flex_run -- {line.strip()}"
-            )
-        found.append(word)
-        if options[name].nargs != 0 and not given_here and rest:
-            value, rest = next_value(rest)
-            found.append(value)
-    return found, unquoted(rest)
-
-
-def next_word(text: str) -> tuple[str, str]:
-    word, *rest = text.split(None, 1)
-    return word, rest[0] if rest else ""
-
-
-def next_value(text: str) -> tuple[str, str]:
-    """An option's value, which has spaces if it is quoted.
-
-    >>> next_value("'a - b' The rest"), next_value("logits.mean() The rest")
-    (('a - b', 'The rest'), ('logits.mean()', 'The rest'))
-    """
-    quoted = re.match(r"""(["'])(.*?)\1(?:\s+|$)""", text)
-    return (quoted[2], text[quoted.end() :]) if quoted else next_word(text)
-
-
-def unquoted(text: str) -> str:
-    """Without the quotes that enclose all of it.
-
-    >>> unquoted("'Hello '"), unquoted("'a' or 'b'")
-    ('Hello ', "'a' or 'b'")
-    """
-    quote = text[:1]
-    whole = (
-        len(text) > 1 and quote in ("'", '"') and text.endswith(quote) and quote not in text[1:-1]
-    )
-    return text[1:-1] if whole else text
-
-
-class Question(HelpEnd):
-    """`%flex_run Is it so?` asks the model. To IPython any line that ends in ? asks for help, here
-    on `so`."""
-
-    priority = HelpEnd.priority - 1
-
-    def __init__(self, start: tuple[int, int], percent: tuple[int, int]):
-        self.start_line, self.start_col, self.percent = start[0] - 1, start[1], percent
-
-    @classmethod
-    def find(cls, tokens_by_line: list[list[Any]]) -> Question | None:
-        for line in tokens_by_line:
-            at = prompt_begins(line)
-            if at is not None and len(line) > 1 and line[-2].string == "?":
-                first = next(token for token in line if token.string.strip())
-                return cls(first.start, line[at - 2].start)
-        return None
-
-    def transform(self, lines: list[str]) -> list[str]:
-        return MagicAssign(self.percent).transform(lines)
-
-
-def prompt_begins(line: list[Any]) -> int | None:
-    """Index of the first token after `%flex_run ` at the beginning of a line or of what is
-    assigned."""
-    for i, (a, b, c) in enumerate(zip(line, line[1:], line[2:], strict=False)):
-        begins = not any(token.string.strip() for token in line[:i]) or line[i - 1].string == "="
-        # %flex_run? is for help
-        if (a.string, b.string) == ("%", "flex_run") and begins and c.start != b.end:
-            return i + 2
-    return None
 
 
 # --- the magics -----------------------------------------------------------------------
@@ -987,227 +813,13 @@ def named(run: Run, words: Sequence[str]) -> Any:
     return run[key] if len(words) <= 4 and key in run else None
 
 
-class Views(list):
-    """Several views: a notebook shows them one after another."""
-
-    def _ipython_display_(self) -> None:
-        for view in self:
-            display(view)
-
-
-# --- completion -----------------------------------------------------------------------
-
-GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
-MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
-USUAL = {
-    "engines": ("slurm", "ssh", "mpi", "pbs", "sge", "lsf", "htcondor"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "device": ("cpu", "cuda"),
-    "attn": ("sdpa", "eager"),
-    "as_": ("map",),
-}
-
-
-def expected(
-    magic: Any, before: Sequence[str], options: dict[str, argparse.Action]
-) -> tuple[argparse.Action | None, bool]:
-    """The argument that comes after these words: an option's value, else the next positional. And
-    whether a prompt has begun, in which everything is text."""
-    positionals = [a for a in magic.parser._actions if not a.option_strings]
-    taken, waiting = 0, None
-    for word in before:
-        if waiting is not None:
-            waiting = None
-        elif word in options:
-            waiting = options[word] if options[word].nargs != 0 else None
-        elif not word.startswith("--"):
-            taken += 1
-    if waiting is not None:
-        return waiting, False
-    if taken < len(positionals):
-        return positionals[taken], False
-    return None, bool(positionals) and positionals[-1].dest == "prompt"
-
-
-def children(names: Iterable[str], typed: str) -> Iterator[str]:
-    """The names one segment further, after what is typed; `*` too where the segments are numbers.
-
-    >>> list(children(["a.0.mlp", "a.1.mlp", "a.1.norm"], "a.")), list(children(["a.0.mlp", "a.1.norm"], "a.*.m"))
-    (['a.*', 'a.0', 'a.1'], ['a.*.mlp'])
-    """
-    stem, dot, last = typed.rpartition(".")
-    parents = stem.split(".") if dot else []
-    found: dict[str, None] = {}
-    for name in names:
-        segments = name.split(".")
-        for segment in beneath(segments, parents):
-            found[segment] = None
-    if sum(segment.isdecimal() for segment in found) > 1:
-        found = {"*": None, **found}
-    return (f"{stem}{dot}{segment}" for segment in found if segment and segment.startswith(last))
-
-
-def beneath(segments: Sequence[str], parents: Sequence[str]) -> Sequence[str]:
-    """The segment after those that the parents match; all later ones where a parent is `**`."""
-    if "**" in parents:
-        return segments[parents.index("**") :]
-    fits = len(segments) > len(parents) and all(map(fnmatchcase, segments, parents))
-    return segments[len(parents) : len(parents) + 1] if fits else ()
-
-
-def quoted(text: str) -> str:
-    return shlex.quote(text) if " " in text else text
-
-
-# --- what is shown --------------------------------------------------------------------
-
-
-class Progress:
-    """How far something is: a bar that the output keeps as one line. A call tells it (stage, how
-    many, of how many).
-
-    That of a load stays, as what it came to; others go when they are done."""
-
-    def __init__(self, shell: Any, name: str, total: int, unit: str = "engine"):
-        self.name, self.stage, self.done, self.total, self.unit = name, "preparing", 0, total, unit
-        self._notebook = hasattr(shell, "kernel")
-        self._handle: Any = None
-        self._began = time.perf_counter()
-
-    def __enter__(self) -> Progress:
-        self._draw()
-        return self
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.stage, self.done, self.total = stage, done, total
-        self._draw()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None or self.unit != "engine":
-            # the error, or the result, says it all: a bar beside it would be a second block
-            self.stage = ""
-            self._draw()
-        if not self._notebook and sys.stderr.isatty():
-            sys.stderr.write("\r" if kind else "\n")
-
-    def _draw(self) -> None:
-        if self._notebook and self._handle is None:
-            self._handle = display(self, display_id=True)
-        elif self._notebook:
-            self._handle.update(self)
-        elif sys.stderr.isatty():
-            sys.stderr.write(f"\r{self!r:<100}")
-            sys.stderr.flush()
-
-    def _says(self) -> str:
-        count = f"{self.total} {self.unit}{'s' * (self.total > 1)}"
-        if self.stage == "loading" or self.unit != "engine":
-            count = f"{self.done} of {count}"
-        return f"{self.stage} {self.name}: {count}, {time.perf_counter() - self._began:.1f} s"
-
-    def __repr__(self) -> str:
-        full = 20 * self.done // max(self.total, 1)
-        return f"{'█' * full}{'░' * (20 - full)} {self._says()}" if self.stage else ""
-
-    def _repr_html_(self) -> str:
-        if not self.stage:
-            return ""
-        bar = f'<progress value="{self.done}" max="{self.total}" style="width:12em;margin-right:1em"></progress>'
-        return f"<div>{bar if self.stage != 'loaded' else ''}{html.escape(self._says())}</div>"
-
-
-class Growing:
-    """The text of a generation while it grows: one output of plain text, each row a line where
-    there are several."""
-
-    def __init__(self, shell: Any):
-        self.rows: dict[int, str] = {}
-        self._notebook = hasattr(shell, "kernel")
-        self._handle: Any = None
-        self._shown_at = 0.0
-
-    def __enter__(self) -> Growing:
-        return self
-
-    def __call__(self, row: int, text: str) -> None:
-        self.rows[row] = self.rows.get(row, "") + text
-        if self._notebook and time.monotonic() - self._shown_at > REDRAW_S:
-            self._draw()
-        elif (
-            not self._notebook and sys.stderr.isatty() and row == 0
-        ):  # a terminal grows one text only
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    def __exit__(self, *_error: Any) -> None:
-        """What came stays, also where an error or Ctrl-C ended it."""
-        if self._notebook and self.rows:
-            self._draw()
-        elif sys.stderr.isatty():
-            sys.stderr.write("\n")
-
-    def _draw(self) -> None:
-        self._shown_at = time.monotonic()
-        if self._handle is None:
-            self._handle = display(self, display_id=True)
-        else:
-            self._handle.update(self)
-
-    def __repr__(self) -> str:
-        if len(self.rows) == 1:
-            return next(iter(self.rows.values()))
-        return "\n".join(f"{row}: {self.rows[row]}" for row in sorted(self.rows))
-
-
-def plain(thing: Any, printer: Any, _cycle: bool) -> None:
-    """A Session or ModelInfo as text."""
-    if hasattr(thing, "status"):
-        printer.text(repr(thing.status()))
-        return
-    title, table = loaded(thing)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
-    printer.text("\n".join([title, *lines]))
-
-
-def as_html(thing: Any) -> str:
-    """A Session or ModelInfo as a table."""
-    if hasattr(thing, "status"):
-        return thing.status()._repr_html_()
-    title, (head, *rows) = loaded(thing)
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    names = "".join(f"<th>{name}</th>" for name in head)
-    return f"<div><b>{html.escape(title)}</b><table><tr>{names}</tr><tr>{'</tr><tr>'.join(cells)}</tr></table></div>"
-
-
-def loaded(info: ModelInfo) -> tuple[str, list[tuple[str, ...]]]:
-    """What a load came to: one line, and a table by rank with its head."""
-    title = (
-        f"{info.cls}: {info.num_parameters:,} parameters, {len(info.modules)} modules, "
-        f"{info.layout}, {info.dtype}, attention {info.attention}"
-    )
-    axes = [axis for axis in ("pp", "dp", "fsdp", "tp") if getattr(info.layout, axis) > 1]
-    rows = [
-        (
-            str(rank),
-            *(str(info.layout.coordinate(rank)[axis]) for axis in axes),
-            f"{count:,}",
-            f"{count / info.num_parameters:.0%}",
-            f"{size / 1e6:,.1f} MB",
-        )
-        for rank, (count, size) in enumerate(
-            zip(info.rank_parameters, info.rank_bytes, strict=True)
-        )
-    ]
-    return title, [("rank", *axes, "parameters", "of all", "memory"), *rows]
-
-
 def magics_table() -> str:
     """README's table of the magics, in Markdown."""
     lines = ["| magic | twin | does |", "| --- | --- | --- |"]
     for name in FlexMagics.magics["line"]:
         magic = getattr(FlexMagics, name)
         usage = " ".join(magic.parser.format_usage().removeprefix("::").split()).replace("|", "\\|")
-        does = magic.parser.description.partition("\n")[0].replace("|", "\\|")
+        first_paragraph = magic.parser.description.partition("\n\n")[0]
+        does = " ".join(first_paragraph.split()).replace("|", "\\|")
         lines.append(f"| `{usage}` | {magic.twin} | {does} |")
     return "\n".join(lines)
