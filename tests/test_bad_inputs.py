@@ -470,15 +470,16 @@ def test_an_edit_in_another_syntax(case, body, says):
 
 
 def test_40_engines_of_another_python_are_refused(monkeypatch):
-    from flexkernel.cluster import cluster as clusters
+    from flexkernel.cluster.cluster import Cluster
+    from flexkernel.cluster.ipp import IPyParallel
 
     hellos = [{"version": fk.__version__, "python": ("3", "9")}]
-    monkeypatch.setattr(clusters.Cluster, "call", lambda *_args, **_more: hellos)
+    monkeypatch.setattr(Cluster, "call", lambda *_args, **_more: hellos)
     with pytest.raises(
         ClusterError,
         match=r"engines run Python 3\.9, this notebook 3\.\d+: a function's code means nothing",
     ):
-        clusters.IPyParallel._hello(clusters.Cluster(), [0])
+        IPyParallel._hello(Cluster(), [0])
 
 
 # --- prompts --------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import zmq
 
 import flexkernel as fk
 from flexkernel import engine
-from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster import begin
 from flexkernel.cluster.private import check_private
 from flexkernel.cluster.reaper import end
 from flexkernel.errors import ClusterError
@@ -120,7 +120,7 @@ def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
     )
     (security / f"cluster-{name}.json").write_text(json.dumps(cluster))
     with pytest.raises(ClusterError, match="no cluster to attach to"):
-        clusters.attach(cluster_id=name, timeout_s=2)
+        begin.attach(cluster_id=name, timeout_s=2)
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import flexkernel as fk
-from flexkernel.cluster.cluster import packed
+from flexkernel.cluster.packing import packed
 from flexkernel.engine.model.caller import Caller
 from flexkernel.errors import LoadError, PromptError
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import ipyparallel
 import psutil
 import pytest
 import torch
@@ -20,7 +21,8 @@ import watched
 
 import flexkernel as fk
 import flexkernel.engine as door
-from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster import controller, ipp
+from flexkernel.cluster.cluster import cause
 
 IDS = [[5, 6, 7, 8, 9]]
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"fsdp": 2}]
@@ -245,7 +247,7 @@ def test_the_earliest_error_that_is_not_about_another_rank_is_the_cause():
         ErrorReport(1, "HookError", "rank 1 has other hooks", "", 2.0),
         ErrorReport(2, "RuntimeError", "connection closed by peer", "", 3.0),
     ]
-    found = clusters.cause(reports)
+    found = cause(reports)
     assert isinstance(found, fk.errors.HookError) and "other hooks" in str(found)
 
 
@@ -262,8 +264,8 @@ time.sleep(100)
 
 def crash(cluster_id: str) -> None:
     """End a cluster's controller by force, with the processes it has begun."""
-    cluster = clusters.ipp.Cluster(cluster_id=cluster_id)
-    found = clusters.controllers(cluster)
+    cluster = ipyparallel.Cluster(cluster_id=cluster_id)
+    found = controller.controllers(cluster)
     assert len(found) > 1
     for process in found:
         process.kill()
@@ -408,8 +410,8 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
             session.run(IDS).logits.tensor().clone(),
             session.on_ranks(watched.weights_at),
         )
-        controller = session.cluster._cluster.controller.process
-        crashed = [controller, *controller.children(recursive=True)]
+        process = session.cluster._cluster.controller.process
+        crashed = [process, *process.children(recursive=True)]
 
         def crash() -> None:
             for process in crashed:
@@ -420,7 +422,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
         assert session.on_ranks(watched.slowly, 4.0) == [0, 1], (
             "the answers of a call that was in flight"
         )
-        assert session.cluster._cluster.controller.process.pid != controller.pid
+        assert session.cluster._cluster.controller.process.pid != process.pid
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert session.on_ranks(watched.weights_at) == weights and len(session.hooks) == 1
         pids = [p.pid for p in psutil.Process().children(recursive=True)]
@@ -434,9 +436,9 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
 def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
     """ipyparallel chooses ports first and binds them later: whoever takes one meanwhile ends the
     part whose it was."""
-    lame, answers, begun = clusters.lame, iter([True]), []
+    lame, answers, begun = controller.lame, iter([True]), []
     monkeypatch.setattr(
-        clusters,
+        controller,
         "lame",
         lambda cluster: begun.append(cluster) or next(answers, None) or lame(cluster),
     )
@@ -446,13 +448,13 @@ def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
         wait_for(lambda: not started_for(first.cluster_id))
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor().clone()
-        controller = session.cluster._cluster.controller.process
-        for part in controller.children():
+        process = session.cluster._cluster.controller.process
+        for part in process.children():
             part.kill()
         begin = time.monotonic()
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert time.monotonic() - begin < 40, "it is looked at each 5 s"
-        assert session.cluster._cluster.controller.process.pid != controller.pid
+        assert session.cluster._cluster.controller.process.pid != process.pid
 
 
 def lose_the_next_answer(rank: int) -> None:
@@ -487,7 +489,7 @@ def once_more(rank: int) -> int:
 
 @pytest.mark.engines(2)
 def test_a_call_whose_answer_is_lost_is_sent_again_and_made_once(session, monkeypatch):
-    monkeypatch.setattr(clusters, "UNHEARD_S", (0.5, 1.0))
+    monkeypatch.setattr(ipp, "UNHEARD_S", (0.5, 1.0))
     assert session.on_ranks(once_more, 1) == [1, 1]
     assert session.on_ranks(os.getpid) == session.cluster.pids
 

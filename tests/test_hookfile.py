@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import flexkernel as fk
-from flexkernel.cluster.cluster import packed
+from flexkernel.cluster.packing import packed
 from flexkernel.session import hookfile
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
@@ -120,7 +120,7 @@ def test_another_process_can_read_it(tmp_path):
     code = f"""
 import pickle, torch
 from flexkernel import hookfile
-from flexkernel.cluster.cluster import packed
+from flexkernel.cluster.packing import packed
 hooks, edits = hookfile.read({str(path)!r}, packed)
 x = torch.tensor([-1.0, 2.0])
 print(hooks, [pickle.loads(e.code)(x, None).tolist() for e in edits.values()], flush=True)

@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import ipyparallel as ipp
 import psutil
 import pytest
 import slurm
 import torch
 
 import flexkernel as fk
-from flexkernel.cluster import cluster as clusters
 from flexkernel.cluster import launchers
+from flexkernel.cluster.controller import controllers
 
 IDS = [[5, 6, 7, 8]]
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def test_engines_of_a_job_run_the_model_and_one_that_dies_comes_back_by_another_
         assert session.on_ranks(os.getenv, "SLURM_JOB_ID") == ["100", "100"]
         assert session.on_ranks(os.getenv, "OMP_NUM_THREADS") == ["1", "1"]
         # as another notebook has it
-        file = clusters.ipp.Cluster.from_file(cluster_id=session.cluster.cluster_id)
+        file = ipp.Cluster.from_file(cluster_id=session.cluster.cluster_id)
         assert (
             file.engine_launcher_class is launchers.FlexSlurmLauncher
             and file.engine_set.job_id == "100"
@@ -128,7 +129,7 @@ def test_without_slurm_it_is_said_to_be_missing(tmp_path, monkeypatch):
         fk.errors.ClusterError, match="Slurm is not on this machine: there is no sbatch on PATH"
     ):
         fk.start(2, engines="slurm", cluster_id="of-this-test")
-    assert clusters.controllers(clusters.ipp.Cluster(cluster_id="of-this-test")) == []
+    assert controllers(ipp.Cluster(cluster_id="of-this-test")) == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 import watched
 
 import flexkernel as fk
-from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster import begin, waiting
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
@@ -72,13 +72,13 @@ def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank, monkeypatch):
     info = session.load(tiny("llama"), **layout)
     # whoever reads the cluster's file beside its owner does not take from it how an engine ended
     for _ in range(4):
-        assert repr(session.cluster.cluster_id) in clusters.running_clusters()
+        assert repr(session.cluster.cluster_id) in begin.running_clusters()
 
     def bring_back():
         # what the dead one was in does not count as its heir's
         with monkeypatch.context() as patch:
-            patch.setattr(clusters, "LATE_S", 0.1 - session.timeout_s)
-            patch.setattr(clusters, "FREED_S", 0.3)
+            patch.setattr(waiting, "LATE_S", 0.1 - session.timeout_s)
+            patch.setattr(waiting, "FREED_S", 0.3)
             assert session.restart(rank) == [rank]
 
     lost_and_found(session, rank, f"model.layers.{3 * rank}.mlp", bring_back, signal.SIGABRT)

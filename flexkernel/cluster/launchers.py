@@ -42,6 +42,7 @@ __all__ = [
     "beats",
     "breed",
     "ended",
+    "engines_of",
     "how_to_end",
     "in_queue",
     "job_of",
@@ -347,6 +348,11 @@ def kind_of(launcher: type) -> str:
 def launchers(group: Any) -> list[Any]:
     """The local engines of one of a cluster's engine sets; none where a batch system has them."""
     return list(getattr(group, "launchers", {}).values())
+
+
+def engines_of(group: Any) -> list[psutil.Process]:
+    """The processes of an engine set that are on this machine, and there."""
+    return [one.process for one in launchers(group) if getattr(one, "process", None) is not None]
 
 
 def again(groups: list[Any]) -> dict[str, Any]:

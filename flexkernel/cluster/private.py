@@ -8,11 +8,12 @@ import ipaddress
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from flexkernel.errors import ClusterError
 
-__all__ = ["check_encrypted", "check_private"]
+__all__ = ["check_encrypted", "check_private", "private_files"]
 
 
 def check_private(path: Path, key: bool = False) -> None:
@@ -65,3 +66,13 @@ def loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """What is made meanwhile, by started processes too, is readable by this user only."""
+    previous = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(previous)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexkernel.cluster.cluster import Cluster, packed
+from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.interrupts import Held
+from flexkernel.cluster.packing import packed
 from flexkernel.errors import LoadError
 from flexkernel.memory import slabs
 from flexkernel.wire import EditSpec, HookSet, HookSpec, ModelInfo

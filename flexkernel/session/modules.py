@@ -14,7 +14,8 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
-from flexkernel.cluster.cluster import Cluster, packed
+from flexkernel.cluster.cluster import Cluster
+from flexkernel.cluster.packing import packed
 from flexkernel.errors import CaptureError, FlexError, HookError, LoadError
 from flexkernel.names import select
 from flexkernel.wire import ModelInfo, Training

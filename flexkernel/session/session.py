@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from flexkernel.cluster import cluster as clusters
+from flexkernel.cluster import begin
+from flexkernel.cluster.cluster import Cluster, InProcess
+from flexkernel.cluster.packing import packed
 from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory import slabs
 from flexkernel.wire import HookSet, Layout, ModelInfo, Source, Training
@@ -39,18 +41,18 @@ def attach(
 
     ClusterError: another notebook has them; take=True takes them from it, read_only=True only
     looks at them."""
-    return Session(clusters.attach(profile, cluster_id, take, read_only=read_only))
+    return Session(begin.attach(profile, cluster_id, take, read_only=read_only))
 
 
 def local() -> Session:
     """A session over one engine in this process."""
-    return Session(clusters.InProcess())
+    return Session(InProcess())
 
 
 class Session(Hooking, Experiments, Trainable, Recovery):
     """Engines, the model on them, its hooks and its runs."""
 
-    def __init__(self, cluster: clusters.Cluster):
+    def __init__(self, cluster: Cluster):
         self.cluster = cluster
         self.info: ModelInfo | None = None
         self.tokenizer: Any = None
@@ -85,7 +87,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
 
     def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
         """Run a function on every engine; its results in order of rank."""
-        return self.cluster.call("call", clusters.packed(function), *args)
+        return self.cluster.call("call", packed(function), *args)
 
     # --- model ------------------------------------------------------------------------
 
@@ -118,9 +120,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         number of engines."""
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
-        where = model.source(
-            source, clusters.packed, reference=reference, forward=forward, names=names
-        )
+        where = model.source(source, packed, reference=reference, forward=forward, names=names)
         self.cluster.ready(device or self.cluster.best_device())
         told = progress or (lambda *_: None)
         dtype = str(dtype).removeprefix("torch.")
@@ -257,7 +257,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
         where, wanted = self._plan(batch, groups, complement, 0, loss is not None)
-        code = loss if loss is None or isinstance(loss, str) else clusters.packed(loss)
+        code = loss if loss is None or isinstance(loss, str) else packed(loss)
         wanted |= {"stop_at": stop_at, "loss": code, "training": training}
         return self.store.run(batch, where, self.tokenizer, wanted)
 

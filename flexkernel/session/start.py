@@ -18,8 +18,8 @@ def start(
     """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"),
     ssh, mpi, pbs, ..."""
     breed(launcher_for(engines)[0])  # it imports torch while this process does
-    from flexkernel.cluster import cluster
+    from flexkernel.cluster import begin
 
     from .session import Session
 
-    return Session(cluster.start(n, engines, cluster_id, keep))
+    return Session(begin.start(n, engines, cluster_id, keep))
