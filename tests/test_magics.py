@@ -270,7 +270,7 @@ def test_a_session_shows_its_status(fresh):
     fresh.do("flex")
     assert re.search(r"engines +1 of 1 alive", fresh.shown)
     html = fresh.shell.display_formatter.format(fresh.do("flex"))[0]["text/html"]
-    assert html.startswith("<table>") and "alive" in html
+    assert html.startswith("<table") and "alive" in html
 
 
 # Load
@@ -285,7 +285,9 @@ def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
     )
     data, _ = loaded.shell.display_formatter.format(info)
     assert (
-        "<th>rank</th><th>parameters</th>" in data["text/html"] and "201,280" in data["text/html"]
+        ">rank</th>" in data["text/html"]
+        and ">parameters</th>" in data["text/html"]
+        and "201,280" in data["text/html"]
     )
     loaded.do("%flex_load {flex.info.path}")
     assert loaded.do("flex.info.dtype") == "float32"

@@ -106,4 +106,4 @@ def test_time_to_copy_is_measured_or_stated(loaded):
     seen = loaded.preview(long)
     assert seen.measured and seen.seconds == pytest.approx(seen.num_bytes / loaded.store.bandwidth)
     assert loaded.preview(long, bandwidth=1e6).seconds == pytest.approx(seen.num_bytes / 1e6)
-    assert "<table>" in seen._repr_html_() and "as in the last run" in repr(seen)
+    assert "<table" in seen._repr_html_() and "as in the last run" in repr(seen)

@@ -114,7 +114,7 @@ def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny):
         and np.isnan(swept.values).sum() == 4
         and not np.isnan(swept.values[:2]).any()
     )
-    assert "4 left: sweep.resume()" in repr(swept) and "<td>–</td>" in swept._repr_html_()
+    assert "4 left: sweep.resume()" in repr(swept) and ">–</td>" in swept._repr_html_()
     assert session.hook_set.hooks == () and session.runs == []
     swept.resume()
     whole = session.sweep(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import html
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ from flexkernel.session.capture import Capture
 from flexkernel.session.hooks import spec_of
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
+from flexkernel.views.table import Table, page
 from flexkernel.wire import Box, HookSpec
 
 if TYPE_CHECKING:
@@ -180,16 +180,11 @@ class Dataset:
 
     def __repr__(self) -> str:
         (path, what), *rows = self.rows()
-        return "\n".join(
-            [f"Dataset {path}: {what}", *(f"  {name:<48} {says}" for name, says in rows)]
-        )
+        return f"Dataset {path}: {what}\n{Table(rows).text('  ')}".rstrip()
 
     def _repr_html_(self) -> str:
-        (path, what), *rows = ((html.escape(a), html.escape(b)) for a, b in self.rows())
-        cells = "".join(
-            f"<tr><td><code>{name}</code></td><td>{says}</td></tr>" for name, says in rows
-        )
-        return f"<div><b>Dataset {path}: {what}</b><table>{cells}</table></div>"
+        (path, what), *rows = self.rows()
+        return page(f"Dataset {path}: {what}", Table(rows, code=(0,)).html())
 
 
 # --- collecting -----------------------------------------------------------------------

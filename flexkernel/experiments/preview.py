@@ -3,13 +3,13 @@ run."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexkernel.memory.slabs import Entry, Plan
 from flexkernel.session.run import costliest
+from flexkernel.views.table import Table
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, share
 
 if TYPE_CHECKING:
@@ -83,26 +83,24 @@ class Preview:
         ]
 
     def __repr__(self) -> str:
-        lines = [f"{what:<12}{value}" for what, value in self.rows()]
-        for hook, (count, num_bytes) in list(self.hooks.items())[:SHOWN]:
-            lines.append(f"  {hook:<48} {count:>5}  {shown(num_bytes):>10}")
-        if len(self.hooks) > SHOWN:
-            lines.append(f"  ... and {len(self.hooks) - SHOWN} more hooks")
-        return "\n".join(lines)
+        parts = [Table(self.rows()).text(), self._table().text("  "), self._left_out()]
+        return "\n".join(filter(None, parts))
 
     def _repr_html_(self) -> str:
-        esc = html.escape
-        rows = "".join(
-            f"<tr><th>{esc(what)}</th><td>{esc(value)}</td></tr>" for what, value in self.rows()
-        )
-        hooks = "".join(
-            f"<tr><td><code>{esc(hook)}</code></td><td>{count}</td><td>{shown(num_bytes)}</td></tr>"
+        tables = Table(self.rows()).html() + self._table().html()
+        return f"<div>{tables}<p>{self._left_out()}</p></div>"
+
+    def _table(self) -> Table:
+        """The hooks that cost most."""
+        rows = [
+            (hook, str(count), shown(num_bytes))
             for hook, (count, num_bytes) in list(self.hooks.items())[:SHOWN]
-        )
+        ]
+        return Table(rows, ("hook", "captures", "bytes"), right=(1, 2), code=(0,))
+
+    def _left_out(self) -> str:
         left = len(self.hooks) - SHOWN
-        more = f"<p>… and {left} more hooks</p>" if left > 0 else ""
-        head = "<tr><th>hook</th><th>captures</th><th>bytes</th></tr>"
-        return f"<div><table>{rows}</table><table>{head}{hooks}</table>{more}</div>"
+        return f"... and {left} more hooks" if left > 0 else ""
 
 
 def preview(

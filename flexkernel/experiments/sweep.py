@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from flexkernel.memory.slabs import Planner
 from flexkernel.session.capture import Capture, draw
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
+from flexkernel.views.table import Cell, Table, page
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
@@ -206,31 +206,30 @@ class Sweep:
         return int(row), int(column)
 
     def _repr_html_(self) -> str:
-        esc = html.escape
-        head = "".join(f"<th>{esc(label)}</th>" for label in self.labels[:SHOWN])
         most = float(np.nanmax(np.abs(self.values - self.baseline))) if self._done.any() else 0.0
-        rows = "".join(
-            f'<tr><td style="text-align:left"><code>{esc(module)}</code></td>'
-            + "".join(self._td(value, most) for value in self.values[i, :SHOWN])
-            + "</tr>"
+        rows: list[list[str | Cell]] = [
+            [module, *(self._cell_of(value, most) for value in self.values[i, :SHOWN])]
             for i, module in enumerate(self.modules[:SHOWN])
-        )
+        ]
+        head = ["", *self.labels[:SHOWN]]
+        table = Table(rows, head, right=range(1, len(head)), code=(0,))
         cut = max(self.values.shape) > SHOWN
         more = (
             f"<p>the first {SHOWN} are shown; .values has all, .show() draws them</p>"
             if cut
             else ""
         )
-        return f"<div><b>{esc(self._headline())}</b><table><tr><th></th>{head}</tr>{rows}</table>{more}</div>"
+        return page(self._headline(), table.html(), more)
 
-    def _td(self, value: float, most: float) -> str:
+    def _cell_of(self, value: float, most: float) -> Cell:
         """A cell, the stronger coloured the further it is from the baseline: red above, blue
         below."""
         if math.isnan(value):
-            return "<td>–</td>"
+            return Cell("–")
         apart = value - self.baseline
         color = "178,24,43" if apart > 0 else "33,102,172"
-        return f'<td style="background:rgba({color},{abs(apart) / most * 0.7 if most else 0:.2f})">{value:.3g}</td>'
+        strength = abs(apart) / most * 0.7 if most else 0.0
+        return Cell(f"{value:.3g}", style=f"background:rgba({color},{strength:.2f})")
 
 
 def number(said: Any) -> float:

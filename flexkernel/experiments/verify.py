@@ -25,6 +25,7 @@ from flexkernel.memory.slabs import Entry, Extent, Plan
 from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
 from flexkernel.session.run import Run, Store
+from flexkernel.views.table import Table
 from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, ShardRecord, Unsharded
 
 if TYPE_CHECKING:
@@ -157,12 +158,10 @@ class Verification:
         return sorted(cells, key=lambda cell: "DIVERGES" not in cell[2])
 
     def __repr__(self) -> str:
-        rows = [
-            f"  {n:<44} {count:>4}  {d:<18} {yard:<8} {how}".rstrip()
-            for n, count, d, yard, how in self.table()
-        ]
+        rows = self.table()
         more = [f"  ... and {len(rows) - SHOWN} more kinds of values"] if len(rows) > SHOWN else []
-        return "\n".join([*self.says(), *rows[:SHOWN], *more])
+        table = [Table(rows[:SHOWN], right=(1,)).text("  ")] if rows else []
+        return "\n".join([*self.says(), *table, *more])
 
     def _repr_html_(self) -> str:
         esc = html.escape
@@ -175,18 +174,12 @@ class Verification:
             f"{self.info.dtype} from float32" if self.ratio else "",
             "placement",
         )
-        table = "".join(
-            "<tr>"
-            + "".join(f'<td style="text-align:left">{esc(cell)}</td>' for cell in row)
-            + "</tr>"
-            for row in self.table()
-        )
+        table = Table(self.table(), head, right=(1,)).html()
         return (
             f'<div><b style="{color}">{esc(title)}</b>'
             + "".join(f"<p>{esc(text)}</p>" for text in rest)
-            + f"<details{'' if self.ok else ' open'}><summary>{len(self)} values</summary><table><tr>"
-            + "".join(f"<th>{esc(name)}</th>" for name in head)
-            + f"</tr>{table}</table></details></div>"
+            + f"<details{'' if self.ok else ' open'}><summary>{len(self)} values</summary>"
+            + f"{table}</details></div>"
         )
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.display import display
 
+from flexkernel.views.table import Table, page
+
 if TYPE_CHECKING:
     from flexkernel.wire import ModelInfo
 
@@ -118,23 +120,19 @@ def plain(thing: Any, printer: Any, _cycle: bool) -> None:
         printer.text(repr(thing.status()))
         return
     title, table = loaded(thing)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
-    printer.text("\n".join([title, *lines]))
+    printer.text(f"{title}\n{table.text()}")
 
 
 def as_html(thing: Any) -> str:
     """A Session or ModelInfo as a table."""
     if hasattr(thing, "status"):
         return thing.status()._repr_html_()
-    title, (head, *rows) = loaded(thing)
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    names = "".join(f"<th>{name}</th>" for name in head)
-    return f"<div><b>{html.escape(title)}</b><table><tr>{names}</tr><tr>{'</tr><tr>'.join(cells)}</tr></table></div>"
+    title, table = loaded(thing)
+    return page(title, table.html())
 
 
-def loaded(info: ModelInfo) -> tuple[str, list[tuple[str, ...]]]:
-    """What a load came to: one line, and a table by rank with its head."""
+def loaded(info: ModelInfo) -> tuple[str, Table]:
+    """What a load came to: one line, and a table by rank."""
     title = (
         f"{info.cls}: {info.num_parameters:,} parameters, {len(info.modules)} modules, "
         f"{info.layout}, {info.dtype}, attention {info.attention}"
@@ -152,7 +150,8 @@ def loaded(info: ModelInfo) -> tuple[str, list[tuple[str, ...]]]:
             zip(info.rank_parameters, info.rank_bytes, strict=True)
         )
     ]
-    return title, [("rank", *axes, "parameters", "of all", "memory"), *rows]
+    head = ("rank", *axes, "parameters", "of all", "memory")
+    return title, Table(rows, head, right=range(len(head)))
 
 
 class Views(list):

@@ -4,13 +4,13 @@ do to them."""
 from __future__ import annotations
 
 import dataclasses
-import html
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError
 from flexkernel.names import match, nearest
+from flexkernel.views.table import Table
 from flexkernel.wire import REDUCTIONS, HookSet, HookSpec, Reduction
 
 __all__ = ["AT", "Hooked", "Hooks", "reduction", "regrouped", "spec_of"]
@@ -194,22 +194,15 @@ class Hooks:
     def __repr__(self) -> str:
         if not self.specs:
             return "no hooks"
-        table = [("hook", "modules", "n", "at", "groups"), *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        )
+        return self._table().text()
 
     def _repr_html_(self) -> str:
         if not self.specs:
             return "<p>no hooks</p>"
-        head = "".join(f"<th>{name}</th>" for name in ("hook", "modules", "n", "at", "groups"))
-        rows = (
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.rows()
-        )
-        return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        return self._table().html()
+
+    def _table(self) -> Table:
+        return Table(self.rows(), ("hook", "modules", "n", "at", "groups"), right=(2,))
 
 
 def indexed(spec: HookSpec) -> str:

@@ -43,6 +43,7 @@ from flexkernel.memory.slabs import (
     position_dim,
 )
 from flexkernel.names import match, nearest
+from flexkernel.views.table import Cell, Table, page
 from flexkernel.wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, ShardRecord
 
 from .capture import Capture, Reduced, differing
@@ -294,10 +295,9 @@ class Run:
             f"  next: {', '.join(f'{w!r} {p:.3f}' for w, p in row)}" for row in self._table()[:4]
         ]
         rows = folded(self)
-        lines += [
-            f"  {name:<48} {n:>4}  {shape:<18} {place} by {proof}"
-            for name, n, shape, place, proof in rows[:SHOWN]
-        ]
+        captures = [(name, str(n), shape, f"{by} by {how}") for name, n, shape, by, how in rows]
+        if rows:
+            lines.append(Table(captures[:SHOWN], right=(1,)).text("  "))
         if len(rows) > SHOWN:
             lines.append(f"  ... and {sum(row[1] for row in rows[SHOWN:])} more captures")
         return "\n".join(lines)
@@ -305,38 +305,25 @@ class Run:
     def _repr_html_(self) -> str:
         esc = html.escape
         next_ = self._table()
-        rows = "".join(
-            f'<tr><td style="text-align:left">{shown_tokens(tokens)}{self._shown_new(i)}</td>'
-            + "".join(
-                f"<td><code>{esc(w)}</code>&nbsp;{p:.3f}</td>"
-                for w, p in (next_[i] if i < len(next_) else ())
-            )
-            + "</tr>"
-            for i, tokens in enumerate([row[: len(self.plan.ids[0])] for row in self.tokens[:8]])
-        )
-        rows += (
-            f"<tr><td>… and {len(self.tokens) - 8} more rows</td></tr>"
-            if len(self.tokens) > 8
-            else ""
-        )
+        prompts: list[list[Cell]] = []
+        for i, tokens in enumerate(row[: len(self.plan.ids[0])] for row in self.tokens[:8]):
+            prompts.append([Cell("", shown_tokens(tokens) + self._shown_new(i))])
+            for word, share in next_[i] if i < len(next_) else ():
+                prompts[-1].append(Cell("", f"<code>{esc(word)}</code>&nbsp;{share:.3f}"))
+        if len(self.tokens) > 8:
+            prompts.append([Cell(f"… and {len(self.tokens) - 8} more rows")])
+        next_head = [] if self.new_ids else [Cell("next token", span=5)]
+        parts = [f'<p style="color:#c22">{esc(text)}</p>' for text in self.warnings[:WARNED]]
+        parts.append(Table(prompts, ["prompt", *next_head]).html())
         captured = folded(self)
-        table = "".join(
-            f'<tr><td style="text-align:left"><code>{esc(name)}</code></td>'
-            + "".join(f"<td>{esc(str(cell))}</td>" for cell in cells)
-            + "</tr>"
-            for name, *cells in captured[:SHOWN]
-        )
+        if captured:
+            cells = [(name, str(n), *rest) for name, n, *rest in captured[:SHOWN]]
+            head = ("captures", "n", "shape", "placement over tp", "evidence")
+            parts.append(Table(cells, head, right=(1,), code=(0,)).html())
         left = sum(row[1] for row in captured[SHOWN:])
-        more = f"<p>… and {left} more captures</p>" if left else ""
-        next_head = "" if self.new_ids else "<th colspan=5>next token</th>"
-        head = "<tr><th>captures</th><th>n</th><th>shape</th><th>placement over tp</th><th>evidence</th></tr>"
-        return (
-            f"<div><b>{esc(self._headline())}</b>"
-            + "".join(f'<p style="color:#c22">{esc(text)}</p>' for text in self.warnings[:WARNED])
-            + f"<table><tr><th>prompt</th>{next_head}</tr>{rows}</table>"
-            + (f"<table>{head}{table}</table>{more}" if table else "")
-            + "</div>"
-        )
+        if left:
+            parts.append(f"<p>… and {left} more captures</p>")
+        return page(self._headline(), *parts)
 
     def _shown_new(self, row: int) -> str:
         """What the row was continued with, told from the prompt."""

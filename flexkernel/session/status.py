@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 from flexkernel.cluster.guarantees import promises
+from flexkernel.views.table import Table
 
 __all__ = ["Status"]
 
@@ -78,11 +78,7 @@ class Status:
         self.rows += promised
 
     def __repr__(self) -> str:
-        width = max(len(what) for what, _ in self.rows)
-        return "\n".join(f"{what:<{width}}  {value}" for what, value in self.rows)
+        return Table(self.rows).text()
 
     def _repr_html_(self) -> str:
-        rows = (
-            f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in self.rows
-        )
-        return f"<table>{''.join(rows)}</table>"
+        return Table(self.rows).html()

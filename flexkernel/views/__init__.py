@@ -1,13 +1,28 @@
-"""Views: each takes a Capture, or a tensor made by hand, and returns what a notebook shows, now
-and when reopened."""
+"""Pictures and tables: each takes a Capture, or a tensor made by hand, and returns what a notebook
+shows, now and when it is opened again.
+
+The widgets are imported when one is first used: a table needs none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .tensormap import TensorMap, freeze_all, tensor_map
-from .tree import ModelTree, ModuleRow, model_tree, tree_html
+if TYPE_CHECKING:
+    from .tensormap import TensorMap, freeze_all, tensor_map
+    from .tree import ModelTree, ModuleRow, model_tree, tree_html
+
+_HOMES = {
+    "ModelTree": "tree",
+    "ModuleRow": "tree",
+    "TensorMap": "tensormap",
+    "freeze_all": "tensormap",
+    "model_tree": "tree",
+    "tensor_map": "tensormap",
+    "tree_html": "tree",
+}
+VIEWS = {"map": "tensor_map"}  # what a user calls a view → the function that makes it
 
 __all__ = [
     "VIEWS",
@@ -21,12 +36,16 @@ __all__ = [
     "tree_html",
 ]
 
-VIEWS: dict[str, Callable[..., Any]] = {"map": tensor_map}
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def show(source: Any, as_: str = "map", **options: Any) -> Any:
     """The view of that name. source: a Capture, a torch tensor, a numpy array; options: those of
-    the view."""
+    the view. ValueError: there is no such view."""
     if as_ not in VIEWS:
         raise ValueError(f"no view {as_!r}; there are {', '.join(VIEWS)}")
-    return VIEWS[as_](source, **options)
+    return __getattr__(VIEWS[as_])(source, **options)

@@ -31,6 +31,7 @@ from flexkernel.memory import reduce
 
 from . import png
 from .grid import Grid, Span, exact
+from .table import Cell, Table
 
 __all__ = ["TensorMap", "freeze_all", "tensor_map"]
 
@@ -579,18 +580,20 @@ def part_text(grid: Grid, part: Part) -> str:
 def _still_html(
     encoded: str, width: int, alt: str, caption: str, facts: list[tuple[str, str]]
 ) -> str:
-    cell = "padding:1px 12px 1px 0;text-align:left;border:0;background:none;vertical-align:top;"
-    rows = "".join(
-        f'<tr style="background:none"><td style="{cell}opacity:.7;white-space:nowrap">{html.escape(name)}</td>'
-        f'<td style="{cell}"><bdi>{html.escape(value)}</bdi></td></tr>'
+    rows = [
+        # a token written from right to left must not turn the rest of its line round
+        (
+            Cell(name, style="opacity:.7;white-space:nowrap"),
+            Cell("", f"<bdi>{html.escape(value)}</bdi>"),
+        )
         for name, value in facts
-    )
+    ]
     return (
         f'<figure style="margin:4px 0;max-width:{width}px">'
         f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(alt, quote=True)}" '
         f'style="display:block;width:{width}px;max-width:100%;height:auto;border-radius:4px">'
         f'<figcaption style="font-size:90%;margin-top:4px">{html.escape(caption)}</figcaption>'
-        f'<table style="font-size:85%;border-collapse:collapse;border:0;margin:2px 0 0 0">{rows}</table></figure>'
+        f'<div style="font-size:85%">{Table(rows).html()}</div></figure>'
     )
 
 
