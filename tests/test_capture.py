@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
-from flexkernel.memory.slabs import PAGE, Pool, Slab, pages
+from flexkernel.memory.pool import Pool
+from flexkernel.memory.slab import PAGE, Slab, pages
 from flexkernel.session.capture import Capture
 from flexkernel.wire import Box, CaptureKey, Region, ShardRecord
 
@@ -213,25 +214,25 @@ def test_changing_a_slice_changes_nothing_else(tmp_path, whole):
 
 def test_a_tensor_is_read_for_as_long_as_it_lives_and_the_slab_is_not_reused(tmp_path, whole):
     pool = Pool("p")
-    extent = pool.take(PAGE)
-    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.looked_into(extent))
+    extent = pool.lease(PAGE)
+    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.pin(extent))
     held = capture.tensor()[1]
     capture.expire("it was freed")
     pool.release(extent)
-    assert pool.take(PAGE).base != extent.base
+    assert pool.lease(PAGE).base != extent.base
     assert torch.equal(held, whole[1])
     del held
     gc.collect()
-    assert pool.take(PAGE).base == extent.base
+    assert pool.lease(PAGE).base == extent.base
 
 
 def test_slices_and_reductions_hold_nothing(tmp_path, whole):
     pool = Pool("p")
-    extent = pool.take(PAGE)
-    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.looked_into(extent))
+    extent = pool.lease(PAGE)
+    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.pin(extent))
     kept = [capture[0], capture.mean(dim=-1), capture.topk(2), capture.tiles(), capture.amax()]
     pool.release(extent)
-    assert kept and pool.take(PAGE).base == extent.base
+    assert kept and pool.lease(PAGE).base == extent.base
 
 
 # --- saving ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from flexkernel.errors import (
     PlacementError,
     PromptError,
 )
-from flexkernel.memory import slabs
+from flexkernel.memory import plan
 from flexkernel.session.generation import Detokenizer, generated
 from flexkernel.session.run import Store
 from flexkernel.wire import RunReport
@@ -454,7 +454,7 @@ def test_positions_are_the_whole_texts_and_the_last_is_each_forwards_newest(sess
 
 @two
 def test_large_logits_are_kept_of_the_last_forward_only(session, tiny, monkeypatch):
-    monkeypatch.setattr(slabs, "LOGITS_BYTES", 3 * 4 * 256 * 4 - 1)
+    monkeypatch.setattr(plan, "LOGITS_BYTES", 3 * 4 * 256 * 4 - 1)
     session.on_ranks(watched.limit_logits, 3 * 4 * 256 * 4 - 1)
     try:
         session.load(tiny("llama"), tp=2)

@@ -19,7 +19,8 @@ from flexkernel.engine.place.digest import digest
 from flexkernel.engine.place.placements import Declared, Place, Placer, chunk, parse, shared_part
 from flexkernel.engine.run.hooks import Recording, failed
 from flexkernel.errors import HookError, PlacementError
-from flexkernel.memory.slabs import PAGE, Entry, Plan, Slab, pages, size_of
+from flexkernel.memory.plan import Entry, Plan
+from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.session.capture import Capture
 from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula, share
 

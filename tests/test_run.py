@@ -18,7 +18,7 @@ from flexkernel.errors import (
     MemoryBudgetError,
     PlacementError,
 )
-from flexkernel.memory.slabs import PAGE
+from flexkernel.memory.slab import PAGE
 from flexkernel.session.run import Run, Store, described
 from flexkernel.wire import CaptureKey, Region, RunPlan, ShardRecord
 
@@ -425,17 +425,18 @@ def test_loading_again_leaves_no_slab_behind(session, tiny):
 
 def test_a_slab_that_does_not_fit_does_not_end_the_session(session, tiny, monkeypatch):
     """The pool must not offer it again."""
-    from flexkernel.memory import slabs
+    from flexkernel.memory import slab
+    from flexkernel.memory.pool import SLAB_BYTES
 
     session.load(tiny("llama"))
-    allocate = slabs.allocate
+    allocate = slab.allocate
 
     def full(fd, num_bytes, path):
-        if num_bytes > slabs.SLAB_BYTES:
+        if num_bytes > SLAB_BYTES:
             raise MemoryBudgetError("a slab does not fit")
         allocate(fd, num_bytes, path)
 
-    monkeypatch.setattr(slabs, "allocate", full)
+    monkeypatch.setattr(slab, "allocate", full)
     session.hook("**")
     with pytest.raises(MemoryBudgetError, match="a slab does not fit"):
         session.run([[5] * 500] * 16)
@@ -452,7 +453,7 @@ def test_where_memory_is_small_slabs_are(session, tiny, monkeypatch):
     session.load(tiny("llama"))
     monkeypatch.setattr(psutil, "disk_usage", lambda path: Usage)
     store = Store(session.cluster, session.info.layout)
-    assert store.pool.take(1).slab_bytes == 8 << 20 and store.budget <= 64 << 20
+    assert store.pool.lease(1).slab_bytes == 8 << 20 and store.budget <= 64 << 20
 
 
 # --- values nobody planned ------------------------------------------------------------

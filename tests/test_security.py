@@ -24,7 +24,8 @@ from torch import nn
 
 import flexkernel as fk
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
-from flexkernel.memory import channel, slabs
+from flexkernel.memory import channel
+from flexkernel.memory.slab import folder_path
 from flexkernel.notebook.display import as_html
 from flexkernel.session import prompts
 
@@ -80,7 +81,7 @@ def files_of(session) -> list[Path]:
     keys."""
     cluster = session.cluster
     profile, name = Path(cluster._cluster.profile_dir), cluster.cluster_id
-    home = slabs.place(cluster.folder)
+    home = folder_path(cluster.folder)
     mine = [
         home.parent,
         *(p for folder in home.parent.glob(f"{home.name}*") for p in (folder, *folder.rglob("*"))),

@@ -16,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexkernel.errors import CaptureError, CaptureExpired, HookError
-from flexkernel.memory import slabs
-from flexkernel.memory.slabs import PAGE, Planner, Pool, Slab, first_gap, pages, size_of
+from flexkernel.memory import plan as planning
+from flexkernel.memory import slab as files
+from flexkernel.memory.plan import Plan, Planner
+from flexkernel.memory.pool import SLAB_BYTES, Extent, Pool, first_gap
+from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.wire import (
     CaptureKey,
     HookSpec,
@@ -58,7 +61,7 @@ def info(scan=SCAN) -> ModelInfo:
     return ModelInfo("p", "M", Layout(), "float32", "sdpa", modules, scan, 0, (0,), (0,), 256, 512)
 
 
-def planned(*hooks: HookSpec, B: int = 2, S: int = 5) -> slabs.Plan:
+def planned(*hooks: HookSpec, B: int = 2, S: int = 5) -> Plan:
     return Planner(info()).plan(hooks, B, S)
 
 
@@ -102,7 +105,7 @@ def test_every_run_has_the_logits():
 
 
 def test_large_logits_are_kept_for_the_last_position(monkeypatch):
-    monkeypatch.setattr(slabs, "LOGITS_BYTES", 2 * 5 * WIDTH * 4 - 1)
+    monkeypatch.setattr(planning, "LOGITS_BYTES", 2 * 5 * WIDTH * 4 - 1)
     plan = planned()
     assert plan.logits_last and plan.entries[0].shape == (2, 1, WIDTH)
 
@@ -162,7 +165,7 @@ def test_positions_of_keys_and_patterns_are_kept_too():
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FLEX_SLABS", str(tmp_path))
-    return slabs.folder("here")
+    return files.make_folder("here")
 
 
 def mode(path: Path) -> int:
@@ -173,7 +176,7 @@ def test_folder_and_files_are_this_users_alone(folder):
     previous = os.umask(0)
     try:
         Slab(folder / "a.slab", PAGE)
-        slabs.folder("other")
+        files.make_folder("other")
     finally:
         os.umask(previous)
     assert mode(folder) == mode(folder.parent) == mode(folder.parent / "other") == 0o700
@@ -183,32 +186,32 @@ def test_folder_and_files_are_this_users_alone(folder):
 def test_a_folder_that_others_can_read_is_refused(folder):
     folder.parent.chmod(0o755)
     with pytest.raises(CaptureError, match=r"is not a private folder.*FLEX_SLABS"):
-        slabs.folder("here")
+        files.make_folder("here")
 
 
 def test_a_folder_that_leads_elsewhere_is_refused(tmp_path, folder):
     (folder.parent / "link").symlink_to(tmp_path)
     with pytest.raises(CaptureError, match="is not a private folder"):
-        slabs.folder("link")
+        files.make_folder("link")
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(folder):
     (folder.parent / "file").touch()
     with pytest.raises(CaptureError, match="is not a private folder"):
-        slabs.folder("file")
+        files.make_folder("file")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_someone_else_is_refused(folder):
     os.chown(folder.parent, 12345, -1)
     with pytest.raises(CaptureError, match="is not a private folder"):
-        slabs.folder("here")
+        files.make_folder("here")
 
 
 def test_a_root_that_is_not_there_is_an_error_of_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEX_SLABS", str(tmp_path / "nowhere"))
     with pytest.raises(CaptureError, match=r"nowhere.*FLEX_SLABS"):
-        slabs.folder("here")
+        files.make_folder("here")
 
 
 def test_a_slab_through_a_link_is_refused(folder, tmp_path):
@@ -221,48 +224,48 @@ def test_a_slab_through_a_link_is_refused(folder, tmp_path):
 
 def test_sweeping_takes_the_folder_and_may_be_done_twice(folder):
     Slab(folder / "a.slab", PAGE)
-    slabs.sweep(folder)
-    slabs.sweep(folder)
+    files.remove_folder(folder)
+    files.remove_folder(folder)
     assert not folder.exists()
 
 
 def test_a_folder_that_nobody_claims_any_more_is_swept(folder):
     """Who claimed it may have been killed: 64 MB and more of /dev/shm would stay for ever."""
     code = (
-        "from flexkernel.memory import slabs as s; import os; "
-        "p, c = s.claim('dead'); s.Slab(p / 'a.slab', 4096); os._exit(1)"
+        "from flexkernel.memory import slab as s; import os; "
+        "p, c = s.claim_folder('dead'); s.Slab(p / 'a.slab', 4096); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], timeout=60)
     assert (folder.parent / "dead" / "a.slab").exists()
-    alive, claimed = slabs.claim("alive")
+    alive, claimed = files.claim_folder("alive")
     assert not (folder.parent / "dead").exists() and alive.exists()
-    also, again = slabs.claim("alive")
+    also, again = files.claim_folder("alive")
     claimed.close()
-    slabs.claim("other")[1].close()
+    files.claim_folder("other")[1].close()
     assert also == alive and alive.exists(), "a second process claims it still"
     again.close()
-    slabs.claim("another")[1].close()
+    files.claim_folder("another")[1].close()
     assert not alive.exists()
 
 
 def test_a_folder_without_a_claim_in_it_is_left_to_whoever_makes_it(folder):
-    slabs.claim("other")[1].close()
+    files.claim_folder("other")[1].close()
     assert folder.exists()
 
 
 def test_a_claim_survives_that_its_folder_is_swept_meanwhile(folder, monkeypatch):
     """Between making the folder and claiming it."""
-    real, swept = slabs.folder, []
+    real, swept = files.make_folder, []
 
     def made(name, root=None):
         path = real(name, root)
         if not swept:
-            swept.append(slabs.sweep(path))
+            swept.append(files.remove_folder(path))
         return path
 
-    monkeypatch.setattr(slabs, "folder", made)
-    path, lock = slabs.claim("late")
-    assert swept and path.exists() and mode(path / slabs.LOCK) == 0o600
+    monkeypatch.setattr(files, "make_folder", made)
+    path, lock = files.claim_folder("late")
+    assert swept and path.exists() and mode(path / files.LOCK) == 0o600
     lock.close()
 
 
@@ -275,7 +278,7 @@ def test_a_reader_finds_no_slab_where_none_is(folder):
 
 def test_a_slab_that_was_removed_is_said_to_be_gone_and_leaves_no_count(folder):
     slab, freed = Slab(folder / "a.slab", PAGE), []
-    slabs.sweep(folder)
+    files.remove_folder(folder)
     with pytest.raises(CaptureExpired, match=r"a\.slab is gone"):
         slab.private(Region("a.slab", 0, (4,), "float32"), lambda: freed.append(1))
     assert freed == [1]
@@ -284,7 +287,7 @@ def test_a_slab_that_was_removed_is_said_to_be_gone_and_leaves_no_count(folder):
 def test_a_pool_makes_slabs_no_larger_than_it_is_told_to():
     """Where /dev/shm has 64 MB, as in many containers, a slab of 64 MB would never fit."""
     pool = Pool("p", smallest=4 * PAGE)
-    assert pool.take(PAGE).slab_bytes == 4 * PAGE and pool.take(5 * PAGE).slab_bytes == 8 * PAGE
+    assert pool.lease(PAGE).slab_bytes == 4 * PAGE and pool.lease(5 * PAGE).slab_bytes == 8 * PAGE
 
 
 # --- maps -----------------------------------------------------------------------------
@@ -349,16 +352,16 @@ def test_freed_is_called_when_the_last_tensor_of_a_map_dies(folder):
 
 FULL = """
 import pathlib, sys, torch
-from flexkernel import slabs
 from flexkernel.errors import MemoryBudgetError
-folder = slabs.folder("here")
-first = slabs.Slab(folder / "first.slab", 1 << 20)
+from flexkernel.memory.slab import Slab, make_folder
+folder = make_folder("here")
+first = Slab(folder / "first.slab", 1 << 20)
 try:
-    slabs.Slab(folder / "second.slab", 4 << 20)
+    Slab(folder / "second.slab", 4 << 20)
 except MemoryBudgetError as error:
     print("refused", error)
 first.bytes.fill_(7)
-small = slabs.Slab(folder / "third.slab", 1 << 19)  # what the refused one took is given back
+small = Slab(folder / "third.slab", 1 << 19)  # what the refused one took is given back
 small.bytes.fill_(9)
 print("sum", int(first.bytes.sum()) // 7, int(small.bytes.sum()) // 9)
 """
@@ -404,75 +407,75 @@ def inside(pool: Pool) -> list[tuple[str, int, int]]:
 
 def test_runs_share_a_slab_until_it_is_full():
     pool = Pool("p")
-    first, second, third = (pool.take(n) for n in (100, 5 * PAGE, slabs.SLAB_BYTES))
+    first, second, third = (pool.lease(n) for n in (100, 5 * PAGE, SLAB_BYTES))
     assert first.slab == second.slab != third.slab
     assert (first.base, second.base, third.base) == (0, PAGE, 0)
 
 
 def test_an_extent_comes_back_when_its_run_lets_go():
     pool = Pool("p")
-    first = pool.take(100)
-    pool.take(100)
+    first = pool.lease(100)
+    pool.lease(100)
     pool.release(first)
-    again = pool.take(100)
+    again = pool.lease(100)
     assert (again.slab, again.base) == (first.slab, first.base)
 
 
 def test_an_extent_is_not_used_again_while_a_tensor_of_it_is_alive(folder):
     pool = Pool("p")
-    extent = pool.take(PAGE)
+    extent = pool.lease(PAGE)
     slab = Slab(folder / extent.slab, extent.slab_bytes)
     region = Region(extent.slab, extent.base, (4,), "float32")
     value = put(slab, region)
-    held = slab.private(region, pool.looked_into(extent))[1:]
+    held = slab.private(region, pool.pin(extent))[1:]
     pool.release(extent)
-    other = pool.take(PAGE)
+    other = pool.lease(PAGE)
     assert other.base != extent.base and torch.equal(held, value[1:])
     del held
     gc.collect()
-    assert pool.take(PAGE).base == extent.base
+    assert pool.lease(PAGE).base == extent.base
 
 
 def test_a_released_extent_waits_for_every_tensor():
     pool = Pool("p")
-    extent = pool.take(PAGE)
-    died = [pool.looked_into(extent) for _ in range(3)]
+    extent = pool.lease(PAGE)
+    died = [pool.pin(extent) for _ in range(3)]
     pool.release(extent)
     for one in died:
-        assert pool.take(PAGE).base != extent.base
+        assert pool.lease(PAGE).base != extent.base
         one()
-    assert pool.take(PAGE).base == extent.base
+    assert pool.lease(PAGE).base == extent.base
 
 
 def test_an_extent_is_kept_by_its_run_although_its_tensors_died():
     pool = Pool("p")
-    extent = pool.take(PAGE)
-    pool.looked_into(extent)()
-    assert pool.take(PAGE).base != extent.base
+    extent = pool.lease(PAGE)
+    pool.pin(extent)()
+    assert pool.lease(PAGE).base != extent.base
 
 
 def test_an_adopted_extent_is_taken():
     pool = Pool("p")
-    pool.adopt(slabs.Extent("old.slab", 4 * PAGE, 0, PAGE))
-    assert pool.take(PAGE).base == PAGE and pool.num_bytes == 2 * PAGE
+    pool.adopt(Extent("old.slab", 4 * PAGE, 0, PAGE))
+    assert pool.lease(PAGE).base == PAGE and pool.num_bytes == 2 * PAGE
 
 
 def test_a_slab_that_could_not_be_made_is_not_offered_again():
     """Else every later run would be sent to a file that does not fit, however small the run is."""
     pool = Pool("p")
-    large = pool.take(3 * slabs.SLAB_BYTES)
+    large = pool.lease(3 * SLAB_BYTES)
     pool.abandon(large)
-    assert pool.take(PAGE).slab_bytes == slabs.SLAB_BYTES and large.slab not in pool.slabs
+    assert pool.lease(PAGE).slab_bytes == SLAB_BYTES and large.slab not in pool.slabs
 
 
 def test_a_slab_with_other_runs_in_it_survives_a_failure():
     pool = Pool("p")
-    kept, failed = pool.take(PAGE), pool.take(PAGE)
+    kept, failed = pool.lease(PAGE), pool.lease(PAGE)
     pool.abandon(failed)
-    assert pool.slabs == {kept.slab: kept.slab_bytes} and pool.take(PAGE).base == PAGE
+    assert pool.slabs == {kept.slab: kept.slab_bytes} and pool.lease(PAGE).base == PAGE
 
 
-sizes = st.integers(0, 3 * slabs.SLAB_BYTES // 2)
+sizes = st.integers(0, 3 * SLAB_BYTES // 2)
 
 
 @given(st.lists(st.tuples(sizes, st.booleans(), st.booleans()), max_size=25))
@@ -480,11 +483,11 @@ sizes = st.integers(0, 3 * slabs.SLAB_BYTES // 2)
 def test_whatever_comes_and_goes_no_two_live_extents_overlap(steps):
     pool, live, watched = Pool("p"), [], []
     for num_bytes, looks, goes in steps:
-        extent = pool.take(num_bytes)
+        extent = pool.lease(num_bytes)
         assert extent.num_bytes >= max(num_bytes, 1) and extent.base % PAGE == 0
         assert extent.base + extent.num_bytes <= extent.slab_bytes == pool.slabs[extent.slab]
         if looks:
-            watched.append(pool.looked_into(extent))
+            watched.append(pool.pin(extent))
         live.append(extent)
         if goes:
             pool.release(live.pop(0))
@@ -500,7 +503,7 @@ def test_a_gap_is_found_if_there_is_one(lengths, need, space):
     extents, base = [], 0
     for i, length in enumerate(lengths):
         base += i % 3
-        extents.append(slabs.Extent("s", 0, base, length))
+        extents.append(Extent("s", 0, base, length))
         base += length
     found = first_gap(extents, need, base + space)
     taken = {b for e in extents for b in range(e.base, e.base + e.num_bytes)}

@@ -17,7 +17,8 @@ from flexkernel.engine.place.digest import digest, digest_in_flight, joined_dige
 from flexkernel.engine.place.staging import Copies, Lane, Staged, copies_from
 from flexkernel.engine.run.hooks import Recording
 from flexkernel.errors import FlexError
-from flexkernel.memory.slabs import Plan, Slab
+from flexkernel.memory.plan import Plan
+from flexkernel.memory.slab import Slab
 from flexkernel.wire import CaptureKey, Region, ShardRecord
 
 IDS = [[5, 6, 7, 8, 9], [3, 4, 5, 6, 2]]

@@ -394,6 +394,6 @@ def no_language_model() -> torch.nn.Module:
 
 def limit_logits(num_bytes: int) -> None:
     """From how many bytes on this engine's runs keep the last position's logits only."""
-    import flexkernel.memory.slabs as slabs
+    from flexkernel.memory import plan
 
-    slabs.LOGITS_BYTES = num_bytes
+    plan.LOGITS_BYTES = num_bytes

@@ -12,7 +12,7 @@ import ipyparallel as ipp
 import psutil
 
 from flexkernel.errors import ClusterError
-from flexkernel.memory import slabs
+from flexkernel.memory.slab import folder_path
 
 from .controller import Lame, end_controllers, lame, living, quiet, restore_controller
 from .ipp import IPyParallel
@@ -90,7 +90,7 @@ def begin(
         raise
     if reaper is not None:
         reaper.watch(p for p in psutil.Process().children(recursive=True) if p.pid not in before)
-        reaper.sweeps(slabs.place(found.folder))
+        reaper.sweeps(folder_path(found.folder))
         found.reaper = reaper
     return found
 

@@ -21,8 +21,8 @@ import psutil
 from flexkernel import engine, errors
 from flexkernel._version import __version__
 from flexkernel.errors import ClusterError, EngineDied
-from flexkernel.memory import slabs
 from flexkernel.memory.heartbeat import Heartbeat, start_time
+from flexkernel.memory.slab import folder_path, remove_folder
 from flexkernel.wire import ErrorReport, Owner, RankState
 
 from .cluster import Cluster, with_partial
@@ -588,7 +588,7 @@ class IPyParallel(Cluster):
         """What a rank on this host is at; None before it has a seat, and for other hosts."""
         host = os.environ.get("FLEX_HOST", "")
         with contextlib.suppress(OSError):
-            return Heartbeat(slabs.place(self.folder + (f"-{host}" if host else "")), rank)
+            return Heartbeat(folder_path(self.folder + (f"-{host}" if host else "")), rank)
         return None
 
     def last_module(self, rank: int) -> str:
@@ -625,10 +625,10 @@ class IPyParallel(Cluster):
                 remove_keys(self._cluster)
                 # where they were, nothing is any more
                 with contextlib.suppress(OSError, errors.CaptureError):
-                    place = slabs.place(self.folder)
+                    place = folder_path(self.folder)
                     # engines that hung have left theirs
                     for folder in place.parent.glob(f"{place.name}*"):
-                        slabs.sweep(folder)
+                        remove_folder(folder)
         if self.reaper is not None:
             self.reaper.leave()
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flexkernel.engine.place.placements import narrowed
 from flexkernel.engine.place.slabs import open_slab
-from flexkernel.memory.slabs import Rows, row_dims
+from flexkernel.memory.plan import Rows, row_dims
 from flexkernel.wire import Box
 
 __all__ = ["write"]

@@ -20,8 +20,8 @@ from flexkernel._version import __version__
 from flexkernel.engine.place.slabs import drop_all, freeze_imports, let_go
 from flexkernel.engine.ranks.breaker import Breaker
 from flexkernel.engine.ranks.watch import Watch
-from flexkernel.memory import slabs
 from flexkernel.memory.heartbeat import Heartbeat
+from flexkernel.memory.slab import Slab, claim_folder, remove_folder
 from flexkernel.wire import (
     EditSpec,
     HookSet,
@@ -66,7 +66,7 @@ class Runtime:
         self.spill_claim: Any = None
         # what lies in the slabs
         self.runs: dict[int, tuple[RunPlan, tuple[HookSpec, ...], RunReport]] = {}
-        self.slabs: dict[str, slabs.Slab] = {}
+        self.slabs: dict[str, Slab] = {}
         self.edits: dict[str, tuple[EditSpec, Any]] = {}  # as they came, and as functions
         self.saved: dict[str, Any] = {}  # edit → what it keeps between runs
         self.modules: dict[str, torch.nn.Module] = {}  # trainable, beside the model
@@ -116,7 +116,7 @@ class Runtime:
     def _claimed(self, folder: str) -> Path:
         """This host's run folder of that name, which all hosts share."""
         host = os.environ.get("FLEX_HOST")
-        self.run_folder, self.claim = slabs.claim(folder + (f"-{host}" if host else ""))
+        self.run_folder, self.claim = claim_folder(folder + (f"-{host}" if host else ""))
         return self.run_folder
 
     def sit(
@@ -151,9 +151,9 @@ class Runtime:
         if self.seat.world > 1:
             leave()
         if self.run_folder is not None and self.seat.local_rank == 0:
-            slabs.sweep(self.run_folder)
+            remove_folder(self.run_folder)
             if self.spill_folder is not None:
-                slabs.sweep(self.spill_folder)
+                remove_folder(self.spill_folder)
         self.spill_root = self.spill_folder = self.spill_claim = None
         self.slabs, self.runs, self.run_folder, self.claim = {}, {}, None, None
 

@@ -24,7 +24,7 @@ from flexkernel.engine.model.pytree import inputs, leaf
 from flexkernel.engine.run.forward import open_slab
 from flexkernel.errors import LoadError, MemoryBudgetError
 from flexkernel.memory.drift import drift, real_part
-from flexkernel.memory.slabs import Entry, Plan
+from flexkernel.memory.plan import Entry, Plan
 from flexkernel.wire import HookSpec, Layout, Region, Unsharded
 
 from .model import attention

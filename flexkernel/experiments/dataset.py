@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flexkernel.errors import CaptureError, HookError
-from flexkernel.memory.slabs import Entry, Rows, row_dims
+from flexkernel.memory.plan import Entry, Rows, row_dims
 from flexkernel.names import nearest
 from flexkernel.session.capture import Capture
 from flexkernel.session.hooks import spec_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flexkernel.memory.slabs import Entry, Plan
+from flexkernel.memory.plan import Entry, Plan
 from flexkernel.session.run import costliest
 from flexkernel.views.table import Table
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, share

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flexkernel.errors import CaptureError, HookError
-from flexkernel.memory.slabs import Planner
+from flexkernel.memory.plan import Planner
 from flexkernel.session.capture import Capture, draw
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run

@@ -21,7 +21,8 @@ import torch
 
 from flexkernel.errors import HookError, LoadError, PlacementError, PromptError
 from flexkernel.memory.drift import drift, real_part
-from flexkernel.memory.slabs import Entry, Extent, Plan
+from flexkernel.memory.plan import Entry, Plan
+from flexkernel.memory.pool import Extent
 from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
 from flexkernel.session.run import Run, Store
@@ -300,7 +301,7 @@ def truth_of(where: Plan, entry: Entry, extent: Extent, store: Store) -> Capture
     region = where.region(entry, extent.slab, extent.base)
     seen = {0: ShardRecord("unsharded", "whole")}
     dtype = getattr(torch, entry.formula.dtype)
-    looked = functools.partial(store.pool.looked_into, extent)
+    looked = functools.partial(store.pool.pin, extent)
     return Capture(entry.key, entry.shape, dtype, seen, region, store, extent.slab_bytes, looked)
 
 

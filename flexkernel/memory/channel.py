@@ -34,7 +34,7 @@ from flexkernel.wire import Region
 
 from . import reduce
 from .reduce import Histogram
-from .slabs import on_disk
+from .slab import on_disk
 
 __all__ = ["Client", "Server", "new_keys"]
 

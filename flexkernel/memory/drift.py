@@ -6,7 +6,7 @@ import torch
 
 from flexkernel.wire import ShapeFormula
 
-from .slabs import position_dim
+from .plan import position_dim
 
 __all__ = ["drift", "real_part"]
 

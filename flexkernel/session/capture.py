@@ -15,7 +15,8 @@ import torch
 from flexkernel import errors
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.slabs import Entry, Slab, left_of, pages, size_of
+from flexkernel.memory.plan import Entry, left_of
+from flexkernel.memory.slab import Slab, pages, size_of
 from flexkernel.wire import Box, CaptureKey, Layout, Region, ShardRecord, SlabValue, boxes
 
 from .files import whole_file

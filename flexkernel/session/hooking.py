@@ -14,7 +14,7 @@ from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.interrupts import Held
 from flexkernel.cluster.packing import packed
 from flexkernel.errors import LoadError
-from flexkernel.memory import slabs
+from flexkernel.memory.plan import Planner, check_index
 from flexkernel.wire import EditSpec, HookSet, HookSpec, ModelInfo
 
 from . import edits, hookfile
@@ -29,7 +29,7 @@ class Hooking:
 
     cluster: Cluster
     info: ModelInfo | None
-    planner: slabs.Planner
+    planner: Planner
     store: Store | None
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Hooking:
         edits.check(spec, known)
         found = self.planner.names(spec)
         firing = [n for n in found if spec.of == "param" or info.scan.get((n, spec.of))]
-        slabs.check_index(info, firing, spec)
+        check_index(info, firing, spec)
         return found, firing
 
     def unhook(self, glob_or_name: str | None = None) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexkernel.errors import EditError, HookError, PlacementError
-from flexkernel.memory.slabs import size_of
+from flexkernel.memory.slab import size_of
 from flexkernel.names import nearest
 from flexkernel.wire import (
     Blob,
@@ -69,7 +69,7 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
             region,
             store,
             extent.slab_bytes,
-            lambda: store.pool.looked_into(extent),
+            lambda: store.pool.pin(extent),
         )
         assert whole.error is None, "checked before"
         store.lend(whole, extent)

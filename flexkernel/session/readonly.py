@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from flexkernel.errors import CaptureExpired, ClusterError
-from flexkernel.memory.slabs import Extent, Slab, on_disk
+from flexkernel.memory.pool import Extent
+from flexkernel.memory.slab import Slab, on_disk
 from flexkernel.wire import Region
 
 from .run import Run, Store

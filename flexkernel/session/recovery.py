@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from flexkernel.cluster.cluster import Cluster, chosen
-from flexkernel.memory.slabs import Planner
+from flexkernel.memory.plan import Planner
 from flexkernel.wire import EditSpec, HookSet, ModelInfo, RankState, Source
 
 from .run import Store

@@ -22,26 +22,19 @@ import torch
 
 from flexkernel.cluster.interrupts import Held
 from flexkernel.errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
-from flexkernel.memory.reduce import result_dtype
-from flexkernel.memory.slabs import (
-    PAGE,
-    SLAB_BYTES,
+from flexkernel.memory.plan import (
     Entry,
-    Extent,
     Plan,
     Planner,
-    Pool,
-    Slab,
-    claim,
     cut,
     kept_columns,
     kept_shape,
     left,
-    on_disk,
-    pages,
-    place,
     position_dim,
 )
+from flexkernel.memory.pool import SLAB_BYTES, Extent, Pool
+from flexkernel.memory.reduce import result_dtype
+from flexkernel.memory.slab import PAGE, Slab, claim_folder, folder_path, on_disk, pages
 from flexkernel.names import match, nearest
 from flexkernel.views.table import Cell, Table, page
 from flexkernel.wire import EDITED, CaptureKey, Layout, Region, RunPlan, RunReport, ShardRecord
@@ -432,9 +425,9 @@ class Store:
         name = cluster.folder + (f"-{host}" if host else "")
         # An engine made the folder under a random name: where it is there already, this is the
         # engine's own memory.
-        same = place(name).is_dir()
+        same = folder_path(name).is_dir()
         self._cluster, self.here = cluster, (host or socket.gethostname()) if same else "elsewhere"
-        self.folder, self._claim = claim(name)
+        self.folder, self._claim = claim_folder(name)
         self.notes: dict[str, str] = {}  # rank → what made its copies of the last run slow
         self.spill = Spill(cluster, name, same)
         self.hosts: list[str] = list(cluster.hosts)
@@ -591,7 +584,7 @@ class Store:
                 not few or (self._in_memory(run) and not self._to_disk(run))
             ):
                 self._expire(run)
-        return self.pool.take(num_bytes)
+        return self.pool.lease(num_bytes)
 
     def _expire(self, run: Run) -> None:
         self.free(run, "it expired to make room for newer runs; run.keep() keeps one")
@@ -621,9 +614,7 @@ class Store:
             run.plan, slab=target.slab, slab_bytes=target.slab_bytes, base=0
         )
         for capture in run.captures.values():
-            capture.move(
-                target.slab, target.slab_bytes, extent.base, lambda: self.pool.looked_into(target)
-            )
+            capture.move(target.slab, target.slab_bytes, extent.base, lambda: self.pool.pin(target))
         self._extents[run.number] = target
         self.pool.release(extent)
         return True
@@ -641,7 +632,7 @@ class Store:
         """Let a capture that belongs to no run have these bytes until it is freed or dies, or room
         is needed."""
         # it counts as a tensor made from the extent
-        back = weakref.finalize(capture, self.pool.looked_into(extent))
+        back = weakref.finalize(capture, self.pool.pin(extent))
         back.atexit = False
         self.pool.release(extent)
 
@@ -948,7 +939,7 @@ def captures(
             others.setdefault(key, {})[report.rank] = seen
 
     def looked_into():
-        return home.pool.looked_into(extent)
+        return home.pool.pin(extent)
 
     text = Positions(run)
     found: dict[CaptureKey, Capture] = {}

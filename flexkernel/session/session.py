@@ -12,7 +12,7 @@ from flexkernel.cluster import begin
 from flexkernel.cluster.cluster import Cluster, InProcess
 from flexkernel.cluster.packing import packed
 from flexkernel.errors import CaptureError, HookError
-from flexkernel.memory import slabs
+from flexkernel.memory.plan import Plan, Planner
 from flexkernel.wire import HookSet, Layout, ModelInfo, Source, Training
 
 from . import generation, model, parameters, prompts
@@ -134,7 +134,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
     def _know(self, info: ModelInfo, source: Source) -> None:
         self.source = source
         self.tokenizer = None if info.built else prompts.tokenizer(info.path)
-        self.info, self.planner = info, slabs.Planner(info)
+        self.info, self.planner = info, Planner(info)
         self.cluster.module_names = [module.name for module in info.modules]
         self.store = (OthersStore if self.cluster.reader else Store)(self.cluster, info.layout)
 
@@ -193,7 +193,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         complement: bool,
         new: int = 0,
         backward: bool = False,
-    ) -> tuple[slabs.Plan, dict[str, Any]]:
+    ) -> tuple[Plan, dict[str, Any]]:
         """(where what the hooks keep will lie, the fields of a RunPlan that say which hooks)."""
         groups = (groups,) if isinstance(groups, str) else tuple(groups)
         check_groups(self.hook_set, groups)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from flexkernel.errors import CaptureError, EngineError, MemoryBudgetError
-from flexkernel.memory import slabs
-from flexkernel.memory.slabs import SPILLED, Extent, pages
+from flexkernel.memory.pool import Extent
+from flexkernel.memory.slab import PAGE, SPILLED, claim_folder, folder_path, pages, spill_root
 
 __all__ = ["Spill"]
 
@@ -31,7 +31,7 @@ class Spill:
 
     def __init__(self, cluster: Any, name: str, near: bool):
         self._cluster, self._name, self._near = cluster, name, near
-        self.root, self.given = slabs.disk(), "FLEX_SPILL" in os.environ
+        self.root, self.given = spill_root(), "FLEX_SPILL" in os.environ
         self.budget: int | None = None
         self.folder: Path | None = None
         self._claim: IO[bytes] | None = None
@@ -74,7 +74,7 @@ class Spill:
             else budget
         )
         if self._near:
-            self.folder, self._claim = slabs.claim(self._name, self.root)
+            self.folder, self._claim = claim_folder(self._name, self.root)
             if getattr(self._cluster, "reaper", None) is not None:
                 self._cluster.reaper.sweeps(self.folder)
 
@@ -88,7 +88,7 @@ class Spill:
         already."""
         if self.given:
             return True
-        here = slabs.place(self._name).parent
+        here = folder_path(self._name).parent
         return (
             self.root.is_dir() and here.is_dir() and here.stat().st_dev != self.root.stat().st_dev
         )
@@ -101,7 +101,7 @@ class Spill:
 
     def take(self, run: int, num_bytes: int) -> Extent:
         """A file for a run that the engines will write into."""
-        size = max(pages(num_bytes), slabs.PAGE)
+        size = max(pages(num_bytes), PAGE)
         return self.adopt(Extent(f"{SPILLED}{self._token}-{run}.slab", size, 0, size))
 
     def move(self, run: int, extent: Extent) -> Extent | None:

@@ -22,7 +22,7 @@ from flexkernel.engine.compat import (
 )
 from flexkernel.engine.place.placements import aimed, parse
 from flexkernel.errors import LayoutError, LoadError
-from flexkernel.memory import slabs
+from flexkernel.memory.plan import Planner
 from flexkernel.names import select
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
@@ -328,7 +328,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
 
     if runtime.model is None:
         raise LoadError(f"rank {runtime.rank} has no model")
-    runtime.info, runtime.planner = info, slabs.Planner(info)
+    runtime.info, runtime.planner = info, Planner(info)
     runtime.watch.know([m.name for m in info.modules], runtime.named)
     modules = {m.name: m for m in info.modules}
     stage = info.layout.coordinate(runtime.rank)["pp"]

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from flexkernel.memory.slabs import PAGE, Slab, claim, on_disk, pages, write_out
+from flexkernel.memory.slab import PAGE, Slab, claim_folder, on_disk, pages, write_out
 from flexkernel.wire import RunPlan
 
 __all__ = [
@@ -54,7 +54,7 @@ def spill_to(runtime: Any, root: Path | None) -> tuple[Path | None, int]:
     it). root=None: that which there is. The runs that lie in another one stay there no longer than
     the next load."""
     if root is not None and root != runtime.spill_root:
-        found, held = claim(runtime.run_folder.name, root)
+        found, held = claim_folder(runtime.run_folder.name, root)
         drop_spilled(runtime)
         runtime.spill_root, runtime.spill_folder, runtime.spill_claim = root, found, held
         if runtime.server is not None:

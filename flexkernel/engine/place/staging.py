@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flexkernel.memory.slabs import Slab, on_disk
+from flexkernel.memory.slab import Slab, on_disk
 
 from .digest import digest, digest_in_flight
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from flexkernel.engine.compat import all_gather_single, stage_peer
 from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.errors import EditError, EngineError
-from flexkernel.memory.slabs import PAGE, Slab, pages, size_of
+from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.wire import Box, Layout, Region
 
 __all__ = [

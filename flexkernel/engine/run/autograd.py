@@ -39,7 +39,8 @@ from flexkernel.engine.ranks.gather import (
     send,
 )
 from flexkernel.errors import HookError, LossError
-from flexkernel.memory.slabs import PAGE, Entry, Slab, pages, size_of
+from flexkernel.memory.plan import Entry
+from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.wire import CaptureKey, Region, RunPlan
 
 from .gradients import parameter_of

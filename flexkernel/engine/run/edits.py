@@ -21,7 +21,8 @@ from flexkernel.engine.place.digest import digest, joined_digest
 from flexkernel.engine.place.placements import Place, Placed, Placer, narrowed
 from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
-from flexkernel.memory.slabs import Slab, check_positions, position_dim
+from flexkernel.memory.plan import check_positions, position_dim
+from flexkernel.memory.slab import Slab
 from flexkernel.wire import (
     EDITED,
     Blob,

@@ -23,7 +23,8 @@ from flexkernel.engine.ranks.breaker import fault
 from flexkernel.engine.ranks.gather import Exchange, OtherRankFailed, header
 from flexkernel.engine.ranks.mesh import leave
 from flexkernel.errors import EngineError, FlexError, HookError, LoadError, PlacementError
-from flexkernel.memory.slabs import Plan, Slab
+from flexkernel.memory.plan import Plan
+from flexkernel.memory.slab import Slab
 from flexkernel.wire import ErrorReport, HookSpec, RunPlan, RunReport, share
 
 from . import generate, train

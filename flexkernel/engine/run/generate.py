@@ -23,7 +23,7 @@ from flexkernel.engine.place.digest import joined_digest
 from flexkernel.engine.place.placements import Place, Placed, narrowed, shared_part
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.slabs import Entry, kept_columns, left_of, position_dim
+from flexkernel.memory.plan import Entry, kept_columns, left_of, position_dim
 from flexkernel.wire import Box, HookSpec, RunPlan, ShapeFormula, ShardRecord
 
 from .hooks import Recording, failed, joined, mask_of

@@ -29,16 +29,8 @@ from flexkernel.engine.place.placements import (
 from flexkernel.engine.place.staging import Copies
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.slabs import (
-    Entry,
-    Plan,
-    Slab,
-    left,
-    left_of,
-    logits_path,
-    position_dim,
-    size_of,
-)
+from flexkernel.memory.plan import Entry, Plan, left, left_of, logits_path, position_dim
+from flexkernel.memory.slab import Slab, size_of
 from flexkernel.wire import Box, CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
 
 from .autograd import Tape, watched

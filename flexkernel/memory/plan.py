@@ -1,32 +1,19 @@
-"""Slabs: memory-mapped files in which whole tensors lie, the plan of what lies where, and who may
-reuse it.
+"""What a run keeps, and where each value lies.
 
-A slab is planned before the run and every process computes the same plan, so that nobody has to be
-told where an activation goes. Captures start on page boundaries: one can be mapped by itself.
+A run is planned before its forward. Every process computes the same plan, so that no process has to
+be told where an activation goes. Captures start on page boundaries, so that one can be mapped alone.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
-import math
-import mmap
-import os
-import stat
-import tempfile
-import weakref
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
 
-from flexkernel.errors import CaptureError, CaptureExpired, HookError, MemoryBudgetError
+from flexkernel.errors import HookError
 from flexkernel.names import nearest, select
 from flexkernel.wire import (
     REDUCTIONS,
@@ -39,50 +26,25 @@ from flexkernel.wire import (
     ShapeFormula,
 )
 
+from .slab import pages, size_of
+
 __all__ = [
     "Entry",
     "Plan",
     "Planner",
-    "Pool",
     "Rows",
-    "Slab",
     "check_index",
     "check_positions",
-    "claim",
     "cut",
-    "disk",
-    "folder",
     "kept_columns",
     "kept_shape",
     "left",
     "left_of",
-    "on_disk",
-    "pages",
-    "place",
+    "position_dim",
     "row_dims",
-    "sweep",
-    "write_out",
 ]
 
-PAGE = mmap.ALLOCATIONGRANULARITY
-SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
-SPILLED = "spill-"  # how the name of a slab begins that lies on disk
-CHUNK = 16 << 20  # bytes that are written to disk at a time
-LOCK = ".lock"  # in each folder: whoever uses the folder holds a shared lock on it
 LOGITS_BYTES = 64 << 20  # above this a run keeps the last position's logits only
-
-
-def pages(num_bytes: int) -> int:
-    """The bytes rounded up to whole pages."""
-    return -(-num_bytes // PAGE) * PAGE
-
-
-def size_of(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a contiguous tensor."""
-    return math.prod(shape) * getattr(torch, dtype).itemsize
-
-
-# --- what lies where ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,307 +461,3 @@ class Rows:
         whole = mask if of is None else of
         whole = whole if len(self.first) == 2 else whole.reshape(-1)
         return whole[tuple(slice(*self.spans[dim]) for dim in self.first)]
-
-
-# --- the files ------------------------------------------------------------------------
-
-
-def disk() -> Path:
-    """Under which folder captures are moved to disk, where the user names none."""
-    return Path(
-        os.environ.get("FLEX_SPILL")
-        or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
-    )
-
-
-def on_disk(slab: str) -> bool:
-    return slab.startswith(SPILLED)
-
-
-def place(name: str, root: Path | None = None) -> Path:
-    """Where this user's slab folder of that name is, or would be: in memory where the system has
-    /dev/shm, or under that root."""
-    if root is None:
-        root = Path(
-            os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
-        )
-        if not root.is_dir():
-            raise CaptureError(
-                f"FLEX_SLABS={root} is not a folder; make it, or set FLEX_SLABS to one that is there"
-            )
-    if not root.is_dir():
-        raise CaptureError(
-            f"{root} is not a folder, no capture can be moved there: make it, or name another"
-        )
-    return root / f"flexkernel-{os.getuid()}" / name
-
-
-def folder(name: str, root: Path | None = None) -> Path:
-    """This user's private folder of that name for slabs, 0700, made if it is not there."""
-    found_at = place(name, root)
-    for path in (found_at.parent, found_at):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise CaptureError(
-                f"{path} is not a private folder of this user; remove it or set FLEX_SLABS"
-            )
-    return found_at
-
-
-def claim(name: str, root: Path | None = None) -> tuple[Path, IO[bytes]]:
-    """The folder of that name, and what claims it for as long as it is open, which ends with the
-    process however that ends. Folders that nobody claims any more are removed: their slabs would
-    hold memory for ever."""
-    while True:
-        path = folder(name, root)
-        # it was swept before it was claimed: once more
-        with contextlib.suppress(FileNotFoundError):
-            lock = open(
-                os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
-                "rb",
-            )
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
-                sweep_unclaimed(path.parent)
-                return path, lock
-            lock.close()
-
-
-def sweep_unclaimed(home: Path) -> None:
-    for path in home.iterdir():
-        with contextlib.suppress(OSError):  # somebody claims it, makes it or sweeps it
-            lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(path)
-            finally:
-                os.close(lock)
-
-
-def sweep(path: Path) -> None:
-    """Remove a folder of slabs and what lies in it."""
-    if path.is_dir():
-        for file in path.iterdir():
-            file.unlink(missing_ok=True)
-        path.rmdir()
-
-
-class _Bytes(np.ndarray):
-    """An ndarray that can be referenced weakly: how a mapping tells that the last tensor made from
-    it has died."""
-
-
-class Slab:
-    """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past
-    a full /dev/shm would kill the process. create=False: for who only reads, and must not find
-    zeros where nothing is. populate: have all its pages there at once; None: unless it lies on
-    disk."""
-
-    def __init__(
-        self, path: Path, num_bytes: int, create: bool = True, populate: bool | None = None
-    ):
-        self.path, self.num_bytes = path, num_bytes
-        fd = opened(path, os.O_RDWR | (os.O_CREAT if create else 0) | os.O_NOFOLLOW)
-        try:
-            allocate(fd, num_bytes, path)
-            there = (
-                getattr(mmap, "MAP_POPULATE", 0)
-                if populate or (populate is None and not on_disk(path.name))
-                else 0
-            )
-            self.map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | there)
-        finally:
-            os.close(fd)
-        self.bytes = torch.from_numpy(np.frombuffer(self.map, dtype=np.uint8))
-
-    def tensor(self, region: Region) -> torch.Tensor:
-        """The region through the map that all processes share: what is written here is seen
-        everywhere."""
-        return shaped(self.bytes[region.offset :], region)
-
-    def private(self, region: Region, freed) -> torch.Tensor:
-        """The region through a copy-on-write map of its own; freed() when the last tensor made
-        from it dies."""
-        num_bytes = size_of(region.shape, region.dtype)
-        if num_bytes == 0:  # nothing to map, and nothing that could outlive the run
-            freed()
-            return torch.empty(region.shape, dtype=getattr(torch, region.dtype))
-        try:
-            fd = opened(self.path, os.O_RDONLY)
-        except CaptureExpired:
-            freed()
-            raise
-        try:
-            start = region.offset // PAGE * PAGE
-            inner = region.offset - start
-            own = mmap.mmap(
-                fd,
-                inner + num_bytes,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=start,
-            )
-        finally:
-            os.close(fd)
-        array = np.frombuffer(own, dtype=np.uint8).view(_Bytes)
-        weakref.finalize(array, freed).atexit = False
-        return shaped(torch.from_numpy(array)[inner:], region)
-
-
-def opened(path: Path, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        raise CaptureExpired(
-            f"{path} is gone: the engines have ended, or have loaded another model"
-        ) from None
-
-
-def write_out(source: torch.Tensor, path: Path) -> None:
-    """Bytes (uint8) into a new file, 0600, piece by piece: nothing of it is mapped. It is there
-    whole or not at all.
-
-    MemoryBudgetError: the disk is full."""
-    fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
-    try:
-        allocate(fd, source.numel(), path)
-        data = memoryview(source.numpy())
-        done = 0
-        while done < len(data):
-            done += os.pwrite(fd, data[done : done + CHUNK], done)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-
-
-def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
-    """Bytes (uint8) seen as the region's tensor."""
-    return (
-        raw[: size_of(region.shape, region.dtype)]
-        .view(getattr(torch, region.dtype))
-        .view(region.shape)
-    )
-
-
-def allocate(fd: int, num_bytes: int, path: Path) -> None:
-    """Make the file that long, with memory behind every page; MemoryBudgetError when there is
-    none."""
-    if os.fstat(fd).st_size >= num_bytes:
-        return
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-            raise
-        os.ftruncate(fd, 0)
-        free = os.statvfs(path.parent)
-        raise MemoryBudgetError(
-            f"a slab of {num_bytes:,} bytes does not fit into {path.parent}, {free.f_bavail * free.f_frsize:,} are "
-            "free there: free runs (session.runs), hook less, or set FLEX_SLABS to a larger folder"
-        ) from None
-
-
-# --- who may reuse it -----------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Extent:
-    """A run's bytes in a slab. tensors: how many live tensors look into it."""
-
-    slab: str
-    slab_bytes: int
-    base: int
-    num_bytes: int
-    tensors: int = 0
-    released: bool = False
-
-
-class Pool:
-    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into
-    them any more."""
-
-    def __init__(self, prefix: str, smallest: int = SLAB_BYTES):
-        self._prefix, self._smallest, self._count = prefix, smallest, 0
-        self._sizes: dict[str, int] = {}
-        self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
-        self._dead: collections.deque[Extent] = collections.deque()  # finalizers only append here
-
-    def take(self, num_bytes: int) -> Extent:
-        """An extent for a run: in the first slab with a gap, else in a new one."""
-        self.drain()
-        need = max(pages(num_bytes), PAGE)
-        for slab, extents in self._extents.items():
-            base = first_gap(extents, need, self._sizes[slab])
-            if base is not None:
-                return self._put(slab, base, need)
-        self._count += 1
-        slab = f"{self._prefix}-{self._count}.slab"
-        self._sizes[slab] = -(-need // self._smallest) * self._smallest
-        self._extents[slab] = []
-        return self._put(slab, 0, need)
-
-    def growth(self, num_bytes: int) -> int:
-        """Bytes of the file that such an extent would need beside those that are there."""
-        need = max(pages(num_bytes), PAGE)
-        fits = any(
-            first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items()
-        )
-        return 0 if fits else -(-need // self._smallest) * self._smallest
-
-    def _put(self, slab: str, base: int, num_bytes: int) -> Extent:
-        extent = Extent(slab, self._sizes[slab], base, num_bytes)
-        self._extents[slab].append(extent)
-        self._extents[slab].sort(key=lambda e: e.base)
-        return extent
-
-    def adopt(self, extent: Extent) -> None:
-        """Book an extent that an earlier driver handed out."""
-        self._sizes[extent.slab] = extent.slab_bytes
-        self._extents.setdefault(extent.slab, []).append(extent)
-        self._extents[extent.slab].sort(key=lambda e: e.base)
-
-    def looked_into(self, extent: Extent):
-        """Count a tensor made from the extent; call the result when it has died (from any thread,
-        even a finalizer)."""
-        extent.tensors += 1
-        return functools.partial(self._dead.append, extent)
-
-    def release(self, extent: Extent) -> None:
-        """The run is done with it; reused once no tensor looks into it."""
-        extent.released = True
-        self.drain()
-
-    def abandon(self, extent: Extent) -> None:
-        """Release it, and its slab too if nothing else lies there: the slab could not be made."""
-        self.release(extent)
-        if not self._extents[extent.slab]:
-            del self._extents[extent.slab], self._sizes[extent.slab]
-
-    def drain(self) -> None:
-        while self._dead:
-            self._dead.popleft().tensors -= 1
-        for slab, extents in self._extents.items():
-            self._extents[slab] = [e for e in extents if not (e.released and e.tensors <= 0)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are handed out."""
-        return sum(e.num_bytes for extents in self._extents.values() for e in extents)
-
-    @property
-    def slabs(self) -> dict[str, int]:
-        """Slab → bytes of its file."""
-        return dict(self._sizes)
-
-
-def first_gap(extents: Sequence[Extent], need: int, size: int) -> int | None:
-    base = 0
-    for extent in extents:
-        if extent.base - base >= need:
-            return base
-        base = extent.base + extent.num_bytes
-    return base if size - base >= need else None

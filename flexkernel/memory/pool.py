@@ -1,0 +1,113 @@
+"""The driver's book of slabs: which bytes a run has, and which can be used again."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from .slab import PAGE, pages
+
+__all__ = ["SLAB_BYTES", "Extent", "Pool", "first_gap"]
+
+SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
+
+
+@dataclasses.dataclass
+class Extent:
+    """A run's bytes in a slab. tensors: how many live tensors look into it."""
+
+    slab: str
+    slab_bytes: int
+    base: int
+    num_bytes: int
+    tensors: int = 0
+    released: bool = False
+
+
+class Pool:
+    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into
+    them any more."""
+
+    def __init__(self, prefix: str, smallest: int = SLAB_BYTES):
+        self._prefix, self._smallest, self._count = prefix, smallest, 0
+        self._sizes: dict[str, int] = {}
+        self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
+        self._dead: collections.deque[Extent] = collections.deque()  # finalizers only append here
+
+    def lease(self, num_bytes: int) -> Extent:
+        """An extent for a run: in the first slab with a gap, else in a new one."""
+        self.drain()
+        need = max(pages(num_bytes), PAGE)
+        for slab, extents in self._extents.items():
+            base = first_gap(extents, need, self._sizes[slab])
+            if base is not None:
+                return self._put(slab, base, need)
+        self._count += 1
+        slab = f"{self._prefix}-{self._count}.slab"
+        self._sizes[slab] = -(-need // self._smallest) * self._smallest
+        self._extents[slab] = []
+        return self._put(slab, 0, need)
+
+    def growth(self, num_bytes: int) -> int:
+        """Bytes of the file that such an extent would need beside those that are there."""
+        need = max(pages(num_bytes), PAGE)
+        fits = any(
+            first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items()
+        )
+        return 0 if fits else -(-need // self._smallest) * self._smallest
+
+    def _put(self, slab: str, base: int, num_bytes: int) -> Extent:
+        extent = Extent(slab, self._sizes[slab], base, num_bytes)
+        self._extents[slab].append(extent)
+        self._extents[slab].sort(key=lambda e: e.base)
+        return extent
+
+    def adopt(self, extent: Extent) -> None:
+        """Book an extent that an earlier driver handed out."""
+        self._sizes[extent.slab] = extent.slab_bytes
+        self._extents.setdefault(extent.slab, []).append(extent)
+        self._extents[extent.slab].sort(key=lambda e: e.base)
+
+    def pin(self, extent: Extent):
+        """Count a tensor made from the extent; call the result when it has died (from any thread,
+        even a finalizer)."""
+        extent.tensors += 1
+        return functools.partial(self._dead.append, extent)
+
+    def release(self, extent: Extent) -> None:
+        """The run is done with it; reused once no tensor looks into it."""
+        extent.released = True
+        self.drain()
+
+    def abandon(self, extent: Extent) -> None:
+        """Release it, and its slab too if nothing else lies there: the slab could not be made."""
+        self.release(extent)
+        if not self._extents[extent.slab]:
+            del self._extents[extent.slab], self._sizes[extent.slab]
+
+    def drain(self) -> None:
+        while self._dead:
+            self._dead.popleft().tensors -= 1
+        for slab, extents in self._extents.items():
+            self._extents[slab] = [e for e in extents if not (e.released and e.tensors <= 0)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are handed out."""
+        return sum(e.num_bytes for extents in self._extents.values() for e in extents)
+
+    @property
+    def slabs(self) -> dict[str, int]:
+        """Slab → bytes of its file."""
+        return dict(self._sizes)
+
+
+def first_gap(extents: Sequence[Extent], need: int, size: int) -> int | None:
+    base = 0
+    for extent in extents:
+        if extent.base - base >= need:
+            return base
+        base = extent.base + extent.num_bytes
+    return base if size - base >= need else None
