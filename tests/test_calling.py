@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import flexkernel as fk
-from flexkernel.cluster.packing import packed
+from flexkernel.cluster.packing import pack
 from flexkernel.engine.model.caller import Caller
 from flexkernel.errors import LoadError, PromptError
 
@@ -214,4 +214,4 @@ def test_what_is_no_function_is_said():
     with pytest.raises(
         LoadError, match="forward= is a function of the model and a batch; found int"
     ):
-        Caller(nn.Linear(1, 1), packed(3))
+        Caller(nn.Linear(1, 1), pack(3))

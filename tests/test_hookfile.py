@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import flexkernel as fk
-from flexkernel.cluster.packing import packed
+from flexkernel.cluster.packing import pack
 from flexkernel.session import hookfile
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
@@ -99,10 +99,10 @@ def test_the_body_of_a_cell_is_text_and_gives_its_last_line(tmp_path):
         "cell", "def cell(x, ctx):\n    y = x + 1\n    y * 2\n", {"__name__": "__main__"}
     )
     path = hookfile.write(
-        tmp_path / "h.json", HookSet(), {"cell": EditSpec("cell", "whole", packed(function))}
+        tmp_path / "h.json", HookSet(), {"cell": EditSpec("cell", "whole", pack(function))}
     )
     assert text(path)["edits"]["cell"]["source"] == "def cell(x, ctx):\n    y = x + 1\n    y * 2\n"
-    _, edits = hookfile.read(path, packed)
+    _, edits = hookfile.read(path, pack)
     import pickle
 
     assert pickle.loads(edits["cell"].code)(3, None) == 8
@@ -115,13 +115,13 @@ def test_another_process_can_read_it(tmp_path):
         "text": lambda x, ctx: torch.relu(x),
         "pickled": lambda x, ctx: x + STEERING[0],
     }.items():
-        edits[name] = EditSpec(name, "whole", packed(function))
+        edits[name] = EditSpec(name, "whole", pack(function))
     hookfile.write(path, HookSet((HookSpec("a.*", groups=("g",)),), frozenset("g")), edits)
     code = f"""
 import pickle, torch
 from flexkernel import hookfile
-from flexkernel.cluster.packing import packed
-hooks, edits = hookfile.read({str(path)!r}, packed)
+from flexkernel.cluster.packing import pack
+hooks, edits = hookfile.read({str(path)!r}, pack)
 x = torch.tensor([-1.0, 2.0])
 print(hooks, [pickle.loads(e.code)(x, None).tolist() for e in edits.values()], flush=True)
 """
@@ -137,7 +137,7 @@ def test_a_text_that_is_not_the_code_any_more_is_not_taken(tmp_path):
     source.write_text("def mine(x, ctx):\n    return x + 1\n")
     names: dict = {"__name__": "__main__"}
     exec(compile(source.read_text(), str(source), "exec"), names)
-    edit = EditSpec("mine", "whole", packed(names["mine"]))
+    edit = EditSpec("mine", "whole", pack(names["mine"]))
     assert "source" in hookfile.of_edit(edit)
     source.write_text("def mine(x, ctx):\n    return x + 2\n")
     import linecache

@@ -12,7 +12,7 @@ import pytest
 import torch
 import watched
 
-from flexkernel.cluster.interrupts import INSISTS, Held
+from flexkernel.cluster.interrupts import INSISTS, SignalMask
 from flexkernel.errors import CaptureError, EngineError
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
@@ -24,13 +24,13 @@ def press() -> None:
     time.sleep(0.05)  # the handler runs here
 
 
-# --- Held -----------------------------------------------------------------------------
+# --- SignalMask -----------------------------------------------------------------------
 
 
 def test_an_interrupt_waits_until_what_it_came_into_is_done():
     done = []
-    with pytest.raises(KeyboardInterrupt), Held():
-        with Held():
+    with pytest.raises(KeyboardInterrupt), SignalMask():
+        with SignalMask():
             press()
             done.append("inner")
         done.append("outer")
@@ -40,20 +40,20 @@ def test_an_interrupt_waits_until_what_it_came_into_is_done():
 
 
 def test_where_it_is_heard_it_is_heard_at_once_also_one_that_came_before():
-    with Held() as held:
-        with pytest.raises(KeyboardInterrupt), held.heard():
+    with SignalMask() as mask:
+        with pytest.raises(KeyboardInterrupt), mask.unmasked():
             press()
             raise AssertionError("the interrupt was to come here")
         press()
-        with pytest.raises(KeyboardInterrupt), held.heard():
+        with pytest.raises(KeyboardInterrupt), mask.unmasked():
             raise AssertionError("and here before anything")
-        with held.heard():
+        with mask.unmasked():
             pass  # each is heard once
 
 
 def test_whoever_insists_is_heard_whatever_is_left_half_done():
     done = []
-    with pytest.raises(KeyboardInterrupt), Held():
+    with pytest.raises(KeyboardInterrupt), SignalMask():
         for _ in range(INSISTS):
             press()
             done.append(1)
@@ -63,14 +63,14 @@ def test_whoever_insists_is_heard_whatever_is_left_half_done():
 def test_other_threads_and_ignored_signals_are_left_alone():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Held():
+        with SignalMask():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
     seen = []
 
     def elsewhere() -> None:
-        with Held():
+        with SignalMask():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)

@@ -14,16 +14,16 @@ import psutil
 import pytest
 
 from flexkernel.cluster import launchers
-from flexkernel.cluster.forkserver import Nursery, Order, nursery, opened, unfit
+from flexkernel.cluster.forkserver import ForkRequest, ForkServer, fork_server, opened, unfit
 from flexkernel.cluster.process import exit_code
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no nursery")
 MODULES = ("numpy", "nursling")
 
 
-def order(tmp_path: Path, *arguments: str, stays: bool = False, **environment: str) -> Order:
+def order(tmp_path: Path, *arguments: str, stays: bool = False, **environment: str) -> ForkRequest:
     log = tmp_path / f"{time.monotonic_ns()}.log"
-    return Order(
+    return ForkRequest(
         "nursling", list(arguments), {**os.environ, **environment}, str(tmp_path), str(log), stays
     )
 
@@ -31,7 +31,7 @@ def order(tmp_path: Path, *arguments: str, stays: bool = False, **environment: s
 @pytest.fixture
 def bred():
     """A nursery; it has ended when the test has."""
-    found = Nursery(MODULES, os.environ)
+    found = ForkServer(MODULES, os.environ)
     yield found
     for child in psutil.Process(found.pid).children():
         child.kill()
@@ -109,15 +109,15 @@ def test_what_comes_too_late_is_ended(bred, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("why", ["threads", "fails"])
 def test_where_it_cannot_fork_it_says_so_and_goes(why, tmp_path, monkeypatch):
-    found = Nursery(MODULES, {**os.environ, "FLEX_ENV": "NURSLING", "NURSLING": why})
+    found = ForkServer(MODULES, {**os.environ, "FLEX_ENV": "NURSLING", "NURSLING": why})
     assert found.fork(order(tmp_path, "say")) is None
     assert found._process.wait(10) is not None and not found.there and found.unfit
-    monkeypatch.setattr("flexkernel.cluster.forkserver._nursery", found)
-    assert nursery(MODULES, found.environment) is None, "another would not be fit either"
+    monkeypatch.setattr("flexkernel.cluster.forkserver._fork_server", found)
+    assert fork_server(MODULES, found.environment) is None, "another would not be fit either"
 
 
 def test_engines_are_started_where_it_cannot_fork(monkeypatch, tmp_path):
-    monkeypatch.setattr(Nursery, "fork", lambda self, order: None)
+    monkeypatch.setattr(ForkServer, "fork", lambda self, order: None)
     launcher = launchers.FlexEngineLauncher(profile_dir=str(tmp_path), identifier="0")
     launcher.engine_cmd = [sys.executable, "-m", "nursling", "exit"]
     launcher.start()
@@ -128,11 +128,11 @@ def test_engines_are_started_where_it_cannot_fork(monkeypatch, tmp_path):
 def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("flexkernel.cluster.forkserver._nursery", None)
-    first = nursery(MODULES, os.environ)
+    monkeypatch.setattr("flexkernel.cluster.forkserver._fork_server", None)
+    first = fork_server(MODULES, os.environ)
     pid = first.fork(order(tmp_path, "sleep"))
-    assert nursery(MODULES, {**os.environ, "FLEX_FAULT": "x", "OF_NO_ENGINE": "y"}) is first
-    second = nursery(MODULES, {**os.environ, "HF_HOME": str(tmp_path)})
+    assert fork_server(MODULES, {**os.environ, "FLEX_FAULT": "x", "OF_NO_ENGINE": "y"}) is first
+    second = fork_server(MODULES, {**os.environ, "HF_HOME": str(tmp_path)})
     assert second is not first and second.environment["HF_HOME"] == str(tmp_path)
     time.sleep(0.3)
     assert first._process.poll() is None and not gone(pid, 0)
@@ -144,9 +144,9 @@ def test_another_environment_is_another_nursery_and_the_first_goes_with_its_last
 
 DRIVER = """
 import sys, time, os
-from flexkernel.cluster.forkserver import Nursery, Order
-found = Nursery(sys.argv[2:], os.environ)
-orders = [Order("nursling", ["sleep"], dict(os.environ), ".", sys.argv[1], stays) for stays in (False, True)]
+from flexkernel.cluster.forkserver import ForkRequest, ForkServer
+found = ForkServer(sys.argv[2:], os.environ)
+orders = [ForkRequest("nursling", ["sleep"], dict(os.environ), ".", sys.argv[1], stays) for stays in (False, True)]
 print(found.pid, *([found.fork(order) for order in orders] if "numpy" in sys.argv else []), flush=True)
 time.sleep(60)
 """
@@ -184,7 +184,7 @@ def test_it_goes_with_its_driver_while_it_imports_too(tmp_path):
 @pytest.mark.engines(2)
 def test_engines_come_from_it(session):
     parents = {psutil.Process(pid).ppid() for pid in session.cluster.pids}
-    found = launchers.breed(launchers.FlexEngineSetLauncher)
+    found = launchers.preload(launchers.FlexEngineSetLauncher)
     assert parents == {found.pid} and psutil.Process(found.pid).ppid() == os.getpid()
     assert psutil.Process(found.pid).num_threads() == 1
     assert {psutil.Process(pid).name() for pid in session.cluster.pids} == {"flex-engine"}

@@ -1,4 +1,4 @@
-"""README says what is true: its tables of magics and promises are the code's, its files exist.
+"""README says what is true: its tables of magics and guarantees are the code's, its files exist.
 
 `python tests/test_readme.py` writes the tables.
 """
@@ -15,10 +15,10 @@ END = "<!-- end -->"
 
 def written(text: str) -> str:
     """README with its tables as the code has them."""
-    from flexkernel.cluster.guarantees import promises_table
+    from flexkernel.cluster.guarantees import guarantees_table
     from flexkernel.notebook.magics import magics_table
 
-    for name, table in (("magics", magics_table), ("promises", promises_table)):
+    for name, table in (("magics", magics_table), ("guarantees", guarantees_table)):
         before, rest = text.split(BEGIN.format(name))
         text = before + BEGIN.format(name) + table().strip() + "\n" + END + rest.split(END, 1)[1]
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import flexkernel as fk
-from flexkernel.cluster.guarantees import How
+from flexkernel.cluster.guarantees import Origin
 from flexkernel.session.status import Status
 
 IDS = [[5, 6, 7]]
@@ -49,7 +49,7 @@ class Evil:
     class cluster:
         size, owned, hosts, cluster_id = 1, False, ["<script>"], "<b>"
         alive = answering = staticmethod(lambda: [False])
-        how = How("other", owned=False)
+        origin = Origin("other", owned=False)
 
 
 def test_names_of_hosts_and_clusters_are_text_in_html():

@@ -1,4 +1,4 @@
-"""Vitals: how a process ended, what it had and what it wrote."""
+"""EngineProcess: how a process ended, what it had and what it wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import types
 import psutil
 import pytest
 
-from flexkernel.cluster.process import LOG_LINES, Vitals
+from flexkernel.cluster.process import LOG_LINES, EngineProcess
 
 
 def started(code: str, log):
@@ -43,16 +43,16 @@ def started(code: str, log):
 )
 def test_how_a_process_ended_is_said_in_words(tmp_path, code, said):
     launcher = started(code, tmp_path / "log")
-    vitals = Vitals(launcher.pid, launcher)
+    vitals = EngineProcess(launcher.pid, launcher)
     assert said in vitals.end()
 
 
 def test_of_nobodys_child_nothing_is_said():
-    assert Vitals(os.getpid()).end() == "" and Vitals(os.getpid()).log() == []
+    assert EngineProcess(os.getpid()).end() == "" and EngineProcess(os.getpid()).log() == []
 
 
 def test_memory_is_sampled():
-    vitals = Vitals(os.getpid())
+    vitals = EngineProcess(os.getpid())
     assert vitals.rss > 1 << 20
 
 
@@ -61,7 +61,7 @@ def test_the_log_is_its_end_without_what_is_routine(tmp_path):
         "2026-01-01 00:00:00.000 [IPEngine.0] Handling apply_request: 1"
     ]
     (tmp_path / "log").write_text("\n".join(lines))
-    log = Vitals(os.getpid(), types.SimpleNamespace(output_file=str(tmp_path / "log"))).log()
+    log = EngineProcess(os.getpid(), types.SimpleNamespace(output_file=str(tmp_path / "log"))).log()
     assert log == lines[100 - LOG_LINES : 100]
 
 
@@ -69,7 +69,7 @@ def test_of_a_crash_the_log_is_where_it_was(tmp_path):
     code = "import faulthandler, os\nfaulthandler.enable()\ndef culprit(): os.abort()\nculprit()"
     launcher = started(code, tmp_path / "log")
     launcher._wait_thread.join()
-    log = Vitals(launcher.pid, launcher).log()
+    log = EngineProcess(launcher.pid, launcher).log()
     assert log[0].startswith("Fatal Python error: Aborted") and any(
         "culprit" in line for line in log
     )
@@ -77,7 +77,7 @@ def test_of_a_crash_the_log_is_where_it_was(tmp_path):
 
 def test_a_stopped_process_is_known_and_can_be_ended(tmp_path):
     launcher = started("import time; time.sleep(100)", tmp_path / "log")
-    vitals = Vitals(launcher.pid, launcher)
+    vitals = EngineProcess(launcher.pid, launcher)
     assert not vitals.stopped()
     launcher.process.suspend()
     end = time.monotonic() + 10

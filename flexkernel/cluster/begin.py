@@ -16,7 +16,7 @@ from flexkernel.memory.slab import folder_path
 
 from .controller import Lame, end_controllers, lame, living, quiet, restore_controller
 from .ipp import IPyParallel
-from .launchers import KEPT, beats, breed, engines_of, how_to_end, launcher_for, read_back
+from .launchers import KEPT, beats, engines_of, how_to_end, launcher_for, preload, read_back
 from .private import check_encrypted, check_private, private_files
 from .reaper import Reaper
 from .waiting import START_S, arrived
@@ -64,7 +64,7 @@ def begin(
         config=config,
     )
     reaper = None if keep else Reaper(cluster.cluster_id)
-    breed(launcher)  # which is none of the cluster's own
+    preload(launcher)  # which is none of the cluster's own
     before, client = {p.pid for p in psutil.Process().children(recursive=True)}, None
     try:
         with private_files():

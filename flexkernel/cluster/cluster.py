@@ -18,8 +18,8 @@ from flexkernel import engine, errors
 from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
 from flexkernel.wire import ErrorReport, RankInfo, RankState, RunReport
 
-from .guarantees import How
-from .interrupts import Held
+from .guarantees import Origin
+from .interrupts import SignalMask
 
 __all__ = ["Cluster", "InProcess", "cause", "chosen", "with_partial"]
 
@@ -68,10 +68,10 @@ class Cluster:
         raise NotImplementedError
 
     @property
-    def how(self) -> How:
+    def origin(self) -> Origin:
         """How this session came to its engines, from which it follows what can be promised for
         them."""
-        return How("")
+        return Origin("")
 
     def best_device(self) -> str:
         """ "cuda" where every host has a GPU for each of its engines, else "cpu"."""
@@ -127,7 +127,7 @@ class Cluster:
     def _mend(self, answers: Iterable[Any]) -> None:
         """Make the groups anew if one of these answers says that they were broken, once all ranks
         can be reached."""
-        with Held():  # half of new groups would be worth nothing
+        with SignalMask():  # half of new groups would be worth nothing
             self.broken |= any(
                 isinstance(answer, ErrorReport) and answer.broken for answer in answers
             )

@@ -35,7 +35,7 @@ from typing import Any
 
 from .environment import inherited
 
-__all__ = ["FORKED", "Nursery", "Order", "nursery"]
+__all__ = ["FORKED", "ForkRequest", "ForkServer", "fork_server"]
 
 READY_S = 120.0  # what the imports may take; then each engine makes its own
 FORK_S = 30.0
@@ -47,7 +47,7 @@ LATER = ("FLEX_", "IPP_", "TORCHINDUCTOR_")
 
 
 @dataclass(frozen=True)
-class Order:
+class ForkRequest:
     """What a forked process is to run: a module, as `python -m` would."""
 
     module: str
@@ -61,7 +61,7 @@ class Order:
 # --- in the driver --------------------------------------------------------------------
 
 
-class Nursery:
+class ForkServer:
     """The driver's end of one. environment: what all that it forks have of the driver's, and it
     itself while it imports the modules."""
 
@@ -110,7 +110,7 @@ class Nursery:
         """Whether what it forks is as if it had been started with this environment."""
         return same(self.environment, environment)
 
-    def fork(self, order: Order) -> int | None:
+    def fork(self, order: ForkRequest) -> int | None:
         """The pid of a process that runs this. None: it cannot fork, and the process has to be
         started by itself."""
         with self._heard:
@@ -189,27 +189,27 @@ def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return told(one) == told(other)
 
 
-_nursery: Nursery | None = None
+_fork_server: ForkServer | None = None
 
 
-def nursery(modules: Sequence[str], environment: Mapping[str, str]) -> Nursery | None:
+def fork_server(modules: Sequence[str], environment: Mapping[str, str]) -> ForkServer | None:
     """This driver's, begun if there is none for that environment. None: processes cannot be forked
     here."""
-    global _nursery
+    global _fork_server
     if sys.platform != "linux":  # elsewhere the system's own libraries forbid it
         return None
     # that of the process that this one was forked from
-    if _nursery is not None and _nursery.driver != os.getpid():
-        _nursery = None
-    if _nursery is None or not _nursery.suits(environment):
-        if _nursery is not None:
-            _nursery.retire()
-        _nursery = Nursery(modules, environment)
-    elif _nursery.unfit:
+    if _fork_server is not None and _fork_server.driver != os.getpid():
+        _fork_server = None
+    if _fork_server is None or not _fork_server.suits(environment):
+        if _fork_server is not None:
+            _fork_server.retire()
+        _fork_server = ForkServer(modules, environment)
+    elif _fork_server.unfit:
         return None
-    elif not _nursery.there:
-        _nursery = Nursery(modules, environment)
-    return _nursery
+    elif not _fork_server.there:
+        _fork_server = ForkServer(modules, environment)
+    return _fork_server
 
 
 # --- in the nursery -------------------------------------------------------------------
@@ -264,7 +264,7 @@ def opened() -> list[str]:
     return found
 
 
-def serve(control: socket.socket) -> Order | None:
+def serve(control: socket.socket) -> ForkRequest | None:
     """Fork at each order, and tell how what was forked ends. In what is forked the order; None
     once all is over."""
     alarm, bell = socket.socketpair()
@@ -299,7 +299,7 @@ def serve(control: socket.socket) -> Order | None:
                 if not asked:
                     idle_s = 0.0
                     continue
-                number, order = asked.pop("number"), Order(**asked)
+                number, order = asked.pop("number"), ForkRequest(**asked)
                 try:
                     pid = os.fork()
                 except OSError:  # for want of memory or processes
@@ -333,7 +333,7 @@ def ended() -> list[tuple[int, int]]:
     return found
 
 
-def become(order: Order) -> None:
+def become(order: ForkRequest) -> None:
     """Be the process that was ordered, in a session of its own, as if it had been started."""
     os.setsid()
     os.chdir(order.folder)

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["Held"]
+__all__ = ["SignalMask"]
 
 INSISTS = 3  # a Ctrl-C that comes so many times is heard at once, whatever is left half done
 
 
-class Held:
+class SignalMask:
     """Within it SIGINT waits, and is raised as KeyboardInterrupt at the end, or at once within
-    `heard()`. On the main thread, which alone hears signals; elsewhere, and where SIGINT is
+    `unmasked()`. On the main thread, which alone hears signals; elsewhere, and where SIGINT is
     ignored, it does nothing. May be nested.
 
-    >>> with Held():
+    >>> with SignalMask():
     ...     num_engines = 2  # and what has to go with it
     """
 
@@ -29,7 +29,7 @@ class Held:
         self._open = False
         self._before: Any = None
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> SignalMask:
         before = signal.getsignal(signal.SIGINT)
         if callable(before) and threading.current_thread() is threading.main_thread():
             self._before = before
@@ -49,7 +49,7 @@ class Held:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def unmasked(self) -> Iterator[None]:
         """Within it SIGINT raises KeyboardInterrupt at once; also one that came before."""
         if self.times:
             self.times = 0

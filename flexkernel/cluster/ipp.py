@@ -27,11 +27,11 @@ from flexkernel.wire import ErrorReport, Owner, RankState
 
 from .cluster import Cluster, with_partial
 from .controller import PARTS_S, lame, living, quiet, remove_keys, restore_controller
-from .guarantees import How
-from .interrupts import Held
-from .launchers import KEPT, again, breed, engines_of, how_to_end, job_of, kind_of, launchers
+from .guarantees import Origin
+from .interrupts import SignalMask
+from .launchers import KEPT, again, engines_of, how_to_end, job_of, kind_of, launchers, preload
 from .private import private_files
-from .process import Vitals, exit_code
+from .process import EngineProcess, exit_code
 from .reaper import Reaper
 from .waiting import START_S, WATCH_S, Patience, arrived
 
@@ -68,7 +68,7 @@ class IPyParallel(Cluster):
         self.size = len(self.engines)
         self.hosts = [""] * self.size
         self.pids = [0] * self.size
-        self.vitals: dict[int, Vitals] = {}  # of the engines on this host, by rank
+        self.vitals: dict[int, EngineProcess] = {}  # of the engines on this host, by rank
         self._jobs: dict[int, Any] = {}  # rank → the batch system's job that its engine is part of
         self._views: dict[tuple[int, ...], Any] = {}  # engines → what sends to them
         self._deaf: dict[int, Any] = {}  # rank → what it answers once it is free
@@ -88,10 +88,10 @@ class IPyParallel(Cluster):
         return self._cluster.cluster_id
 
     @property
-    def how(self) -> How:
+    def origin(self) -> Origin:
         controller = getattr(self._cluster.controller, "process", None)
         kind = kind_of(self._cluster.engine_launcher_class)
-        return How(kind, self.owned, self.kept, controller is not None, self.reader)
+        return Origin(kind, self.owned, self.kept, controller is not None, self.reader)
 
     def _greet(self, take: bool) -> None:
         """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever
@@ -147,7 +147,7 @@ class IPyParallel(Cluster):
         if hello["machine"] == socket.gethostname() and psutil.pid_exists(hello["pid"]):
             started = [one for group in self._groups for one in launchers(group)]
             mine = next((one for one in started if one.pid == hello["pid"]), self._jobs[rank])
-            self.vitals[rank] = Vitals(hello["pid"], mine)
+            self.vitals[rank] = EngineProcess(hello["pid"], mine)
 
     @property
     def _groups(self) -> list[Any]:
@@ -215,7 +215,7 @@ class IPyParallel(Cluster):
 
     def _may_start(self, n: int) -> None:
         """ClusterError if engines are to be started that only somebody else can start."""
-        if n <= 0 or self.how.may_start:
+        if n <= 0 or self.origin.may_start:
             return
         kind = self._cluster.engine_launcher_class.__name__
         command = ["ipcluster", "engines", "-n", str(n), "--profile-dir", self._cluster.profile_dir]
@@ -247,7 +247,7 @@ class IPyParallel(Cluster):
         if n <= 0:
             return []
         known = set(self._client.ids)
-        breed(self._cluster.engine_launcher_class)  # which is none of the cluster's own
+        preload(self._cluster.engine_launcher_class)  # which is none of the cluster's own
         before = {p.pid for p in psutil.Process().children(recursive=True)}
         with private_files():
             name = self._cluster.start_engines_sync(
@@ -335,8 +335,8 @@ class IPyParallel(Cluster):
         if self.reader:
             return self._look(self._caller(method, args, ranks), ranks)
         # a call that only some ranks have got would leave these waiting for the others
-        with Held() as held:
-            return self._collect(self._caller(method, args, ranks), ranks, progress, held)
+        with SignalMask() as mask:
+            return self._collect(self._caller(method, args, ranks), ranks, progress, mask)
 
     def _look(self, send: Send, ranks: Sequence[int]) -> list[Any]:
         """The answers to a call that changes nothing. It waits behind what the owner has the
@@ -372,7 +372,11 @@ class IPyParallel(Cluster):
         )
 
     def _collect(
-        self, send: Send, ranks: Sequence[int], progress: Callable[[int], None] | None, held: Held
+        self,
+        send: Send,
+        ranks: Sequence[int],
+        progress: Callable[[int], None] | None,
+        mask: SignalMask,
     ) -> list[Any]:
         calls, answers = send(ranks), dict[int, Any]()
         pending, sent = list(calls.values()), time.monotonic()
@@ -381,7 +385,7 @@ class IPyParallel(Cluster):
             vitals.sample()
         while calls:
             try:
-                with held.heard():
+                with mask.unmasked():
                     next(iter(calls.values())).wait(WATCH_S if self.poll is None else POLL_S)
                 for rank in [rank for rank, call in calls.items() if call.done()]:
                     answers[rank] = self._answer(calls.pop(rank), rank)
@@ -389,7 +393,7 @@ class IPyParallel(Cluster):
                     if progress and not patience.interrupted:
                         progress(len(answers))
                 if calls:
-                    self._poll(held)
+                    self._poll(mask)
                     for vitals in self.vitals.values():
                         vitals.sample()
                     self._check_controller()
@@ -434,11 +438,11 @@ class IPyParallel(Cluster):
             call.wait(max(end - time.monotonic(), 0))
         self._forget(calls)
 
-    def _poll(self, held: Held) -> None:
+    def _poll(self, mask: SignalMask) -> None:
         """Call whoever watches this call."""
         try:
             if self.poll is not None:
-                with held.heard():
+                with mask.unmasked():
                     self.poll()
         except BaseException:  # it keeps what it raised; here it is one more way to be interrupted
             self.poll = None
@@ -569,9 +573,11 @@ class IPyParallel(Cluster):
         return ErrorReport(rank, "EngineDied", text, "", time.time(), broken=True)
 
     def _died(self, rank: int) -> ErrorReport:
-        return ErrorReport(rank, "EngineDied", self.obituary(rank), "", time.time(), broken=True)
+        return ErrorReport(
+            rank, "EngineDied", self.death_report(rank), "", time.time(), broken=True
+        )
 
-    def obituary(self, rank: int) -> str:
+    def death_report(self, rank: int) -> str:
         """What is known of a rank whose engine died: how, where, what it wrote last."""
         vitals = self.vitals.get(rank)
         how = vitals.end() if vitals is not None else ""
@@ -581,7 +587,7 @@ class IPyParallel(Cluster):
         said += f", last in {module}" if module else ""
         said += ". It comes back, with its part of the model only, "
         said += "with the next call" if self.revive else f"by %flex_cluster restart --rank {rank}"
-        lines = (vitals or Vitals(self.pids[rank], self._jobs.get(rank))).log()
+        lines = (vitals or EngineProcess(self.pids[rank], self._jobs.get(rank))).log()
         return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
 
     def heartbeat(self, rank: int) -> Heartbeat | None:

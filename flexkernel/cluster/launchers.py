@@ -31,8 +31,8 @@ from traitlets.config import Config
 from flexkernel.errors import ClusterError
 
 from .environment import inherited
-from .forkserver import Nursery, Order, nursery
-from .process import tail
+from .forkserver import ForkRequest, ForkServer, fork_server
+from .process import log_tail
 
 __all__ = [
     "KEPT",
@@ -40,7 +40,6 @@ __all__ = [
     "FlexSlurmLauncher",
     "again",
     "beats",
-    "breed",
     "ended",
     "engines_of",
     "how_to_end",
@@ -49,6 +48,7 @@ __all__ = [
     "kind_of",
     "launcher_for",
     "launchers",
+    "preload",
     "read_back",
 ]
 
@@ -163,7 +163,7 @@ class FlexEngineLauncher(LocalEngineLauncher):
     It is forked from this driver's nursery where that can be."""
 
     code: int | None = None  # its exit code, where it was forked
-    _nursery: Nursery | None = None
+    _fork_server: ForkServer | None = None
 
     def start(self) -> None:
         environment, folder = (
@@ -172,28 +172,28 @@ class FlexEngineLauncher(LocalEngineLauncher):
         )
         arguments = self.args[len(self.engine_cmd) :]
         stays = not getattr(getattr(self.parent, "parent", None), "shutdown_atexit", True)
-        order = Order(PROGRAM, arguments, environment, folder, self.output_file, stays)
-        found, pid = breed(FlexEngineSetLauncher), None
+        order = ForkRequest(PROGRAM, arguments, environment, folder, self.output_file, stays)
+        found, pid = preload(FlexEngineSetLauncher), None
         if found is not None and found.suits(environment) and self.engine_cmd == ENGINE:
             pid = found.fork(order)
         if pid is None:
             super().start()
             return
         try:
-            self.pid, self.process, self._nursery = pid, psutil.Process(pid), found
+            self.pid, self.process, self._fork_server = pid, psutil.Process(pid), found
             self.notify_start(pid)
             self._start_waiting()
         except psutil.NoSuchProcess:
             raise ClusterError(
-                "\n".join(["an engine ended as it began", *tail(Path(order.log), 20)])
+                "\n".join(["an engine ended as it began", *log_tail(Path(order.log), 20)])
             ) from None
         except KeyboardInterrupt:
             os.kill(pid, signal.SIGKILL)  # nobody else knows of it yet
             raise
 
     def _wait(self) -> None:
-        if self._nursery is not None:
-            self.code = self._nursery.wait(self.pid, self._stop_waiting.is_set)
+        if self._fork_server is not None:
+            self.code = self._fork_server.wait(self.pid, self._stop_waiting.is_set)
         super()._wait()
 
     def find_args(self) -> list[str]:
@@ -215,11 +215,11 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
         return list(ENGINE)
 
 
-def breed(launcher: Any) -> Nursery | None:
+def preload(launcher: Any) -> ForkServer | None:
     """The nursery of the engines that this launcher starts here and now; None: they have none.
     Begun early, it imports while other things begin."""
     return (
-        nursery(IMPORTS, {**os.environ, **for_engine({})})
+        fork_server(IMPORTS, {**os.environ, **for_engine({})})
         if launcher is FlexEngineSetLauncher
         else None
     )
@@ -341,7 +341,7 @@ def launcher_for(engines: str | None) -> tuple[Any, Config]:
 
 
 def kind_of(launcher: type) -> str:
-    """What kind of launcher it is, in a word of promises.How."""
+    """What kind of launcher it is, in a word of guarantees.Origin."""
     return next((kind for base, kind in KINDS.items() if issubclass(launcher, base)), "other")
 
 

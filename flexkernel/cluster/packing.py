@@ -11,13 +11,13 @@ import torch
 
 from flexkernel.errors import ClusterError
 
-__all__ = ["packed"]
+__all__ = ["pack"]
 
 # the most that travels with a user's function: every engine gets a copy of its own
 PACKED_BYTES = 2 << 30
 
 
-def packed(function: Callable) -> bytes:
+def pack(function: Callable) -> bytes:
     """A user's function as it travels to engines: with its code, so that one typed into a notebook
     works."""
     import cloudpickle

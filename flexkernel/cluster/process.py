@@ -1,4 +1,4 @@
-"""Vitals: what can be known of an engine's process from outside: how it ended, its memory, its
+"""EngineProcess: what can be known of an engine's process from outside: how it ended, its memory, its
 log, where it was."""
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Vitals", "exit_code", "tail"]
+__all__ = ["EngineProcess", "exit_code", "log_tail"]
 
 LOG_LINES = 20
 # what an engine writes in good health
 ROUTINE = re.compile(r"\[(IPEngine|KernelNanny)\S*\] (?!(ERROR|CRITICAL))")
 
 
-class Vitals:
+class EngineProcess:
     """Of one engine on this host. launcher: what started it, where this process or the cluster's
     file knows it."""
 
@@ -78,7 +78,7 @@ class Vitals:
         place."""
         path = getattr(self.launcher, "output_file", "")
         lines = (
-            [line for line in tail(Path(path), 50 * LOG_LINES) if not ROUTINE.search(line)]
+            [line for line in log_tail(Path(path), 50 * LOG_LINES) if not ROUTINE.search(line)]
             if path
             else []
         )
@@ -103,7 +103,7 @@ def exit_code(launcher: Any) -> int | None:
     return None
 
 
-def tail(path: Path, num_lines: int) -> list[str]:
+def log_tail(path: Path, num_lines: int) -> list[str]:
     """The last lines of a text file; none if it is not there."""
     with contextlib.suppress(OSError), path.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque(file, num_lines)]

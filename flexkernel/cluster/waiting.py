@@ -11,7 +11,7 @@ from flexkernel.wire import ErrorReport
 
 from .controller import PARTS_S, check_parts
 from .launchers import ended, in_queue
-from .process import tail
+from .process import log_tail
 
 __all__ = ["START_S", "WATCH_S", "Patience", "arrived"]
 
@@ -92,7 +92,7 @@ def arrived(
         logs = ended(group)
         if logs or time.monotonic() > end:
             why = "ended" if logs else f"were not there after {timeout_s:g} s"
-            lines = [line for log in logs for line in tail(log, 20)]
+            lines = [line for log in logs for line in log_tail(log, 20)]
             raise ClusterError("\n".join([f"{n - len(new)} of {n} new engines {why}", *lines]))
         time.sleep(0.05)
     check_parts(cluster)

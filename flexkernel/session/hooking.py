@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flexkernel.cluster.cluster import Cluster
-from flexkernel.cluster.interrupts import Held
-from flexkernel.cluster.packing import packed
+from flexkernel.cluster.interrupts import SignalMask
+from flexkernel.cluster.packing import pack
 from flexkernel.errors import LoadError
 from flexkernel.memory.plan import Planner, check_index
 from flexkernel.wire import EditSpec, HookSet, HookSpec, ModelInfo
@@ -62,7 +62,7 @@ class Hooking:
         .save, a dict that lives on."""
 
         def define(function: Callable) -> Callable:
-            spec = edits.defined(name, per, function, packed)
+            spec = edits.defined(name, per, function, pack)
             self.cluster.call("define", spec)
             self.edits[name] = spec
             return function
@@ -160,7 +160,7 @@ class Hooking:
         The file's edits are code that runs on your engines: load only files you trust. HookError:
         it is no such file, or the loaded model has no such module; nothing is changed."""
         info = self._loaded()
-        hook_set, found = hookfile.read(path, packed)
+        hook_set, found = hookfile.read(path, pack)
         known = {**self.edits, **found}
         for spec in hook_set.hooks:
             self._checked(info, spec, known)
@@ -186,6 +186,6 @@ class Hooking:
             # until all engines have them: an interrupt may leave some with the old ones
             self._hooks_sent = False
             self.cluster.call("set_hooks", hook_set)
-            with Held():
+            with SignalMask():
                 self.hook_set, self._hooks_sent = hook_set, True
         self._held.keep([hook.key for hook in self.hook_set.hooks])

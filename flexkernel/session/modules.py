@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
 from flexkernel.cluster.cluster import Cluster
-from flexkernel.cluster.packing import packed
+from flexkernel.cluster.packing import pack
 from flexkernel.errors import CaptureError, FlexError, HookError, LoadError
 from flexkernel.names import select
 from flexkernel.wire import ModelInfo, Training
@@ -49,7 +49,7 @@ class Trainable:
             raise HookError(
                 f"add_module takes a name and an nn.Module, not {name!r} and {type(module).__name__}"
             )
-        self.cluster.call("train.add", name, packed(module))
+        self.cluster.call("train.add", name, pack(module))
         self._modules[name] = module
         return module
 
@@ -113,7 +113,7 @@ class Trainable:
             raise HookError(
                 "there is nothing to train: session.add_module(name, module), or parameters="
             )
-        made = None if optimizer is None else packed(optimizer)
+        made = None if optimizer is None else pack(optimizer)
         run = self._run(
             prompts_or_ids, chat=chat, loss=loss, training=Training(made, wanted, trained)
         )
@@ -179,4 +179,4 @@ class Trainable:
 
     def _held_modules(self) -> dict[str, tuple[bytes, bytes]]:
         """The driver's copies, as an engine would describe its own."""
-        return {n: (packed(m), bytes_of(dict(m.state_dict()))) for n, m in self._modules.items()}
+        return {n: (pack(m), bytes_of(dict(m.state_dict()))) for n, m in self._modules.items()}

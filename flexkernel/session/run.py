@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from flexkernel.cluster.interrupts import Held
+from flexkernel.cluster.interrupts import SignalMask
 from flexkernel.errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from flexkernel.memory.plan import (
     Entry,
@@ -851,7 +851,7 @@ class Store:
         run.loss = next((r.loss for r in reports if r.loss is not None), None)
         run.captures = captures(run, where, extent, reports, self)
         run._store = self
-        with Held():
+        with SignalMask():
             self.runs[run.number] = run
             self._extents[run.number] = extent
             self._freed = [number for number in self._freed if number != run.number]

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexkernel.cluster import begin
 from flexkernel.cluster.cluster import Cluster, InProcess
-from flexkernel.cluster.packing import packed
+from flexkernel.cluster.packing import pack
 from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.plan import Plan, Planner
 from flexkernel.wire import HookSet, Layout, ModelInfo, Source, Training
@@ -87,7 +87,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
 
     def on_ranks(self, function: Callable, *args: Any) -> list[Any]:
         """Run a function on every engine; its results in order of rank."""
-        return self.cluster.call("call", packed(function), *args)
+        return self.cluster.call("call", pack(function), *args)
 
     # --- model ------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         number of engines."""
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.cluster.size)
-        where = model.source(source, packed, reference=reference, forward=forward, names=names)
+        where = model.source(source, pack, reference=reference, forward=forward, names=names)
         self.cluster.ready(device or self.cluster.best_device())
         told = progress or (lambda *_: None)
         dtype = str(dtype).removeprefix("torch.")
@@ -257,7 +257,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
         where, wanted = self._plan(batch, groups, complement, 0, loss is not None)
-        code = loss if loss is None or isinstance(loss, str) else packed(loss)
+        code = loss if loss is None or isinstance(loss, str) else pack(loss)
         wanted |= {"stop_at": stop_at, "loss": code, "training": training}
         return self.store.run(batch, where, self.tokenizer, wanted)
 

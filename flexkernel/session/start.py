@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flexkernel.cluster.launchers import breed, launcher_for
+from flexkernel.cluster.launchers import launcher_for, preload
 
 if TYPE_CHECKING:
     from .session import Session
@@ -17,7 +17,7 @@ def start(
 ) -> Session:
     """A session over n new engines, which end with it. engines: slurm ("slurm --time=1:00:00"),
     ssh, mpi, pbs, ..."""
-    breed(launcher_for(engines)[0])  # it imports torch while this process does
+    preload(launcher_for(engines)[0])  # it imports torch while this process does
     from flexkernel.cluster import begin
 
     from .session import Session

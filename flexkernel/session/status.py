@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexkernel.cluster.guarantees import promises
+from flexkernel.cluster.guarantees import guarantees
 from flexkernel.views.table import Table
 
 __all__ = ["Status"]
@@ -38,7 +38,7 @@ class Status:
         ]
         if getattr(cluster, "cluster_id", ""):
             self.rows.append(("cluster id", cluster.cluster_id))
-        promised = promises(cluster.how)
+        promised = guarantees(cluster.origin)
         if info is None:
             self.rows += [("model", "none loaded"), *promised]
             return
