@@ -44,7 +44,7 @@ from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.wire import CaptureKey, Region, RunPlan
 
 from .gradients import parameter_of
-from .sandbox import set_back
+from .sandbox import restored_defaults
 
 __all__ = [
     "Batch",
@@ -276,7 +276,7 @@ def scalar(loss: bytes | str | None, logits: torch.Tensor | None, batch: Batch) 
     function = LOSSES[loss] if isinstance(loss, str) else pickle.loads(loss)
     try:
         takes = len(inspect.signature(function).parameters)
-        with set_back():
+        with restored_defaults():
             value = function(logits) if takes == 1 else function(logits, batch)
     except HookError as error:
         raise LossError(str(error)) from error

@@ -38,8 +38,8 @@ from flexkernel.wire import (
 )
 
 from .autograd import differentiable
-from .sandbox import Drawn, confined
-from .tokens import Text
+from .sandbox import EditRNG, sandbox
+from .tokens import TokenBuffer
 
 __all__ = ["PRESETS", "Context", "Editor"]
 
@@ -176,7 +176,7 @@ class Editor:
         info: ModelInfo,
         plan: RunPlan,
         here: Place,
-        text: Text,
+        text: TokenBuffer,
         placer: Placer,
         edits: Mapping[str, tuple[EditSpec, Callable]],
         saved: dict[str, Any],
@@ -191,7 +191,7 @@ class Editor:
         self.text, self.generation, self.modules = text, plan.generation, modules
         self.of_the_model = frozenset(placer.modules.values())
         self.drawn = (
-            Drawn(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
+            EditRNG(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
         )
         # before each edit, and after some: of which copies must be equal
         self.edited: dict[CaptureKey, ShardRecord] = {}
@@ -327,8 +327,8 @@ class Editor:
         spec, function = self.edits[hook.edit]
 
         def users(x: torch.Tensor, _value: Any, part: _Part) -> Any:
-            apart = contextlib.nullcontext() if self.drawn is None else self.drawn.apart()
-            with apart, confined(self.of_the_model):
+            apart = contextlib.nullcontext() if self.drawn is None else self.drawn.active()
+            with apart, sandbox(self.of_the_model):
                 return function(x, part.context)
 
         return spec.per, users

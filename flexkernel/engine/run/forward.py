@@ -33,7 +33,7 @@ from .edits import PRESETS, Editor, seen_by
 from .generate import Steps
 from .gradients import edit_gradients, forget_gradients, sum_parameters, tied
 from .hooks import Recording, StopForward, spiller
-from .tokens import Text
+from .tokens import TokenBuffer
 
 __all__ = ["run"]
 
@@ -98,9 +98,9 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     runtime.copies.begin(slab)
     rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
     here = Place(layout, runtime.rank, B, S, rows, info.window)
-    text = Text(plan)
+    text = TokenBuffer(plan)
     if plan.generation is not None:
-        text = Text(
+        text = TokenBuffer(
             plan, slab.tensor(where.text_region(plan.slab, plan.base)), generate.ends(runtime, plan)
         )
         text.begin(range(*rows))
@@ -141,7 +141,7 @@ def tape(runtime: Any, plan: RunPlan, active: list[HookSpec]) -> Tape | None:
 
 
 def editor(
-    runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: Text
+    runtime: Any, plan: RunPlan, active: list[HookSpec], here: Place, text: TokenBuffer
 ) -> Editor | None:
     """Who makes this run's edits; None if there are none. HookError where they cannot be made."""
     editing = [hook for hook in active if hook.edit is not None]

@@ -27,7 +27,7 @@ from flexkernel.memory.plan import Entry, kept_columns, left_of, position_dim
 from flexkernel.wire import Box, HookSpec, RunPlan, ShapeFormula, ShardRecord
 
 from .hooks import Recording, failed, joined, mask_of
-from .tokens import Text
+from .tokens import TokenStreamer
 
 __all__ = ["Steps", "check", "ends", "generate"]
 
@@ -86,7 +86,7 @@ def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, tor
             use_cache=True,
             return_dict_in_generate=False,
             synced_gpus=layout.batch_groups > 1,  # none leaves before all have stopped
-            streamer=Told(recording.text, runtime.tick),
+            streamer=TokenStreamer(recording.text, runtime.tick),
             **options,
         )
     recording.finish()
@@ -125,23 +125,6 @@ def drawn_from(seed: int, here: Place, device: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed((seed + group * 0x9E3779B97F4A7C15) % (1 << 63))
         yield
-
-
-class Told:
-    """What transformers calls a streamer: it is given the prompt, then each step's tokens."""
-
-    def __init__(self, text: Text, tick: Callable[[], None] | None):
-        self.text, self.tick, self.prompt_came = text, tick, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt_came and self.text.new:
-            self.text.add(value.tolist())
-        if self.prompt_came and self.tick is not None:
-            self.tick()
-        self.prompt_came = True
-
-    def end(self) -> None:
-        """Nothing is held back here."""
 
 
 class Steps(Recording):

@@ -35,7 +35,7 @@ from flexkernel.wire import Box, CaptureKey, HookSpec, Region, ShapeFormula, Sha
 
 from .autograd import Tape, watched
 from .gradients import write_gradient
-from .tokens import Text
+from .tokens import TokenBuffer
 
 __all__ = ["Recording", "StopForward", "failed", "joined"]
 
@@ -57,7 +57,7 @@ class Recording:
         placer: Placer,
         here: Place,
         spill: Callable[[torch.Tensor], Region],
-        text: Text,
+        text: TokenBuffer,
         editor: Any = None,
         tape: Tape | None = None,
         copies: Copies | None = None,
