@@ -30,26 +30,26 @@ house: $(STAMP)
 
 # What it costs beside what it would be done with otherwise: make bench ROWS="reads edit"
 bench: $(STAMP)
-	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ROWS)
+	PYTHONPATH=. $(BIN)/python -m tools.benchmarks $(ROWS)
 
 # Faults at random: make chaos N=200 SEED=7
 N ?= 200
 chaos: $(STAMP)
-	$(BIN)/python tests/chaos.py --rounds $(N) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tools.chaos --rounds $(N) $(if $(SEED),--seed $(SEED))
 
 # The same cell again and again in a real kernel: nothing grows. make flat N=1000
 flat: $(STAMP)
-	$(BIN)/python tests/flat.py --runs $(if $(filter command line,$(origin N)),$(N),1000)
+	$(BIN)/python -m tools.flat --runs $(if $(filter command line,$(origin N)),$(N),1000)
 
 # Inputs at random: make fuzz SECONDS=600 SEED=7
 SECONDS ?= 600
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tools.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
-# Thirty faults, each made on purpose, as a table in tests/FAULTS.md: make faults TIMES=3
+# Thirty faults, each made on purpose, as a table in tools/FAULTS.md: make faults TIMES=3
 TIMES ?= 3
 faults: $(STAMP)
-	$(BIN)/python tests/faults.py --times $(TIMES) --write tests/FAULTS.md
+	$(BIN)/python -m tools.faults --times $(TIMES) --write tools/FAULTS.md
 
 lab: $(STAMP)
 	$(BIN)/python -m flexkernel demo-model

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
+ROOT = Path(__file__).parents[1]
 # Engines import what tests send them by name, and one thread each is what two cores can carry.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -130,7 +129,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory):
     """tiny(arch, vocab=256): the folder of a tiny random model."""
-    import models
+    from tests.support import models
 
     folder = tmp_path_factory.mktemp("tiny")
     return lambda arch, vocab=256: models.tiny(arch, folder, vocab)

@@ -7,12 +7,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import __main__ as bench
-from benchmarks import scale, table
-from benchmarks.rows import ROWS
-from benchmarks.timing import Figure, Spread, in_turns, of, spread
 
 from flexkernel.errors import ClusterError
+from tools.benchmarks import __main__ as bench
+from tools.benchmarks import scale, table
+from tools.benchmarks.rows import ROWS
+from tools.benchmarks.timing import Figure, Spread, in_turns, of, spread
 
 DESIGN = {
     "reads", "reads-flexmodel", "move", "move-far", "slice", "control", "generate", "edit", "picture", "ten-views",

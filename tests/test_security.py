@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bad
 import psutil
 import pytest
 import torch
@@ -28,6 +27,7 @@ from flexkernel.memory import channel
 from flexkernel.memory.slab import folder_path
 from flexkernel.notebook.display import as_html
 from flexkernel.session import prompts
+from tests.support import bad
 
 two = pytest.mark.engines(2)
 root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another user takes root")
@@ -219,7 +219,8 @@ def test_a_cluster_that_encrypts_is_attached_to(tiny, tmp_path):
 
 
 ENCRYPTED = """
-import sys, bad, ipyparallel as ipp, flexkernel as fk
+import sys, ipyparallel as ipp, flexkernel as fk
+from tests.support import bad
 from pathlib import Path
 started = ipp.Cluster(n=2, cluster_id="curve", controller_ip=sys.argv[1], log_level=40)
 started.start_cluster_sync()

@@ -68,7 +68,7 @@ __all__ = [
 
 def distributed_config(layout: Layout) -> DistributedConfig:
     """transformers' config of a layout. Its check refuses pp together with fsdp or dp; both run
-    and are equal to the unsharded model (tests/test_parity.py), so the degrees are checked apart
+    and are equal to the unsharded model (tests/layouts/test_parity.py), so the degrees are checked apart
     and joined afterwards."""
     config = DistributedConfig(
         tp_size=layout.tp, fsdp_size=layout.fsdp, dp_replicate_size=layout.dp

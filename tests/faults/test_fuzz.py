@@ -1,0 +1,29 @@
+"""A few inputs of every kind; `make fuzz SECONDS=600` tries many."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tools import fuzz
+
+
+@pytest.fixture(scope="module")
+def world():
+    with fuzz.world() as made:
+        yield made
+
+
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_whatever_comes_in_is_used_or_refused(target, world):
+    number = random.randrange(1 << 30)
+    print("seed", number)
+    fuzz.attempt(world, target, 30, number)
+
+
+def test_what_breaks_is_found(world, monkeypatch):
+    """The fuzzer can fail: an error that is not ours comes out of it."""
+    monkeypatch.setattr(fuzz, "select", lambda glob, _names: {}[glob])
+    with pytest.raises(KeyError):
+        fuzz.attempt(world, "globs", 30, 1)
