@@ -10,18 +10,28 @@ wait, for each. Clones are bounded: one too many waits until the oldest is there
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flexkernel.memory.slab import Slab, on_disk
+from flexkernel.wire import ShardRecord
 
-from .digest import digest, digest_in_flight
-
-__all__ = ["Copies", "Lane", "Staged", "copies_from"]
+__all__ = [
+    "Copies",
+    "Lane",
+    "Staged",
+    "copies_from",
+    "digest",
+    "joined_digest",
+    "with_landed_digests",
+]
 
 MOST_BYTES = 256 << 20  # of clones on a GPU, and of page-locked memory beside the slabs
 PORTABLE = 1  # cudaHostRegisterPortable: for every context of this process
@@ -214,3 +224,84 @@ class Lane:
             torch.zeros((), device="cuda").add_(1)
         except RuntimeError:  # it is the one that is known already
             return
+
+
+# --- digests --------------------------------------------------------------------------
+#
+# What ranks that hold copies of a value compare, instead of the values. A digest is exact on GPUs
+# too: an all-reduce of NCCL gives every rank the same bits, and a tolerance wide enough for kernels
+# that add in any order would let addends of a sum pass as copies of one value.
+
+
+def digest(value: torch.Tensor) -> int:
+    """The wrapping sum of the value's bytes as int64 words, each row times an odd number of its
+    own, so that the order of rows counts. 2 ms per 64 MiB.
+
+    value: any shape, dtype and device."""
+    return int(digest_in_flight(value))
+
+
+def digest_in_flight(value: torch.Tensor) -> torch.Tensor | int:
+    """The same as an int64 scalar tensor on the value's device, which nobody waits for; 0 for an
+    empty value. value: any shape and dtype."""
+    if value.numel() == 0:
+        return 0
+    raw = value.contiguous().view(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    even = raw.numel() // 8 * 8
+    words = raw[:even].view(torch.int64)
+    tail = raw[even:]
+    total = sum_of_words(words, row_words(value))
+    return total + tail.sum(dtype=torch.int64) if len(tail) else total
+
+
+def row_words(value: torch.Tensor) -> int:
+    """How many words count as one row of the value, of any shape."""
+    if value.dim() == 0:
+        return 1
+    return max(value.shape[-1] * value.element_size() // 8, 32)
+
+
+def sum_of_words(words: torch.Tensor, width: int) -> torch.Tensor:
+    """words: 1-D int64 -> int64 scalar on the same device: the sum of rows of `width` words, each
+    times its odd number."""
+    num_rows = words.numel() // width
+    if num_rows < 2:
+        return words.sum()
+    rows = words[: num_rows * width].view(num_rows, width).sum(1)
+    rest = words[num_rows * width :]
+    return rows.mul_(odd_numbers(num_rows, rows.device)).sum() + rest.sum()
+
+
+def with_landed_digests(records: Mapping[Any, ShardRecord]) -> dict[Any, ShardRecord]:
+    """The same records with every digest a number. All that lie on a GPU come by one transfer."""
+    flying = {
+        key: record.digest
+        for key, record in records.items()
+        if isinstance(record.digest, torch.Tensor)
+    }
+    if not flying:
+        return dict(records)
+    numbers = torch.stack(list(flying.values())).tolist()
+    landed = {
+        key: dataclasses.replace(records[key], digest=number)
+        for key, number in zip(flying, numbers, strict=True)
+    }
+    return {**records, **landed}
+
+
+def joined_digest(first: Any, second: Any) -> Any:
+    """The digest of two values one after the other, from their digests: int64, wrapping.
+
+    Each is an int, or an int64 scalar tensor where the value lies; so is the result."""
+    joined = first * 0x100000001B3 + second
+    if isinstance(joined, torch.Tensor):
+        return joined  # it wraps by itself
+    return (joined + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+@functools.lru_cache(maxsize=32)
+def odd_numbers(count: int, device: torch.device) -> torch.Tensor:
+    """(count,) int64 on the device: 1, 3, 5, ..."""
+    return torch.arange(1, 2 * count, 2, device=device)

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from flexkernel.engine.model.pytree import leaf, leaves, replaced, users_line
-from flexkernel.engine.place.digest import digest, joined_digest
 from flexkernel.engine.place.placements import Place, Placed, Placer, narrowed
+from flexkernel.engine.place.staging import digest, joined_digest
 from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.plan import check_positions, position_dim

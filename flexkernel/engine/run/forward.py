@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from flexkernel.engine.compat import in_fsdp1
-from flexkernel.engine.place.digest import landed
 from flexkernel.engine.place.placements import Place
 from flexkernel.engine.place.slabs import extra_slab, forget, open_slab, power
+from flexkernel.engine.place.staging import with_landed_digests
 from flexkernel.engine.ranks.breaker import fault
 from flexkernel.engine.ranks.gather import Exchange, OtherRankFailed, header
 from flexkernel.engine.ranks.mesh import leave
@@ -310,7 +310,7 @@ def so_far(runtime: Any, plan: RunPlan, recording: Recording) -> tuple[RunReport
         RunReport(
             runtime.rank,
             plan.run,
-            landed(planned),
+            with_landed_digests(planned),
             {},
             {},
             forwards=forwards,

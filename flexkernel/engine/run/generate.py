@@ -19,8 +19,8 @@ import torch
 from torch.distributed.tensor import Partial
 
 from flexkernel.engine.compat import StageCache, as_written
-from flexkernel.engine.place.digest import joined_digest
 from flexkernel.engine.place.placements import Place, Placed, narrowed, shared_part
+from flexkernel.engine.place.staging import joined_digest
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, kept_columns, left_of, position_dim

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from flexkernel.engine.place.digest import digest
+from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import put_together, receive, send, wait
 from flexkernel.errors import CaptureError, PlacementError
 from flexkernel.wire import Box, CaptureKey, HookSpec, ShardRecord

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from flexkernel.engine.compat import waited
 from flexkernel.engine.model.pytree import leaf, leaves, replaced
-from flexkernel.engine.place.digest import landed
 from flexkernel.engine.place.placements import (
     NO_BATCH,
     Place,
@@ -26,7 +25,7 @@ from flexkernel.engine.place.placements import (
     rows_held,
     shared_part,
 )
-from flexkernel.engine.place.staging import Copies
+from flexkernel.engine.place.staging import Copies, with_landed_digests
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, Plan, left, left_of, logits_path, position_dim
@@ -110,7 +109,10 @@ class Recording:
         told of it."""
         self.copies.land()
         if self.copies.in_flight:
-            self.planned, self.others = landed(self.planned), landed(self.others)
+            self.planned, self.others = (
+                with_landed_digests(self.planned),
+                with_landed_digests(self.others),
+            )
 
     def edit(self, hook: HookSpec, name: str, value: Any) -> Any:
         """The value as the hook's edit makes it. Unlike a read it does raise: a forward without

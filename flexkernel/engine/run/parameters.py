@@ -26,10 +26,10 @@ from flexkernel.engine.compat import (
     split_index,
     unflattened,
 )
-from flexkernel.engine.place.digest import digest
 from flexkernel.engine.place.layers import weight_placement
 from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.engine.place.slabs import open_slab
+from flexkernel.engine.place.staging import digest
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.names import match, nearest
 from flexkernel.wire import Blob, Box, ParameterShard, Region, ShardRecord, SlabValue

@@ -17,7 +17,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch.distributed.tensor import DTensor
 
-from flexkernel.engine.place.digest import digest
+from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import header, wait
 from flexkernel.errors import HookError, LossError
 from flexkernel.wire import RunPlan, Training

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from flexkernel.engine.place import placements
-from flexkernel.engine.place.digest import digest
 from flexkernel.engine.place.placements import Declared, Place, Placer, chunk, parse, shared_part
+from flexkernel.engine.place.staging import digest
 from flexkernel.engine.run.hooks import Recording, failed
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.plan import Entry, Plan

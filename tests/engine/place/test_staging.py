@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexkernel as fk
-from flexkernel.engine.place.digest import digest, digest_in_flight, joined_digest, landed
-from flexkernel.engine.place.staging import Copies, Lane, Staged, copies_from
+from flexkernel.engine.place.staging import (
+    Copies,
+    Lane,
+    Staged,
+    copies_from,
+    digest,
+    digest_in_flight,
+    joined_digest,
+    with_landed_digests,
+)
 from flexkernel.engine.run.hooks import Recording
 from flexkernel.errors import FlexError
 from flexkernel.memory.plan import Plan
@@ -243,7 +251,9 @@ def test_digests_in_flight_are_the_digests():
         i: ShardRecord("scan", "whole", digest_in_flight(value)) for i, value in enumerate(values)
     }
     assert any(isinstance(one.digest, torch.Tensor) for one in seen.values())
-    assert [one.digest for one in landed(seen).values()] == [digest(value) for value in values]
+    assert [one.digest for one in with_landed_digests(seen).values()] == [
+        digest(value) for value in values
+    ]
     numbers = flying = 0
     for value in values:
         numbers, flying = (
