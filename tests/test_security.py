@@ -304,7 +304,7 @@ def test_names_and_tokens_are_text_wherever_they_are_shown():
 def test_no_view_makes_a_page_out_of_text():
     sources = {
         path: path.read_text()
-        for path in (HOME / "widgets").rglob("*")
+        for path in (HOME / "views").rglob("*")
         if path.suffix in (".js", ".py")
     }
     assert len(sources) >= 4
