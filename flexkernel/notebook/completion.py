@@ -9,6 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from IPython.core.completer import (
+    CompletionContext,
+    SimpleCompletion,
+    SimpleMatcherResult,
+    context_matcher,
+)
+
+from .current import CurrentSession
+from .lines import options_of, words
+
 MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
 USUAL = {
     "engines": ("slurm", "ssh", "mpi", "pbs", "sge", "lsf", "htcondor"),
@@ -17,6 +27,86 @@ USUAL = {
     "attn": ("sdpa", "eager"),
     "as_": ("map",),
 }
+
+
+class Completion:
+    """Completes the lines of one shell's flex magics.
+
+    magics: the object whose attributes the magics are.
+    """
+
+    def __init__(self, magics: Any, current: CurrentSession):
+        self.magics = magics
+        self.current = current
+
+    @context_matcher()
+    def matcher(self, context: CompletionContext) -> SimpleMatcherResult:
+        """What IPython asks at each Tab. Other lines than ours get no completions here."""
+        line = MAGIC_LINE.match(context.text_until_cursor)
+        magic = getattr(self.magics, line[1], None) if line else None
+        if line is None or magic is None:
+            return SimpleMatcherResult(completions=[])
+        fragment, texts = self._complete(magic, line[2])
+        return SimpleMatcherResult(
+            completions=[SimpleCompletion(text=text, type="magic") for text in texts],
+            matched_fragment=fragment,
+            suppress=True,
+            ordered=True,
+        )
+
+    def _complete(self, magic: Any, text: str) -> tuple[str, list[str]]:
+        """(what is typed of it, what it can become) for the last word of the arguments."""
+        *before, typed = re.split(r"[ \t]+", text)
+        options = options_of(magic)
+        action, in_prompt = expected(magic, before, options)
+        if in_prompt:
+            return typed, []
+        if typed.startswith("-") and (action is None or not action.option_strings):
+            name, equals, value = typed.partition("=")
+            if not equals or name not in options:
+                return typed, [option for option in options if option.startswith(typed)]
+            action = options[name]
+            typed = value
+        if action is None:
+            return typed, []
+        if action.type is words:
+            typed = typed.rpartition(",")[2]
+        return typed, list(self._values(action, typed))
+
+    def _values(self, action: argparse.Action, typed: str) -> Iterator[str]:
+        if action.dest in ("glob", "stop_at"):
+            return children(self._module_names(), typed)
+        if action.dest == "parameter":
+            return (name for name in children(self._parameters(), typed) if "*" not in name)
+        texts: Iterable[Any] = action.choices or self._choices(action.dest)
+        return (quoted(str(text)) for text in texts if str(text).startswith(typed))
+
+    def _module_names(self) -> list[str]:
+        session = self.current.find()
+        return session.info.names if session is not None and session.info is not None else []
+
+    def _parameters(self) -> Iterable[str]:
+        session = self.current.find()
+        return session.info.parameters if session is not None and session.info is not None else []
+
+    def _choices(self, argument: str) -> Iterable[Any]:
+        """The values that an argument of this name can have now."""
+        if argument in USUAL:
+            return USUAL[argument]
+        if argument == "var":
+            return [name for name in self.current.shell.user_ns if not name.startswith("_")]
+        session = self.current.find()
+        if session is None:
+            return []
+        if argument in ("groups", "group"):
+            return session.hook_set.groups
+        if argument == "hook":
+            return [hook.key for hook in session.hook_set.hooks]
+        if argument == "run":
+            return [run.number for run in session.runs]
+        if argument == "name" and session.runs:
+            return dict.fromkeys(capture.name for capture in session.runs[-1])
+        return []
 
 
 def expected(

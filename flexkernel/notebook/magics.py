@@ -1,26 +1,15 @@
-"""The magics: each parses its line, calls the session, returns the object. Only this file knows
-IPython.
+"""The magics: each parses its line, makes one call and returns the object.
 
-A magic is declared by its arguments, its twin and its docstring: help, completion and README's
-table come from these.
+A magic is declared by its arguments, its twin in Python and its docstring. Help, completion and
+README's table are made from these.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import re
-import sys
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from IPython.core.completer import (
-    CompletionContext,
-    SimpleCompletion,
-    SimpleMatcherResult,
-    context_matcher,
-)
 from IPython.core.error import UsageError
 from IPython.core.magic import (
     Magics,
@@ -32,10 +21,11 @@ from IPython.core.magic import (
 )
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from flexkernel.errors import CaptureError, ClusterError
+from flexkernel.errors import CaptureError
 from flexkernel.session.hooks import AT
 
-from .completion import MAGIC_LINE, USUAL, children, expected, quoted
+from .completion import Completion
+from .current import CurrentSession
 from .display import Growing, Progress, Views, as_html, plain
 from .lines import (
     Question,
@@ -61,29 +51,26 @@ if TYPE_CHECKING:
 
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
-# under this name the session of the magics is in the notebook, if nothing else is
-VARIABLE = "flex"
 MOST_VIEWS = 16  # that one line draws
 GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
-ACTIONS = ("start", "attach", "local", "status", "restart", "stop")
-ACTION_OF = {
-    "n": "start",
-    "engines": "start",
-    "keep": "start",
-    "profile": "attach",
-    "cluster_id": "attach",
-    "take": "attach",
-    "read_only": "attach",
-    "rank": "restart",
+
+# What %flex_cluster does: its action, the method that does it, and the options that belong to it.
+ACTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "start": (CurrentSession.start, ("n", "engines", "keep")),
+    "attach": (CurrentSession.attach, ("profile", "cluster_id", "take", "read_only")),
+    "local": (CurrentSession.local, ()),
+    "status": (CurrentSession.status, ()),
+    "restart": (CurrentSession.restart, ("rank",)),
+    "stop": (CurrentSession.stop, ()),
 }
 
 
 def register(shell: Any) -> None:
     """Give a shell the magics, their completion, and tables for what they return."""
     earlier = shell.magics_manager.registry.get(FlexMagics.__name__)
-    magics = FlexMagics(shell, getattr(earlier, "session", None))
+    magics = FlexMagics(shell, earlier.session if earlier else None)
     shell.register_magics(magics)
-    shell.Completer.custom_matchers.append(magics.matcher)
+    shell.Completer.custom_matchers.append(magics.completion.matcher)
     shell.input_transformer_manager.token_transformers.append(Question)
     for mime, draw in {"text/plain": plain, "text/html": as_html}.items():
         formatter = shell.display_formatter.formatters[mime]
@@ -92,82 +79,49 @@ def register(shell: Any) -> None:
 
 
 def unregister(shell: Any) -> None:
-    """Take the completion out again. The magics and their session stay: IPython forgets no
-    magic."""
+    """Take the completion out again. The magics and their session stay: IPython cannot remove
+    magics."""
     magics = shell.magics_manager.registry[FlexMagics.__name__]
-    shell.Completer.custom_matchers.remove(magics.matcher)
+    shell.Completer.custom_matchers.remove(magics.completion.matcher)
     shell.input_transformer_manager.token_transformers.remove(Question)
 
 
-# --- the magics -----------------------------------------------------------------------
+def magics_table() -> str:
+    """README's table of the magics, in Markdown."""
+    rows = ["| magic | twin | does |", "| --- | --- | --- |"]
+    for name in FlexMagics.magics["line"]:
+        magic = getattr(FlexMagics, name)
+        usage = " ".join(magic.parser.format_usage().removeprefix("::").split())
+        first_paragraph = magic.parser.description.partition("\n\n")[0]
+        does = " ".join(first_paragraph.split())
+        cells = [cell.replace("|", "\\|") for cell in (f"`{usage}`", magic.twin, does)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 @magics_class
 class FlexMagics(Magics):
-    """The magics of one shell. session: the one they work on; also in the notebook as `flex`, if
-    that name is free."""
+    """The magics of one shell. They share its current session."""
 
     shell: Any
 
     def __init__(self, shell: Any, session: Session | None = None):
         super().__init__(shell)
-        self.session = session
-        self._engines: str | None = None
-        self._ended: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.current = CurrentSession(shell, session)
+        self.completion = Completion(self, self.current)
 
-    # --- the session
+    @property
+    def session(self) -> Session | None:
+        return self.current.session
 
-    def needed(self) -> Session:
-        """The session there is: of an earlier magic, else the newest that the user made by
-        hand."""
-        if self.session is None:
-            found = self._by_hand()
-            if found is None:
-                raise ClusterError(
-                    "there are no engines yet: %flex_cluster start -n 2 starts two, %flex_cluster attach takes those "
-                    "of a running cluster, %flex_cluster local uses this process"
-                )
-            self._use(found)
-        assert self.session is not None
-        return self.session
-
-    def _by_hand(self) -> Session | None:
-        # not there: nobody can have made one
-        module = sys.modules.get("flexkernel.session.session")
-        if module is None:
-            return None
-        there = [v for v in list(self.shell.user_ns.values()) if isinstance(v, module.Session)]
-        return next(
-            (
-                s
-                for s in reversed(there)
-                if s not in self._ended and not getattr(s, "closed", False)
-            ),
-            None,
-        )
-
-    def _use(self, session: Session) -> Session:
-        """Work on this session from here on, and end the one before it."""
-        before, self.session = self.session, session
-        session.bar = functools.partial(Progress, self.shell)
-        names = self.shell.user_ns
-        if VARIABLE not in names or names[VARIABLE] is before:
-            self.shell.push({VARIABLE: session}, interactive=False)
-        if before is not None and before is not session:
-            self._end(before)
-        return session
-
-    def _end(self, session: Session, end: bool | None = None) -> None:
-        self._ended.add(session)
-        self.shell.drop_by_id({VARIABLE: session})
-        session.close(end)
+    # --- engines
 
     @magic_arguments()
     @argument(
         "action",
         nargs="?",
         default="status",
-        choices=ACTIONS,
+        choices=tuple(ACTIONS),
         metavar="|".join(ACTIONS),
         help="what to do",
     )
@@ -220,63 +174,9 @@ class FlexMagics(Magics):
         with --rank it replaces one, and the model stays loaded. Alone it says the status.
         """
         args = parsed(self.flex_cluster, line)
-        for name, action in ACTION_OF.items():
-            if getattr(args, name) is not None and args.action != action:
-                option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
-                raise UsageError(
-                    f"{option} belongs to %flex_cluster {action}, not to {args.action}"
-                )
-        return getattr(self, f"_cluster_{args.action}")(args)
-
-    def _cluster_start(self, args: argparse.Namespace) -> Session:
-        from flexkernel.session.start import start
-
-        session = self._use(
-            start(2 if args.n is None else args.n, args.engines, keep=bool(args.keep))
-        )
-        self._engines = args.engines
-        return session
-
-    def _cluster_attach(self, args: argparse.Namespace) -> Session:
-        from flexkernel.session.session import attach
-
-        found, before = (
-            attach(args.profile, args.cluster_id, bool(args.take), bool(args.read_only)),
-            self.session,
-        )
-        if before is not None and before.cluster.owned and same_engines(before, found):
-            found.close()  # these engines end with the session that started them: it stays the one
-            return before
-        return self._use(found)
-
-    def _cluster_local(self, _args: argparse.Namespace) -> Session:
-        from flexkernel.session.session import local
-
-        return self._use(local())
-
-    def _cluster_status(self, _args: argparse.Namespace) -> Any:
-        return self.needed().status()
-
-    def _cluster_restart(self, args: argparse.Namespace) -> Session:
-        from flexkernel.session.session import local
-        from flexkernel.session.start import start
-
-        cluster = self.needed().cluster
-        if args.rank is not None:
-            self.needed().restart(args.rank)
-            return self.needed()
-        if not cluster.owned:
-            raise ClusterError(
-                "these engines were attached, not started here: restart them where they were started"
-            )
-        if not hasattr(cluster, "cluster_id"):  # the engine is this process
-            return self._use(local())
-        self._cluster_stop(args)  # before the new ones: they need the memory
-        return self._use(start(cluster.size, self._engines))
-
-    def _cluster_stop(self, _args: argparse.Namespace) -> None:
-        session, self.session = self.needed(), None
-        self._end(session, end=session.cluster.owned or getattr(session.cluster, "kept", False))
+        action, options = ACTIONS[args.action]
+        check_options(args, args.action, options)
+        return action(self.current, **given(args, *options))
 
     # --- model
 
@@ -311,7 +211,7 @@ class FlexMagics(Magics):
         an earlier model.
         """
         args = parsed(self.flex_load, line)
-        session = self.needed()
+        session = self.current.get()
         options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
         if args.timeout is not None:
             session.timeout_s = args.timeout
@@ -327,7 +227,7 @@ class FlexMagics(Magics):
     def flex_tree(self, line: str) -> Any:
         """The modules of the loaded model: class, parameters, output shape, placement, ranks that
         hold it, hooks."""
-        return self.needed().tree(parsed(self.flex_tree, line).glob)
+        return self.current.get().tree(parsed(self.flex_tree, line).glob)
 
     @magic_arguments()
     @argument(
@@ -340,7 +240,7 @@ class FlexMagics(Magics):
     def flex_param(self, line: str) -> Capture:
         """A whole parameter or buffer as it is now, from whichever ranks hold it: a capture to
         slice, draw and save."""
-        return self.needed().parameter(parsed(self.flex_param, line).parameter)
+        return self.current.get().parameter(parsed(self.flex_param, line).parameter)
 
     # --- hooks
 
@@ -428,10 +328,10 @@ class FlexMagics(Magics):
         if args.edit is not None:
             options |= self._edit(args.edit)
         if args.glob is not None:
-            return self.needed().hook(args.glob, **options)
+            return self.current.get().hook(args.glob, **options)
         if options:
             raise UsageError(f"which modules? %flex_hook GLOB {line.strip()}")
-        return self.needed().hooks
+        return self.current.get().hooks
 
     def _edit(self, text: str) -> dict[str, Any]:
         """`NAME:VALUE` as the options of a hook."""
@@ -464,7 +364,7 @@ class FlexMagics(Magics):
         """
         args = parsed(self.flex_edit, line)
         function = body(args.name, cell, self.shell.user_ns)
-        return self.needed().edit(args.name, **given(args, "per"))(function)
+        return self.current.get().edit(args.name, **given(args, "per"))(function)
 
     @magic_arguments()
     @argument(
@@ -475,7 +375,7 @@ class FlexMagics(Magics):
     def flex_unhook(self, line: str) -> list[str]:
         """Take hooks away; alone: all of them. Gives the names of those that went."""
         args = parsed(self.flex_unhook, line)
-        return self.needed().unhook(" ".join(args.hook) if args.hook else None)
+        return self.current.get().unhook(" ".join(args.hook) if args.hook else None)
 
     @magic_arguments()
     @argument(
@@ -497,7 +397,7 @@ class FlexMagics(Magics):
         """Switch a group of hooks on or off, add hooks to it or remove them, or list the groups
         with their hooks."""
         args = parsed(self.flex_group, line)
-        return self.needed().group(args.action, args.group, " ".join(args.hook) or None)
+        return self.current.get().group(args.action, args.group, " ".join(args.hook) or None)
 
     # --- runs
 
@@ -583,7 +483,7 @@ class FlexMagics(Magics):
         """
         options, prompt = split_prompt(line, options_of(self.flex_run))
         args = parsed(self.flex_run, options)
-        session = self.needed()
+        session = self.current.get()
         prompts = self._prompts(args.var, prompt, cell)
         how = given(args, "groups", "complement", "chat")
         if args.preview:
@@ -659,7 +559,7 @@ class FlexMagics(Magics):
         return Views(capture.show(**given(args, "as_")) for capture in found)
 
     def _run_number(self, number: int | None) -> Run:
-        there = {run.number: run for run in self.needed().runs}
+        there = {run.number: run for run in self.current.get().runs}
         if not there:
             raise CaptureError("no run is stored: %flex_run PROMPT makes one")
         if number is not None and number not in there:
@@ -708,82 +608,19 @@ class FlexMagics(Magics):
         itself where the unsharded model does not fit.
         """
         args = parsed(self.flex_verify, line)
-        session = self.needed()
+        session = self.current.get()
         prompt = None if args.var is None else self._prompts(args.var, "", None)
         return session.verify(prompt, args.glob or None, **given(args, "stream"))
 
-    # --- completion
 
-    @context_matcher()
-    def matcher(self, context: CompletionContext) -> SimpleMatcherResult:
-        """What can stand at the cursor in a line of a flex magic; nothing in other lines."""
-        asked = MAGIC_LINE.match(context.text_until_cursor)
-        magic = getattr(self, asked[1], None) if asked else None
-        if asked is None or magic is None:
-            return SimpleMatcherResult(completions=[])
-        fragment, texts = self._completions(magic, asked[2])
-        return SimpleMatcherResult(
-            completions=[SimpleCompletion(text=text, type="magic") for text in texts],
-            matched_fragment=fragment,
-            suppress=True,
-            ordered=True,
-        )
-
-    def _completions(self, magic: Any, text: str) -> tuple[str, list[str]]:
-        """(what is typed of it, what it can become) for the last word of the arguments."""
-        *before, typed = re.split(r"[ \t]+", text)
-        options = options_of(magic)
-        action, in_prompt = expected(magic, before, options)
-        if in_prompt:
-            return typed, []
-        if typed.startswith("-") and (action is None or not action.option_strings):
-            name, equals, value = typed.partition("=")
-            if not equals or name not in options:
-                return typed, [option for option in options if option.startswith(typed)]
-            action, typed = options[name], value
-        if action is None:
-            return typed, []
-        typed = typed.rpartition(",")[2] if action.type is words else typed
-        return typed, list(self._values(action, typed))
-
-    def _values(self, action: argparse.Action, typed: str) -> Iterator[str]:
-        if action.dest in ("glob", "stop_at"):
-            return children(self._names(), typed)
-        if action.dest == "parameter":
-            return (name for name in children(self._parameters(), typed) if "*" not in name)
-        texts: Iterable[Any] = action.choices or self._known(action.dest)
-        return (quoted(str(text)) for text in texts if str(text).startswith(typed))
-
-    def _names(self) -> list[str]:
-        session = self.session or self._by_hand()
-        return session.info.names if session is not None and session.info is not None else []
-
-    def _parameters(self) -> Iterable[str]:
-        session = self.session or self._by_hand()
-        return session.info.parameters if session is not None and session.info is not None else []
-
-    def _known(self, dest: str) -> Iterable[Any]:
-        """The values there are now for an argument of that name."""
-        if dest in USUAL:
-            return USUAL[dest]
-        if dest == "var":
-            return [name for name in self.shell.user_ns if not name.startswith("_")]
-        session = self.session or self._by_hand()
-        if session is None:
-            return []
-        if dest in ("groups", "group"):
-            return session.hook_set.groups
-        if dest == "hook":
-            return [hook.key for hook in session.hook_set.hooks]
-        if dest == "run":
-            return [run.number for run in session.runs]
-        if dest == "name" and session.runs:
-            return dict.fromkeys(capture.name for capture in session.runs[-1])
-        return []
-
-
-def same_engines(a: Session, b: Session) -> bool:
-    return getattr(a.cluster, "pids", None) == getattr(b.cluster, "pids", ())
+def check_options(args: argparse.Namespace, action: str, allowed: Sequence[str]) -> None:
+    """UsageError: an option of another action of %flex_cluster."""
+    owner = {option: name for name, (_, options) in ACTIONS.items() for option in options}
+    for option in owner.keys() - set(allowed):
+        if getattr(args, option) is None:
+            continue
+        written = f"--{option.replace('_', '-')}" if len(option) > 1 else f"-{option}"
+        raise UsageError(f"{written} belongs to %flex_cluster {owner[option]}, not to {action}")
 
 
 def chosen(run: Run, words: Sequence[str]) -> Any:
@@ -811,15 +648,3 @@ def named(run: Run, words: Sequence[str]) -> Any:
         return found[-1]
     key = words[0] if len(words) == 1 else tuple(words)
     return run[key] if len(words) <= 4 and key in run else None
-
-
-def magics_table() -> str:
-    """README's table of the magics, in Markdown."""
-    lines = ["| magic | twin | does |", "| --- | --- | --- |"]
-    for name in FlexMagics.magics["line"]:
-        magic = getattr(FlexMagics, name)
-        usage = " ".join(magic.parser.format_usage().removeprefix("::").split()).replace("|", "\\|")
-        first_paragraph = magic.parser.description.partition("\n\n")[0]
-        does = " ".join(first_paragraph.split()).replace("|", "\\|")
-        lines.append(f"| `{usage}` | {magic.twin} | {does} |")
-    return "\n".join(lines)

@@ -86,14 +86,14 @@ def shell():
 @pytest.fixture
 def fresh(shell):
     """A notebook in which no session was made."""
-    kept, shell.magics.session = shell.magics.session, None
+    kept, shell.magics.current.session = shell.magics.session, None
     names = {k: v for k, v in shell.shell.user_ns.items() if isinstance(v, fk.Session)}
     for name in names:
         del shell.shell.user_ns[name]
     yield shell
     if shell.magics.session is not None:
         shell.do("%flex_cluster stop")
-    shell.magics.session = kept
+    shell.magics.current.session = kept
     shell.shell.user_ns.update(names)
 
 
@@ -149,7 +149,7 @@ def test_loading_again_keeps_the_session_and_doubles_nothing(loaded):
     loaded.do("%reload_ext flexkernel")
     assert session is not None and loaded.magics.session is session
     assert (
-        len([m for m in loaded.shell.Completer.custom_matchers if "FlexMagics" in m.__qualname__])
+        len([m for m in loaded.shell.Completer.custom_matchers if "Completion" in m.__qualname__])
         == 1
     )
     assert loaded.shell.input_transformer_manager.token_transformers.count(lines.Question) == 1
@@ -773,8 +773,10 @@ def test_the_views_that_completion_offers_are_those_there_are():
 
 
 def test_a_prompt_is_not_completed(loaded):
-    assert loaded.magics.matcher(context("%flex_run --chat The --c"))["completions"] == []
-    assert loaded.magics.matcher(context("%flex_run The mod"))["completions"] == []
+    assert (
+        loaded.magics.completion.matcher(context("%flex_run --chat The --c"))["completions"] == []
+    )
+    assert loaded.magics.completion.matcher(context("%flex_run The mod"))["completions"] == []
 
 
 def test_completion_in_other_lines_is_left_alone(loaded):
@@ -784,14 +786,14 @@ def test_completion_in_other_lines_is_left_alone(loaded):
         "x = y % flex_hook model.",
         "%flex_nothing model.",
     ):
-        assert loaded.magics.matcher(context(line))["completions"] == []
+        assert loaded.magics.completion.matcher(context(line))["completions"] == []
 
 
 def test_completion_before_there_is_anything_is_empty_or_static(fresh):
-    assert fresh.magics.matcher(context("%flex_hook mod"))["completions"] == []
-    assert [c.text for c in fresh.magics.matcher(context("%flex_hook --a"))["completions"]] == [
-        "--at"
-    ]
+    assert fresh.magics.completion.matcher(context("%flex_hook mod"))["completions"] == []
+    assert [
+        c.text for c in fresh.magics.completion.matcher(context("%flex_hook --a"))["completions"]
+    ] == ["--at"]
 
 
 def test_completion_is_fast_with_the_names_of_a_large_model(loaded, monkeypatch):
@@ -804,9 +806,9 @@ def test_completion_is_fast_with_the_names_of_a_large_model(loaded, monkeypatch)
         "mlp.gate_proj",
     ]
     names = [f"model.layers.{i}.{part}" for i in range(126) for part in parts * 4]
-    monkeypatch.setattr(loaded.magics, "_names", lambda: names)
+    monkeypatch.setattr(loaded.magics.completion, "_module_names", lambda: names)
     best = min(
-        seconds(lambda: loaded.magics.matcher(context("%flex_hook model.layers.*.m")))
+        seconds(lambda: loaded.magics.completion.matcher(context("%flex_hook model.layers.*.m")))
         for _ in range(5)
     )
     assert best < 0.100, f"{best * 1e3:.1f} ms for {len(names)} names"

@@ -1,0 +1,136 @@
+"""The notebook's session: which one the magics work on, how it begins and how it ends."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from flexkernel.errors import ClusterError
+
+from .display import Progress
+
+if TYPE_CHECKING:
+    from flexkernel.session.session import Session
+    from flexkernel.session.status import Status
+
+VARIABLE = "flex"
+NO_ENGINES = (
+    "there are no engines yet: %flex_cluster start -n 2 starts two, %flex_cluster attach takes "
+    "those of a running cluster, %flex_cluster local uses this process"
+)
+
+
+class CurrentSession:
+    """The session that the magics of one shell work on.
+
+    The notebook has it as `flex` too, unless the user has a variable of that name.
+    """
+
+    def __init__(self, shell: Any, session: Session | None = None):
+        self.shell = shell
+        self.session = session
+        self._launcher: str | None = None  # what started its engines
+        self._ended: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def get(self) -> Session:
+        """The current session. ClusterError: there is none."""
+        session = self.find()
+        if session is None:
+            raise ClusterError(NO_ENGINES)
+        if session is not self.session:
+            self.use(session)
+        return session
+
+    def find(self) -> Session | None:
+        """The session of an earlier magic, else the newest that the user made in Python."""
+        if self.session is not None:
+            return self.session
+        module = sys.modules.get("flexkernel.session.session")
+        if module is None:  # never imported: nobody can have made one
+            return None
+        for value in reversed(list(self.shell.user_ns.values())):
+            if isinstance(value, module.Session) and self._is_open(value):
+                return value
+        return None
+
+    def _is_open(self, session: Session) -> bool:
+        return session not in self._ended and not getattr(session, "closed", False)
+
+    def use(self, session: Session) -> Session:
+        """Make this the current session, and end the one before it."""
+        before = self.session
+        self.session = session
+        session.bar = functools.partial(Progress, self.shell)
+        variables = self.shell.user_ns
+        if VARIABLE not in variables or variables[VARIABLE] is before:
+            self.shell.push({VARIABLE: session}, interactive=False)
+        if before is not None and before is not session:
+            self._end(before)
+        return session
+
+    def _end(self, session: Session, end: bool | None = None) -> None:
+        self._ended.add(session)
+        self.shell.drop_by_id({VARIABLE: session})
+        session.close(end)
+
+    # --- what %flex_cluster does
+
+    def start(self, n: int = 2, engines: str | None = None, keep: bool = False) -> Session:
+        from flexkernel.session.start import start
+
+        session = self.use(start(n, engines, keep=keep))
+        self._launcher = engines
+        return session
+
+    def attach(
+        self,
+        profile: str | None = None,
+        cluster_id: str | None = None,
+        take: bool = False,
+        read_only: bool = False,
+    ) -> Session:
+        from flexkernel.session.session import attach
+
+        session = attach(profile, cluster_id, take, read_only)
+        before = self.session
+        if before is not None and before.cluster.owned and same_engines(before, session):
+            # These engines end with the session that started them, so that one stays.
+            session.close()
+            return before
+        return self.use(session)
+
+    def local(self) -> Session:
+        from flexkernel.session.session import local
+
+        return self.use(local())
+
+    def status(self) -> Status:
+        return self.get().status()
+
+    def restart(self, rank: int | None = None) -> Session:
+        """Replace one rank's engine, or end all engines and start as many."""
+        session = self.get()
+        cluster = session.cluster
+        if rank is not None:
+            session.restart(rank)
+            return session
+        if not cluster.owned:
+            raise ClusterError(
+                "these engines were attached, not started here: "
+                "restart them where they were started"
+            )
+        if not hasattr(cluster, "cluster_id"):  # the engine is this process
+            return self.local()
+        self.stop()  # before the new ones: they need the memory
+        return self.start(cluster.size, self._launcher)
+
+    def stop(self) -> None:
+        session = self.get()
+        self.session = None
+        self._end(session, end=session.cluster.owned or getattr(session.cluster, "kept", False))
+
+
+def same_engines(a: Session, b: Session) -> bool:
+    return getattr(a.cluster, "pids", None) == getattr(b.cluster, "pids", ())
