@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .boxes import WHOLE, Box
 
 __all__ = [
     "AXES",
     "EDITED",
     "REDUCTIONS",
     "Blob",
-    "Box",
     "CaptureKey",
     "EditSpec",
     "ErrorReport",
@@ -38,39 +38,11 @@ __all__ = [
     "Source",
     "Training",
     "Unsharded",
-    "boxes",
-    "share",
 ]
 
-Box = tuple[tuple[int, int, int], ...]
 AXES = ("pp", "dp", "fsdp", "tp")
 # What a hook can keep of a value instead of it → of how many statistics a part of it is known
 REDUCTIONS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}
-
-
-def share(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Which of `total` rows part `index` has, (start, stop): as even as can be, the first ones
-    larger.
-
-    >>> [share(5, 4, i) for i in range(4)]
-    [(0, 2), (2, 3), (3, 4), (4, 5)]
-    """
-    size, more = divmod(total, parts)
-    start = index * size + min(index, more)
-    return start, start + size + (index < more)
-
-
-def boxes(box: Box) -> list[Box]:
-    """A box in which a dim may occur several times, once for each run of it, as boxes of one run a
-    dim.
-
-    >>> boxes(((0, 0, 2), (0, 4, 6), (1, 0, 3)))
-    [((0, 0, 2), (1, 0, 3)), ((0, 4, 6), (1, 0, 3))]
-    """
-    runs: dict[int, list[tuple[int, int, int]]] = {}
-    for run in box:
-        runs.setdefault(run[0], []).append(run)
-    return list(itertools.product(*runs.values()))
 
 
 @dataclass(frozen=True)
@@ -484,19 +456,18 @@ class RunPlan:
 class ShardRecord:
     """What one rank reports of one capture.
 
-    shard: the part of the whole that lies on this rank, as (dim, start, stop) for each dim of which
-    it holds a part. written: the part that it copied into the slab; ranks that hold the same part
-    share the copying, None: it copied nothing. digest: a checksum of its shard, if other ranks hold
-    the same part and must have the same numbers; 0 if none does. nan: an edit put a NaN into a
-    value that had none. region: where the value lies, if not in its planned place. partial: the
-    value is one of that many addends of a sum over tp.
+    shard: the part of the whole that lies on this rank. written: the part that it copied into the
+    slab; ranks that hold the same part share the copying. None: it copied nothing. digest: a
+    checksum of its shard, if other ranks hold the same part and must have the same numbers; 0 if
+    none does. nan: an edit put a NaN into a value that had none. region: where the value lies, if
+    not in its planned place. partial: the value is one of that many addends of a sum over tp.
     """
 
     evidence: str
     placement: str
     digest: int = 0
-    shard: Box = ()
-    written: Box | None = ()
+    shard: Box = WHOLE
+    written: Box | None = WHOLE
     region: Region | None = None
     partial: int = 0
     error: tuple[str, str] | None = None

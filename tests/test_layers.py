@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 # function or under `if TYPE_CHECKING:` counts like any other: a reader has to follow it, too.
 ORDER = [
     "_version errors",
-    "names",
+    "names boxes",
     "wire",
     "memory",
     "engine views",
@@ -54,6 +54,7 @@ WITHOUT_TORCH = {
     "_version",
     "errors",
     "names",
+    "boxes",
     "wire",
     "engine",
     "cluster.interrupts",

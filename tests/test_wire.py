@@ -21,7 +21,6 @@ from flexkernel.wire import (
     ModelInfo,
     ModuleInfo,
     ShapeFormula,
-    share,
 )
 
 A = HookSpec("model.*.mlp", groups=("early", "mlps"))
@@ -148,14 +147,6 @@ def test_a_share_of_the_batch_is_counted_over_dp_and_fsdp():
 )
 def test_a_layout_reads_as_its_degrees(layout, text):
     assert str(layout) == text
-
-
-@given(st.integers(0, 40), st.integers(1, 9))
-def test_shares_are_whole_even_and_in_order(total, parts):
-    shares = [share(total, parts, i) for i in range(parts)]
-    assert [a for a, _ in shares] == [0, *(b for _, b in shares[:-1])] and shares[-1][1] == total
-    sizes = [b - a for a, b in shares]
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
 # --- formulas -------------------------------------------------------------------------

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flexkernel.engine.place.placements import narrowed
+from flexkernel.boxes import Box
 from flexkernel.engine.place.slabs import open_slab
 from flexkernel.memory.plan import Rows, row_dims
-from flexkernel.wire import Box
 
 __all__ = ["write"]
 
@@ -33,7 +32,7 @@ def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dic
         seen, entry = report.planned.get(i), where.entries[i]
         if seen is not None and seen.error is None and seen.written is not None:
             slab = open_slab(runtime, plan.slab, plan.slab_bytes)
-            local = narrowed(slab.tensor(where.region(entry, plan.slab, plan.base)), seen.written)
+            local = seen.written.cut(slab.tensor(where.region(entry, plan.slab, plan.base)))
             parts[name] = Rows(row_dims(entry), entry.shape, seen.written).of(
                 local, kept(mask, entry.hook.kept_positions)
             )

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.plan import Entry, Rows, row_dims
 from flexkernel.names import nearest
@@ -29,7 +30,7 @@ from flexkernel.session.hooks import spec_of
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
 from flexkernel.views.table import Table, page
-from flexkernel.wire import Box, HookSpec
+from flexkernel.wire import HookSpec
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
@@ -150,9 +151,7 @@ class Dataset:
         for file_name, parts in batch["files"].items():
             if name in parts:
                 with self._open(file_name) as file:
-                    Rows(dims, shape, tuple(map(tuple, parts[name]))).put(
-                        file.get_tensor(name), mask, into
-                    )
+                    Rows(dims, shape, Box.of(parts[name])).put(file.get_tensor(name), mask, into)
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[Any]:
@@ -345,8 +344,8 @@ class Writer:
                 real = (
                     mask if positions is None else mask[:, [p % mask.shape[1] for p in positions]]
                 )
-                own[name] = Rows(row_dims(entry), entry.kept, ()).of(capture.tensor(), real)
-                boxes[name] = ()
+                own[name] = Rows(row_dims(entry), entry.kept, WHOLE).of(capture.tensor(), real)
+                boxes[name] = WHOLE
         save(own, self.path / f"{file}-driver.safetensors")
         files[f"{file}-driver.safetensors"] = boxes
         batch = {

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexkernel.boxes import share
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.session.run import costliest
 from flexkernel.views.table import Table
-from flexkernel.wire import Layout, ModelInfo, ModuleInfo, share
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo
 
 if TYPE_CHECKING:
     from flexkernel.session.run import Store

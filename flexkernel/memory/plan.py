@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from flexkernel.boxes import Box
 from flexkernel.errors import HookError
 from flexkernel.names import nearest, select
 from flexkernel.wire import (
     REDUCTIONS,
-    Box,
     CaptureKey,
     HookSpec,
     Layout,
@@ -39,7 +39,6 @@ __all__ = [
     "kept_columns",
     "kept_shape",
     "left",
-    "left_of",
     "position_dim",
     "row_dims",
 ]
@@ -312,15 +311,6 @@ def left(shape: Sequence[int], over: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for dim, size in enumerate(shape) if dim not in over)
 
 
-def left_of(box: Box, over: Sequence[int]) -> Box:
-    """What is left of a part of the whole, as a part of the reduced one.
-
-    >>> left_of(((0, 2, 4), (2, 0, 8)), (1,)), left_of(((0, 2, 4), (2, 0, 8)), (2,))
-    (((0, 2, 4), (1, 0, 8)), ((0, 2, 4),))
-    """
-    return tuple((d - sum(r < d for r in over), a, b) for d, a, b in box if d not in over)
-
-
 def kept_shape(
     formula: ShapeFormula,
     hook: HookSpec,
@@ -435,9 +425,7 @@ class Rows:
         self.first = [dim for dim in dims if dim is not None]
         self.by_token = dims[1] is not None or dims[2] is not None
         self.rest = [dim for dim in range(len(shape)) if dim not in self.first]
-        self.spans = {dim: (0, size) for dim, size in enumerate(shape)} | {
-            d: (a, b) for d, a, b in box
-        }
+        self.spans = [box.span(dim, size) for dim, size in enumerate(shape)]
 
     def of(self, part: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(rows or tokens, the other dims) in memory of its own. mask: (rows, positions), of the

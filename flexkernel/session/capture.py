@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from flexkernel import errors
+from flexkernel.boxes import Box
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, left_of
+from flexkernel.memory.plan import Entry
 from flexkernel.memory.slab import Slab, pages, size_of
-from flexkernel.wire import Box, CaptureKey, Layout, Region, ShardRecord, SlabValue, boxes
+from flexkernel.wire import CaptureKey, Layout, Region, ShardRecord, SlabValue
 
 from .files import whole_file
 
@@ -356,10 +358,11 @@ class Capture:
         whole = torch.empty(planned, dtype=self.dtype)
         for rank, seen in self.seen.items():
             if seen.written is not None:
-                for index in (index_of(part, len(self.shape)) for part in boxes(seen.written)):
+                for part in seen.written.parts():
+                    index = part.slices(self.ndim)
                     whole[index] = self._part(rank, index)
             elif seen.region is not None:
-                whole[index_of(seen.shard, len(self.shape))] = self._own_part(rank, seen.region)
+                whole[seen.shard.slices(self.ndim)] = self._own_part(rank, seen.region)
         return self._there(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
@@ -382,9 +385,8 @@ class Capture:
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, seen in self.seen.items():
             if seen.region is not None:
-                whole[index_of(seen.shard, len(self.shape))] += self._own_part(
-                    rank, seen.region
-                ).to(exact)
+                addend = self._own_part(rank, seen.region)
+                whole[seen.shard.slices(self.ndim)] += addend.to(exact)
         return whole.to(self.dtype)
 
 
@@ -411,12 +413,7 @@ class Reduced(Capture):
         whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
         for rank, seen in sorted(self.seen.items()):
             if seen.written is not None:
-                into = whole[
-                    (
-                        slice(None),
-                        *index_of(left_of(seen.written, self.entry.over), len(self.entry.kept)),
-                    )
-                ]
+                into = whole[(slice(None), *self._kept_index(seen.written))]
                 both = [
                     reduce.Partial(op, tuple(parts), dtype)
                     for parts in (into, self._said_by(rank, seen.written))
@@ -428,8 +425,12 @@ class Reduced(Capture):
 
     def _said_by(self, rank: int, box: Box) -> torch.Tensor:
         """A rank's statistics of its part."""
-        part = index_of(left_of(box, self.entry.over), len(self.entry.kept))
-        return self._part(rank, (slice(None), self.entry.slot(self.layout, rank), *part))
+        slot = self.entry.slot(self.layout, rank)
+        return self._part(rank, (slice(None), slot, *self._kept_index(box)))
+
+    def _kept_index(self, box: Box) -> tuple[slice, ...]:
+        """What indexes a part of the whole in what is left of it."""
+        return box.without(self.entry.over).slices(len(self.entry.kept))
 
 
 def draw(source: Any, as_: str = "map", **options: Any) -> Any:
@@ -447,13 +448,6 @@ def not_counted() -> Callable[[], None]:
 
 def nothing() -> None:
     """There is nothing to do."""
-
-
-def index_of(box: Box, ndim: int) -> tuple:
-    index: list[Any] = [slice(None)] * ndim
-    for dim, start, stop in box if ndim else ():
-        index[dim] = slice(start, stop)
-    return tuple(index)
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -483,7 +477,7 @@ def differing(key: CaptureKey, seen: Mapping[int, ShardRecord]) -> Exception | N
     """Ranks that hold the same part must hold the same numbers."""
     first: dict[Box, tuple[int, int]] = {}
     for rank, one in sorted(seen.items()):
-        if one.partial or not all(stop > start for _, start, stop in one.shard):
+        if one.partial or one.shard.is_empty:
             continue
         other, digest = first.setdefault(one.shard, (rank, one.digest))
         if digest != one.digest:
@@ -501,13 +495,13 @@ def _missing(
 ) -> Exception | None:
     """The parts that were written must be the whole: counted, since no two ranks write the same
     element."""
-    total = _volume((), shape)
+    total = math.prod(shape)
     addends = max((one.partial for one in seen.values()), default=0)
     parts = [one.written for one in seen.values() if one.written is not None]
     kept = [one.shard for one in seen.values() if one.region is not None]
-    written = sum(
-        _volume(part, shape) for part in (*(parts if addends else dict.fromkeys(parts)), *kept)
-    )
+    if not addends:
+        parts = list(dict.fromkeys(parts))
+    written = sum(part.volume(shape) for part in (*parts, *kept))
     if written == total * (addends or 1):
         return None
     if addends:
@@ -521,13 +515,3 @@ def _missing(
     )
     what = silent if not seen else f"{written:,} of {total:,} elements were written"
     return CaptureError(f"{key}: {what}")
-
-
-def _volume(box: Box, shape: tuple[int, ...]) -> int:
-    part: dict[int, int] = {}
-    for dim, start, stop in box:  # a dim may occur once for each run of it
-        part[dim] = part.get(dim, 0) + stop - start
-    count = 1
-    for dim, size in enumerate(shape):
-        count *= part.get(dim, size)
-    return count

@@ -8,25 +8,25 @@ part from it.
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexkernel.boxes import Box
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slab import size_of
 from flexkernel.names import nearest
 from flexkernel.wire import (
     Blob,
-    Box,
     CaptureKey,
     ModelInfo,
     ParameterShard,
     Region,
     ShardRecord,
     SlabValue,
-    boxes,
 )
 
 from .capture import Capture, ranks_text
@@ -188,10 +188,8 @@ def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
 def parts(new: torch.Tensor, holds: Box) -> tuple[Blob, ...]:
     """What a rank on another host holds of it, as it travels with the call."""
     found = []
-    for box in boxes(holds):
-        part = new
-        for dim, start, stop in box:
-            part = part.narrow(dim, start, stop - start)
+    for box in holds.parts():
+        part = box.cut(new)
         data = part.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         found.append(Blob(tuple(part.shape), str(part.dtype).removeprefix("torch."), data))
     return tuple(found)
@@ -231,10 +229,10 @@ def holders(held: Mapping[int, ParameterShard]) -> dict[Box, list[int]]:
 def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, ParameterShard]) -> None:
     """PlacementError unless the parts make the whole, each element in one of them."""
     there = holders(held)
-    parts = [part for box in there for part in boxes(box) if volume(part, shape)]
-    written = sum(volume(part, shape) for part in parts)
-    total = volume((), shape)
-    if written != total or any(overlap(a, b) for i, a in enumerate(parts) for b in parts[:i]):
+    parts = [part for box in there for part in box.parts() if part.volume(shape)]
+    written = sum(part.volume(shape) for part in parts)
+    total = math.prod(shape)
+    if written != total or any(a.overlaps(b) for i, a in enumerate(parts) for b in parts[:i]):
         what = "; ".join(
             f"{ranks_text(ranks)} {list(box) or 'all of it'}"
             for box, ranks in list(there.items())[:6]
@@ -242,26 +240,6 @@ def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, ParameterS
         raise PlacementError(
             f"{name}: the parts there are make {written:,} of its {total:,} elements, or lie over each other: {what}"
         )
-
-
-def volume(part: Box, shape: Sequence[int]) -> int:
-    """How many elements a part of one run a dim has."""
-    count, sizes = 1, {dim: stop - start for dim, start, stop in part}
-    for dim, size in enumerate(shape):
-        count *= sizes.get(dim, size)
-    return count
-
-
-def overlap(a: Box, b: Box) -> bool:
-    """Whether two parts that are not empty have an element in common.
-
-    >>> overlap(((0, 0, 2),), ((0, 2, 4),)), overlap(((0, 0, 2),), ((1, 0, 9),))
-    (False, True)
-    """
-    there = {dim: (start, stop) for dim, start, stop in a}
-    return all(
-        start < there[dim][1] and there[dim][0] < stop for dim, start, stop in b if dim in there
-    )
 
 
 def check_copies(

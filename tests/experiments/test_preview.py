@@ -8,8 +8,6 @@ import re
 import pytest
 
 from flexkernel.errors import HookError, MemoryBudgetError, PromptError
-from flexkernel.session.parameters import volume
-from flexkernel.wire import boxes
 
 MLP, GATE, UP = "model.layers.*.mlp", "model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -22,8 +20,8 @@ def written(run, world: int) -> list[int]:
     for capture in run.captures.values():
         assert capture.error is None
         for rank, seen in capture.seen.items():
-            for box in boxes(seen.written) if seen.written is not None else ():
-                total[rank] += volume(box, capture.shape) * capture.dtype.itemsize
+            if seen.written is not None:
+                total[rank] += seen.written.volume(capture.shape) * capture.dtype.itemsize
     return total
 
 

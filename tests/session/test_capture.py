@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory.pool import Pool
 from flexkernel.memory.slab import PAGE, Slab, pages
 from flexkernel.session.capture import Capture
-from flexkernel.wire import Box, CaptureKey, Region, ShardRecord
+from flexkernel.wire import CaptureKey, Region, ShardRecord
 
 KEY = CaptureKey("m", "m")
 
@@ -65,13 +66,8 @@ class Home:
         return self.clients[host]
 
 
-def index_of(box: Box, ndim: int) -> tuple:
-    parts = {dim: slice(start, stop) for dim, start, stop in box}
-    return tuple(parts.get(dim, slice(None)) for dim in range(ndim))
-
-
 def written(
-    tmp_path, whole: torch.Tensor, hosts: str, *boxes: Box | None, holds=None, digests=None, **more
+    tmp_path, whole: torch.Tensor, hosts: str, *runs: tuple | None, holds=None, digests=None, **more
 ) -> Capture:
     """What a run leaves when rank i wrote box i on its host; elsewhere in the slabs there is
     rubbish."""
@@ -80,11 +76,12 @@ def written(
     for host in hosts:
         home.slab_of(host, "p.slab").bytes.fill_(0x7F)
     seen = {}
+    boxes = [None if box is None else Box(box) for box in runs]
     for rank, box in enumerate(boxes):
         if box is not None:
-            index = index_of(box, whole.dim())
+            index = box.slices(whole.dim())
             home.slab_of(hosts[rank], "p.slab").tensor(region)[index] = whole[index]
-        mine = holds[rank] if holds else box or ()
+        mine = Box(holds[rank]) if holds else box or WHOLE
         seen[rank] = ShardRecord(
             "scan", "Replicate()", (digests or [0] * len(boxes))[rank], mine, box
         )
@@ -293,13 +290,13 @@ def test_what_lies_on_one_other_host_is_reduced_there(tmp_path, whole):
     ]
 
 
-def own_part(home: Home, rank: int, value: torch.Tensor, holds: Box = (), **more) -> ShardRecord:
+def own_part(home: Home, rank: int, value: torch.Tensor, holds: tuple = (), **more) -> ShardRecord:
     """What a rank keeps in a file of its own."""
     region = Region(
         f"extra-{rank}.slab", 0, tuple(value.shape), str(value.dtype).removeprefix("torch.")
     )
     home.slab_of(home.hosts[rank], region.slab).tensor(region).copy_(value)
-    return ShardRecord("dtensor", "x", rank, holds, None, region, **more)
+    return ShardRecord("dtensor", "x", rank, Box(holds), None, region, **more)
 
 
 def test_addends_of_two_hosts_are_summed(tmp_path, whole):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.errors import (
     CaptureError,
     CaptureExpired,
@@ -460,13 +461,13 @@ def test_where_memory_is_small_slabs_are(session, tiny, monkeypatch):
 
 
 def kept(shape, holds=()) -> ShardRecord:
-    return ShardRecord("dtensor", "x", 0, holds, None, Region("e", 0, shape, "bfloat16"))
+    return ShardRecord("dtensor", "x", 0, Box(holds), None, Region("e", 0, shape, "bfloat16"))
 
 
 def test_the_whole_of_described_parts_spans_them():
     parts = {0: kept((3, 4), ((1, 0, 4),)), 1: kept((3, 2), ((1, 4, 6),))}
     assert described(parts) == ((3, 6), torch.bfloat16)
-    assert described({0: kept((3, 4)), 1: ShardRecord("x", "x", 0, (), None)}) == (
+    assert described({0: kept((3, 4)), 1: ShardRecord("x", "x", 0, WHOLE, None)}) == (
         (3, 4),
         torch.bfloat16,
     )

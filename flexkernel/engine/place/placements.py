@@ -8,22 +8,22 @@ local one. Else PlacementError.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from flexkernel.boxes import WHOLE, Box, chunk
 from flexkernel.engine.compat import waited
 from flexkernel.errors import PlacementError
 from flexkernel.names import match
-from flexkernel.wire import Box, Layout, ShapeFormula, boxes, share
+from flexkernel.wire import Layout, ShapeFormula
 
 from .layers import Known, known
 
-__all__ = ["NO_BATCH", "Place", "Placed", "Placer", "chunk", "rows_held"]
+__all__ = ["NO_BATCH", "Place", "Placed", "Placer", "rows_held"]
 
 # transformers' tensor-parallel styles: what the module's first input and its output are over tp.
 # None: not known.
@@ -143,7 +143,7 @@ class Placer:
         if placement is None:
             evidence, placement = "scan", inferred(local.shape, expected, here, name)
         sharded = checked(placement, local.shape, expected, here, name, evidence)
-        return Placed(local, evidence, placement, box(whole, formula, sharded, here, name, batch))
+        return Placed(local, evidence, placement, held(whole, formula, sharded, here, name, batch))
 
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
@@ -283,10 +283,10 @@ def checked(
     here: Place,
     name: str,
     evidence: str,
-) -> tuple[int, int, int] | None:
-    """(dim, start, stop) of this rank's part over tp, None where it holds all. PlacementError: the
-    shapes disagree."""
-    want, part = list(expected), None
+) -> Box:
+    """This rank's part over tp. PlacementError: the shapes disagree."""
+    want = list(expected)
+    part = WHOLE
     if isinstance(placement, Shard):
         if not -len(want) <= placement.dim < len(want):
             raise PlacementError(
@@ -294,7 +294,8 @@ def checked(
             )
         dim = placement.dim % len(want)
         start, stop = chunk(want[dim], here.layout.tp, here.tp)
-        want[dim], part = stop - start, (dim, start, stop)
+        want[dim] = stop - start
+        part = WHOLE.plus(dim, start, stop)
     if tuple(local) != tuple(want):
         raise PlacementError(
             f"{name}: {evidence} says {placement} over tp={here.layout.tp}, so rank {here.rank} should hold "
@@ -303,21 +304,11 @@ def checked(
     return part
 
 
-def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of one of torch.chunk's pieces, which is how DTensor and transformers split.
-
-    >>> [chunk(257, 2, i) for i in range(2)]
-    [(0, 129), (129, 257)]
-    """
-    step = -(-size // parts)
-    return min(index * step, size), min((index + 1) * step, size)
-
-
 def for_rows(
     whole: tuple[int, ...], rows: tuple[int, ...], formula: ShapeFormula, said: int | str | None
 ) -> tuple[int, ...]:
     """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch.
-    said: as in box()."""
+    said: as in held()."""
     if not isinstance(said, int) or len(formula.dims_of("B", "B*S")) < 2:
         return rows
     return tuple(
@@ -326,27 +317,26 @@ def for_rows(
     )
 
 
-def box(
+def held(
     whole: Sequence[int],
     formula: ShapeFormula,
-    part: tuple[int, int, int] | None,
+    part: Box,
     here: Place,
     name: str,
     said: int | str | None = None,
 ) -> Box:
     """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the
     dim of the rows by declaration or class; else the formula says it."""
-    held = (part,) if part else ()
     dims = formula.dims_of("B", "B*S")
     if here.layout.batch_groups == 1 or not dims:
-        return held
+        return part
     if isinstance(said, int):
         said %= len(whole)
         if said not in dims:
             raise PlacementError(
                 f"{name}: its rows are said to be along dim {said}, but it is {formula}"
             )
-        return with_rows(held, said, whole[said], here, name)
+        return with_rows(part, said, whole[said], here, name)
     if len(dims) > 1:
         raise PlacementError(
             f"{name} is {formula}: dims {' and '.join(map(str, dims))} could both be the batch, which is split "
@@ -358,53 +348,24 @@ def box(
             f"{name}: dim {dims[0]} has {factor} entries for each row of the batch, in an order that is not known, and "
             f"the batch is split {here.layout.batch_groups} ways; hook the modules around it"
         )
-    return with_rows(held, dims[0], whole[dims[0]], here, name)
+    return with_rows(part, dims[0], whole[dims[0]], here, name)
 
 
-def with_rows(held: Box, dim: int, size: int, here: Place, name: str) -> Box:
+def with_rows(part: Box, dim: int, size: int, here: Place, name: str) -> Box:
     """What is held, of these rows only."""
-    if dim in [other for other, _, _ in held]:
+    if dim in part.dims:
         raise PlacementError(
             f"{name}: dim {dim} is split over the batch and over tp; its order is not known"
         )
     unit = size // here.B
-    return tuple(sorted((*held, (dim, here.rows[0] * unit, here.rows[1] * unit))))
+    return part.plus(dim, here.rows[0] * unit, here.rows[1] * unit)
 
 
-def rows_held(held: Box, dim: int, local: Sequence[int], here: Place, name: str) -> Box:
+def rows_held(part: Box, dim: int, local: Sequence[int], here: Place, name: str) -> Box:
     """The same for a value without a formula, whose rows are said to lie along dim."""
     if not -len(local) <= dim < len(local) or local[dim] % here.local_rows:
         raise PlacementError(
             f"{name}: its {here.local_rows} rows are said to lie along dim {dim}, but rank {here.rank} holds "
             f"{tuple(local)}"
         )
-    return with_rows(held, dim % len(local), local[dim] // here.local_rows * here.B, here, name)
-
-
-def narrowed(whole: torch.Tensor, parts: Box) -> torch.Tensor:
-    """The view of a whole tensor that a box names."""
-    for dim, start, stop in parts:
-        whole = whole.narrow(dim, start, stop - start)
-    return whole
-
-
-def pieces(box: Box) -> Iterator[tuple[Box, Box]]:
-    """(its place in the whole, its place in the local tensor) for each part of one run a dim."""
-    begins, size = {}, dict.fromkeys((dim for dim, _, _ in box), 0)
-    for dim, start, stop in box:
-        begins[dim, start] = size[dim]
-        size[dim] += stop - start
-    for part in boxes(box):
-        yield part, tuple((dim, begins[dim, a], begins[dim, a] + b - a) for dim, a, b in part)
-
-
-def shared_part(shape: Sequence[int], copies: int, index: int) -> tuple[int, int, int] | None:
-    """Which piece of a value that `copies` ranks hold rank `index` of them writes, along the
-    largest dim: (dim, start, stop) within what they hold; None if there is nothing for it."""
-    if math.prod(shape) == 0:
-        return None
-    if not shape:
-        return (0, 0, 1) if index == 0 else None
-    dim = max(range(len(shape)), key=lambda d: shape[d])
-    start, stop = share(shape[dim], copies, index)
-    return (dim, start, stop) if stop > start else None
+    return with_rows(part, dim % len(local), local[dim] // here.local_rows * here.B, here, name)

@@ -16,32 +16,26 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine.compat import all_gather_single, stage_peer
-from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.errors import EditError, EngineError
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
-from flexkernel.wire import Box, Layout, Region
+from flexkernel.wire import Layout, Region
 
 __all__ = [
-    "BOX",
     "HEADER",
     "Exchange",
-    "box_of",
-    "boxed",
     "fetched",
     "gathered",
     "header",
     "make_groups",
-    "numbers_of",
     "post",
-    "put_together",
     "receive",
     "send",
     "wait",
 ]
 
 HEADER = 16  # numbers in a header
-BOX = 24  # numbers for a box: up to eight pieces of three
 # Up to so many ranks a header goes around their ring. Through the first of more it takes the more
 # a fraction of the steps: 9 ms and not 42 for 16 on two cores
 FEW = 2
@@ -139,19 +133,6 @@ def fetched(
     if data.numel():
         _finish(dist.irecv(data.view(-1).view(torch.uint8), rank, group=group), timeout_s)
     return data
-
-
-def numbers_of(box: Box) -> list[int]:
-    """A box as numbers, always as many. EngineError: it has more pieces than have a place."""
-    if 3 * len(box) > BOX:
-        raise EngineError(f"a part of a tensor in {len(box)} pieces cannot be sent between hosts")
-    return [number for piece in box for number in piece] + [-1] * (BOX - 3 * len(box))
-
-
-def box_of(numbers: Sequence[int]) -> Box:
-    """What numbers_of made numbers."""
-    triples = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
-    return tuple((dim, start, stop) for dim, start, stop in triples if dim >= 0)
 
 
 def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: float) -> None:
@@ -277,14 +258,14 @@ class InSlab:
         """Before the ranks agree. holds: None to give nothing."""
         self.reads = reads
         if holds is not None:
-            put_together(self.whole, local, holds)
+            holds.put(local, self.whole)
 
     def bring(self) -> None:
         """After the ranks have agreed: on the first one the whole is there."""
 
     def take(self) -> torch.Tensor:
         """After the first one has changed the whole: this rank's part of it."""
-        return taken_apart(self.whole, self.reads)
+        return self.reads.take(self.whole)
 
 
 class ByMessages:
@@ -313,55 +294,30 @@ class ByMessages:
         self.local, self.shard, self.reads = local, holds, reads
 
     def bring(self) -> None:
-        mine = [int(self.shard is not None), *numbers_of(self.shard or ()), *numbers_of(self.reads)]
+        gives = self.shard is not None
+        mine = [int(gives), *(self.shard or WHOLE).numbers(), *self.reads.numbers()]
         said = gathered(mine, self.timeout_s, self.group).tolist()
-        self.given = [box_of(row[1 : 1 + BOX]) if row[0] else None for row in said]
-        self.taken = [box_of(row[1 + BOX :]) for row in said]
+        end = 1 + Box.NUMBERS
+        self.given = [Box.from_numbers(row[1:end]) if row[0] else None for row in said]
+        self.taken = [Box.from_numbers(row[end:]) for row in said]
         if not self.first:
-            if self.shard is not None:
+            if gives:
                 post(self.local, self.ranks[0], self.group, self.timeout_s)
             return
         for i, holds in enumerate(self.given):
             if holds is not None:
-                put_together(self.whole, self.local if i == 0 else self._from(i, holds), holds)
+                holds.put(self.local if i == 0 else self._from(i, holds), self.whole)
 
     def take(self) -> torch.Tensor:
         if not self.first:
             return self._from(0, self.reads)
         for rank, reads in zip(self.ranks[1:], self.taken[1:], strict=True):
-            post(taken_apart(self.whole, reads), rank, self.group, self.timeout_s)
-        return taken_apart(self.whole, self.reads)
+            post(reads.take(self.whole), rank, self.group, self.timeout_s)
+        return self.reads.take(self.whole)
 
     def _from(self, i: int, box: Box) -> torch.Tensor:
-        return fetched(
-            boxed(self.shape, box), self.dtype, self.ranks[i], self.group, self.timeout_s
-        )
-
-
-def put_together(whole: torch.Tensor, local: torch.Tensor, holds: Box) -> None:
-    """Copy what a rank has into its place."""
-    for part, piece in pieces(holds):
-        narrowed(whole, part).copy_(narrowed(local, piece))
-
-
-def taken_apart(whole: torch.Tensor, reads: Box) -> torch.Tensor:
-    """A copy of what a rank has of the whole."""
-    local = whole.new_empty(boxed(whole.shape, reads))
-    for part, piece in pieces(reads):
-        narrowed(local, piece).copy_(narrowed(whole, part))
-    return local
-
-
-def boxed(shape: Sequence[int], box: Box) -> tuple[int, ...]:
-    """The shape of what a rank has that holds this box of a whole.
-
-    >>> boxed((8, 5), ((0, 0, 2), (0, 6, 7)))
-    (3, 5)
-    """
-    sizes = dict.fromkeys((dim for dim, _, _ in box), 0)
-    for dim, start, stop in box:
-        sizes[dim] += stop - start
-    return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))
+        shape = box.shape_in(self.shape)
+        return fetched(shape, self.dtype, self.ranks[i], self.group, self.timeout_s)
 
 
 class OtherRankFailed(EngineError):

@@ -22,18 +22,15 @@ from typing import Any
 
 import torch
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine.compat import stage_edges, without_gradient_sync
 from flexkernel.engine.model.pytree import users_line
-from flexkernel.engine.place.placements import Place, Placed, narrowed
+from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.ranks.gather import (
-    BOX,
     OtherRankFailed,
-    box_of,
-    boxed,
     fetched,
     gathered,
     header,
-    numbers_of,
     post,
     receive,
     send,
@@ -195,7 +192,7 @@ LOSSES: dict[str, Callable] = {"next_token": next_token}
 
 NOTHING, WRITTEN, FAILED = range(3)
 # of what a rank says of a capture: state, digest, part held, elements written, part written
-COLUMNS = 4 + BOX
+COLUMNS = 4 + Box.NUMBERS
 
 
 def said_of(recording: Any) -> torch.Tensor:
@@ -208,12 +205,12 @@ def said_of(recording: Any) -> torch.Tensor:
             rows.append([NOTHING] + [0] * (COLUMNS - 1))
             continue
         state = FAILED if seen.error is not None or seen.partial else WRITTEN
-        empty = any(stop <= start for _, start, stop in seen.shard)
+        empty = seen.shard.is_empty
         box = seen.written if seen.written is not None and not empty else None
-        size = 0 if box is None else math.prod(boxed(entry.shape, box))
+        size = 0 if box is None else box.volume(entry.shape)
         digest = (seen.digest + (1 << 63)) % (1 << 64) - (1 << 63)
         held = -1 if empty else zlib.crc32(repr(seen.shard).encode())
-        rows.append([state, digest, held, size, *numbers_of(box or ())])
+        rows.append([state, digest, held, size, *(box or WHOLE).numbers()])
     return torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
 
 
@@ -325,7 +322,7 @@ def backward(
         ends, grads = [], []
         for i, (local, holds, counts) in tape.ends.items():
             if i in gradients and local.requires_grad:
-                gradient = narrowed(gradients[i], holds).to(local.device)
+                gradient = holds.cut(gradients[i]).to(local.device)
                 ends.append(local)
                 grads.append(gradient.clone() if counts else torch.zeros_like(local))
         go_back(runtime, tape, ends, grads, plan.timeout_s)
@@ -395,8 +392,8 @@ def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) 
                 or runtime.rank not in (0, rank)
             ):
                 continue
-            region, box = recording.region(entries[i]), box_of(numbers)
-            part = narrowed(recording.slab.tensor(region), box)
+            region, box = recording.region(entries[i]), Box.from_numbers(numbers)
+            part = box.cut(recording.slab.tensor(region))
             if runtime.rank == rank:
                 post(part, 0, None, timeout_s)
             else:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine.model.pytree import leaf, leaves, replaced, users_line
-from flexkernel.engine.place.placements import Place, Placed, Placer, narrowed
+from flexkernel.engine.place.placements import Place, Placed, Placer
 from flexkernel.engine.place.staging import digest, joined_digest
 from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
@@ -26,7 +27,6 @@ from flexkernel.memory.slab import Slab
 from flexkernel.wire import (
     EDITED,
     Blob,
-    Box,
     CaptureKey,
     EditSpec,
     HookSpec,
@@ -117,7 +117,7 @@ def noise(x: torch.Tensor, value: Any, at: _Part) -> torch.Tensor:
         if at.generating
         else torch.randn(at.whole, generator=torch.Generator().manual_seed(at.seed))
     )
-    return x + (narrowed(drawn, at.box) * value).to(x)
+    return x + (at.box.cut(drawn) * value).to(x)
 
 
 PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]] = {
@@ -262,14 +262,14 @@ class Editor:
         formula = ShapeFormula(
             "", tuple((size, "") for size in shape), str(gradient.dtype).removeprefix("torch.")
         )
-        part = self._part(hook, name, (), formula, own_rows=False)
+        part = self._part(hook, name, WHOLE, formula, own_rows=False)
         _, function = self._function(hook)
 
         def run(whole: torch.Tensor) -> torch.Tensor:
             new = guarded(
                 hook, name, whole.clone(), lambda x: function(x, self._cut(hook, part, x), part)
             )
-            return self._chosen(hook, name, Placed(whole, "", Replicate(), ()), formula, new)
+            return self._chosen(hook, name, Placed(whole, "", Replicate(), WHOLE), formula, new)
 
         if self.exchange is None:
             return run(gradient)
@@ -376,7 +376,7 @@ class Editor:
             raise EditError(
                 f"patch at {part.context.module}: the source has shape {tuple(tensor.shape)}, not {part.whole}"
             )
-        return narrowed(tensor.expand(part.whole), part.box).to(x)
+        return part.box.cut(tensor.expand(part.whole)).to(x)
 
     def _patched(self, source: torch.Tensor, part: _Part) -> torch.Tensor | None:
         """What a source that covers the text up to some position has for this forward; None after
@@ -403,11 +403,11 @@ class Editor:
         layout = self.here.layout
         batched = formula.dims_of("B", "B*S")
         group = "tp" if per == "row" and batched else "stage"
-        part = self._part(hook, name, (), formula, own_rows=group == "tp")
+        part = self._part(hook, name, WHOLE, formula, own_rows=group == "tp")
 
         def run(x: torch.Tensor) -> torch.Tensor:
             now = self._part(
-                hook, name, (), formula, own_rows=group == "tp"
+                hook, name, WHOLE, formula, own_rows=group == "tp"
             )  # once more: now all rows' tokens are there
             return guarded(hook, name, x, lambda y: function(y, self._cut(hook, now, y), now))
 
@@ -422,7 +422,7 @@ class Editor:
         mine = placed.shard
         # the rows of this group are all that it sees
         if group == "tp" and layout.batch_groups > 1:
-            mine = tuple(piece for piece in placed.shard if piece[0] not in batched)
+            mine = placed.shard.only(placed.shard.dims.difference(batched))
             shape = self.here.own(formula)
         else:
             shape = part.whole
@@ -431,11 +431,9 @@ class Editor:
         )
         # a copied row: give it the first one
         fallback = self.here.idle and batched and group == "stage"
-        reads = (
-            tuple((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine)
-            if fallback
-            else mine
-        )
+        reads = mine
+        if fallback:
+            reads = Box((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine)
         call |= self.here.step << 16
 
         def meet(
@@ -473,7 +471,7 @@ class Editor:
                 raise HookError(f"{hook.key}: index {outside[0]} is outside the {total} of {name}")
             mask = torch.zeros(total, dtype=torch.bool, device=old.device)
             mask[list(what)] = True
-            mask = narrowed(mask, tuple((0, a, b) for d, a, b in placed.shard if d == dim))
+            mask = mask[slice(*placed.shard.span(dim, total))]
             chosen = chosen & mask.view([-1 if d == dim else 1 for d in range(old.dim())])
         return torch.where(chosen, new, old)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flexkernel.boxes import share
 from flexkernel.engine.compat import in_fsdp1
 from flexkernel.engine.place.placements import Place
 from flexkernel.engine.place.slabs import extra_slab, forget, open_slab, power
@@ -25,7 +26,7 @@ from flexkernel.engine.ranks.mesh import leave
 from flexkernel.errors import EngineError, FlexError, HookError, LoadError, PlacementError
 from flexkernel.memory.plan import Plan
 from flexkernel.memory.slab import Slab
-from flexkernel.wire import ErrorReport, HookSpec, RunPlan, RunReport, share
+from flexkernel.wire import ErrorReport, HookSpec, RunPlan, RunReport
 
 from . import generate, train
 from .autograd import Tape, backward, graph_of, trainable

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial
 
+from flexkernel.boxes import WHOLE, Box, share_of
 from flexkernel.engine.compat import StageCache, as_written
-from flexkernel.engine.place.placements import Place, Placed, narrowed, shared_part
+from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.place.staging import joined_digest
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, kept_columns, left_of, position_dim
-from flexkernel.wire import Box, HookSpec, RunPlan, ShapeFormula, ShardRecord
+from flexkernel.memory.plan import Entry, kept_columns, position_dim
+from flexkernel.wire import HookSpec, RunPlan, ShapeFormula, ShardRecord
 
-from .hooks import Recording, failed, joined, mask_of
+from .hooks import Recording, failed, mask_of
 from .tokens import TokenStreamer
 
 __all__ = ["Steps", "check", "ends", "generate"]
@@ -215,16 +216,12 @@ class Steps(Recording):
         if here.idle and entry.formula.dims_of("B", "B*S"):
             return local, view.box(holds, whole), None
         copies, index = self._copies(placed, entry.formula)
-        target = narrowed(target, holds)
+        target = holds.cut(target)
         piece = self._piece(view, target.shape, copies, index)
         if piece is None:
             return local, view.box(holds, whole), None
-        view.put(narrowed(target, piece), narrowed(local, piece), here, self.copies.write)
-        return (
-            local,
-            view.box(holds, whole),
-            view.box(joined(holds, piece[0]) if piece else holds, whole),
-        )
+        view.put(piece.cut(target), piece.cut(local), here, self.copies.write)
+        return local, view.box(holds, whole), view.box(holds.within(piece), whole)
 
     def _put_reduced(
         self, entry: Entry, placed: Placed, here: Place
@@ -251,17 +248,18 @@ class Steps(Recording):
         piece = self._piece(view, local.shape, copies, index)
         if piece is None:
             return local, view.shard, None
-        box = joined(view.shard, piece[0]) if piece else view.shard
+        box = view.shard.within(piece)
         shape = tuple(len(wanted) if d == dim else size for d, size in enumerate(entry.shape))
         step = dataclasses.replace(entry, shape=shape)
-        found = self._parts(step, narrowed(local, piece), mask_of(step, real, box))
+        found = self._parts(step, piece.cut(local), mask_of(step, real, box))
         if dim in entry.over:
             self._add_parts(found, entry, place, box)
         else:
-            at = left_of(((dim, *self._span(entry, here)),), entry.over) if dim is not None else ()
-            self._put_parts(
-                found, entry, narrowed(place, tuple((d + 2, a, b) for d, a, b in at)), box
-            )
+            if dim is not None:
+                along = dim + 2 - sum(d < dim for d in entry.over)
+                start, stop = self._span(entry, here)
+                place = place.narrow(along, start, stop - start)
+            self._put_parts(found, entry, place, box)
         return local, view.shard, box
 
     def _add_parts(
@@ -271,9 +269,8 @@ class Steps(Recording):
             self.copies.land()
             before = place[:, entry.slot(self.here.layout, self.here.rank)]
             device = found.parts[0].device
-            parts = tuple(
-                narrowed(part, left_of(box, entry.over)).to(device, copy=True) for part in before
-            )
+            inner = box.without(entry.over)
+            parts = tuple(inner.cut(part).to(device, copy=True) for part in before)
             found = reduce.combine([dataclasses.replace(found, parts=parts), found])
         self._put_parts(found, entry, place, box)
 
@@ -281,16 +278,12 @@ class Steps(Recording):
         """What this rank copies of a part that several hold, the same in every forward; None:
         nothing."""
         if copies == 1:
-            return ()
+            return WHOLE
         flat = [1 if d in (view.dim, view.keys) else size for d, size in enumerate(shape)]
-        piece = shared_part(flat, copies, index)
-        return (
-            ()
-            if piece and (not flat or piece[0] in (view.dim, view.keys))
-            else (piece,)
-            if piece
-            else None
-        )
+        piece = share_of(flat, copies, index)
+        if piece is not None and piece.dims & {view.dim, view.keys}:
+            return WHOLE  # every other dim has one element
+        return piece
 
     def _positions(
         self, entry: Entry, view: Unfolded, target: torch.Tensor, here: Place
@@ -357,7 +350,7 @@ class Unfolded:
                     f"{entry.key} is {formula}: its steps cannot be put together in a generation"
                 )
             self.keys = along[1]
-        if self.odd(formula, along) or self.dim in [d for d, _, _ in self.shard]:
+        if self.odd(formula, along) or self.dim in self.shard.dims:
             raise PlacementError(
                 f"{entry.key} is {formula}: its positions cannot be told apart in a generation"
             )
@@ -370,10 +363,9 @@ class Unfolded:
 
     def _unfold(self, dim: int, here: Place) -> None:
         self.local = self.local.unflatten(dim, (here.local_rows, here.S))
-        rows = ((dim, *here.rows),) if here.layout.batch_groups > 1 else ()
-        self.shard = tuple(
-            sorted((*rows, *((d + (d > dim), a, b) for d, a, b in self.shard if d != dim)))
-        )
+        self.shard = Box((d + (d > dim), a, b) for d, a, b in self.shard if d != dim)
+        if here.layout.batch_groups > 1:
+            self.shard = self.shard.plus(dim, *here.rows)
 
     def of_whole(self, whole: torch.Tensor) -> torch.Tensor:
         return whole if self.folded is None else whole.unflatten(self.folded, (self.B, -1))
@@ -383,7 +375,7 @@ class Unfolded:
         if self.folded is None:
             return box
         each = whole.shape[self.folded] // self.B
-        return tuple(
+        return Box(
             (d, a * each, b * each) if d == self.folded else (d - (d > self.folded), a, b)
             for d, a, b in box
         )

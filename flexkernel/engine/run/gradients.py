@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from flexkernel.boxes import Box
 from flexkernel.engine.place.staging import digest
-from flexkernel.engine.ranks.gather import put_together, receive, send, wait
+from flexkernel.engine.ranks.gather import receive, send, wait
 from flexkernel.errors import CaptureError, PlacementError
-from flexkernel.wire import Box, CaptureKey, HookSpec, ShardRecord
+from flexkernel.wire import CaptureKey, HookSpec, ShardRecord
 
 from .parameters import owner_of, placed
 
@@ -105,7 +106,7 @@ def edit_gradient(
     mine = next((n for n in same if parameter_of(runtime, n) is not None), None)
     if mine is None:
         shape = tuple(runtime.info.parameters[name])
-        nothing: Box = tuple((dim, 0, 0) for dim in range(len(shape)))
+        nothing = Box.nothing(len(shape))
         empty = torch.empty(
             [0] * len(shape), dtype=getattr(torch, runtime.info.dtype), device=runtime.device
         )
@@ -157,5 +158,5 @@ def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> ShardRecord 
             f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned"
         )
     # copies write the same numbers, as their digests show
-    put_together(whole, gradient, seen.shard)
+    seen.shard.put(gradient, whole)
     return seen

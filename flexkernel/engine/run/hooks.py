@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from flexkernel.boxes import WHOLE, Box, chunk, share_of
 from flexkernel.engine.compat import waited
 from flexkernel.engine.model.pytree import leaf, leaves, replaced
 from flexkernel.engine.place.placements import (
@@ -20,23 +21,20 @@ from flexkernel.engine.place.placements import (
     Place,
     Placed,
     Placer,
-    chunk,
-    narrowed,
     rows_held,
-    shared_part,
 )
 from flexkernel.engine.place.staging import Copies, with_landed_digests
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, Plan, left, left_of, logits_path, position_dim
+from flexkernel.memory.plan import Entry, Plan, left, logits_path, position_dim
 from flexkernel.memory.slab import Slab, size_of
-from flexkernel.wire import Box, CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
+from flexkernel.wire import CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
 
 from .autograd import Tape, watched
 from .gradients import write_gradient
 from .tokens import TokenBuffer
 
-__all__ = ["Recording", "StopForward", "failed", "joined"]
+__all__ = ["Recording", "StopForward", "failed"]
 
 
 class StopForward(Exception):
@@ -248,7 +246,7 @@ class Recording:
         assert self.slab is not None
         part, box = self._piece_of(local, placed, entry.formula)
         if box is not None:
-            self.copies.write(narrowed(self._place_of(i), box), part)
+            self.copies.write(box.cut(self._place_of(i)), part)
         return ShardRecord(
             evidence, placement, self._digest(local, placed, entry.formula), placed.shard, box
         )
@@ -265,12 +263,10 @@ class Recording:
         copies, index = self._copies(placed, formula)
         if copies == 1:
             return local, placed.shard
-        piece = shared_part(local.shape, copies, index)
+        piece = share_of(local.shape, copies, index)
         if piece is None:
             return local, None
-        if not local.shape:
-            return local, placed.shard
-        return narrowed(local, (piece,)), joined(placed.shard, piece)
+        return piece.cut(local), placed.shard.within(piece)
 
     def _reduce(
         self,
@@ -308,8 +304,9 @@ class Recording:
         self, found: reduce.Partial, entry: Entry, place: torch.Tensor, box: Box
     ) -> None:
         target = place[:, entry.slot(self.here.layout, self.here.rank)]
+        inner = box.without(entry.over)
         for statistic, into in zip(found.parts, target, strict=True):
-            self.copies.write(narrowed(into, left_of(box, entry.over)), statistic)
+            self.copies.write(inner.cut(into), statistic)
 
     def _mask(self, entry: Entry) -> torch.Tensor | None:
         """(B, positions that are kept), which are real; None: all of them."""
@@ -370,11 +367,11 @@ class Recording:
                 f"it, so that {tuple(value.shape)} on each rank cannot be put together under {layout}; hook the "
                 f"modules around it, load with reference=, or declare it, placements={{{key!r}: 'batch:0 replicate'}}"
             )
-        holds: Box = ()
+        holds = WHOLE
         if isinstance(placement, Shard):
             dim = placement.dim % local.dim()
             total = value.shape[dim] if isinstance(value, DTensor) else local.shape[dim] * layout.tp
-            holds = ((dim, *chunk(total, layout.tp, tp)),)
+            holds = WHOLE.plus(dim, *chunk(total, layout.tp, tp))
         keeps = tp == 0 or not isinstance(placement, Replicate)
         if isinstance(batch, int):
             holds = rows_held(holds, batch, local.shape, self.here, key)
@@ -432,7 +429,7 @@ def kept(
     if hook.kept_positions is None:
         return local
     dim = position_dim(formula)
-    if formula.dims_of("B*S") or dim in [split for split, _, _ in holds]:
+    if formula.dims_of("B*S") or dim in holds.dims:
         raise PlacementError(
             f"{hook.key}: positions cannot be picked from {formula}, whose rows run over the batch or are split along "
             "the sequence; hook it without positions"
@@ -472,7 +469,7 @@ def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor |
         raise PlacementError(
             f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce"
         )
-    return narrowed(real, tuple((d, a, b) for d, a, b in box if real.shape[d] > 1))
+    return box.only([d for d, size in enumerate(real.shape) if size > 1]).cut(real)
 
 
 def check_strided(name: str, at: str, value: torch.Tensor) -> None:
@@ -489,15 +486,6 @@ def check_strided(name: str, at: str, value: torch.Tensor) -> None:
             raise PlacementError(
                 f"{name or '(root)'} {at}: it is a {what} tensor; hook a module that puts out a plain one"
             )
-
-
-def joined(holds: Box, piece: tuple[int, int, int]) -> Box:
-    """A piece within a held part, as a part of the whole."""
-    dim, start, stop = piece
-    found = {d: (a, b) for d, a, b in holds}
-    offset = found.get(dim, (0, 0))[0]
-    found[dim] = (offset + start, offset + stop)
-    return tuple((d, *found[d]) for d in sorted(found))
 
 
 def spiller(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine.compat import (
     flat_local,
     flat_shape,
@@ -27,12 +28,11 @@ from flexkernel.engine.compat import (
     unflattened,
 )
 from flexkernel.engine.place.layers import weight_placement
-from flexkernel.engine.place.placements import narrowed, pieces
 from flexkernel.engine.place.slabs import open_slab
 from flexkernel.engine.place.staging import digest
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.names import match, nearest
-from flexkernel.wire import Blob, Box, ParameterShard, Region, ShardRecord, SlabValue
+from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue
 
 __all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 
@@ -52,7 +52,7 @@ def held(runtime: Any, name: str) -> ParameterShard | list[str]:
         return ParameterShard(
             flat,
             str(tensor.dtype).removeprefix("torch."),
-            (),
+            WHOLE,
             "flat",
             "part of a flat parameter over fsdp",
         )
@@ -69,8 +69,7 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
     with local_part(runtime, name) as local:
         if writes:
             whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
-            for part, piece in pieces(found.shard):
-                narrowed(whole, part).copy_(narrowed(local, piece))
+            found.shard.put(local, whole)
         return ShardRecord(
             found.evidence,
             found.placement,
@@ -119,9 +118,9 @@ def put(
         if not keep(kept, earlier, runtime, name):
             continue
         with local_part(runtime, name, change=True) as local:
-            for i, (part, piece) in enumerate(pieces(found.shard)):
-                if narrowed(local, piece).numel():
-                    narrowed(local, piece).copy_(new_part(runtime, value, part, i))
+            for i, (part, piece) in enumerate(found.shard.pieces()):
+                if piece.cut(local).numel():
+                    piece.cut(local).copy_(new_part(runtime, value, part, i))
 
 
 def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
@@ -149,9 +148,8 @@ def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
 
 def new_part(runtime: Any, value: SlabValue | tuple[Blob, ...], part: Box, i: int) -> torch.Tensor:
     if isinstance(value, SlabValue):
-        return narrowed(
-            open_slab(runtime, value.region.slab, value.slab_bytes).tensor(value.region), part
-        )
+        slab = open_slab(runtime, value.region.slab, value.slab_bytes)
+        return part.cut(slab.tensor(value.region))
     return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(
         value[i].shape
     )
@@ -242,7 +240,7 @@ def placed(
             + ("" if evidence == "dtensor" else f": declare it, placements={{{name!r}: 'shard:0'}}")
         )
     dtype = str(local.dtype).removeprefix("torch.")
-    return ParameterShard(shape, dtype, holds(shape, indices), evidence, over), local
+    return ParameterShard(shape, dtype, Box.of_indices(shape, indices), evidence, over), local
 
 
 def axes_of(tensor: DTensor) -> list[Axis]:
@@ -320,26 +318,3 @@ def as_it_happened(axes: Sequence[Axis], ndim: int) -> list[Axis]:
         else:
             first.append((placement, num_parts, part))
     return first + last
-
-
-def holds(shape: Sequence[int], indices: Sequence[torch.Tensor]) -> Box:
-    """The indices as runs: a dim of which all lies here is left out, one in several runs occurs
-    several times."""
-    return tuple(
-        (dim, start, stop)
-        for dim, index in enumerate(indices)
-        for start, stop in runs(index)
-        if (start, stop) != (0, shape[dim])
-    )
-
-
-def runs(index: torch.Tensor) -> list[tuple[int, int]]:
-    """Where an index is consecutive, as (start, stop).
-
-    >>> runs(torch.tensor([0, 1, 2, 7, 8]))
-    [(0, 3), (7, 9)]
-    """
-    if len(index) == 0:
-        return [(0, 0)]
-    ends = (index.diff() != 1).nonzero().flatten() + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in index.tensor_split(ends)]

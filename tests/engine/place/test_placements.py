@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from flexkernel.boxes import chunk, share
 from flexkernel.engine.place import placements
-from flexkernel.engine.place.placements import Declared, Place, Placer, chunk, parse, shared_part
+from flexkernel.engine.place.placements import Declared, Place, Placer, parse
 from flexkernel.engine.place.staging import digest
 from flexkernel.engine.run.hooks import Recording, failed
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.session.capture import Capture
-from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula, share
+from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula
 
 TERMS = ("", "B", "S", "B*S", "P+S")
 
@@ -166,16 +167,8 @@ def test_the_pieces_of_any_layout_are_the_whole_written_once(
     written = torch.zeros(whole.shape, dtype=torch.int64)
     for seen in capture.seen.values():
         if seen.written is not None:
-            written[
-                tuple(
-                    slice(*dict_of(seen.written).get(d, (0, n))) for d, n in enumerate(whole.shape)
-                )
-            ] += 1
+            written[seen.written.slices(whole.dim())] += 1
     assert (written == 1).all()
-
-
-def dict_of(box) -> dict:
-    return {dim: (start, stop) for dim, start, stop in box}
 
 
 @given(layouts, st.integers(1, 5), st.integers(1, 6), st.booleans())
@@ -494,23 +487,6 @@ SCANNED = {
 
 
 # --- arithmetic -----------------------------------------------------------------------
-
-
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_chunks_are_those_of_torch(size, parts):
-    ours = [chunk(size, parts, i) for i in range(parts)]
-    theirs = [len(piece) for piece in torch.zeros(size).chunk(parts)] if size else []
-    assert [b - a for a, b in ours if b > a] == [n for n in theirs if n] and ours[-1][1] == size
-
-
-@given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 7))
-def test_the_pieces_that_copies_write_make_up_what_they_hold(shape, copies):
-    written = torch.zeros(shape, dtype=torch.int64)
-    for index in range(copies):
-        piece = shared_part(shape, copies, index)
-        if piece is not None:
-            (written.narrow(piece[0], piece[1], piece[2] - piece[1]) if shape else written).add_(1)
-    assert (written == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import flexkernel as fk
+from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine import compat
 from flexkernel.engine.run import parameters as on_rank
 from flexkernel.errors import (
@@ -578,7 +579,7 @@ def watched_call(call, asked: list[str]):
 def test_gaps_and_overlaps_are_refused():
     def held(*boxes):
         return {
-            rank: ParameterShard((4, 6), "float32", box, "dtensor", "")
+            rank: ParameterShard((4, 6), "float32", Box(box), "dtensor", "")
             for rank, box in enumerate(boxes)
         }
 
@@ -601,7 +602,7 @@ def test_gaps_and_overlaps_are_refused():
     with pytest.raises(
         PlacementError, match=r"is \(4, 6\) float32 on rank 0 and \(4, 7\) float32 on rank 1"
     ):
-        parameters.agreed("w", held(()) | {1: ParameterShard((4, 7), "float32", (), "scan", "")})
+        parameters.agreed("w", held(()) | {1: ParameterShard((4, 7), "float32", WHOLE, "scan", "")})
 
 
 # --- its memory -----------------------------------------------------------------------
@@ -692,7 +693,7 @@ def test_axes_split_from_left_to_right():
     assert indices((8,), (_StridedShard(0, split_factor=2), 2, 1)) == [[2, 3, 6, 7]]
     assert indices((8,), (_StridedShard(0, split_factor=2), 2, 1), (Shard(0), 2, 0)) == [[2, 3]]
     assert indices((3,), (Shard(0), 4, 3)) == [[]]
-    assert on_rank.holds((3,), [torch.tensor([], dtype=torch.long)]) == ((0, 0, 0),)
+    assert Box.of_indices((3,), [torch.tensor([], dtype=torch.long)]) == ((0, 0, 0),)
 
 
 def test_an_uneven_split_in_an_order_that_is_not_known_is_refused():
