@@ -96,6 +96,7 @@ def quickstart(executed):
     return executed(next(path for path in NOTEBOOKS if path.stem == "quickstart"))
 
 
+@pytest.mark.long("tuned_lens")
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_says_nothing_aside(path, executed):

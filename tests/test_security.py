@@ -205,6 +205,7 @@ def test_a_controller_that_other_machines_reach_has_to_encrypt(
     assert ("without encryption" in str(caught.value)) == refused, caught.value
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_cluster_that_encrypts_is_attached_to(tiny, tmp_path):
     """ipyparallel's own CURVE, on an address that is not loopback's."""

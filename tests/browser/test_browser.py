@@ -390,6 +390,7 @@ def lab(tmp_path_factory):
         yield running
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_large_map_in_jupyterlab_from_drawing_to_a_reopened_notebook(browser, lab, tmp_path):
     path = lab.write("map.ipynb", HAND_MADE, "view = tensor_map(x, title='made by hand')\nview")

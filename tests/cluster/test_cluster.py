@@ -272,6 +272,7 @@ def crash(cluster_id: str) -> None:
     psutil.wait_procs(found, 10)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
     driver = subprocess.Popen(
@@ -302,6 +303,7 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_session_of_a_kept_cluster_says_how_its_controller_comes_back(tiny):
     session = fk.start(2, keep=True)
@@ -359,6 +361,7 @@ session.close()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tiny):
     with fk.start(2) as session:
@@ -384,6 +387,7 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
         again.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
     session = fk.start(2)
@@ -522,6 +526,7 @@ def test_a_rank_whose_answer_is_lost_at_an_interrupt_is_back_at_once(session, ti
     assert torch.equal(session.run(IDS).logits.tensor(), before)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
     tiny, tmp_path, monkeypatch

@@ -101,6 +101,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.long
 def test_jobs_are_cancelled_when_their_driver_is_killed(jobs):
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None and driver.stdout.readline() == "started\n"

@@ -226,6 +226,7 @@ def test_05_10_modules_of_another_stage(session, tiny):
     bad.healthy(session, folder, pp=2)
 
 
+@pytest.mark.long("04-ten-thousand")
 @pytest.mark.parametrize(
     "count", [pytest.param(1_000, id="04-thousand"), pytest.param(10_000, id="04-ten-thousand")]
 )
@@ -337,6 +338,7 @@ def test_24_what_does_not_fit_is_refused_before_the_forward(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.long
 def test_24_a_tensor_of_more_than_two_gigabytes_is_whole():
     """Its bytes are counted with 64 bits everywhere; the ends and a slice say so."""
     with fk.local() as session:
@@ -528,6 +530,7 @@ def tokenizer(smollm2):
     return prompts.tokenizer(str(smollm2))
 
 
+@pytest.mark.long("48-ten")
 @pytest.mark.parametrize(
     "num_bytes", [pytest.param(10**6, id="48-megabyte"), pytest.param(10**7, id="48-ten")]
 )

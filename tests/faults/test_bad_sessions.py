@@ -176,6 +176,7 @@ print("it came to its end")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "times", [pytest.param(1, id="64-once"), pytest.param(5, id="70-five-times")]
 )
@@ -271,6 +272,7 @@ def can_unshare() -> bool:
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_unshare(), reason="a host name of its own takes a namespace of its own")
 def test_67_68_a_host_without_an_address_and_a_home_that_cannot_be_written(tiny):
     """A name that leads nowhere, and a home in /proc, which not even root can write to."""
@@ -279,6 +281,7 @@ def test_67_68_a_host_without_an_address_and_a_home_that_cannot_be_written(tiny)
     assert said == "right"
 
 
+@pytest.mark.long
 def test_69_few_open_files_are_enough_or_are_said_to_be_too_few(tiny):
     said = alone(tiny("llama"), ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
     assert said == "right" or re.match(
@@ -289,6 +292,7 @@ def test_69_few_open_files_are_enough_or_are_said_to_be_too_few(tiny):
 # --- interrupts -----------------------------------------------------------------------
 
 
+@pytest.mark.long("71-hundred")
 @two
 @pytest.mark.parametrize(
     "times", [pytest.param(5, id="71-five"), pytest.param(100, id="71-hundred")]
@@ -369,6 +373,7 @@ def listening(session) -> list[tuple[int, str, int]]:
     return found
 
 
+@pytest.mark.long
 @two
 def test_74_random_bytes_to_every_port(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)

@@ -14,8 +14,12 @@ QUICK = ("4", "5", "7", "9", "10", "13", "16", "21", "24", "25", "27b", "28")
 BENCHES: list[faults.Bench] = []
 
 
-def ids(fault: faults.Fault) -> str:
-    return f"{fault.number}-{'quick' if fault.number in QUICK else 'slow'}"
+def parameters(of: list[faults.Fault]) -> list:
+    """Each by its number; what is not quick to make is long."""
+    return [
+        pytest.param(f, id=f.number, marks=() if f.number in QUICK else pytest.mark.long)
+        for f in of
+    ]
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def bench(session, tiny):
     session.timeout_s, session.auto_restart = 60.0, False
 
 
-@pytest.mark.parametrize("fault", [f for f in faults.FAULTS if f.make], ids=ids)
+@pytest.mark.parametrize("fault", parameters([f for f in faults.FAULTS if f.make]))
 @pytest.mark.engines(2)
 def test_a_fault_on_the_bench_is_told_in_time_and_leaves_everything_as_it_was(bench, fault):
     try:
@@ -38,7 +42,7 @@ def test_a_fault_on_the_bench_is_told_in_time_and_leaves_everything_as_it_was(be
     assert faults.broken(fault, outcomes) == [], outcomes
 
 
-@pytest.mark.parametrize("fault", [f for f in faults.FAULTS if f.alone], ids=ids)
+@pytest.mark.parametrize("fault", parameters([f for f in faults.FAULTS if f.alone]))
 def test_a_fault_of_a_cluster_of_its_own_too(tiny, fault):
     try:
         outcomes = [fault.alone(tiny("llama"))]

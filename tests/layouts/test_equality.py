@@ -7,6 +7,7 @@ import pytest
 from tools import equality
 
 
+@pytest.mark.long("tp2xpp2xdp2")
 @pytest.mark.parametrize(
     "layout",
     [

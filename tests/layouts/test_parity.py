@@ -57,6 +57,13 @@ def accept(row: parity.Row, record) -> None:
         assert "experts" in where and error.startswith("PlacementError"), (where, error)
 
 
+@pytest.mark.long(
+    "gpt2-fsdp2-eager",
+    "mistral-tp2-eager",
+    "mixtral-fsdp2-eager",
+    "mixtral-pp2-eager",
+    "mixtral-tp2-eager",
+)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize(("arch", "layout"), cases(TINY))
 def test_every_module_of_a_tiny_model_equals_the_unsharded_one(
@@ -81,6 +88,16 @@ real_cases = [
 ]
 
 
+@pytest.mark.long(
+    "dp2-eager",
+    "dp2-sdpa",
+    "fsdp2-eager",
+    "fsdp2-sdpa",
+    "pp2-eager",
+    "tp3-eager",
+    "tp3xpp2-eager",
+    "tp3xpp2-sdpa",
+)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("layout", real_cases)
 def test_every_module_of_the_real_model_equals_the_unsharded_one(

@@ -209,6 +209,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
     command = [sys.executable, "-c", KILLED, str(tiny("llama")), str(tmp_path)]
@@ -224,6 +225,7 @@ def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
     assert not file.parent.exists()
 
 
+@pytest.mark.long
 @pytest.mark.engines(2)
 def test_six_gigabytes_are_foreseen_and_refused_or_on_disk(session, tiny, tmp_path):
     """As the user says; the driver never holds more than it is asked for."""

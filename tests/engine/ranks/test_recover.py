@@ -64,6 +64,7 @@ def lost_and_found(session, rank: int, name: str, bring_back, of: int = signal.S
     assert session.cluster.pids == now and session.cluster.alive() == [True] * session.cluster.size
 
 
+@pytest.mark.long("{'fsdp': 2}-1", "{'pp': 2}-1")
 @pytest.mark.parametrize(
     ("layout", "rank"), [({"tp": 2}, 0), ({"pp": 2}, 1), ({"fsdp": 2}, 1)], ids=str
 )
@@ -96,6 +97,7 @@ def test_a_dead_rank_comes_back_by_itself_when_asked_to(session, tiny):
         session.auto_restart = False
 
 
+@pytest.mark.long
 @pytest.mark.engines(2)
 def test_a_builders_model_comes_back_too(session, tiny):
     folder = str(tiny("llama"))
@@ -119,6 +121,7 @@ def test_a_builders_own_groups_are_made_again_after_a_break(session, tiny):
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
 
+@pytest.mark.long
 @pytest.mark.engines(2)
 def test_an_engine_that_was_stopped_is_ended_before_its_rank_is_given_to_another(
     session, tiny, tmp_path

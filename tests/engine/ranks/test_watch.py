@@ -55,6 +55,7 @@ def test_a_rank_that_does_not_arrive_is_named_and_where_the_others_wait(
     assert session.on_ranks(on_engines.weights_at) == weights
 
 
+@pytest.mark.long
 @pytest.mark.engines(2)
 def test_an_engine_that_was_stopped_is_named_and_another_takes_its_rank(impatient, tiny):
     session = impatient
@@ -74,6 +75,7 @@ def test_an_engine_that_was_stopped_is_named_and_another_takes_its_rank(impatien
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
 
+@pytest.mark.long
 @pytest.mark.engines(2)
 def test_an_engine_that_wakes_up_again_keeps_its_rank(impatient, tiny):
     session = impatient

@@ -168,6 +168,7 @@ def through_edits(session, folder, cases: list[Case]) -> None:
         assert moved > 100 * 2e-5, (case.name, "has to change the gradient")
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_gradients_go_through_edits(session, tiny, layout):
     session.load(tiny("llama"), **layout)
@@ -228,6 +229,7 @@ def test_a_read_only_hook_leaves_every_gradient_bit_equal(session, tiny, layout)
 # --- losses ---------------------------------------------------------------------------
 
 
+@pytest.mark.long("pp2xfsdp2", "tp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_a_loss_sees_captures_of_any_stage(session, tiny, layout):
     session.load(tiny("llama"), **layout)

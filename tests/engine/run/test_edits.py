@@ -157,6 +157,7 @@ def define(session) -> None:
     session.edit("mix_row", per="row")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_every_edit_does_what_it_does_to_the_unsharded_model(
     session, tiny, layout, record_property
@@ -183,6 +184,7 @@ def test_every_edit_does_what_it_does_to_the_unsharded_model(
     )
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_a_capture_of_an_edited_activation_is_after_or_before_it(session, tiny, layout):
     session.load(tiny("llama"), **layout)
@@ -199,6 +201,7 @@ def test_a_capture_of_an_edited_activation_is_after_or_before_it(session, tiny, 
     assert name not in session.run(ROWS)
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_both_sides_of_an_edit_are_captured_apart(session, tiny, layout):
     """Of an output and of an input, and of two edits on one module each."""
@@ -262,6 +265,7 @@ def test_heads_are_zeroed_inside_attention(session, tiny, layout):
     )
 
 
+@pytest.mark.long("pp2xfsdp2", "tp2xpp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_noise_does_not_depend_on_the_layout(session, tiny, layout):
     session.load(tiny("llama"), **layout)
@@ -278,6 +282,7 @@ def test_noise_does_not_depend_on_the_layout(session, tiny, layout):
     torch.testing.assert_close(drawn, there, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_a_capture_is_patched_into_another_run(session, tiny, layout):
     """Patching the residual of layer 1 with another prompt's makes everything after it that
@@ -539,6 +544,7 @@ def unsharded_edits(
     }
 
 
+@pytest.mark.long("fsdp2")
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", REAL_LAYOUTS)
 def test_edits_of_the_real_model_give_the_unsharded_next_token(

@@ -307,6 +307,7 @@ def edit_truths(tiny):
     }
 
 
+@pytest.mark.long("tp2xpp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_an_edit_is_made_at_every_step(session, tiny, layout, edit_truths):
     session.load(tiny("llama"), **layout)

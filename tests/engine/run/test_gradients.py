@@ -47,6 +47,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.long("pp2xfsdp2", "tp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_an_edit_sees_the_whole_gradient(session, tiny, layout):
     session.load(tiny("llama"), **layout)
@@ -68,6 +69,7 @@ def test_an_edit_sees_the_whole_gradient(session, tiny, layout):
         assert count == 4
 
 
+@pytest.mark.long("pp2xfsdp2", "tp2xpp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_a_step_is_made_of_the_edited_gradients(session, tiny, layout):
     """Two edits of one gradient are made in their order; a parameter of two names, on two stages,

@@ -74,6 +74,14 @@ def test_in_one_process_it_is_the_models(session, tiny):
     check_all(session, truth("llama"))
 
 
+@pytest.mark.long(
+    "llama_untied-256-{'dp': 2}",
+    "llama_untied-256-{'fsdp': 2}",
+    "mixtral-256-{'dp': 2}",
+    "mixtral-256-{'fsdp': 2}",
+    "qwen3-256-{'dp': 2}",
+    "qwen3-256-{'fsdp': 2}",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize(("arch", "vocab"), ARCHS)
@@ -82,6 +90,11 @@ def test_on_two_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, lay
     read_under(session, tiny(arch, vocab), truth(arch, vocab), **layout)
 
 
+@pytest.mark.long(
+    "llama_untied-256-{'tp': 2, 'fsdp': 2}",
+    "mixtral-256-{'tp': 2, 'fsdp': 2}",
+    "mixtral-256-{'tp': 2, 'pp': 2}",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "vocab", "layout"),
@@ -91,6 +104,7 @@ def test_on_two_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, lay
         ("llama", 257, {"tp": 2, "dp": 2}),
         ("llama", 257, {"pp": 2, "fsdp": 2}),
     ],
+    ids=str,
 )
 @pytest.mark.engines(4)
 def test_on_four_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, layout):

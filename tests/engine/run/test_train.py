@@ -117,6 +117,7 @@ def prepare(session) -> None:
     session.hook("model.layers.2", name="probed")
 
 
+@pytest.mark.long("pp2xfsdp2")
 @pytest.mark.parametrize("layout", layouts)
 def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, record_property):
     session.load(tiny("llama"), **layout)
@@ -291,6 +292,7 @@ def test_finite_differences_of_a_module(session, tiny, layout):
         )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [p for p in test_edits.REAL_LAYOUTS if p.id != "fsdp2"])
 def test_a_lens_on_the_real_model_learns_the_same(session, smollm2, layout):
