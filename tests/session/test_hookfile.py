@@ -119,7 +119,7 @@ def test_another_process_can_read_it(tmp_path):
     hookfile.write(path, HookSet((HookSpec("a.*", groups=("g",)),), frozenset("g")), edits)
     code = f"""
 import pickle, torch
-from flexkernel import hookfile
+from flexkernel.session import hookfile
 from flexkernel.cluster.packing import pack
 hooks, edits = hookfile.read({str(path)!r}, pack)
 x = torch.tensor([-1.0, 2.0])
