@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .boxes import WHOLE, Box
 
@@ -16,6 +16,7 @@ __all__ = [
     "REDUCTIONS",
     "Blob",
     "CaptureKey",
+    "Coordinate",
     "EditSpec",
     "ErrorReport",
     "Generation",
@@ -45,6 +46,17 @@ AXES = ("pp", "dp", "fsdp", "tp")
 REDUCTIONS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}
 
 
+class Coordinate(NamedTuple):
+    """Where a rank sits: its index along each axis of the mesh. batch: which share of a batch's
+    rows it runs, counted over dp and fsdp."""
+
+    pp: int
+    dp: int
+    fsdp: int
+    tp: int
+    batch: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ways each axis of the device mesh is split. Ranks count row-major over (pp, dp,
@@ -64,13 +76,16 @@ class Layout:
         """Over how many groups of ranks the rows of a batch are split."""
         return self.dp * self.fsdp
 
-    def coordinate(self, rank: int) -> dict[str, int]:
-        """Where a rank sits: axis → index, and `batch`, which share of the rows it runs."""
-        rest, where = rank, {}
-        for axis in reversed(AXES):
-            rest, where[axis] = divmod(rest, getattr(self, axis))
-        where["batch"] = where["dp"] * self.fsdp + where["fsdp"]
-        return where
+    def coordinate(self, rank: int) -> Coordinate:
+        """Where a rank sits.
+
+        >>> Layout(pp=2, dp=2, tp=2).coordinate(5)
+        Coordinate(pp=1, dp=0, fsdp=0, tp=1, batch=0)
+        """
+        rest, tp = divmod(rank, self.tp)
+        rest, fsdp = divmod(rest, self.fsdp)
+        pp, dp = divmod(rest, self.dp)
+        return Coordinate(pp, dp, fsdp, tp, batch=dp * self.fsdp + fsdp)
 
     def __str__(self) -> str:
         used = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flexkernel.wire import (
     AXES,
     CaptureKey,
+    Coordinate,
     HookSet,
     HookSpec,
     Layout,
@@ -123,20 +124,20 @@ layouts = st.builds(Layout, degrees, degrees, degrees, degrees)
 @given(layouts)
 def test_ranks_and_coordinates_are_one_to_one(layout):
     seats = [layout.coordinate(rank) for rank in range(layout.world)]
-    assert len({tuple(seat[axis] for axis in AXES) for seat in seats}) == layout.world
-    assert all(0 <= seat[axis] < getattr(layout, axis) for seat in seats for axis in AXES)
-    assert seats[0] == dict.fromkeys((*AXES, "batch"), 0)
+    assert len({seat[:4] for seat in seats}) == layout.world
+    assert all(0 <= getattr(seat, a) < getattr(layout, a) for seat in seats for a in AXES)
+    assert seats[0] == Coordinate(0, 0, 0, 0, 0)
 
 
 def test_tp_ranks_are_neighbours_and_stages_are_far():
     layout = Layout(pp=2, dp=2, fsdp=1, tp=2)
-    assert [layout.coordinate(r)["tp"] for r in range(8)] == [0, 1] * 4
-    assert [layout.coordinate(r)["pp"] for r in range(8)] == [0] * 4 + [1] * 4
+    assert [layout.coordinate(r).tp for r in range(8)] == [0, 1] * 4
+    assert [layout.coordinate(r).pp for r in range(8)] == [0] * 4 + [1] * 4
 
 
 def test_a_share_of_the_batch_is_counted_over_dp_and_fsdp():
     layout = Layout(dp=2, fsdp=3)
-    assert [layout.coordinate(r)["batch"] for r in range(6)] == list(
+    assert [layout.coordinate(r).batch for r in range(6)] == list(
         range(6)
     ) and layout.batch_groups == 6
 

@@ -99,7 +99,7 @@ def check(outcome: Outcome, rank: int, kind: str) -> None:
 def places(session: Any, rank: int) -> list[str]:
     """Where a fault can happen on that rank: the modules that it holds and that fire."""
     info = session.info
-    stage = info.layout.coordinate(rank)["pp"]
+    stage = info.layout.coordinate(rank).pp
     fires = [
         m for m in info.modules if m.name and info.scan.get((m.name, "output")) and not m.spans
     ]

@@ -160,9 +160,9 @@ def by_rank(info: ModelInfo, entries: Sequence[Entry], B: int) -> tuple[int, ...
 def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, ModuleInfo]) -> float:
     """Which share of a capture a rank copies."""
     where = layout.coordinate(rank)
-    if where["pp"] != stage_of(entry, modules):
+    if where.pp != stage_of(entry, modules):
         return 0.0
-    start, stop = share(B, layout.batch_groups, where["batch"])
+    start, stop = share(B, layout.batch_groups, where.batch)
     rows = (stop - start) / B if entry.formula.dims_of("B", "B*S") else 1 / layout.batch_groups
     return rows / layout.tp
 

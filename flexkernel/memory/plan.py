@@ -93,7 +93,7 @@ class Entry:
     def slot(self, layout: Layout, rank: int) -> int:
         """Where a rank's statistics lie."""
         where = layout.coordinate(rank)
-        return where["tp"] if self.slots == layout.tp else where["batch"] * layout.tp + where["tp"]
+        return where.tp if self.slots == layout.tp else where.batch * layout.tp + where.tp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Planner:
         if of == "param" or module is None:
             return ()
         layout, stage = self.info.layout, module.read_on(of)
-        return tuple(rank for rank in range(layout.world) if layout.coordinate(rank)["pp"] == stage)
+        return tuple(rank for rank in range(layout.world) if layout.coordinate(rank).pp == stage)
 
     def plan(
         self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False

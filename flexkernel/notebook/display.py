@@ -141,7 +141,7 @@ def loaded(info: ModelInfo) -> tuple[str, Table]:
     rows = [
         (
             str(rank),
-            *(str(info.layout.coordinate(rank)[axis]) for axis in axes),
+            *(str(getattr(info.layout.coordinate(rank), axis)) for axis in axes),
             f"{count:,}",
             f"{count / info.num_parameters:.0%}",
             f"{size / 1e6:,.1f} MB",

@@ -111,7 +111,7 @@ def merged(
     stages: dict[str, set[int]] = {}
     held: dict[str, ModuleInfo] = {}
     for rank, (modules, _, _) in enumerate(parts):
-        stage = info.layout.coordinate(rank)["pp"]
+        stage = info.layout.coordinate(rank).pp
         for module in modules:
             held.setdefault(module.name, module)
             stages.setdefault(module.name, set()).add(stage)

@@ -62,7 +62,7 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> TreeRow:
     name = module.name
     calls = info.scan.get((name, "output"), ())
     first = next((leaf for leaves in calls for leaf in leaves), None)
-    held = [r for r in range(info.layout.world) if info.layout.coordinate(r)["pp"] in module.stages]
+    held = [r for r in range(info.layout.world) if info.layout.coordinate(r).pp in module.stages]
     hooks = tuple(
         (h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name)
     )

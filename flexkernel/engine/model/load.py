@@ -331,7 +331,7 @@ def know(runtime: Any, info: ModelInfo) -> None:
     runtime.info, runtime.planner = info, Planner(info)
     runtime.watch.know([m.name for m in info.modules], runtime.named)
     modules = {m.name: m for m in info.modules}
-    stage = info.layout.coordinate(runtime.rank)["pp"]
+    stage = info.layout.coordinate(runtime.rank).pp
 
     def reads(name: str, at: str) -> bool:
         module = modules[name.rpartition(".@")[0] if ".@" in name else name]

@@ -8,6 +8,7 @@ local one. Else PlacementError.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from flexkernel.boxes import WHOLE, Box, chunk
 from flexkernel.engine.compat import waited
 from flexkernel.errors import PlacementError
 from flexkernel.names import match
-from flexkernel.wire import Layout, ShapeFormula
+from flexkernel.wire import Coordinate, Layout, ShapeFormula
 
 from .layers import Known, known
 
@@ -70,9 +71,13 @@ class Place:
         """Which positions of the text those are that a dim of that size spans: the newest."""
         return range(self.past + self.S - size, self.past + self.S)
 
+    @functools.cached_property
+    def coordinate(self) -> Coordinate:
+        return self.layout.coordinate(self.rank)
+
     @property
     def tp(self) -> int:
-        return self.layout.coordinate(self.rank)["tp"]
+        return self.coordinate.tp
 
     @property
     def local_rows(self) -> int:

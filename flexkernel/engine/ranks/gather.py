@@ -101,7 +101,7 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
         members: dict[tuple[int, ...], list[int]] = {}
         for other in range(layout.world):
             where = layout.coordinate(other)
-            members.setdefault(tuple(where[axis] for axis in axes), []).append(other)
+            members.setdefault(tuple(getattr(where, axis) for axis in axes), []).append(other)
         for ranks in members.values():
             if len(ranks) == layout.world:
                 found[name] = None

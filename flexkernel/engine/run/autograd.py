@@ -78,7 +78,7 @@ class Tape:
     def end(self, i: int, local: torch.Tensor, placed: Placed, here: Place, batched: bool) -> None:
         """Note where a capture's gradient would come in. Of ranks that hold copies for other rows
         of the batch the first counts; a rank whose rows nobody wants gets zeros."""
-        counts = not here.idle if batched else here.layout.coordinate(here.rank)["batch"] == 0
+        counts = not here.idle if batched else here.coordinate.batch == 0
         self.ends[i] = local, placed.shard, counts
 
 

@@ -449,8 +449,8 @@ class Editor:
 
     def _writes(self, placed: Placed, group: str) -> bool:
         """Of ranks that hold the same part the first writes it."""
-        where = self.here.layout.coordinate(self.here.rank)
-        copies_tp = isinstance(placed.placement, Replicate) and where["tp"] > 0
+        where = self.here.coordinate
+        copies_tp = isinstance(placed.placement, Replicate) and where.tp > 0
         return not copies_tp
 
     def _chosen(

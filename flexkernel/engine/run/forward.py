@@ -97,7 +97,7 @@ def prepare(runtime: Any, plan: RunPlan) -> tuple[Recording, dict[str, torch.Ten
     assert where.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
     slab = open_slab(runtime, plan.slab, plan.slab_bytes)
     runtime.copies.begin(slab)
-    rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank)["batch"])
+    rows = share(B, layout.batch_groups, layout.coordinate(runtime.rank).batch)
     here = Place(layout, runtime.rank, B, S, rows, info.window)
     text = TokenBuffer(plan)
     if plan.generation is not None:
@@ -194,7 +194,7 @@ def group_name(runtime: Any, group: str) -> str:
     where = runtime.info.layout.coordinate(runtime.rank)
     if group == "world":
         return group
-    return f"{group}-{where['pp']}" + (f"-{where['batch']}" if group == "tp" else "")
+    return f"{group}-{where.pp}" + (f"-{where.batch}" if group == "tp" else "")
 
 
 def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> dict[str, torch.Tensor]:
@@ -357,7 +357,7 @@ def stopping(runtime: Any, plan: RunPlan) -> Iterator[bool]:
         return
     module = next(m for m in runtime.info.modules if m.name == plan.stop_at)
     last = module.stages[-1] if module.spans else module.stages[0]
-    mine = layout.coordinate(runtime.rank)["pp"]
+    mine = layout.coordinate(runtime.rank).pp
     stage = getattr(runtime.model, "_pp_stage", None)
     handle = None
 

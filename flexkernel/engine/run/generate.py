@@ -122,7 +122,7 @@ def counted(root: torch.nn.Module, recording: Steps) -> Iterator[None]:
 def drawn_from(seed: int, here: Place, device: str) -> Iterator[None]:
     """Ranks that share rows draw alike, others do not; where the batch is not split, as one
     process with this seed."""
-    group = 0 if here.idle else here.layout.coordinate(here.rank)["batch"]
+    group = 0 if here.idle else here.coordinate.batch
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed((seed + group * 0x9E3779B97F4A7C15) % (1 << 63))
         yield

@@ -63,7 +63,7 @@ def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None
             work = dist.all_reduce(parameter.grad, group=runtime.groups["batch"], async_op=True)
             wait(work, timeout_s, "a gradient")
     last = runtime.info.layout.pp - 1
-    stage = runtime.info.layout.coordinate(runtime.rank)["pp"]
+    stage = runtime.info.layout.coordinate(runtime.rank).pp
     if last and stage in (0, last) and any(set(group) & set(names) for group in runtime.info.tied):
         weight = runtime.model.get_input_embeddings().weight
         if any(weight is parameter for parameter in owned):

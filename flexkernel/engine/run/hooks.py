@@ -238,7 +238,7 @@ class Recording:
             )
         if isinstance(placed.placement, Partial):
             # one group's addends are the sum
-            copy = not batched and here.layout.coordinate(here.rank)["batch"] > 0
+            copy = not batched and here.coordinate.batch > 0
             region = None if copy else self.spill(local)
             return ShardRecord(
                 evidence, placement, 0, placed.shard, None, region, partial=here.layout.tp
@@ -317,12 +317,12 @@ class Recording:
 
     def _copies(self, placed: Placed, formula: ShapeFormula) -> tuple[int, int]:
         """(how many ranks hold this part, which of them this one is)."""
-        layout, where = self.here.layout, self.here.layout.coordinate(self.here.rank)
+        layout, where = self.here.layout, self.here.coordinate
         copies, index = (
-            (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where["tp"])
+            (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where.tp)
         )
         if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
-            copies, index = copies * layout.batch_groups, index + copies * where["batch"]
+            copies, index = copies * layout.batch_groups, index + copies * where.batch
         return copies, index
 
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
@@ -377,7 +377,7 @@ class Recording:
             holds = rows_held(holds, batch, local.shape, self.here, key)
             if self.here.idle:  # copied rows that nobody wants
                 return ShardRecord(evidence, repr(placement), 0, holds, None)
-        elif layout.coordinate(self.here.rank)["batch"] > 0:
+        elif self.here.coordinate.batch > 0:
             keeps = False  # every group of ranks has the same
         region = self.spill(local) if keeps else None
         partial = layout.tp if isinstance(placement, Partial) else 0

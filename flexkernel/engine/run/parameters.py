@@ -228,7 +228,7 @@ def placed(
         if evidence == "scan" and known is None:
             evidence = "described"
         coordinate, tp = runtime.info.layout.coordinate(runtime.rank), runtime.info.layout.tp
-        axes, local, over = [(placement, tp, coordinate["tp"])], tensor.detach(), repr(placement)
+        axes, local, over = [(placement, tp, coordinate.tp)], tensor.detach(), repr(placement)
         shape = known or full_shape(tensor, placement, tp)
     if known is not None and shape != known:
         raise PlacementError(f"{name}: it is {shape} here, the unsharded model's is {known}")

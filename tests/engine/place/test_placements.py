@@ -70,7 +70,7 @@ class Ranks:
         self.home.slab("planned.slab", self.num_bytes).bytes.fill_(0x55)
 
     def place(self, rank: int) -> Place:
-        rows = share(self.B, self.layout.batch_groups, self.layout.coordinate(rank)["batch"])
+        rows = share(self.B, self.layout.batch_groups, self.layout.coordinate(rank).batch)
         return Place(self.layout, rank, self.B, self.S, rows)
 
     def spill(self, rank: int):
@@ -159,7 +159,7 @@ def test_the_pieces_of_any_layout_are_the_whole_written_once(
     for rank in range(layout.world):
         local = rows_of(whole, formula, ranks.place(rank))
         if split is not None:
-            start, stop = chunk(whole.shape[split], layout.tp, layout.coordinate(rank)["tp"])
+            start, stop = chunk(whole.shape[split], layout.tp, layout.coordinate(rank).tp)
             local = local.narrow(split, start, stop - start)
         locals_[rank] = local.clone()
     capture = ranks.capture(locals_)
@@ -188,7 +188,7 @@ def test_addends_are_summed_once_whatever_the_batch_groups(tmp_path_factory, lay
     # of each rank's addend
     weight = [1.0 if t else 1.0 - (layout.tp - 1) for t in range(layout.tp)]
     locals_ = {
-        rank: rows_of(whole, formula, ranks.place(rank)) * weight[layout.coordinate(rank)["tp"]]
+        rank: rows_of(whole, formula, ranks.place(rank)) * weight[layout.coordinate(rank).tp]
         for rank in range(layout.world)
     }
     capture = ranks.capture(locals_)
@@ -278,7 +278,7 @@ def test_positions_of_rows_that_run_over_the_batch_are_refused(tmp_path):
 def place(
     local_shape, placer=None, rank=0, layout=TWO, formula=BSD, at="output", name="m", B=2, S=4
 ):
-    rows = share(B, layout.batch_groups, layout.coordinate(rank)["batch"])
+    rows = share(B, layout.batch_groups, layout.coordinate(rank).batch)
     here = Place(layout, rank, B, S, rows)
     return (placer or Placer(layout, {}, {})).place(
         name, at, torch.zeros(local_shape), formula, here
