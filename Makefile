@@ -80,9 +80,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 # Browser tests are skipped where there is no chromium, except on CI, which must run them.
 chromium:
 ifeq ($(CI),true)
-	@command -v chromium >/dev/null || { \
+	@command -v chromium >/dev/null && ls /usr/share/fonts/truetype/wqy >/dev/null 2>&1 || { \
 	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	    $$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
+	    $$sudo apt-get update && $$sudo apt-get install -y --no-install-recommends chromium fonts-dejavu-core fonts-wqy-microhei; }
 endif
 
 clean:

@@ -330,6 +330,7 @@ def _draw_figures(book: Any) -> None:
 
 
 def _plotly_js() -> str:
+    _check_packages("plotly", extra="lab")
     spec = importlib.util.find_spec("plotly")
-    assert spec is not None and spec.origin is not None, "it is one of flexkernel's requirements"
+    assert spec is not None and spec.origin is not None
     return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

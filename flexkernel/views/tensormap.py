@@ -539,9 +539,8 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
     cols = grid.col_axis(tile.part.cols, 8)
     title = f"{grid.name}  {grid.shape_text} {grid.dtype}"
     caption = tile.says(overview.nan)
-    image, width, height = png.render(
-        tile.values, *tile.range, tile.signed, rows, cols, title, caption, tile.bar(), tile.cells
-    )
+    scale = png.Scale(*tile.range, tile.signed, tile.bar())
+    image, width, height = png.render(tile.values, scale, rows, cols, title, caption, tile.cells)
     encoded = b64encode(image).decode()
     size = {"width": round(width * 0.75), "height": round(height * 0.75)}
     facts = facts_of(grid, overview)
