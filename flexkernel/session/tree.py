@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from flexkernel.errors import HookError
 from flexkernel.names import match, nearest
+from flexkernel.views.tree import ModelTree, ModuleRow
 from flexkernel.wire import HookSet, ModelInfo, ModuleInfo
 
-__all__ = ["Tree", "TreeRow"]
+__all__ = ["Tree"]
 
 STYLES = {"colwise": "Shard(-1)", "rowwise": "Replicate()", "colwise_gather_output": "Replicate()"}
-
-
-@dataclass(frozen=True)
-class TreeRow:
-    """One module. shape: of its whole output, as a formula in B and S. ranks: who holds it. hooks:
-    (name, groups)."""
-
-    name: str
-    cls: str
-    num_parameters: int
-    shape: str
-    placement: str
-    ranks: tuple[int, ...]
-    hooks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 class Tree:
@@ -42,23 +27,18 @@ class Tree:
             )
 
     def __repr__(self) -> str:
-        lines = [f"{self.info.cls}: {self.info.num_parameters:,} parameters, {self.info.layout}"]
-        for r in self.rows[:60]:
-            hooks = ", ".join(name for name, _ in r.hooks)
-            line = f"{r.name or '(root)':<44} {r.cls:<24} {r.num_parameters:>14,}  {r.shape:<16} {r.placement}  {hooks}"
-            lines.append(line.rstrip())
-        if len(self.rows) > 60:
-            lines.append(f"... and {len(self.rows) - 60} more modules: %flex_tree GLOB")
-        return "\n".join(lines)
+        return str(self._drawn())
 
     def _repr_html_(self) -> str:
-        # views are imported when something is drawn, as in Capture.show
-        from flexkernel.views.tree import tree_html
+        return self._drawn()._repr_html_()
 
-        return tree_html(self.rows, title=f"{self.info.cls}, {self.info.layout}")
+    def _drawn(self) -> ModelTree:
+        info = self.info
+        title = f"{info.cls}: {info.num_parameters:,} parameters, {info.layout}"
+        return ModelTree(self.rows, title)
 
 
-def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> TreeRow:
+def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> ModuleRow:
     name = module.name
     calls = info.scan.get((name, "output"), ())
     first = next((leaf for leaves in calls for leaf in leaves), None)
@@ -66,7 +46,7 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> TreeRow:
     hooks = tuple(
         (h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name)
     )
-    return TreeRow(
+    return ModuleRow(
         name,
         module.cls,
         module.num_parameters,

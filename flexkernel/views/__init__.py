@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .tensormap import TensorMap, freeze_all, tensor_map
-    from .tree import ModelTree, ModuleRow, model_tree, tree_html
+    from .tree import ModelTree, ModuleRow
 
 _HOMES = {
     "ModelTree": "tree",
     "ModuleRow": "tree",
     "TensorMap": "tensormap",
     "freeze_all": "tensormap",
-    "model_tree": "tree",
     "tensor_map": "tensormap",
-    "tree_html": "tree",
 }
 VIEWS = {"map": "tensor_map"}  # what a user calls a view → the function that makes it
 
@@ -30,10 +28,8 @@ __all__ = [
     "ModuleRow",
     "TensorMap",
     "freeze_all",
-    "model_tree",
     "show",
     "tensor_map",
-    "tree_html",
 ]
 
 

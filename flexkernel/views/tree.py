@@ -4,18 +4,20 @@ Static; no script."""
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ModelTree", "ModuleRow", "model_tree", "tree_html"]
+from .table import Table
+
+__all__ = ["ModelTree", "ModuleRow"]
 
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One module. name: as named_modules() of the unsharded model says. num_parameters: of it and
-    all below.
+    """One module.
 
+    name: as named_modules() of the unsharded model says. num_parameters: of it and all below.
     shape: of its whole output, a tuple or a formula such as "(B, S, 576)". placement: "Shard(-1)",
     "Replicate", ... ranks: those that hold it. hooks: (hook name, its groups) pairs.
     """
@@ -29,34 +31,13 @@ class ModuleRow:
     hooks: Sequence[tuple[str, Sequence[str]]] = ()
 
 
-def tree_html(rows: Iterable[Any], title: str = "") -> str:
-    """The tree as HTML that needs no script and no style sheet. rows: anything with a ModuleRow's
-    attributes."""
-    return ModelTree(list(rows), title)._repr_html_()
-
-
-def model_tree(rows: Iterable[Any], title: str = "") -> ModelTree:
-    """The tree of these modules; equal layers in a row are folded into one line.
-
-    rows: ModuleRows, mappings with their fields, or anything with their attributes.
-
-    >>> rows = [ModuleRow("layers"), *(ModuleRow(f"layers.{i}", "Block", 10) for i in range(30)), ModuleRow("head")]
-    >>> print(model_tree(rows))
-    module                class  parameters  whole output  placement  ranks  hooks
-    layers
-      0–29 ×30            Block     10 each
-    head
-    """
-    return ModelTree([ModuleRow(**row) if isinstance(row, Mapping) else row for row in rows], title)
-
-
 @dataclass
 class _Node:
     """A place in the tree: its last name, its module, what is below. same: how many layers are
     folded into it."""
 
     label: str
-    row: Any
+    row: ModuleRow
     below: list[_Node] = field(default_factory=list)
     same: int = 1
 
@@ -69,15 +50,25 @@ class _Node:
             str(row.shape),
             row.placement,
             tuple(row.ranks),
-            _hooks(row),
+            str(row.hooks),
         )
         return (own, tuple((node.label, node.same, node.looks()) for node in self.below))
 
 
 class ModelTree:
-    """Shows as an unfolding table in a notebook, and as indented text anywhere else."""
+    """The tree of these modules: an unfolding table in a notebook, indented text anywhere else.
 
-    def __init__(self, rows: Sequence[Any], title: str = ""):
+    Equal layers in a row are folded into one line.
+
+    >>> layers = [ModuleRow(f"layers.{i}", "Block", 10) for i in range(30)]
+    >>> print(ModelTree([ModuleRow("layers"), *layers, ModuleRow("head")]))
+    module      class  parameters  whole output  placement  ranks  hooks
+    layers
+      0–29 ×30  Block     10 each
+    head
+    """
+
+    def __init__(self, rows: Sequence[ModuleRow], title: str = ""):
         self.rows = list(rows)
         self.title = title
         self._top = _fold(_grow(self.rows))
@@ -102,20 +93,9 @@ class ModelTree:
         )
 
     def __str__(self) -> str:
-        lines = [_COLUMNS, *(line for node in self._top for line in _text(node, 0))]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-        widths[0] = max(widths[0], 20)
-        right = {2}
-        table = [
-            "  ".join(
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join(
-            [*([self.title] if self.title else []), *(line.rstrip() for line in table)]
-        )
+        lines = [line for node in self._top for line in _text(node, 0)]
+        table = Table(lines, _COLUMNS, right=(2,)).text()
+        return "\n".join(filter(None, [self.title, table]))
 
     __repr__ = __str__
 
@@ -123,7 +103,7 @@ class ModelTree:
 # --- the tree -------------------------------------------------------------------------
 
 
-def _grow(rows: Iterable[Any]) -> list[_Node]:
+def _grow(rows: Iterable[ModuleRow]) -> list[_Node]:
     """Nodes by dotted name. The root ("") is a line of its own on top; containers that no row
     names are made up."""
     top: list[_Node] = []
@@ -187,18 +167,12 @@ def _cells(node: _Node) -> tuple[str, ...]:
         _shape(row.shape),
         row.placement,
         ranks_text(row.ranks),
-        ", ".join(
-            f"{name} ({' '.join(groups)})" if groups else name for name, groups in _hooks(row)
-        ),
+        ", ".join(f"{name} ({' '.join(groups)})" if groups else name for name, groups in row.hooks),
     )
 
 
 def _hooked_below(node: _Node) -> bool:
     return any(child.row.hooks or _hooked_below(child) for child in node.below)
-
-
-def _hooks(row: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return tuple((name, tuple(groups)) for name, groups in row.hooks)
 
 
 def _parameters(count: int, same: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexkernel.errors import CaptureExpired
-from flexkernel.views import model_tree, tensor_map
+from flexkernel.views import ModelTree, tensor_map
 from flexkernel.views.tensormap import ESM
 from tests.support.chromium import (
     HOW_TO_GET,
@@ -341,7 +341,7 @@ def test_the_static_picture_and_the_tree_need_no_script(browser):
         rows = [
             {"name": f"layers.{i}.mlp", "cls": "MLP", "hooks": [("h", ["g"])]} for i in range(4)
         ]
-        page.set_content(html + model_tree(rows)._repr_html_())
+        page.set_content(html + ModelTree(rows)._repr_html_())
         assert page.locator("img").bounding_box()["width"] > 300
         assert page.get_by_text("0–3 ×4").is_visible()
         page.locator("summary").last.click()
