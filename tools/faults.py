@@ -288,7 +288,7 @@ def other_hooks(bench: Bench) -> None:
         from flexkernel.wire import HookSet
 
         if on_engines.runtime().rank == 1:
-            on_engines.runtime().hook_set = HookSet()
+            on_engines.runtime().part.hook_set = HookSet()
 
     bench.session.hook(MLP)
     bench.session.on_ranks(lose)

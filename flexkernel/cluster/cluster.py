@@ -276,7 +276,7 @@ class InProcess(Cluster):
         super().__init__()
         self.hosts = [os.environ.get("FLEX_HOST") or socket.gethostname()]
         self._runtime = engine.open_runtime()
-        self.gpus = {self.hosts[0]: self._runtime.hello()["gpus"]}
+        self.gpus = {self.hosts[0]: engine.perform(self._runtime, "hello")["gpus"]}
 
     def _exchange(
         self,
@@ -302,4 +302,4 @@ class InProcess(Cluster):
     def close(self, end: bool | None = None) -> None:
         if not self.closed:
             self.closed = True
-            self._runtime.close()
+            engine.perform(self._runtime, "close")

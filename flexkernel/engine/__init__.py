@@ -4,42 +4,35 @@ used."""
 from __future__ import annotations
 
 import faulthandler
-import functools
-import importlib
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from flexkernel.memory.heartbeat import start_time
 from flexkernel.wire import ErrorReport, Owner
 
-__all__ = ["READS", "answer", "call", "open_runtime"]
+if TYPE_CHECKING:
+    from .runtime import Runtime
 
-# Files whose functions the driver may call, by the name that it calls them: "train.add"
-DOORS = {
-    "dataset": "dataset",
-    "memory": "place.slabs",
-    "parameters": "run.parameters",
-    "regroup": "ranks.recover",
-    "train": "run.train",
-    "verify": "verify",
-}
+__all__ = ["READS", "answer", "call", "open_runtime", "perform"]
+
 # What a driver may call that has not got the engines and only looks: it changes nothing
 READS = ("look", "memory.has", "regroup.describe", "saved_by")
 SETTLE_S = 0.5
 _owner: Owner | None = None  # the driver that said hello last
 _let_go = False  # it has said goodbye
 _last: tuple[str, int, Any] | None = None  # (driver, turn, answer) of the last call
-_runtime: Any = None  # one Runtime per engine process; it outlives the drivers that talk to it
+_runtime: Runtime | None = (
+    None  # one Runtime per engine process; it outlives the drivers that talk to it
+)
 
 
-def open_runtime() -> Any:
+def open_runtime() -> Runtime:
     """A Runtime of this process, for a driver that is its own engine."""
     from .runtime import Runtime
 
@@ -114,7 +107,8 @@ def called(driver: str, method: str, *args: Any) -> Any:
 
 
 def refusal(message: str) -> ErrorReport:
-    return ErrorReport(_runtime.rank, "ClusterError", message, "", time.time())
+    rank = 0 if _runtime is None else _runtime.rank
+    return ErrorReport(rank, "ClusterError", message, "", time.time())
 
 
 def lives(owner: Owner) -> bool:
@@ -135,11 +129,20 @@ def report_crashes() -> None:
     faulthandler.enable(2 if log is None else log, all_threads=False)
 
 
-def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+def perform(runtime: Runtime, method: str, *args: Any) -> Any:
+    """Make one of the calls that a driver may make, and raise what it raises."""
+    from .calls import CALLS
+
+    if method not in CALLS:
+        raise AttributeError(f"an engine has no call {method!r}")
+    return CALLS[method](runtime, *args)
+
+
+def answer(runtime: Runtime, method: str, *args: Any) -> Any:
     """The method's result, or an ErrorReport: nothing is ever raised through the control plane."""
     pid = os.getpid()
     try:
-        return found(runtime, method)(*args, **kwargs)
+        return perform(runtime, method, *args)
     except (
         BaseException
     ) as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
@@ -150,20 +153,7 @@ def answer(runtime: Any, method: str, *args: Any, **kwargs: Any) -> Any:
             os._exit(0)
 
 
-def found(runtime: Any, method: str) -> Callable[..., Any]:
-    """The Runtime's method of that name; of "module.function" that function of an engine file,
-    given the Runtime."""
-    module, dot, name = method.rpartition(".")
-    if not dot:
-        return getattr(runtime, name)
-    if module not in DOORS:
-        raise AttributeError(f"{method!r} is no method of an engine")
-    return functools.partial(
-        getattr(importlib.import_module(f"{__name__}.{DOORS[module]}"), name), runtime
-    )
-
-
-def report(runtime: Any, error: BaseException) -> ErrorReport:
+def report(runtime: Runtime, error: BaseException) -> ErrorReport:
     told = getattr(error, "flex_report", None)
     if told is not None:
         return told

@@ -5,33 +5,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from flexkernel.boxes import Box
-from flexkernel.engine.place.slabs import open_slab
+from flexkernel.engine.runtime import Runtime
 from flexkernel.memory.plan import Rows, row_dims
 
 __all__ = ["write"]
 
 
-def write(runtime: Any, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
+def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
     """Write this rank's parts of a stored run's planned captures, without pads; the file appears
     whole or not at all.
 
     names: index in the plan → the name in the file. Returns name → which part of the whole it is;
     what this rank wrote nothing of is left out, and where that is all of it no file is made."""
-    plan, hooks, report = runtime.runs[number]
-    where = runtime.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
+    plan, hooks, report = runtime.memory.runs[number]
+    where = runtime.part.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
     mask = torch.tensor(plan.mask).bool()
     parts: dict[str, torch.Tensor] = {}
     boxes: dict[str, Box] = {}
     for i, name in names.items():
         seen, entry = report.planned.get(i), where.entries[i]
         if seen is not None and seen.error is None and seen.written is not None:
-            slab = open_slab(runtime, plan.slab, plan.slab_bytes)
+            slab = runtime.memory.slab(plan.slab, plan.slab_bytes)
             local = seen.written.cut(slab.tensor(where.region(entry, plan.slab, plan.base)))
             parts[name] = Rows(row_dims(entry), entry.shape, seen.written).of(
                 local, kept(mask, entry.hook.kept_positions)

@@ -21,7 +21,7 @@ from flexkernel.engine.model.layerwise import streamed
 from flexkernel.engine.model.load import dtype_of, load
 from flexkernel.engine.model.naming import modules_of
 from flexkernel.engine.model.pytree import inputs, leaf
-from flexkernel.engine.run.forward import open_slab
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import LoadError, MemoryBudgetError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
@@ -37,7 +37,7 @@ Put = Callable[[int, torch.Tensor], None]
 
 
 def unsharded(
-    runtime: Any,
+    runtime: Runtime,
     hooks: tuple[HookSpec, ...],
     ids: list[list[int]],
     mask: list[list[int]],
@@ -55,15 +55,15 @@ def unsharded(
     sampled: parameters to take samples of. MemoryBudgetError: it does not fit and cannot be
     streamed."""
     start = time.perf_counter()
-    plan = runtime.planner.plan(hooks, len(ids), len(ids[0]))
+    plan = runtime.part.planner.plan(hooks, len(ids), len(ids[0]))
     tensor = lambda rows: torch.tensor(rows, dtype=torch.long, device=runtime.device)  # noqa: E731
     batch = {
         "input_ids": tensor(ids),
         "attention_mask": tensor(mask),
         "position_ids": tensor(positions),
     }
-    slab = open_slab(runtime, region.slab, slab_bytes)
-    dtype = dtype_of(runtime.info.dtype)
+    slab = runtime.memory.slab(region.slab, slab_bytes)
+    dtype = dtype_of(runtime.part.info.dtype)
     streams = (
         stream
         if stream is not None
@@ -95,17 +95,17 @@ def unsharded(
         model = whole(runtime, precision, streams)
         try:
             taken = taken or samples(model, sampled)
-            observe(Caller(model, runtime.source.forward), batch, plan, what)
+            observe(Caller(model, runtime.part.source.forward), batch, plan, what)
         finally:
             del model
             gc.collect()  # a model is full of cycles
     return Unsharded(tuple(order), failed, yardstick, streams, taken, time.perf_counter() - start)
 
 
-def fits(runtime: Any, itemsize: int) -> bool:
+def fits(runtime: Runtime, itemsize: int) -> bool:
     """Whether the unsharded model fits into what is free on this rank's device, or held by torch
     and unused."""
-    needed = int(runtime.info.num_parameters * itemsize * ROOM)
+    needed = int(runtime.part.info.num_parameters * itemsize * ROOM)
     if runtime.device == "cpu":
         return needed < psutil.virtual_memory().available
     return (
@@ -116,9 +116,9 @@ def fits(runtime: Any, itemsize: int) -> bool:
     )
 
 
-def whole(runtime: Any, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
+def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
     """The unsharded model of what is loaded, ready to run on this rank's device."""
-    info, source = runtime.info, runtime.source
+    info, source = runtime.part.info, runtime.part.source
     name = str(dtype).removeprefix("torch.")
     if source.builder is None:
         if streams:

@@ -76,7 +76,7 @@ def test_what_would_not_fit_says_what_costs_most(loaded):
 
 
 def test_a_folder_that_is_too_small_is_said_to_be(loaded, monkeypatch):
-    monkeypatch.setattr("flexkernel.engine.place.slabs.free", lambda runtime: (4096, 1 << 30))
+    monkeypatch.setattr("flexkernel.engine.place.slabs.Memory.free", lambda memory: (4096, 1 << 30))
     assert re.search(
         r"a slab of [\d,]+ bytes is needed and 4,096 are free for it", loaded.preview(ROWS).problem
     )

@@ -96,7 +96,7 @@ def perturb(name: str, rank: int) -> None:
     """Change one number of one rank's shard."""
     runtime = on_engines.runtime()
     if runtime.rank == rank:
-        weight = runtime.hooks.modules[name].weight
+        weight = runtime.part.hooks.modules[name].weight
         getattr(weight, "_local_tensor", weight)[0, 0] += 0.5
 
 

@@ -40,7 +40,7 @@ def test_a_plan_that_the_scan_contradicts_is_refused(session, tiny):
     session.load(tiny("llama"), tp=2)
 
     def lie():
-        on_engines.runtime().placer.styles["model.layers.0.mlp"] = "colwise"
+        on_engines.runtime().part.placer.styles["model.layers.0.mlp"] = "colwise"
 
     session.on_ranks(lie)
     session.hook("model.layers.0.mlp")

@@ -365,7 +365,7 @@ def test_forty_runs_take_no_more_slabs_than_the_budget_holds(small):
         small.run([[5 + i] * (1 + i % 4)])
     assert len(small.store.pool.slabs) == 1 and small.store.pool.num_bytes <= small.store.budget
     # the engines hear with the next run
-    assert len(small.cluster._runtime.runs) <= len(small.runs) + 3
+    assert len(small.cluster._runtime.memory.runs) <= len(small.runs) + 3
 
 
 def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):

@@ -123,7 +123,7 @@ def test_a_folder_that_engines_cannot_use_lets_the_oldest_expire(session, tiny, 
     def refused(runtime, root):
         raise CaptureError("it belongs to somebody else")
 
-    monkeypatch.setattr("flexkernel.engine.place.slabs.spill_to", refused)
+    monkeypatch.setattr("flexkernel.engine.place.slabs.Memory.spill_to", refused)
     first = session.run(IDS)
     session.store.budget = session.store.pool.num_bytes
     assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64) and first.freed

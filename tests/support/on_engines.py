@@ -100,14 +100,14 @@ def stop_counting() -> None:
 def once(name: str, rank: int, action: Callable[[], None]) -> None:
     """At the next forward on that rank, act when the module has run."""
     rt = runtime()
-    if rt.rank != rank or name not in rt.hooks.modules:
+    if rt.rank != rank or name not in rt.part.hooks.modules:
         return
 
     def fire(_module, _args, _out) -> None:
         handle.remove()
         action()
 
-    handle = rt.hooks.modules[name].register_forward_hook(fire)
+    handle = rt.part.hooks.modules[name].register_forward_hook(fire)
 
 
 def raise_at(name: str, rank: int) -> None:
@@ -135,8 +135,10 @@ def slow_at(name: str, seconds: float) -> None:
     """From now on this rank takes so long longer in that module, if it has it; until the next
     load."""
     rt = runtime()
-    if name in rt.hooks.modules:
-        rt.hooks.modules[name].register_forward_pre_hook(lambda _module, _args: time.sleep(seconds))
+    if name in rt.part.hooks.modules:
+        rt.part.hooks.modules[name].register_forward_pre_hook(
+            lambda _module, _args: time.sleep(seconds)
+        )
 
 
 def act_at(name: str, rank: int, action: Callable[[], None]) -> None:

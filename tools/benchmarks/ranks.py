@@ -46,8 +46,8 @@ def unwatched() -> Iterator[Any]:
     """This engine's Runtime, its model without anything of ours on it. The session has no hooks
     then."""
     runtime = door._runtime
-    assert not runtime.hook_set.hooks, "a bare forward is one without hooks"
-    names, modules = runtime.watch._names, runtime.hooks.modules
+    assert not runtime.part.hook_set.hooks, "a bare forward is one without hooks"
+    names, modules = runtime.watch._names, runtime.part.hooks.modules
     runtime.watch.know([], {})
     try:
         with torch.no_grad():
@@ -179,7 +179,7 @@ def pid_and_memory() -> tuple[int, int]:
 
 def seconds_of(run: int) -> dict[str, float]:
     """How long this rank was at each part of a stored run."""
-    return door._runtime.runs[run][2].seconds
+    return door._runtime.memory.runs[run][2].seconds
 
 
 def put(name: str, num_bytes: int) -> None:

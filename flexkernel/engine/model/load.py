@@ -17,17 +17,14 @@ from flexkernel.engine.compat import (
     is_placeholder,
     loading_under,
     meshes_on,
-    sum_gradients,
     tp_styles,
 )
 from flexkernel.engine.place.placements import aimed, parse
 from flexkernel.errors import LayoutError, LoadError
-from flexkernel.memory.plan import Planner
 from flexkernel.names import select
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
 from .checkpoint import check_files
-from .hooks import LOGITS, ModuleHooks
 from .mapped import copied_out
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
@@ -36,12 +33,10 @@ __all__ = [
     "check",
     "dtype_of",
     "inspect",
-    "know",
     "load",
     "local_bytes",
     "local_parameters",
     "part_of",
-    "take",
 ]
 
 
@@ -296,51 +291,12 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
     return model
 
 
-def part_of(runtime: Any, info: ModelInfo) -> torch.nn.Module:
-    """This rank's part, loaded, or built by the user's function. A rank that fails leaves nobody
-    waiting. All ranks."""
-    from flexkernel.engine.run.forward import gave_up
-
-    try:
-        if runtime.source.builder is not None:
-            return build(runtime.source.builder)
-        return load(info.path, info.layout, info.dtype, runtime.device, info.attention)
-    except BaseException as error:
-        gave_up(runtime, error)
-        raise
-
-
-def take(runtime: Any, source: Source) -> None:
-    """Have this rank's model, which is there, called and named as its source says."""
-    from .caller import Caller
-    from .naming import modules_of
-
-    sum_gradients(runtime.model)
-    runtime.source = source
-    runtime.caller = Caller(runtime.model, source.forward)
-    runtime.named = modules_of(runtime.model, source.names, twice=True)
-
-
-def know(runtime: Any, info: ModelInfo) -> None:
-    """Have hooks and plans of the model as it is on this rank."""
-    from flexkernel.engine.place.placements import Placer
-    from flexkernel.engine.place.staging import copies_from
-
-    if runtime.model is None:
-        raise LoadError(f"rank {runtime.rank} has no model")
-    runtime.info, runtime.planner = info, Planner(info)
-    runtime.watch.know([m.name for m in info.modules], runtime.named)
-    modules = {m.name: m for m in info.modules}
-    stage = info.layout.coordinate(runtime.rank).pp
-
-    def reads(name: str, at: str) -> bool:
-        module = modules[name.rpartition(".@")[0] if ".@" in name else name]
-        return stage == module.read_on(at)
-
-    runtime.hooks = ModuleHooks(runtime.named, reads)
-    runtime.placer = Placer(info.layout, info.styles, info.placements, runtime.named)
-    runtime.copies = copies_from(runtime.device)
-    runtime.hooks.attach(LOGITS, ("",))
+def part_of(info: ModelInfo, source: Source, device: str) -> torch.nn.Module:
+    """This rank's part of the model, loaded or built by the user's function. All ranks must
+    call."""
+    if source.builder is not None:
+        return build(source.builder)
+    return load(info.path, info.layout, info.dtype, device, info.attention)
 
 
 def exists(path: str) -> None:

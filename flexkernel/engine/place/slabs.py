@@ -5,148 +5,199 @@ place, and what has been moved to disk.
 from __future__ import annotations
 
 import dataclasses
-import gc
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from flexkernel.memory.slab import PAGE, Slab, claim_folder, on_disk, pages, write_out
-from flexkernel.wire import RunPlan
+from flexkernel.memory.channel import Server
+from flexkernel.memory.slab import (
+    PAGE,
+    Slab,
+    claim_folder,
+    on_disk,
+    pages,
+    remove_folder,
+    write_out,
+)
+from flexkernel.wire import HookSpec, RankInfo, RunPlan, RunReport
 
-__all__ = [
-    "drop_all",
-    "extra_slab",
-    "forget",
-    "free",
-    "freeze_imports",
-    "let_go",
-    "open_slab",
-    "power",
-    "spill",
-    "spill_to",
-]
+__all__ = ["Memory", "StoredRun"]
 
-
-def free(runtime: Any) -> tuple[int, int]:
-    """Bytes that are free on this host: (where its slabs lie, of memory)."""
-    return shutil.disk_usage(runtime.run_folder).free, psutil.virtual_memory().available
+StoredRun = tuple[RunPlan, tuple[HookSpec, ...], RunReport]
 
 
-def open_slab(runtime: Any, name: str, num_bytes: int) -> Slab:
-    """The slab of that name on this host, mapped once and kept."""
-    if name not in runtime.slabs:
-        runtime.slabs[name] = Slab(path_of(runtime, name), num_bytes)
-    return runtime.slabs[name]
+@dataclasses.dataclass(frozen=True)
+class ClaimedFolder:
+    """A folder of slabs. claim: an open file; while it is open the folder is not swept."""
+
+    path: Path
+    claim: Any
 
 
-def path_of(runtime: Any, name: str) -> Path:
-    return (runtime.spill_folder if on_disk(name) else runtime.run_folder) / name
+class Memory:
+    """This rank's slabs, and the runs whose captures lie in them."""
 
+    def __init__(self) -> None:
+        self.rank_info = RankInfo()
+        self.slabs: dict[str, Slab] = {}
+        self.runs: dict[int, StoredRun] = {}
+        self._folder: ClaimedFolder | None = None  # this host's
+        self._spill: ClaimedFolder | None = None  # on disk
+        self._spill_root: Path | None = None
+        self._server: Server | None = None
+        self._token = ""
 
-# --- on disk --------------------------------------------------------------------------
+    # --- where it lies --------------------------------------------------------------
 
+    @property
+    def folder(self) -> Path:
+        """This host's run folder. Only after claim()."""
+        assert self._folder is not None
+        return self._folder.path
 
-def spill_to(runtime: Any, root: Path | None) -> tuple[Path | None, int]:
-    """Have a folder on disk for what the driver moves there: (its root, bytes that are free in
-    it). root=None: that which there is. The runs that lie in another one stay there no longer than
-    the next load."""
-    if root is not None and root != runtime.spill_root:
-        found, held = claim_folder(runtime.run_folder.name, root)
-        drop_spilled(runtime)
-        runtime.spill_root, runtime.spill_folder, runtime.spill_claim = root, found, held
-        if runtime.server is not None:
-            runtime.server.also(found)
-    if runtime.spill_folder is None:
-        return None, 0
-    return runtime.spill_root, shutil.disk_usage(runtime.spill_folder).free
+    @property
+    def spill_folder(self) -> Path | None:
+        """The folder on disk that captures are moved to, if there is one."""
+        return None if self._spill is None else self._spill.path
 
+    def claim(self, name: str) -> Path:
+        """Claim this host's run folder, so that nobody sweeps it while this process lives. name:
+        the same on all hosts; FLEX_HOST tells apart hosts that are one machine."""
+        host = os.environ.get("FLEX_HOST")
+        self._folder = ClaimedFolder(*claim_folder(f"{name}-{host}" if host else name))
+        return self.folder
 
-def spill(
-    runtime: Any, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int
-) -> None:
-    """Move what a run keeps from a slab to a file of its own on disk; the first rank of each host
-    does it."""
-    if runtime.seat.local_rank == 0:
-        source = open_slab(runtime, slab, slab_bytes).bytes[base : base + num_bytes]
-        write_out(source, path_of(runtime, name))
-    if number in runtime.runs:  # an engine that took a dead one's place may not know it
-        plan, hooks, report = runtime.runs[number]
-        plan = dataclasses.replace(plan, slab=name, slab_bytes=num_bytes, base=0)
-        runtime.runs[number] = plan, hooks, report
+    def free(self) -> tuple[int, int]:
+        """Bytes that are free on this host: (where its slabs lie, of memory)."""
+        return shutil.disk_usage(self.folder).free, psutil.virtual_memory().available
 
+    def path_of(self, name: str) -> Path:
+        if not on_disk(name):
+            return self.folder / name
+        assert self.spill_folder is not None
+        return self.spill_folder / name
 
-def drop_spilled(runtime: Any, ending: str = ".slab") -> None:
-    """Remove the files on disk whose names end so."""
-    for name in [n for n in runtime.slabs if on_disk(n) and n.endswith(ending)]:
-        runtime.slabs.pop(name)
-    if runtime.spill_folder is not None and runtime.seat.local_rank == 0:
-        for path in runtime.spill_folder.glob(f"spill-*{ending}"):
-            path.unlink(missing_ok=True)
+    # --- slabs ----------------------------------------------------------------------
 
+    def slab(self, name: str, num_bytes: int) -> Slab:
+        """The slab of that name on this host. It is mapped once and kept."""
+        if name not in self.slabs:
+            self.slabs[name] = Slab(self.path_of(name), num_bytes)
+        return self.slabs[name]
 
-def drop_all(runtime: Any) -> None:
-    """Remove all runs and what they lie in; who looks into it still may."""
-    if runtime.copies is not None:
-        runtime.copies.close()
-    drop_spilled(runtime)
-    for slab in runtime.slabs.values():
-        slab.path.unlink(missing_ok=True)
-    runtime.slabs, runtime.runs, runtime.copies = {}, {}, None
+    def slab_of_size(self, name: str, num_bytes: int) -> Slab:
+        """A slab of at least so many bytes. Its name says how many it has."""
+        size = power(num_bytes)
+        return self.slab(f"{name}-{size}.slab", size)
 
+    def extra(self, run: int, num_bytes: int) -> tuple[Slab, str]:
+        """(a file of this rank's own for a value that has no planned place, its name)."""
+        prefix = self._extra_prefix(run)
+        taken = [name for name in self.slabs if name.startswith(prefix)]
+        name = f"{prefix}{len(taken)}.slab"
+        return self.slab(name, max(pages(num_bytes), PAGE)), name
 
-def let_go(runtime: Any) -> None:
-    """Forget the model, if there is one or was to be one, so that its memory is free."""
-    if runtime.source is not None:
-        from flexkernel.engine.compat import forget_meshes
+    def _extra_prefix(self, run: int) -> str:
+        return f"extra-{self.rank_info.rank}-{run}-"
 
-        forget_meshes()
-        runtime.model = runtime.info = runtime.hooks = runtime.caller = runtime.source = None
-        gc.collect()  # a sharded model is full of cycles: it would lie beside the next one
-        torch.cuda.empty_cache()  # nothing where there is no GPU
+    # --- runs -----------------------------------------------------------------------
 
+    def has(self, run: int, slab: str, base: int) -> bool:
+        """Whether what this run keeps still lies there. Nothing else is written there until its
+        number is freed."""
+        if run not in self.runs:
+            return False
+        plan = self.runs[run][0]
+        return (plan.slab, plan.base) == (slab, base)
 
-def freeze_imports(runtime: Any) -> None:
-    """Have the garbage collector leave alone what an engine has imported before it has its first
-    seat: a few hundred thousand objects that never go, a fifth of a second each time that it looks
-    through them."""
-    if runtime.seat.world == 1 and runtime.model is None:
-        gc.collect()
-        gc.freeze()
+    def forget(self, runs: tuple[int, ...]) -> None:
+        """Let go of runs that the driver's store has freed."""
+        for number in runs:
+            self.runs.pop(number, None)
+            prefix = self._extra_prefix(number)
+            for name in [name for name in self.slabs if name.startswith(prefix)]:
+                self.slabs.pop(name).path.unlink(missing_ok=True)
+            if self.spill_folder is not None:
+                self._drop_spilled(f"-{number}.slab")
+
+    def drop_all(self) -> None:
+        """Remove all runs and the files they lie in. Tensors that look into one stay valid."""
+        self._drop_spilled()
+        for slab in self.slabs.values():
+            slab.path.unlink(missing_ok=True)
+        self.slabs = {}
+        self.runs = {}
+
+    def close(self) -> None:
+        """Stop serving, and remove this host's folders; the first rank of each host removes
+        them."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._folder is not None and self.rank_info.local_rank == 0:
+            remove_folder(self.folder)
+            if self.spill_folder is not None:
+                remove_folder(self.spill_folder)
+        self.slabs = {}
+        self.runs = {}
+        self._folder = None
+        self._spill = None
+        self._spill_root = None
+
+    # --- on disk --------------------------------------------------------------------
+
+    def spill_to(self, root: Path | None) -> tuple[Path | None, int]:
+        """Claim a folder on disk below `root`: (its root, bytes that are free in it). None asks
+        for the folder that there is. Runs that lie in an earlier one stay there until the next
+        load at most."""
+        if root is not None and root != self._spill_root:
+            claimed = ClaimedFolder(*claim_folder(self.folder.name, root))
+            self._drop_spilled()
+            self._spill_root = root
+            self._spill = claimed
+            if self._server is not None:
+                self._server.also(claimed.path)
+        if self.spill_folder is None:
+            return None, 0
+        return self._spill_root, shutil.disk_usage(self.spill_folder).free
+
+    def spill(
+        self, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int
+    ) -> None:
+        """Move what a run keeps from a slab to a file of its own on disk. The first rank of each
+        host does it."""
+        if self.rank_info.local_rank == 0:
+            source = self.slab(slab, slab_bytes).bytes[base : base + num_bytes]
+            write_out(source, self.path_of(name))
+        if number in self.runs:  # an engine that took a dead one's place may not know it
+            plan, hooks, report = self.runs[number]
+            plan = dataclasses.replace(plan, slab=name, slab_bytes=num_bytes, base=0)
+            self.runs[number] = plan, hooks, report
+
+    def _drop_spilled(self, ending: str = ".slab") -> None:
+        """Remove the files on disk whose names end so."""
+        for name in [n for n in self.slabs if on_disk(n) and n.endswith(ending)]:
+            self.slabs.pop(name)
+        if self.spill_folder is not None and self.rank_info.local_rank == 0:
+            for path in self.spill_folder.glob(f"spill-*{ending}"):
+                path.unlink(missing_ok=True)
+
+    # --- for another host -----------------------------------------------------------
+
+    def serve(self, token: str, interface: str) -> tuple[str, str]:
+        """Serve this host's slabs to a driver on another host: (address, token). Call it on a
+        host's first rank."""
+        if self._server is None:
+            self._server = Server(self.folder, token, interface)
+            self._token = token
+            if self.spill_folder is not None:
+                self._server.also(self.spill_folder)
+        return self._server.address, self._token
 
 
 def power(num_bytes: int) -> int:
     """The next power of two: few sizes, so that few files are made."""
     return 1 << max(num_bytes - 1, 1).bit_length()
-
-
-def extra_slab(runtime: Any, plan: RunPlan, num_bytes: int) -> tuple[Slab, str]:
-    """A file of this rank's own for a value that has no planned place."""
-    taken = [
-        name for name in runtime.slabs if name.startswith(extra_prefix(runtime.rank, plan.run))
-    ]
-    name = f"{extra_prefix(runtime.rank, plan.run)}{len(taken)}.slab"
-    return open_slab(runtime, name, max(pages(num_bytes), PAGE)), name
-
-
-def extra_prefix(rank: int, run: int) -> str:
-    return f"extra-{rank}-{run}-"
-
-
-def has(runtime: Any, run: int, slab: str, base: int) -> bool:
-    """Whether what this run keeps lies there still: until its number is freed, nothing else is
-    written there."""
-    plan = runtime.runs[run][0] if run in runtime.runs else None
-    return plan is not None and (plan.slab, plan.base) == (slab, base)
-
-
-def forget(runtime: Any, runs: tuple[int, ...]) -> None:
-    """Let go of runs that the driver's store has freed."""
-    for number in runs:
-        runtime.runs.pop(number, None)
-        for name in [n for n in runtime.slabs if n.startswith(extra_prefix(runtime.rank, number))]:
-            runtime.slabs.pop(name).path.unlink(missing_ok=True)
-        if runtime.spill_folder is not None:
-            drop_spilled(runtime, f"-{number}.slab")

@@ -19,7 +19,7 @@ from flexkernel.engine.compat import abort_groups
 from flexkernel.errors import LoadError
 from flexkernel.wire import RankInfo
 
-__all__ = ["gpu_of", "join", "leave", "open_store", "settle_in"]
+__all__ = ["gpu_of", "join", "leave", "open_store", "set_device"]
 
 JOIN_S = 60.0  # what ranks have at least to meet
 
@@ -54,7 +54,7 @@ def open_store(
     return interface, port, store
 
 
-def join(seat: RankInfo, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
+def join(rank_info: RankInfo, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
     """Initialise this generation's default group. All ranks must call. Returns this rank's client
     of the store."""
     if port == 0:
@@ -63,16 +63,16 @@ def join(seat: RankInfo, address: str, port: int, device: str, timeout_s: float)
     # watcher hangs
     os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     store = (
-        dist.FileStore(address, seat.world)
+        dist.FileStore(address, rank_info.world)
         if port == 0
         else dist.TCPStore(address, port, None, is_master=False)
     )
     store.set_timeout(timedelta(seconds=JOIN_S))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore(f"generation-{seat.generation}", store),
-        rank=seat.rank,
-        world_size=seat.world,
+        store=dist.PrefixStore(f"generation-{rank_info.generation}", store),
+        rank=rank_info.rank,
+        world_size=rank_info.world,
         # The watch, which knows more, comes first; and ranks may be slow to meet, whatever a run's
         # timeout is
         timeout=timedelta(seconds=max(timeout_s, JOIN_S) + 15),
@@ -85,19 +85,23 @@ def leave() -> None:
     abort_groups()
 
 
-def settle_in(seat: RankInfo, device: str) -> None:
+def set_device(rank_info: RankInfo, device: str) -> None:
     """Have as many threads as an engine may have, and its own GPU, before anything is put on one.
     Alone it is the user's own process, with threads and a GPU of the user's choice. LoadError:
     there is no GPU for it."""
     index = (
-        gpu_of(seat.local_rank, torch.cuda.device_count()) if device == "cuda" else seat.local_rank
+        gpu_of(rank_info.local_rank, torch.cuda.device_count())
+        if device == "cuda"
+        else rank_info.local_rank
     )
-    if seat.world == 1:
+    if rank_info.world == 1:
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if device == "cuda":
         torch.cuda.set_device(index)
-    os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(index))
+    os.environ.update(
+        RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(index)
+    )
 
 
 def gpu_of(local_rank: int, count: int) -> int:

@@ -35,6 +35,7 @@ from flexkernel.engine.ranks.gather import (
     receive,
     send,
 )
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, LossError
 from flexkernel.memory.plan import Entry
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
@@ -86,7 +87,7 @@ class Tape:
 
 
 @contextlib.contextmanager
-def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iterator[None]:
+def graph_of(runtime: Runtime, tape: Tape | None, parameters: Sequence[str]) -> Iterator[None]:
     """While it is entered a forward keeps its graph on the tape, if the tape says so, and these
     parameters get a gradient; those that this rank does not hold are left out."""
     if tape is None or not tape.graph:
@@ -100,8 +101,8 @@ def graph_of(runtime: Any, tape: Tape | None, parameters: Sequence[str]) -> Iter
     try:
         with (
             torch.enable_grad(),
-            stage_edges(runtime.model, tape),
-            without_gradient_sync(runtime.model),
+            stage_edges(runtime.part.model, tape),
+            without_gradient_sync(runtime.part.model),
         ):
             yield
     finally:
@@ -237,7 +238,7 @@ def check_whole(entry: Entry, said: torch.Tensor) -> None:
 
 
 def evaluated(
-    runtime: Any, plan: RunPlan, recording: Any, said: torch.Tensor
+    runtime: Runtime, plan: RunPlan, recording: Any, said: torch.Tensor
 ) -> tuple[float, dict[int, torch.Tensor]]:
     """(the loss, index of a capture → its gradient), on the one rank that computes it. LossError.
 
@@ -251,11 +252,11 @@ def evaluated(
     leaves = Leaves(entries, whole)
     ids, mask = torch.tensor(plan.ids), torch.tensor(plan.mask).bool()
     tokens, real, labels = (t.to(runtime.device) for t in (ids, mask, labels_of(ids, mask)))
-    batch = Batch(tokens, real, labels, leaves, runtime.modules)
+    batch = Batch(tokens, real, labels, leaves, runtime.trainables.modules)
     number = next((i for i, entry in enumerate(entries) if entry.key.hook == "logits"), None)
     with torch.enable_grad():
         value = scalar(plan.loss, leaves.leaf(number) if number is not None else None, batch)
-        trained = trainable(runtime.modules)
+        trained = trainable(runtime.trainables.modules)
         asked = [i for i, leaf in leaves.made.items() if leaf.requires_grad]
         wanted = [*(leaves.made[i] for i in asked), *trained]
         found = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else ()
@@ -312,7 +313,7 @@ def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None
 
 
 def backward(
-    runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
+    runtime: Runtime, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
 ) -> float | None:
     """The loss, on the rank that computes it, and this rank's share of the backward. All ranks
     must call."""
@@ -330,10 +331,10 @@ def backward(
 
 
 def seeds(
-    runtime: Any, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
+    runtime: Runtime, plan: RunPlan, recording: Any, slab_of: Callable[[str, int], Slab]
 ) -> tuple[float | None, dict[int, torch.Tensor]]:
     """The loss, on rank 0, and the whole gradients of the captures it looked at, on every rank."""
-    if runtime.seat.world == 1:
+    if runtime.world == 1:
         return evaluated(runtime, plan, recording, said_of(recording)[None])
     what = zlib.crc32(b"the loss")
     entries = recording.plan.entries
@@ -377,12 +378,12 @@ def seeds(
     return (value if runtime.rank == 0 else None), wholes
 
 
-def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) -> None:
+def collect(runtime: Runtime, recording: Any, said: torch.Tensor, timeout_s: float) -> None:
     """Bring to rank 0's host what ranks of other hosts have captured: there the loss looks at it.
     All ranks.
 
     said: (ranks, entries, COLUMNS), what each rank's captures came to."""
-    hosts, entries = runtime.seat.hosts, recording.plan.entries
+    hosts, entries = runtime.rank_info.hosts, recording.plan.entries
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0]]:
         for i, (state, _, _, size, *numbers) in enumerate(said[rank].tolist()):
             if (
@@ -400,10 +401,10 @@ def collect(runtime: Any, recording: Any, said: torch.Tensor, timeout_s: float) 
                 part.copy_(fetched(part.shape, part.dtype, rank, None, timeout_s))
 
 
-def hand_out(runtime: Any, shared: torch.Tensor, timeout_s: float) -> None:
+def hand_out(runtime: Runtime, shared: torch.Tensor, timeout_s: float) -> None:
     """What rank 0 has put there, to the first rank of every other host, into its own slab at the
     same place."""
-    hosts = runtime.seat.hosts
+    hosts = runtime.rank_info.hosts
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0] and hosts.index(host) == r]:
         if runtime.rank == 0:
             post(shared, rank, None, timeout_s)
@@ -412,7 +413,7 @@ def hand_out(runtime: Any, shared: torch.Tensor, timeout_s: float) -> None:
 
 
 def go_back(
-    runtime: Any,
+    runtime: Runtime,
     tape: Tape,
     ends: list[torch.Tensor],
     gradients: list[torch.Tensor],
@@ -421,7 +422,7 @@ def go_back(
     """This rank's backward. A stage first waits for the gradient of what it sent, and sends that
     of what it got: zeros where nothing depends on it, since the stage before waits."""
     if tape.sent is not None:
-        gradient = receive(runtime.model, torch.empty_like(tape.sent), +1, timeout_s)
+        gradient = receive(runtime.part.model, torch.empty_like(tape.sent), +1, timeout_s)
         if tape.sent.requires_grad:
             ends, gradients = [*ends, tape.sent], [*gradients, gradient]
     if ends:
@@ -429,7 +430,7 @@ def go_back(
     if tape.received is not None:
         gradient = tape.received.grad
         send(
-            runtime.model,
+            runtime.part.model,
             torch.zeros_like(tape.received) if gradient is None else gradient,
             -1,
             timeout_s,

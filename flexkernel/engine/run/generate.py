@@ -22,6 +22,7 @@ from flexkernel.boxes import WHOLE, Box, share_of
 from flexkernel.engine.compat import StageCache, as_written
 from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.place.staging import joined_digest
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, kept_columns, position_dim
@@ -33,37 +34,39 @@ from .tokens import TokenStreamer
 __all__ = ["Steps", "check", "ends", "generate"]
 
 
-def check(runtime: Any) -> None:
+def check(runtime: Runtime) -> None:
     """GenerationError: this model cannot go on by itself."""
-    model = runtime.model
+    model = runtime.part.model
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise GenerationError(
             f"{type(model).__name__} has no generate(): it is no language model of transformers"
         )
-    if runtime.info.layout.pp > 1 and not hasattr(model, "_pp_stage"):
+    if runtime.part.info.layout.pp > 1 and not hasattr(model, "_pp_stage"):
         raise GenerationError(
             f"{type(model).__name__} is a pipeline of your own: its stages share no cache to go on from"
         )
-    if runtime.caller.forward is not None:
+    if runtime.part.caller.forward is not None:
         raise GenerationError(
             f"{type(model).__name__} is called by your forward=, and its generate() would not be"
         )
 
 
-def ends(runtime: Any, plan: RunPlan) -> list[int]:
+def ends(runtime: Runtime, plan: RunPlan) -> list[int]:
     """The tokens that end a row."""
     assert plan.generation is not None
-    there = getattr(runtime.model.generation_config, "eos_token_id", None)
+    there = getattr(runtime.part.model.generation_config, "eos_token_id", None)
     found = dict(plan.generation.options).get("eos_token_id", there)
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, torch.Tensor]) -> None:
+def generate(
+    runtime: Runtime, plan: RunPlan, recording: Steps, batch: dict[str, torch.Tensor]
+) -> None:
     """Go on after the batch; its tokens are in recording.text. All ranks must call; all make as
     many forwards."""
-    asked, model = plan.generation, runtime.model
+    asked, model = plan.generation, runtime.part.model
     assert asked is not None
-    layout = runtime.info.layout
+    layout = runtime.part.info.layout
     options = dict(asked.options)
     if layout.pp > 1:
         options["past_key_values"] = StageCache(model)
@@ -73,9 +76,9 @@ def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, tor
     ):
         options["logits_to_keep"] = 0  # all: a hook sees what only the newest position would have
     with (
-        counted(runtime.hooks.modules[""], recording),
+        counted(runtime.part.hooks.modules[""], recording),
         drawn_from(asked.seed, recording.here, runtime.device),
-        as_written(runtime.caller.compiled),
+        as_written(runtime.part.caller.compiled),
     ):
         model.generate(
             batch["input_ids"],
@@ -93,12 +96,12 @@ def generate(runtime: Any, plan: RunPlan, recording: Steps, batch: dict[str, tor
     recording.finish()
 
 
-def behind_the_base(runtime: Any, recording: Recording) -> bool:
+def behind_the_base(runtime: Runtime, recording: Recording) -> bool:
     """Whether a hook of the run is on a module that sees what is left for the logits: the root, or
     the head."""
-    base = runtime.model.base_model_prefix
-    hooks = [h for h in runtime.hook_set.hooks if h.key in recording.active]
-    names = {name for hook in hooks for name in runtime.planner.targets(hook.glob)}
+    base = runtime.part.model.base_model_prefix
+    hooks = [h for h in runtime.part.hook_set.hooks if h.key in recording.active]
+    names = {name for hook in hooks for name in runtime.part.planner.targets(hook.glob)}
     return any(name != base and not name.startswith(f"{base}.") for name in names)
 
 

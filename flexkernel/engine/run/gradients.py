@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from flexkernel.boxes import Box
 from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import receive, send, wait
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, PlacementError
 from flexkernel.wire import CaptureKey, HookSpec, ShardRecord
 
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-def parameter_of(runtime: Any, name: str) -> torch.nn.Parameter | None:
+def parameter_of(runtime: Runtime, name: str) -> torch.nn.Parameter | None:
     """The parameter itself, sharded as it is; None where this rank has none of that name."""
     module = owner_of(runtime, name)
     return None if module is None else module._parameters.get(name.rpartition(".")[2])
@@ -47,7 +48,7 @@ def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
     return list(found)
 
 
-def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None:
+def sum_parameters(runtime: Runtime, names: Sequence[str], timeout_s: float) -> None:
     """Make the gradients of these parameters lie as the parameters do, and whole sums: over the
     groups of rows where nothing else has summed them, over the first and the last stage where they
     share one. All ranks must call."""
@@ -58,33 +59,39 @@ def sum_parameters(runtime: Any, names: Sequence[str], timeout_s: float) -> None
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
-        elif runtime.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
+        elif runtime.part.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
             parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-            work = dist.all_reduce(parameter.grad, group=runtime.groups["batch"], async_op=True)
+            work = dist.all_reduce(
+                parameter.grad, group=runtime.part.groups["batch"], async_op=True
+            )
             wait(work, timeout_s, "a gradient")
-    last = runtime.info.layout.pp - 1
-    stage = runtime.info.layout.coordinate(runtime.rank).pp
-    if last and stage in (0, last) and any(set(group) & set(names) for group in runtime.info.tied):
-        weight = runtime.model.get_input_embeddings().weight
+    last = runtime.part.info.layout.pp - 1
+    stage = runtime.part.info.layout.coordinate(runtime.rank).pp
+    if (
+        last
+        and stage in (0, last)
+        and any(set(group) & set(names) for group in runtime.part.info.tied)
+    ):
+        weight = runtime.part.model.get_input_embeddings().weight
         if any(weight is parameter for parameter in owned):
             both_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
 
 
-def both_ends(runtime: Any, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
+def both_ends(runtime: Runtime, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
     """Tied embeddings are two copies of one parameter, on the first stage and on the last: both
     get the sum."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     mine = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
     if step > 0:
-        send(runtime.model, mine, step, timeout_s)
-    other = receive(runtime.model, torch.empty_like(mine), step, timeout_s)
+        send(runtime.part.model, mine, step, timeout_s)
+    other = receive(runtime.part.model, torch.empty_like(mine), step, timeout_s)
     if step < 0:
-        send(runtime.model, mine, step, timeout_s)
+        send(runtime.part.model, mine, step, timeout_s)
     mine.copy_(mine + other if step > 0 else other + mine)
 
 
-def edit_gradients(runtime: Any, recording: Any) -> None:
+def edit_gradients(runtime: Runtime, recording: Any) -> None:
     """Make the edits of parameters' gradients, each on the whole of one, in the order of their
     hooks. All ranks.
 
@@ -94,21 +101,21 @@ def edit_gradients(runtime: Any, recording: Any) -> None:
         done: set[str] = set()
         for name in names if hook.edit is not None else ():
             if name not in done:
-                same = tied([name], runtime.info.tied)
+                same = tied([name], runtime.part.info.tied)
                 done.update(same)
                 edit_gradient(runtime, recording.editor, hook, name, same)
 
 
 def edit_gradient(
-    runtime: Any, editor: Any, hook: HookSpec, name: str, same: Sequence[str]
+    runtime: Runtime, editor: Any, hook: HookSpec, name: str, same: Sequence[str]
 ) -> None:
     """One parameter's, which this rank may hold under another of its names, or not at all."""
     mine = next((n for n in same if parameter_of(runtime, n) is not None), None)
     if mine is None:
-        shape = tuple(runtime.info.parameters[name])
+        shape = tuple(runtime.part.info.parameters[name])
         nothing = Box.nothing(len(shape))
         empty = torch.empty(
-            [0] * len(shape), dtype=getattr(torch, runtime.info.dtype), device=runtime.device
+            [0] * len(shape), dtype=getattr(torch, runtime.part.info.dtype), device=runtime.device
         )
         editor.edit_parameter(hook, name, empty, ShardRecord("none", "none", shard=nothing))
         return
@@ -120,7 +127,7 @@ def edit_gradient(
         gradient.copy_(new)
 
 
-def lying(runtime: Any, name: str) -> tuple[torch.Tensor, ShardRecord]:
+def lying(runtime: Runtime, name: str) -> tuple[torch.Tensor, ShardRecord]:
     """What this rank holds of a parameter's gradient, in its own memory, and which part of the
     whole that is.
 
@@ -137,7 +144,7 @@ def lying(runtime: Any, name: str) -> tuple[torch.Tensor, ShardRecord]:
     )
 
 
-def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
+def forget_gradients(runtime: Runtime, names: Sequence[str]) -> None:
     """Give the memory of these parameters' gradients back."""
     for name in names:
         parameter = parameter_of(runtime, name)
@@ -145,7 +152,7 @@ def forget_gradients(runtime: Any, names: Sequence[str]) -> None:
             parameter.grad = None
 
 
-def write_gradient(runtime: Any, name: str, whole: torch.Tensor) -> ShardRecord | None:
+def write_gradient(runtime: Runtime, name: str, whole: torch.Tensor) -> ShardRecord | None:
     """Copy what this rank holds of a parameter's gradient into its place; None where it does not
     hold the parameter.
 

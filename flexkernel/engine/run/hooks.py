@@ -24,6 +24,7 @@ from flexkernel.engine.place.placements import (
     rows_held,
 )
 from flexkernel.engine.place.staging import Copies, with_landed_digests
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, Plan, left, logits_path, position_dim
@@ -175,16 +176,16 @@ class Recording:
             self.others[CaptureKey(hook.key, name, at, path, call)] = seen
         self.seconds += time.perf_counter() - start
 
-    def of_parameters(self, runtime: Any) -> list[tuple[HookSpec, tuple[str, ...]]]:
+    def of_parameters(self, runtime: Runtime) -> list[tuple[HookSpec, tuple[str, ...]]]:
         """The hooks on parameters' gradients that are active in this run, and what each names."""
         hooks = [
             hook
-            for hook in runtime.hook_set.hooks
+            for hook in runtime.part.hook_set.hooks
             if hook.of == "param" and hook.key in self.active
         ]
-        return [(hook, runtime.planner.names(hook)) for hook in hooks]
+        return [(hook, runtime.part.planner.names(hook)) for hook in hooks]
 
-    def keep_parameters(self, runtime: Any, before: bool = False) -> None:
+    def keep_parameters(self, runtime: Runtime, before: bool = False) -> None:
         """The gradients of the parameters that hooks name, after the backward; those of which the
         hook keeps what was there before its edit, before that. Nothing is sent."""
         for i, entry in enumerate(self.plan.entries):

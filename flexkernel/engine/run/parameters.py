@@ -28,8 +28,8 @@ from flexkernel.engine.compat import (
     unflattened,
 )
 from flexkernel.engine.place.layers import weight_placement
-from flexkernel.engine.place.slabs import open_slab
 from flexkernel.engine.place.staging import digest
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.names import match, nearest
 from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue
@@ -39,15 +39,15 @@ __all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
 
 
-def held(runtime: Any, name: str) -> ParameterShard | list[str]:
+def held(runtime: Runtime, name: str) -> ParameterShard | list[str]:
     """What this rank holds of it; the nearest names there are where it holds nothing of that
     name."""
     module, tensor = find(runtime, name)
     if module is None or tensor is None:
-        return nearest(name, list(names(runtime.named)))
+        return nearest(name, list(names(runtime.part.named)))
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # it lies on a mesh that this rank has no part in
-    flat = flat_shape(runtime.model, module, name.rpartition(".")[2])
+    flat = flat_shape(runtime.part.model, module, name.rpartition(".")[2])
     if flat is not None:  # every rank is given all of it, by all of them together
         return ParameterShard(
             flat,
@@ -59,7 +59,9 @@ def held(runtime: Any, name: str) -> ParameterShard | list[str]:
     return placed(runtime, name, module, tensor)[0]
 
 
-def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool) -> ShardRecord:
+def write(
+    runtime: Runtime, name: str, region: Region, slab_bytes: int, writes: bool
+) -> ShardRecord:
     """Copy what this rank holds into its place, if it is the one that writes; its digest in any
     case.
 
@@ -68,7 +70,7 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
     assert isinstance(found, ParameterShard), "it was there when it was planned"
     with local_part(runtime, name) as local:
         if writes:
-            whole = open_slab(runtime, region.slab, slab_bytes).tensor(region)
+            whole = runtime.memory.slab(region.slab, slab_bytes).tensor(region)
             found.shard.put(local, whole)
         return ShardRecord(
             found.evidence,
@@ -80,18 +82,18 @@ def write(runtime: Any, name: str, region: Region, slab_bytes: int, writes: bool
 
 
 @contextlib.contextmanager
-def local_part(runtime: Any, name: str, change: bool = False) -> Iterator[torch.Tensor]:
+def local_part(runtime: Runtime, name: str, change: bool = False) -> Iterator[torch.Tensor]:
     """What this rank holds of it, to be read, or with `change` to be written into, while it is
     entered."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
     last = name.rpartition(".")[2]
-    if flat_shape(runtime.model, module, last) is None:
+    if flat_shape(runtime.part.model, module, last) is None:
         yield placed(runtime, name, module, tensor)[1]
         return
     runtime.breaker.busy = True  # the ranks wait for each other
     try:
-        with unflattened(runtime.model, module, last, writeback=change):
+        with unflattened(runtime.part.model, module, last, writeback=change):
             yield getattr(module, last).detach()
     finally:
         runtime.breaker.busy = False
@@ -101,16 +103,16 @@ def local_part(runtime: Any, name: str, change: bool = False) -> Iterator[torch.
 
 
 def put(
-    runtime: Any, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]
+    runtime: Runtime, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]
 ) -> None:
     """Give a parameter a new value in place, until restore(whose). All ranks that hold it must
     call: FSDP1 gathers.
 
     changes: (name, where its whole new value lies, or the parts of it that this rank holds) for
     each of its names. HookError: it is the same parameter here as one that was changed before."""
-    if not runtime.changed or runtime.changed[-1][0] != whose:
-        runtime.changed.append((whose, []))
-    kept = runtime.changed[-1][1]
+    if not runtime.part.changed or runtime.part.changed[-1][0] != whose:
+        runtime.part.changed.append((whose, []))
+    kept = runtime.part.changed[-1][1]
     earlier = len(kept)
     for name, value in changes:
         found = held(runtime, name)
@@ -123,14 +125,14 @@ def put(
                     piece.cut(local).copy_(new_part(runtime, value, part, i))
 
 
-def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
+def keep(kept: list, earlier: int, runtime: Runtime, name: str) -> bool:
     """Remember what is there before it changes, as (name, the memory, a copy); False: another name
     has changed it.
 
     earlier: how many of those kept are of other parameters."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
-    flat = flat_local(runtime.model, module, name.rpartition(".")[2])
+    flat = flat_local(runtime.part.model, module, name.rpartition(".")[2])
     there = placed(runtime, name, module, tensor)[1] if flat is None else flat
     same = [
         i
@@ -146,27 +148,31 @@ def keep(kept: list, earlier: int, runtime: Any, name: str) -> bool:
     return not same
 
 
-def new_part(runtime: Any, value: SlabValue | tuple[Blob, ...], part: Box, i: int) -> torch.Tensor:
+def new_part(
+    runtime: Runtime, value: SlabValue | tuple[Blob, ...], part: Box, i: int
+) -> torch.Tensor:
     if isinstance(value, SlabValue):
-        slab = open_slab(runtime, value.region.slab, value.slab_bytes)
+        slab = runtime.memory.slab(value.region.slab, value.slab_bytes)
         return part.cut(slab.tensor(value.region))
     return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(
         value[i].shape
     )
 
 
-def restore(runtime: Any, whose: str = "") -> None:
+def restore(runtime: Runtime, whose: str = "") -> None:
     """Give parameters back what they had before put(whose), and before whatever was put since; "":
     all. May be called again where it was broken off. Sends nothing."""
-    if not any(owner == whose or not whose for owner, _ in runtime.changed):
+    if runtime.loaded is None:
         return
-    reshard(runtime.model)  # what FSDP holds whole is the changed one
-    while runtime.changed:
-        owner, kept = runtime.changed[-1]
+    if not any(owner == whose or not whose for owner, _ in runtime.part.changed):
+        return
+    reshard(runtime.part.model)  # what FSDP holds whole is the changed one
+    while runtime.part.changed:
+        owner, kept = runtime.part.changed[-1]
         with torch.no_grad():
             for _, there, before in reversed(kept):
                 there.copy_(before)
-        runtime.changed.pop()
+        runtime.part.changed.pop()
         if owner == whose:
             return
 
@@ -174,7 +180,7 @@ def restore(runtime: Any, whose: str = "") -> None:
 # --- finding it -----------------------------------------------------------------------
 
 
-def find(runtime: Any, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
+def find(runtime: Runtime, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
     """The module that owns it on this rank, and the parameter or buffer; None where another stage
     has it.
 
@@ -185,17 +191,17 @@ def find(runtime: Any, name: str) -> tuple[torch.nn.Module | None, torch.Tensor 
         return None, None
     found = module._parameters.get(last)
     found = module._buffers.get(last) if found is None else found
-    if found is None and flat_shape(runtime.model, module, last) is not None:
+    if found is None and flat_shape(runtime.part.model, module, last) is not None:
         # of FSDP1's flat parameter, which has taken the place of the module's own
         found = getattr(module, last)
     return (module, found) if found is not None else (None, None)
 
 
-def owner_of(runtime: Any, name: str) -> torch.nn.Module | None:
+def owner_of(runtime: Runtime, name: str) -> torch.nn.Module | None:
     """The module of which it is the name of a parameter or buffer, its parameters sharded as they
     are between forwards; None where another stage has it."""
-    reshard(runtime.model)
-    module = runtime.named.get(name.rpartition(".")[0])
+    reshard(runtime.part.model)
+    module = runtime.part.named.get(name.rpartition(".")[0])
     return None if module is None or is_placeholder(module) else module
 
 
@@ -211,11 +217,11 @@ def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 
 
 def placed(
-    runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor
+    runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
 ) -> tuple[ParameterShard, torch.Tensor]:
     """Which part of the whole this rank holds, and that part. PlacementError where that is not
     known."""
-    known = runtime.info.parameters.get(name)
+    known = runtime.part.info.parameters.get(name)
     if isinstance(tensor, DTensor):
         evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.detach().to_local()
         axes = axes_of(tensor)
@@ -227,7 +233,10 @@ def placed(
         evidence, placement = said(runtime, name, module, tensor)
         if evidence == "scan" and known is None:
             evidence = "described"
-        coordinate, tp = runtime.info.layout.coordinate(runtime.rank), runtime.info.layout.tp
+        coordinate, tp = (
+            runtime.part.info.layout.coordinate(runtime.rank),
+            runtime.part.info.layout.tp,
+        )
         axes, local, over = [(placement, tp, coordinate.tp)], tensor.detach(), repr(placement)
         shape = known or full_shape(tensor, placement, tp)
     if known is not None and shape != known:
@@ -255,14 +264,14 @@ def axis_names(tensor: DTensor) -> Sequence[str]:
 
 
 def said(
-    runtime: Any, name: str, module: torch.nn.Module, tensor: torch.Tensor
+    runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
 ) -> tuple[str, Placement]:
     """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else
     whole."""
-    for glob, at, placed in runtime.placer.declared:
+    for glob, at, placed in runtime.part.placer.declared:
         if at == "output" and placed.placement is not None and match(glob, name):
             return "declared", placed.placement
-    if runtime.info.layout.tp == 1:
+    if runtime.part.info.layout.tp == 1:
         return "scan", Replicate()
     by_class = weight_placement(name, module, tensor)
     return ("scan", Replicate()) if by_class is None else ("class", by_class)

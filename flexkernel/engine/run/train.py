@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import header, wait
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, LossError
 from flexkernel.wire import RunPlan, Training
 
@@ -38,63 +39,65 @@ __all__ = [
 ]
 
 
-def add(runtime: Any, name: str, code: bytes) -> None:
+def add(runtime: Runtime, name: str, code: bytes) -> None:
     """Have this module (cloudpickled) under that name, instead of one that had it. All ranks."""
-    runtime.modules[name] = pickle.loads(code).to(runtime.device)
-    runtime.module_codes[name] = code
-    runtime.optimizers.clear()  # they hold the parameters of what was there
+    runtime.trainables.modules[name] = pickle.loads(code).to(runtime.device)
+    runtime.trainables.codes[name] = code
+    runtime.trainables.optimizers.clear()  # they hold the parameters of what was there
 
 
-def remove(runtime: Any, name: str) -> None:
-    runtime.modules.pop(name, None)
-    runtime.module_codes.pop(name, None)
-    runtime.optimizers.clear()
+def remove(runtime: Runtime, name: str) -> None:
+    runtime.trainables.modules.pop(name, None)
+    runtime.trainables.codes.pop(name, None)
+    runtime.trainables.optimizers.clear()
 
 
-def held(runtime: Any) -> dict[str, tuple[bytes, bytes]]:
+def held(runtime: Runtime) -> dict[str, tuple[bytes, bytes]]:
     """Name → (the module as it came, its weights now as safetensors)."""
-    return {name: (code, state(runtime, name)[0]) for name, code in runtime.module_codes.items()}
+    return {
+        name: (code, state(runtime, name)[0]) for name, code in runtime.trainables.codes.items()
+    }
 
 
-def state(runtime: Any, name: str) -> tuple[bytes, int]:
+def state(runtime: Runtime, name: str) -> tuple[bytes, int]:
     """(its weights as safetensors, their digest: copies must have equal ones)."""
     tensors = {
         key: value.detach().cpu().contiguous()
-        for key, value in runtime.modules[name].state_dict().items()
+        for key, value in runtime.trainables.modules[name].state_dict().items()
     }
     return bytes_of(tensors), sum(digest(value) for value in tensors.values())
 
 
-def set_state(runtime: Any, name: str, data: bytes) -> None:
-    runtime.modules[name].load_state_dict(tensors_of(data))
+def set_state(runtime: Runtime, name: str, data: bytes) -> None:
+    runtime.trainables.modules[name].load_state_dict(tensors_of(data))
 
 
-def gradients(runtime: Any, name: str) -> tuple[bytes, int]:
+def gradients(runtime: Runtime, name: str) -> tuple[bytes, int]:
     """(the gradients of the last run with a loss, as safetensors; their digest)."""
     found = {
         key: p.grad.cpu().contiguous()
-        for key, p in runtime.modules[name].named_parameters()
+        for key, p in runtime.trainables.modules[name].named_parameters()
         if p.grad is not None
     }
     return bytes_of(found), sum(digest(value) for value in found.values())
 
 
-def forget_steps(runtime: Any) -> None:
+def forget_steps(runtime: Runtime) -> None:
     """Begin every optimizer anew: a rank that came back remembers nothing of its steps. All
     ranks."""
-    runtime.optimizers.clear()
+    runtime.trainables.optimizers.clear()
 
 
 # --- in a run -------------------------------------------------------------------------
 
 
-def sum_modules(runtime: Any, timeout_s: float) -> None:
+def sum_modules(runtime: Runtime, timeout_s: float) -> None:
     """Give every copy the sum of its gradients over all ranks, zeros where it did not run. All
     ranks."""
-    for parameter in trainable(runtime.modules):
+    for parameter in trainable(runtime.trainables.modules):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if runtime.seat.world > 1:
+        if runtime.world > 1:
             wait(
                 dist.all_reduce(parameter.grad, async_op=True),
                 timeout_s,
@@ -102,10 +105,10 @@ def sum_modules(runtime: Any, timeout_s: float) -> None:
             )
 
 
-def step(runtime: Any, plan: RunPlan) -> None:
+def step(runtime: Runtime, plan: RunPlan) -> None:
     """Step the plan's optimizer, after every rank has its gradients. All ranks."""
     assert plan.training is not None
-    if runtime.seat.world > 1:
+    if runtime.world > 1:
         # a rank that failed is not here, and then no copy steps
         header([plan.run, 1], plan.timeout_s)
     for optimizer in optimizers(runtime, plan.training):
@@ -113,14 +116,14 @@ def step(runtime: Any, plan: RunPlan) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def optimizers(runtime: Any, training: Training) -> Sequence[torch.optim.Optimizer]:
+def optimizers(runtime: Runtime, training: Training) -> Sequence[torch.optim.Optimizer]:
     """The optimizers of this training, with what they remember of its steps. Sharded parameters
     have one of their own: torch does not mix them with plain ones in one update."""
     key = hashlib.sha256(
         repr((training.optimizer, training.parameters, training.modules)).encode()
     ).hexdigest()
-    if key not in runtime.optimizers:
-        wanted = {name: runtime.modules[name] for name in training.modules}
+    if key not in runtime.trainables.optimizers:
+        wanted = {name: runtime.trainables.modules[name] for name in training.modules}
         owned = {
             id(p): p for n in training.parameters if (p := parameter_of(runtime, n)) is not None
         }
@@ -129,8 +132,10 @@ def optimizers(runtime: Any, training: Training) -> Sequence[torch.optim.Optimiz
             [p for p in every if isinstance(p, DTensor) is sharded] for sharded in (False, True)
         ]
         make = pickle.loads(training.optimizer) if training.optimizer is not None else adamw
-        runtime.optimizers[key] = [made(make, parameters) for parameters in kinds if parameters]
-    return runtime.optimizers[key]
+        runtime.trainables.optimizers[key] = [
+            made(make, parameters) for parameters in kinds if parameters
+        ]
+    return runtime.trainables.optimizers[key]
 
 
 def adamw(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:

@@ -289,10 +289,10 @@ def delayed(session, tiny):
     runtime = session.cluster._runtime
 
     def switch(lane) -> None:
-        runtime.copies = Staged(lane, 4096)
+        runtime.part.copies = Staged(lane, 4096)
 
     yield session, switch
-    runtime.copies = Copies()
+    runtime.part.copies = Copies()
 
 
 ASKS = {
@@ -324,7 +324,7 @@ def test_a_step_adds_to_what_the_step_before_it_wrote(delayed):
         session.unhook(glob)
     at_once = session.generate(IDS, max_new_tokens=4)
     # nothing of a forward has to land for another's sake
-    session.cluster._runtime.copies = Staged(Delayed())
+    session.cluster._runtime.part.copies = Staged(Delayed())
     travelled = session.generate(IDS, max_new_tokens=4)
     reduced = [key for key in at_once.captures if "norm" in key.at]
     assert len(reduced) == 4

@@ -321,7 +321,7 @@ def test_a_bad_loss_is_one_error_and_the_next_run_is_right(session, tiny, layout
 
 def break_copies() -> None:
     """On an engine: what the second layer puts out differs from rank to rank."""
-    module = on_engines.runtime().hooks.modules["model.layers.1.mlp"]
+    module = on_engines.runtime().part.hooks.modules["model.layers.1.mlp"]
     module.register_forward_hook(lambda _m, _a, out: out * (1 + on_engines.runtime().rank))
 
 
@@ -501,7 +501,9 @@ def test_finite_differences(session, tiny, layout):
 
     def nudge(place, by) -> None:
         weight = getattr(
-            on_engines.runtime().hooks.modules.get("model.layers.2.mlp.down_proj"), "weight", None
+            on_engines.runtime().part.hooks.modules.get("model.layers.2.mlp.down_proj"),
+            "weight",
+            None,
         )
         if weight is None:
             return

@@ -116,7 +116,7 @@ def test_engines_with_other_hooks_refuse_the_run_on_all_ranks(session, tiny):
     def lose_hooks():
         rt = on_engines.runtime()
         if rt.rank == 1:
-            rt.kept, rt.hook_set = rt.hook_set, fk.wire.HookSet()
+            rt.kept, rt.part.hook_set = rt.part.hook_set, fk.wire.HookSet()
 
     session.on_ranks(lose_hooks)
     with pytest.raises(fk.errors.HookError, match="rank 1 has other hooks"):
@@ -125,7 +125,7 @@ def test_engines_with_other_hooks_refuse_the_run_on_all_ranks(session, tiny):
     def find_hooks():
         rt = on_engines.runtime()
         if rt.rank == 1:
-            rt.hook_set = rt.kept
+            rt.part.hook_set = rt.kept
 
     session.on_ranks(find_hooks)
     assert torch.equal(session.run(IDS).logits.tensor(), before)
