@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from flexkernel.engine.ranks.mesh import gpu_of, settle_in
+from flexkernel.engine.ranks.mesh import gpu_of, set_device
 from flexkernel.errors import LoadError
 from flexkernel.wire import RankInfo
 
@@ -34,7 +34,7 @@ def test_alone_the_process_keeps_its_threads_and_is_no_rank(monkeypatch):
     monkeypatch.setattr(
         torch, "set_num_threads", lambda _: pytest.fail("the threads are the user's")
     )
-    settle_in(RankInfo(), "cpu")
+    set_device(RankInfo(), "cpu")
     assert "LOCAL_RANK" not in os.environ
 
 
@@ -44,7 +44,7 @@ def test_an_engine_says_which_rank_it_is_and_has_the_threads_it_was_given(monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     given: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    settle_in(RankInfo(rank=5, world=8, local_rank=1), "cpu")
+    set_device(RankInfo(rank=5, world=8, local_rank=1), "cpu")
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [
         "5",
         "8",
