@@ -162,7 +162,7 @@ class Cluster:
                 f"device='cuda': torch sees no GPU on {without[0]}; load with device='cpu', or install a torch for its "
                 "GPUs there"
             )
-        self.may("sit")
+        self.may("init_rank")
         if not self.seated or self.device != device:
             self.seat(device)
             self.fresh = True
@@ -192,7 +192,8 @@ class Cluster:
                 )[0]
                 where = (*store, self.timeout_s)
             self.call(
-                "sit", each=[(seat, self.folder, device, builder, *where) for seat in self.seats()]
+                "init_rank",
+                each=[(seat, self.folder, device, builder, *where) for seat in self.seats()],
             )
         except (
             BaseException
@@ -276,7 +277,7 @@ class InProcess(Cluster):
         super().__init__()
         self.hosts = [os.environ.get("FLEX_HOST") or socket.gethostname()]
         self._runtime = engine.open_runtime()
-        self.gpus = {self.hosts[0]: engine.perform(self._runtime, "hello")["gpus"]}
+        self.gpus = {self.hosts[0]: engine.perform(self._runtime, "inspect")["gpus"]}
 
     def _exchange(
         self,

@@ -96,8 +96,8 @@ class IPyParallel(Cluster):
     def _greet(self, take: bool) -> None:
         """Ask every engine who it is; agree on ranks: those they have, else by host. take: whoever
         has them now."""
-        hellos = self._hello(range(self.size), take)
-        seats = [hello["seat"] for hello in hellos]
+        hellos = self._attach(range(self.size), take)
+        seats = [hello["rank_info"] for hello in hellos]
         self.loaded = all(hello["loaded"] for hello in hellos)
         kept = sorted(seat.rank for seat in seats) == list(range(self.size)) and all(
             s.world == self.size for s in seats
@@ -114,14 +114,14 @@ class IPyParallel(Cluster):
             self.folder, self.device = hellos[order[0]]["folder"], hellos[order[0]]["device"]
             self.seated = True
 
-    def _hello(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
+    def _attach(self, ranks: Sequence[int], take: bool = False) -> list[dict[str, Any]]:
         """Who these engines are. ClusterError: another driver has them, or they run another
         version of this package."""
         me = Owner(DRIVER, socket.gethostname(), os.getpid(), start_time(os.getpid()), time.time())
         hellos = (
-            self.call("look", ranks=ranks)
+            self.call("inspect", ranks=ranks)
             if self.reader
-            else self.call("hello", me, take, ranks=ranks)
+            else self.call("attach", me, take, ranks=ranks)
         )
         self.owner = hellos[0].get("owner")
         mine = platform.python_version_tuple()[:2]
@@ -171,7 +171,7 @@ class IPyParallel(Cluster):
         """Start new engines for these ranks, each with its rank's part of the model. heritage: by
         rank; empty while no model is loaded. The others keep their part where it is; all get new
         groups."""
-        self.may("sit")
+        self.may("init_rank")
         left = [r for r, answers in enumerate(self.answering()) if r not in ranks and not answers]
         if left:
             raise ClusterError(
@@ -189,7 +189,7 @@ class IPyParallel(Cluster):
             for rank, engine_id in zip(ranks, new, strict=True):
                 self.engines[rank] = engine_id
                 self._deaf.pop(rank, None)
-            for rank, hello in zip(ranks, self._hello(ranks), strict=True):
+            for rank, hello in zip(ranks, self._attach(ranks), strict=True):
                 self._meet(rank, hello)
             self._endow(ranks, heritage)
             self._unfit.difference_update(ranks)
@@ -204,14 +204,14 @@ class IPyParallel(Cluster):
         if heritage:
             seats = self.seats()
             self.call(
-                "regroup.inherit",
+                "recover.load_rank_state",
                 ranks=ranks,
                 each=[(seats[r], self.device, heritage[r]) for r in ranks],
             )
             builder = heritage[ranks[0]].source.builder
         self.seat(self.device, builder)
         if heritage:
-            self.call("regroup.settle", ranks=ranks, each=[(heritage[r],) for r in ranks])
+            self.call("recover.restore", ranks=ranks, each=[(heritage[r],) for r in ranks])
 
     def _may_start(self, n: int) -> None:
         """ClusterError if engines are to be started that only somebody else can start."""
@@ -349,7 +349,7 @@ class IPyParallel(Cluster):
         late = [rank for rank, call in calls.items() if not call.done()]
         if late:
             raise ClusterError(
-                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.whose()} and "
+                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.owner_text()} and "
                 "may have it run something; try again"
             )
         return [self._answer(calls[rank], rank) for rank in ranks]
@@ -357,12 +357,12 @@ class IPyParallel(Cluster):
     def may(self, method: str) -> None:
         if self.reader and method not in engine.READS:
             raise ClusterError(
-                f"this session was joined read-only, and what you asked for would change things: {self.whose()}. "
+                f"this session was joined read-only, and what you asked for would change things: {self.owner_text()}. "
                 "Hooks, runs and their captures can be looked at; to have the engines yourself: %flex_cluster attach"
                 + (" --take" if self.owner is not None else "")
             )
 
-    def whose(self) -> str:
+    def owner_text(self) -> str:
         """Who has these engines, in words."""
         who = self.owner
         return (
@@ -431,7 +431,9 @@ class IPyParallel(Cluster):
             call
             for rank in ranks
             if alive[rank]
-            for call in self._send([rank], engine.settled, self._signals.get(rank, 0)).values()
+            for call in self._send(
+                [rank], engine.wait_for_interrupts, self._signals.get(rank, 0)
+            ).values()
         ]
         end = time.monotonic() + SETTLED_S
         for call in calls:
@@ -620,7 +622,7 @@ class IPyParallel(Cluster):
         end = self.owned and not self.kept if end is None else end
         hang: set[int] = set()
         if not self.reader:  # one that is left alone looks for its owner by itself
-            hang = self._farewell("close" if end else "goodbye")
+            hang = self._detach("close" if end else "detach")
         with quiet():
             self._client.close()
             if end:
@@ -638,7 +640,7 @@ class IPyParallel(Cluster):
         if self.reaper is not None:
             self.reaper.leave()
 
-    def _farewell(self, word: str) -> set[int]:
+    def _detach(self, word: str) -> set[int]:
         """Tell it to every engine that can hear; the ranks that hang."""
         hang = set(self._deaf)
         # the controller may have gone before us, with all that it carried

@@ -1,4 +1,4 @@
-"""The door to an engine: one function that the driver calls by name. Imports no torch until it is
+"""The door to an engine: a driver calls a function of it by name. Imports no torch until it is
 used."""
 
 from __future__ import annotations
@@ -19,100 +19,143 @@ from flexkernel.wire import ErrorReport, Owner
 if TYPE_CHECKING:
     from .runtime import Runtime
 
-__all__ = ["READS", "answer", "call", "open_runtime", "perform"]
+__all__ = [
+    "DOOR",
+    "READS",
+    "Door",
+    "answer",
+    "call",
+    "open_runtime",
+    "perform",
+    "wait_for_interrupts",
+]
 
-# What a driver may call that has not got the engines and only looks: it changes nothing
-READS = ("look", "memory.has", "regroup.describe", "saved_by")
-SETTLE_S = 0.5
-_owner: Owner | None = None  # the driver that said hello last
-_let_go = False  # it has said goodbye
-_last: tuple[str, int, Any] | None = None  # (driver, turn, answer) of the last call
-_runtime: Runtime | None = (
-    None  # one Runtime per engine process; it outlives the drivers that talk to it
-)
+# What a driver may call that does not own the engine: it changes nothing
+READS = ("inspect", "memory.has", "recover.rank_state", "saved_by")
+INTERRUPTS_S = 0.5
 
 
-def open_runtime() -> Runtime:
-    """A Runtime of this process, for a driver that is its own engine."""
-    from .runtime import Runtime
+class Door:
+    """One engine as drivers reach it: it has one owner, and makes each call once.
 
-    return Runtime()
+    owner: the driver that attached last. detached: it has left. last: (driver, turn, answer) of the
+    last call."""
+
+    def __init__(self) -> None:
+        self.owner: Owner | None = None
+        self.detached = False
+        self.last: tuple[str, int, Any] | None = None
+        self._runtime: Runtime | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        """This rank's one object; it outlives the drivers that talk to it. The first use makes
+        it."""
+        if self._runtime is None:
+            report_crashes()
+            self._runtime = open_runtime()
+        return self._runtime
+
+    @property
+    def signals(self) -> int:
+        """How many interrupts have come to this engine. Makes no Runtime."""
+        return 0 if self._runtime is None else self._runtime.breaker.signals
+
+    def call(self, driver: str, turn: int, method: str, *args: Any) -> Any:
+        """The answer to a driver's call. A call that comes twice, because its driver cannot know
+        whether it had arrived, is made once and answered twice. One that later calls have overtaken
+        is not made: its driver has gone on.
+
+        turn: numbers a driver's calls."""
+        if method in READS:  # made as often as it comes; the owner's last answer stays what it is
+            return self.answer(driver, method, *args)
+        if self.last is not None:
+            last_driver, last_turn, last_answer = self.last
+            if last_driver == driver and turn == last_turn:
+                return last_answer
+            if last_driver == driver and turn < last_turn:
+                return None
+        self.last = None  # nothing is kept of it while the next one runs
+        found = self.answer(driver, method, *args)
+        self.last = (driver, turn, found)
+        return found
+
+    def answer(self, driver: str, method: str, *args: Any) -> Any:
+        """The result of a call, if this driver may make it, else an ErrorReport."""
+        runtime = self.runtime
+        if method == "detach":
+            self.detach(driver)
+            return None
+        problem = None
+        if method == "attach":
+            problem = self.attach(*args)
+            args = ()
+        problem = problem or self.not_yours(driver, method)
+        if problem is not None:
+            return ErrorReport(runtime.rank, "ClusterError", problem, "", time.time())
+        found = answer(runtime, method, *args)
+        if method in ("attach", "inspect") and isinstance(found, dict):
+            found["owner"] = self.present_owner() if method == "inspect" else None
+            found["signals"] = self.signals
+            found["job"] = os.environ.get("SLURM_JOB_ID", "")
+        return found
+
+    # --- whose it is ------------------------------------------------------------------
+
+    def attach(self, who: Owner, take: bool) -> str | None:
+        """Give the engine to this driver, or say why not: two that take turns would read each
+        other's slabs. take: also from a driver that lives."""
+        present = self.present_owner()
+        if present is not None and present.driver != who.driver and not take:
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(present.since))
+            return (
+                f"another notebook has these engines: pid {present.pid} on {present.host}, since {since}. "
+                "To take them over: %flex_cluster attach --take, or fk.attach(take=True)"
+            )
+        self.owner = who
+        self.detached = False
+        return None
+
+    def detach(self, driver: str) -> None:
+        """Let another driver have the engine. Nothing if this one has not got it."""
+        if self.owner is not None and self.owner.driver == driver:
+            self.detached = True
+
+    def not_yours(self, driver: str, method: str) -> str | None:
+        """Why this driver may not make that call; None: it may."""
+        owner = self.owner
+        if owner is None or owner.driver == driver or method in READS:
+            return None
+        return (
+            f"another notebook (pid {owner.pid} on {owner.host}) has attached to these engines since; "
+            "to take them back: %flex_cluster attach --take"
+        )
+
+    def present_owner(self) -> Owner | None:
+        """The driver that has the engine, unless it has left or died."""
+        if self.owner is None or self.detached or not lives(self.owner):
+            return None
+        return self.owner
+
+
+DOOR = Door()  # one a process
 
 
 def call(driver: str, turn: int, method: str, *args: Any) -> Any:
-    """Run a method of this engine's Runtime; what ipyparallel applies on an engine.
-
-    turn: numbers a driver's calls. One that comes twice, because its driver cannot know whether it
-    had arrived, is made once and answered twice; one that others have overtaken is not made any
-    more, its driver has gone on."""
-    global _last
-    if method in READS:  # made as often as it comes; the owner's last answer stays what it is
-        return called(driver, method, *args)
-    if _last is not None and _last[0] == driver and turn < _last[1]:
-        return None
-    if _last is None or _last[:2] != (driver, turn):
-        _last = None  # nothing is kept of it while the next one runs
-        _last = driver, turn, called(driver, method, *args)
-    return _last[2]
+    """What ipyparallel applies on an engine: see Door.call."""
+    return DOOR.call(driver, turn, method, *args)
 
 
-def settled(signals: int) -> None:
-    """Come back when so many interrupts have come to this engine, or when the last of them must
-    have met it idle, which leaves no trace. It takes whatever comes meanwhile; the driver does not
-    ask what it says."""
-    end = time.monotonic() + SETTLE_S
-    while _runtime is not None and _runtime.breaker.signals < signals and time.monotonic() < end:
+def wait_for_interrupts(signals: int) -> None:
+    """Wait until that many interrupts have come to this engine; at most half a second, since one
+    that meets it idle leaves no trace. The driver ignores the result."""
+    end = time.monotonic() + INTERRUPTS_S
+    while DOOR.signals < signals and time.monotonic() < end:
         time.sleep(0.005)
 
 
-def called(driver: str, method: str, *args: Any) -> Any:
-    """The answer to a driver's call.
-
-    driver: who asks. Whoever has said hello has the engine: two that take turns would read each
-    other's slabs. Another is refused while that one lives, unless it asks to take the engine over;
-    `goodbye` lets go of it. `look` is the hello of one who changes nothing, and is told whose the
-    engine is."""
-    global _runtime, _owner, _let_go
-    if _runtime is None:
-        report_crashes()
-        _runtime = open_runtime()
-    if method == "goodbye":
-        _let_go |= _owner is not None and _owner.driver == driver
-        return None
-    if method == "hello":
-        who, take = args
-        if (
-            _owner is not None
-            and _owner.driver != driver
-            and not (take or _let_go)
-            and lives(_owner)
-        ):
-            return refusal(
-                f"another notebook has these engines: pid {_owner.pid} on {_owner.host}, since "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(_owner.since))}. To take them over: "
-                "%flex_cluster attach --take, or fk.attach(take=True)"
-            )
-        _owner, _let_go, args = who, False, ()
-    if _owner is not None and _owner.driver != driver and method not in READS:
-        return refusal(
-            f"another notebook (pid {_owner.pid} on {_owner.host}) has attached to these engines since; to take them "
-            "back: %flex_cluster attach --take"
-        )
-    found = answer(_runtime, "hello" if method == "look" else method, *args)
-    if method == "look" and isinstance(found, dict):
-        found |= {"owner": _owner if _owner is not None and not _let_go and lives(_owner) else None}
-    if method in ("hello", "look") and isinstance(found, dict):
-        found |= {"signals": _runtime.breaker.signals, "job": os.environ.get("SLURM_JOB_ID", "")}
-    return found
-
-
-def refusal(message: str) -> ErrorReport:
-    rank = 0 if _runtime is None else _runtime.rank
-    return ErrorReport(rank, "ClusterError", message, "", time.time())
-
-
 def lives(owner: Owner) -> bool:
-    """Whether that driver is there; one on another host is taken to be."""
+    """Whether that driver's process runs. One on another host is taken to run."""
     if owner.host != socket.gethostname():
         return True
     try:
@@ -122,30 +165,28 @@ def lives(owner: Owner) -> bool:
 
 
 def report_crashes() -> None:
-    """Have a crash of this engine write where it was into its log; its stderr is a pipe that would
-    die with it."""
-    # ipykernel's, of the descriptor it began with
+    """Have a crash of this engine write its stack into the engine's log. Its stderr is a pipe that
+    would die with it."""
+    # ipykernel's copy of the descriptor that it began with
     log = getattr(sys.stderr, "_original_stdstream_copy", None)
     faulthandler.enable(2 if log is None else log, all_threads=False)
 
 
-def perform(runtime: Runtime, method: str, *args: Any) -> Any:
-    """Make one of the calls that a driver may make, and raise what it raises."""
-    from .calls import CALLS
+def open_runtime() -> Runtime:
+    """A Runtime of this process, for a driver that is its own engine."""
+    from .runtime import Runtime
 
-    if method not in CALLS:
-        raise AttributeError(f"an engine has no call {method!r}")
-    return CALLS[method](runtime, *args)
+    return Runtime()
 
 
 def answer(runtime: Runtime, method: str, *args: Any) -> Any:
-    """The method's result, or an ErrorReport: nothing is ever raised through the control plane."""
+    """The call's result, or an ErrorReport: nothing is ever raised through the control plane."""
     pid = os.getpid()
     try:
         return perform(runtime, method, *args)
     except (
         BaseException
-    ) as error:  # KeyboardInterrupt and SystemExit too: the engine must survive them
+    ) as error:  # also KeyboardInterrupt and SystemExit: the engine survives them
         return report(runtime, error)
     finally:
         # a user's function has forked: what it left here would answer in the engine's name
@@ -153,15 +194,25 @@ def answer(runtime: Runtime, method: str, *args: Any) -> Any:
             os._exit(0)
 
 
+def perform(runtime: Runtime, method: str, *args: Any) -> Any:
+    """Make one of the calls that a driver may make. Raises what it raises."""
+    from .calls import CALLS
+
+    if method not in CALLS:
+        raise AttributeError(f"an engine has no call {method!r}")
+    return CALLS[method](runtime, *args)
+
+
 def report(runtime: Runtime, error: BaseException) -> ErrorReport:
-    told = getattr(error, "flex_report", None)
-    if told is not None:
-        return told
-    text = "".join(traceback.format_exception(error))
+    """The report that the error carries, if whoever caught it first made one; else one of its own
+    words."""
+    made = getattr(error, "flex_report", None)
+    if made is not None:
+        return made
     return ErrorReport(
         rank=runtime.rank,
         type=type(error).__name__,
         message=str(error),
-        traceback=text,
+        traceback="".join(traceback.format_exception(error)),
         time=time.time(),
     )

@@ -48,15 +48,16 @@ Call = Callable[..., Any]
 # --- life -----------------------------------------------------------------------------
 
 
-def hello(runtime: Runtime) -> dict[str, Any]:
-    """Who this engine is, and what it already holds: an attaching driver asks this first."""
+def describe(runtime: Runtime) -> dict[str, Any]:
+    """Who this engine is, and what it already holds. A dict, since it says whether the two sides
+    run the same version, whose classes are the same."""
     return {
         "version": __version__,
         "python": platform.python_version_tuple()[:2],
         "pid": os.getpid(),
         "host": os.environ.get("FLEX_HOST") or socket.gethostname(),
         "machine": socket.gethostname(),
-        "seat": runtime.rank_info,
+        "rank_info": runtime.rank_info,
         "folder": runtime.folder,
         "device": runtime.device,
         "loaded": runtime.info is not None,
@@ -122,7 +123,7 @@ def call(runtime: Runtime, function: bytes, *args: Any) -> Any:
 # --- model ----------------------------------------------------------------------------
 
 
-def inspect(
+def inspect_model(
     runtime: Runtime,
     source: Source,
     layout: Layout,
@@ -195,12 +196,13 @@ def run(runtime: Runtime, plan: RunPlan) -> RunReport:
 
 
 CALLS: dict[str, Call] = {
-    "hello": hello,
+    "attach": describe,  # after the door has agreed
+    "inspect": describe,
     "open_store": open_store,
-    "sit": init_rank,
+    "init_rank": init_rank,
     "close": close,
     "call": call,
-    "inspect": inspect,
+    "inspect_model": inspect_model,
     "load": load_model,
     "adopt": adopt,
     "unload": Runtime.unload,
@@ -224,9 +226,9 @@ CALLS: dict[str, Call] = {
     "train.set_state": train.set_state,
     "train.gradients": train.gradients,
     "train.forget_steps": train.forget_steps,
-    "regroup.describe": recover.rank_state,
-    "regroup.inherit": recover.load_rank_state,
-    "regroup.settle": recover.restore,
+    "recover.rank_state": recover.rank_state,
+    "recover.load_rank_state": recover.load_rank_state,
+    "recover.restore": recover.restore,
     "dataset.write": dataset.write,
     "verify.unsharded": verify.unsharded,
 }

@@ -102,7 +102,7 @@ def rank_state(runtime: Runtime) -> RankState:
 
 
 def load_rank_state(runtime: Runtime, rank_info: RankInfo, device: str, state: RankState) -> None:
-    """Take a dead engine's rank: load its part of the model, alone. The groups come with `sit`, on
+    """Take a dead engine's rank: load its part of the model, alone. The groups come with init_rank, on
     all ranks, and a builder's model with them."""
     runtime.pending = Pending(state.source, state.info)
     runtime.init_rank(rank_info, device)

@@ -64,7 +64,7 @@ def inspect(
     """What is known of a model before it is loaded. Refuses what cannot be; nothing on the engines
     changes."""
     progress("inspecting", 0, layout.world)
-    return cluster.call("inspect", source, layout, dtype, attention, placements)[0]
+    return cluster.call("inspect_model", source, layout, dtype, attention, placements)[0]
 
 
 def load(

@@ -66,7 +66,7 @@ class Recovery:
         if self.info is None or self.store is None:
             return {}
         left = [r for r, alive in enumerate(self.cluster.alive()) if alive and r not in ranks][:1]
-        there = self.cluster.call("regroup.describe", ranks=left)[0] if left else None
+        there = self.cluster.call("recover.rank_state", ranks=left)[0] if left else None
         modules = there.modules if there else self._held_modules()
         runs = {
             rank: self.store.records(rank, there.runs if there else {}, self.planner)

@@ -77,7 +77,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
     def close(self, end: bool | None = None) -> None:
         """End the session. Engines it started stop; attached and kept ones stay with their model.
         end= overrides."""
-        self.cluster.may("close" if end else "look")
+        self.cluster.may("close" if end else "inspect")
         self._forget()
         self.cluster.close(end)
 
@@ -155,7 +155,7 @@ class Session(Hooking, Experiments, Trainable, Recovery):
         if not self.cluster.reader:
             # what an earlier driver had changed for a while
             self.cluster.call("parameters.restore")
-        answers = self.cluster.call("regroup.describe")
+        answers = self.cluster.call("recover.rank_state")
         self._know(answers[0].info, answers[0].source)
         self.hook_set, self.edits = answers[0].hook_set, answers[0].edits
         self._recover_modules(answers[0].modules)

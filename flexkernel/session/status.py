@@ -13,7 +13,7 @@ __all__ = ["Status"]
 def lifetime(cluster: Any) -> str:
     """What becomes of the engines when this session ends."""
     if getattr(cluster, "reader", False):
-        return f"joined read-only: {cluster.whose()}"
+        return f"joined read-only: {cluster.owner_text()}"
     if getattr(cluster, "kept", False):
         return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
     return (

@@ -480,7 +480,7 @@ def test_40_engines_of_another_python_are_refused(monkeypatch):
         ClusterError,
         match=r"engines run Python 3\.9, this notebook 3\.\d+: a function's code means nothing",
     ):
-        IPyParallel._hello(Cluster(), [0])
+        IPyParallel._attach(Cluster(), [0])
 
 
 # --- prompts --------------------------------------------------------------------------

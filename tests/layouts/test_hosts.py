@@ -40,9 +40,9 @@ def move(session, rank: int, host: str) -> None:
     """Let one engine be on another host from here on."""
 
     def become(rank: int, host: str) -> None:
-        import flexkernel.engine as door
+        from flexkernel.engine import DOOR
 
-        if door._runtime.rank == rank:
+        if DOOR.runtime.rank == rank:
             os.environ["FLEX_HOST"] = host
 
     session.on_ranks(become, rank, host)

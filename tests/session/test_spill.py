@@ -189,7 +189,7 @@ def test_ranks_share_one_file_and_a_later_driver_finds_it(layout, session, tiny,
     assert len(want) > 50 and len(files(session)) == 1 and run.plan.slab.startswith("spill-")
     for key, whole in want.items():
         assert torch.equal(run.captures[key].tensor(), whole), key
-    answers = session.cluster.call("regroup.describe")
+    answers = session.cluster.call("recover.rank_state")
     later = Store(session.cluster, session.info.layout)
     later.recover([answer.runs for answer in answers], session.planner, session.tokenizer)
     again = later.runs[run.number]

@@ -340,9 +340,9 @@ def ends_the_process(x, ctx):
 
 
 def calls_everything(x, ctx):
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    door._runtime.model(torch.tensor([[5, 6]]))
+    DOOR.runtime.model(torch.tensor([[5, 6]]))
     return x
 
 
@@ -380,19 +380,19 @@ def forks(x, ctx):
 
 
 def hooks_while_it_fires(x, ctx):
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    module = door._runtime.model.model.layers[1].mlp
+    module = DOOR.runtime.model.model.layers[1].mlp
     handle = module.register_forward_hook(lambda _module, _args, out: out)
-    door._runtime.model.model.layers[2].mlp.register_forward_pre_hook(lambda _module, _args: None)
+    DOOR.runtime.model.model.layers[2].mlp.register_forward_pre_hook(lambda _module, _args: None)
     handle.remove()
     return x + 1
 
 
 def adds_a_module(x, ctx):
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    model = door._runtime.model
+    model = DOOR.runtime.model
     model.extra = nn.Linear(2, 2)
     model.model.layers[3].extra = nn.Identity()
     del model.extra
@@ -426,9 +426,9 @@ def fails_to_load(rank: int) -> None:
     """On an engine: its next load fails as a disk does."""
     from transformers import modeling_utils
 
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    if door._runtime.rank != rank:
+    if DOOR.runtime.rank != rank:
         return
     real = modeling_utils.safe_open
 
@@ -463,9 +463,9 @@ def processes() -> list[Any]:
 
 
 def store_of_this_engine() -> str:
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    return type(door._runtime.store).__name__
+    return type(DOOR.runtime.store).__name__
 
 
 def environ(name: str) -> str | None:

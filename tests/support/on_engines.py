@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-import flexkernel.engine as door
+from flexkernel.engine import DOOR
 
 COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_reduce", "reduce",
@@ -23,7 +23,7 @@ COLLECTIVES = (
 
 def runtime():
     """This engine's Runtime."""
-    return door._runtime
+    return DOOR.runtime
 
 
 def waits_for_a_controller_s() -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import flexkernel.engine as door
+from flexkernel.engine import DOOR
 
 __all__ = [
     "bare",
@@ -45,7 +45,7 @@ def batch_of(rows: Rows) -> dict[str, torch.Tensor]:
 def unwatched() -> Iterator[Any]:
     """This engine's Runtime, its model without anything of ours on it. The session has no hooks
     then."""
-    runtime = door._runtime
+    runtime = DOOR.runtime
     assert not runtime.part.hook_set.hooks, "a bare forward is one without hooks"
     names, modules = runtime.watch._names, runtime.part.hooks.modules
     runtime.watch.know([], {})
@@ -179,7 +179,7 @@ def pid_and_memory() -> tuple[int, int]:
 
 def seconds_of(run: int) -> dict[str, float]:
     """How long this rank was at each part of a stored run."""
-    return door._runtime.memory.runs[run][2].seconds
+    return DOOR.runtime.memory.runs[run][2].seconds
 
 
 def put(name: str, num_bytes: int) -> None:

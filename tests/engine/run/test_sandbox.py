@@ -31,9 +31,9 @@ def sends(x, ctx):
 
 
 def calls_the_model(x, ctx):
-    import flexkernel.engine as door
+    from flexkernel.engine import DOOR
 
-    return door._runtime.model.model.layers[0].mlp(x)
+    return DOOR.runtime.model.model.layers[0].mlp(x)
 
 
 def prints_without_end(x, ctx):
