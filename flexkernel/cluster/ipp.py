@@ -349,8 +349,8 @@ class IPyParallel(Cluster):
         late = [rank for rank, call in calls.items() if not call.done()]
         if late:
             raise ClusterError(
-                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.owner_text()} and "
-                "may have it run something; try again"
+                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.owner_text()} "
+                "and may have it run something; try again"
             )
         return [self._answer(calls[rank], rank) for rank in ranks]
 
