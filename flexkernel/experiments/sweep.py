@@ -165,12 +165,17 @@ class Sweep:
         return torch.float32
 
     @property
-    def tokens(self) -> list[list[str]]:
-        """What a view writes beside the rows: the modules."""
-        return [list(self.modules)]
+    def centre(self) -> float | None:
+        """What a view's colours diverge from: the baseline."""
+        return None if math.isnan(self.baseline) else self.baseline
 
     @property
-    def columns(self) -> list[str]:
+    def row_labels(self) -> list[str]:
+        """What a view writes beside the rows."""
+        return list(self.modules)
+
+    @property
+    def column_labels(self) -> list[str]:
         """What a view writes below the columns."""
         return self.labels
 

@@ -7,13 +7,14 @@ A saved notebook on GitHub loses styles and scripts; a picture with its labels i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
 from . import fonts
+from .axis import Axis
 
 __all__ = ["Axis", "Scale", "colours", "encode", "quantise", "render"]
 
@@ -35,27 +36,6 @@ SHADES = 5  # from the ground to the ink, along the edges of letters
 # pixels around the plot
 MARGIN, TITLE, STRIP, BAR, GAP = 20, 36, 26, 16, 22
 TICKS, CAPTION = 36, 30  # below the plot: the column labels, and the caption under them
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Cells start..stop along one side of a view.
-
-    ticks: (cell, label) pairs; a label sits at its cell's middle. shards: (start, stop, label)
-    pieces within the view.
-    """
-
-    start: int
-    stop: int
-    ticks: Sequence[tuple[int, str]] = ()
-    shards: Sequence[tuple[int, int, str]] = ()
-
-    def place(self, cell: float) -> float:
-        """Where a cell's edge lies, as a share of the axis."""
-        return (cell - self.start) / (self.stop - self.start)
-
-    def shortened(self) -> Axis:
-        return replace(self, ticks=[(cell, _short(label)) for cell, label in self.ticks])
 
 
 @dataclass(frozen=True)
@@ -136,10 +116,6 @@ def render(
 
 def _widest(ticks: Sequence[tuple[float, str]]) -> int:
     return max((fonts.width(label) for _, label in ticks), default=0)
-
-
-def _short(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _grown(index: np.ndarray, axes: tuple[Axis, Axis], cells: tuple[int, int]) -> np.ndarray:

@@ -200,7 +200,8 @@ function render({ model, el }) {
     if (!p) return;
     const one = p.rows[1] - p.rows[0] === 1 && p.cols[1] - p.cols[0] === 1;
     const name = tile.names?.[p.rows[0] - tile.rows[0]];
-    const where = one && name !== undefined ? `${name}column ${p.cols[0]}`
+    const column = tile.columns?.[p.cols[0] - tile.cols[0]] ?? `column ${p.cols[0]}`;
+    const where = one && name !== undefined ? name + column
       : `rows ${p.rows[0]}–${p.rows[1] - 1}, columns ${p.cols[0]}–${p.cols[1] - 1}`;
     ui.read.textContent = `${where}: ${rough(p.at)}`;
     clearTimeout(rest);

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flexkernel.memory import reduce
-from flexkernel.views.grid import Grid, exact, ticks_in, visible
+from flexkernel.views.axis import ticks_in
+from flexkernel.views.grid import Grid, exact, visible
 
 
 class Source:

@@ -19,7 +19,9 @@ import torch
 from flexkernel import views as widgets
 from flexkernel.errors import CaptureExpired
 from flexkernel.views import freeze_all, tensor_map, tensormap
-from flexkernel.views.tensormap import ESM, TILE_PIXELS, VALUES, fitting, number
+from flexkernel.views.messages import TILE_PIXELS, VALUES
+from flexkernel.views.tensormap import ESM
+from flexkernel.views.tile import fitting, number
 from tests.views.test_grid import FarSource, Source
 
 
@@ -396,5 +398,51 @@ def test_show_finds_a_view_by_name():
 
 
 def test_a_fitted_range_is_symmetric_where_the_whole_has_negatives():
-    assert fitting(torch.tensor([1.0, 2.0]), signed=True) == (-2.0, 2.0)
+    assert fitting(torch.tensor([1.0, 2.0]), 0.0) == (-2.0, 2.0)
     assert number(-0.0) == "0" and number(12345.6) == "1.23e+04"
+
+
+# --- a centre, and labels of one's own
+
+
+def test_colours_diverge_from_the_centre_that_a_source_has(wire):
+    x = torch.full((4, 6), 6.0)
+    x[1, 2], x[3, 5] = 0.5, 7.0
+    view = tensor_map(Source(x, centre=6.0))
+    content, buffers = wire(view).ask()
+    assert content["signed"] and content["range"] == (0.5, 11.5), "no finding is cut off"
+    pixels = indices(content, buffers)
+    assert pixels[0, 0] == 128 and pixels[1, 2] == 1 and 128 < pixels[3, 5] < 255
+    assert "range 6 ± 5.5" in repr(view) and "farthest from 6: 0.5 at row 1" in repr(view)
+
+
+def test_a_pixel_of_several_cells_is_the_one_farthest_from_the_centre(wire):
+    x = torch.full((600, 900), 6.0)
+    x[100, 200] = -1.0
+    view = tensor_map(Source(x, centre=6.0))
+    content, buffers = wire(view).ask()
+    assert content["cells"] == (2, 2)
+    pixels = indices(content, buffers)
+    assert pixels[50, 100] == 1 and (pixels == 128).sum() == pixels.size - 1
+    text = wire(view).ask("probe", rows=[100, 102], cols=[200, 202])[0]["text"]
+    assert text.endswith("signed extreme -1 at row 100, column 200")
+
+
+def test_a_tensor_of_ones_own_takes_labels_for_its_columns_and_rows(wire):
+    x = torch.zeros(2, 3)
+    x[1, 2] = 5.0
+    view = tensor_map(x, x=["<s>", " a", "\n"], y=["query", 7])
+    assert "5 at row 1 7, ↵" in repr(view)
+    content, _ = wire(view).ask()
+    assert content["columns"] == ["<s>", "·a", "↵"]
+    assert content["names"] == ["row 0 query, ", "row 1 7, "]
+    assert [label for _, label in content["ticks"][1]] == ["<s>", "·a", "↵"]
+    text = wire(view).ask("probe", rows=[1, 2], cols=[2, 3])[0]["text"]
+    assert text == "row 1 7, ↵: 5"
+
+
+def test_labels_are_as_many_as_cells():
+    with pytest.raises(ValueError, match="x= has 2 labels; the tensor has 3 columns"):
+        tensor_map(torch.zeros(2, 3), x=["a", "b"])
+    with pytest.raises(ValueError, match="y= has 3 labels; the tensor has 2 rows"):
+        tensor_map(torch.zeros(2, 3), y="abc")
