@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from .errors import HookError
 
-__all__ = ["match", "nearest", "select"]
+__all__ = ["display_name", "match", "nearest", "select", "split_point"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,6 +39,25 @@ def _regex(glob: str) -> re.Pattern[str]:
         pattern += first + ("" if virtual or not segment.startswith("*") else "(?!@)") + body
         first = r"\."
     return re.compile(pattern + r"\Z")
+
+
+def display_name(name: str) -> str:
+    """A module's name as users see it: the root's is empty.
+
+    >>> display_name("model.norm"), display_name("")
+    ('model.norm', '(root)')
+    """
+    return name or "(root)"
+
+
+def split_point(name: str) -> tuple[str, str]:
+    """(module, virtual point) of a name or glob; "": the module's own value.
+
+    >>> split_point("layers.0.self_attn.@q"), split_point("layers.0.mlp")
+    (('layers.0.self_attn', 'q'), ('layers.0.mlp', ''))
+    """
+    module, dot, point = name.rpartition(".@")
+    return (module, point) if dot else (name, "")
 
 
 def match(glob: str, name: str) -> bool:

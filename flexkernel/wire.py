@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .boxes import WHOLE, Box
+from .names import display_name, split_point
 
 __all__ = [
     "AXES",
+    "BEFORE",
     "EDITED",
     "REDUCTIONS",
     "Blob",
@@ -35,6 +37,7 @@ __all__ = [
     "RunReport",
     "ShapeFormula",
     "ShardRecord",
+    "Site",
     "SlabValue",
     "Source",
     "Training",
@@ -189,6 +192,77 @@ class ShapeFormula:
         )
 
 
+BEFORE = "before"  # the value as it was before the hook's edit
+EDITED = "edited"  # what an edit made of each copy of a value: the copies must stay equal
+
+
+@dataclass(frozen=True)
+class Site:
+    """Which value of a module: what a name and an `at` such as "grad_output before" say.
+
+    point: the virtual point inside attention, "" for the module's own value. of: "output", "input"
+    or "param". gradient: its gradient instead. side: BEFORE, EDITED or "". reduction: what is kept
+    of it instead, such as "norm:-1".
+
+    >>> site = Site.parse("model.layers.0.self_attn.@q", "grad_output before norm:-1")
+    >>> site.module, site.point, site.of, site.gradient, site.side, site.reduction
+    ('model.layers.0.self_attn', 'q', 'output', True, 'before', 'norm:-1')
+    >>> str(site), site.value, str(Site.parse(""))
+    ('model.layers.0.self_attn.@q grad_output before norm:-1', 'grad_output before', '(root)')
+    """
+
+    module: str
+    point: str = ""
+    of: str = "output"
+    gradient: bool = False
+    side: str = ""
+    reduction: str = ""
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(name: str, at: str = "output") -> Site:
+        kind, *words = at.split(" ")
+        of = kind.removeprefix("grad_").removesuffix("_grad")
+        side = words.pop(0) if words and words[0] in (BEFORE, EDITED) else ""
+        return Site(*split_point(name), of, of != kind, side, " ".join(words))
+
+    @property
+    def kind(self) -> str:
+        """What a hook's `at` says.
+
+        >>> Site("m", of="param", gradient=True).kind
+        'param_grad'
+        """
+        if not self.gradient:
+            return self.of
+        return "param_grad" if self.of == "param" else f"grad_{self.of}"
+
+    @property
+    def value(self) -> str:
+        """The `at` of the value, before it was reduced."""
+        return joined(self.kind, self.side)
+
+    @property
+    def without_side(self) -> str:
+        """The `at` of the value, whether from before or after an edit."""
+        return joined(self.kind, self.reduction)
+
+    @property
+    def at(self) -> str:
+        return joined(self.kind, self.side, self.reduction)
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.@{self.point}" if self.point else self.module
+
+    def __str__(self) -> str:
+        return display_name(self.name) + (f" {self.at}" if self.at != "output" else "")
+
+
+def joined(*words: str) -> str:
+    return " ".join(word for word in words if word)
+
+
 @dataclass(frozen=True)
 class Blob:
     """A small tensor as plain data, for an edit that takes one."""
@@ -257,15 +331,23 @@ class HookSpec:
     reduce: Reduction | None = None
 
     @property
+    def site(self) -> Site:
+        return Site.parse(self.glob, self.at)
+
+    @functools.cached_property
     def gradient(self) -> bool:
-        """Whether it is of a gradient, which only a run with a loss has."""
-        return "grad" in self.at
+        """Whether it reads a gradient, which only a run with a loss has."""
+        return self.site.gradient
+
+    @functools.cached_property
+    def of(self) -> str:
+        """The value that it reads, or whose gradient it reads: "output", "input" or "param"."""
+        return self.site.of
 
     @property
-    def of(self) -> str:
-        """The value whose gradient it is of, or which it is of itself: "output", "input" or
-        "param"."""
-        return self.at.replace("grad_", "").replace("_grad", "")
+    def before(self) -> str:
+        """The `at` of the value as it was before this hook's edit."""
+        return f"{self.at} {BEFORE}"
 
     @property
     def kept_positions(self) -> tuple[int, ...] | None:
@@ -274,21 +356,16 @@ class HookSpec:
 
     @property
     def kept_at(self) -> tuple[str, ...]:
-        """The `at` of each capture that it makes of a value: what was there before the edit has
-        one of its own."""
-        before = f"{self.at} before"
-        return {"before": (before,), "both": (before, self.at), "none": ()}.get(
-            self.capture, (self.at,)
-        )
+        """The `at` of each capture that it makes of a value."""
+        both = {"before": (self.before,), "both": (self.before, self.at), "none": ()}
+        return both.get(self.capture, (self.at,))
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
+        """Its identity: the name it was given, else what it reads."""
         if self.name:
             return self.name
-        at = f" {self.at}" if self.at != "output" else ""
-        return f"{self.glob or '(root)'}{at}" + (
-            f" [{self.index}]" if self.index is not None else ""
-        )
+        return str(self.site) + (f" [{self.index}]" if self.index is not None else "")
 
 
 @dataclass(frozen=True)
@@ -388,18 +465,16 @@ class ModelInfo:
     def names(self) -> list[str]:
         """Every name a hook can have: modules, then virtual points."""
         return [m.name for m in self.modules] + [
-            n for n, at in self.scan if ".@" in n and at == "output"
+            n for n, at in self.scan if split_point(n)[1] and at == "output"
         ]
-
-
-EDITED = " edited"  # after a CaptureKey's `at`: the value that an edit made
 
 
 @dataclass(frozen=True)
 class CaptureKey:
-    """Which value of a run: a hook's value at one module, one leaf, one call. at: "output before"
-    is the output as it was before the hook's edit; "output norm:-1" is what was kept of it
-    instead."""
+    """Which value of a run: a hook's value at one module, one leaf, one call.
+
+    at: a Site's: "output before" is the output as it was before the hook's edit; "output norm:-1"
+    is what was kept of it instead."""
 
     hook: str
     module: str
@@ -407,10 +482,12 @@ class CaptureKey:
     index: str = ""
     call: int = 0
 
+    @property
+    def site(self) -> Site:
+        return Site.parse(self.module, self.at)
+
     def __str__(self) -> str:
-        text = self.module or "(root)"
-        text += f" {self.at}" if self.at != "output" else ""
-        text += f" [{self.index}]" if self.index else ""
+        text = str(self.site) + (f" [{self.index}]" if self.index else "")
         return text + (f" call {self.call}" if self.call else "")
 
 

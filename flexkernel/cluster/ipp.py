@@ -23,6 +23,7 @@ from flexkernel._version import __version__
 from flexkernel.errors import ClusterError, EngineDied
 from flexkernel.memory.heartbeat import Heartbeat, start_time
 from flexkernel.memory.slab import folder_path, remove_folder
+from flexkernel.names import display_name
 from flexkernel.wire import ErrorReport, Owner, RankState
 
 from .cluster import Cluster, with_partial
@@ -603,7 +604,7 @@ class IPyParallel(Cluster):
         """The module that a rank began last; "" where that is not known."""
         heartbeat = self.heartbeat(rank)
         at = heartbeat.module if heartbeat is not None else -1
-        return (self.module_names[at] or "(root)") if 0 <= at < len(self.module_names) else ""
+        return display_name(self.module_names[at]) if 0 <= at < len(self.module_names) else ""
 
     def interrupt(self, ranks: Sequence[int]) -> None:
         """Send SIGINT to these engines, through their nannies."""

@@ -25,6 +25,7 @@ from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import LoadError, MemoryBudgetError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
+from flexkernel.names import split_point
 from flexkernel.wire import HookSpec, Layout, Region, Unsharded
 
 from .model import attention
@@ -199,8 +200,8 @@ def watch(
     modules: dict[str, torch.nn.Module], name: str, at: str, note: Callable[[Any], None]
 ) -> Callable[[], None]:
     """Have note told; what undoes it."""
-    owner, _, point = name.rpartition(".@")
-    if point and owner:
+    owner, point = split_point(name)
+    if point:
         attention.tap(modules[owner], point, lambda value: note(value()))
         return functools.partial(attention.untap, modules[owner], point)
     if at == "input":

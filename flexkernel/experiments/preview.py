@@ -170,7 +170,7 @@ def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, Mod
 def stage_of(entry: Entry, modules: dict[str, ModuleInfo]) -> int:
     """The stage that reads a value: the first that holds its module, for outputs that span stages
     the last."""
-    name = entry.key.module.rpartition(".@")[0] if ".@" in entry.key.module else entry.key.module
+    name = entry.key.site.module
     if entry.hook.of == "param":
         name = name.rpartition(".")[0]
     module = modules.get(name) or modules[""]

@@ -23,6 +23,7 @@ from flexkernel.errors import HookError, LoadError, PlacementError, PromptError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
+from flexkernel.names import display_name
 from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
 from flexkernel.session.run import Run, Store
@@ -320,7 +321,7 @@ def compared(
     mask = torch.tensor(run.plan.mask).bool()
     rows: list[Row] = []
     refused: dict[str, str] = {}
-    skipped = {name or "(root)": "it never fires in a forward" for name in where.silent}
+    skipped = {display_name(name): "it never fires in a forward" for name in where.silent}
     for number, capture in enumerate(sorted(run, key=lambda c: turn.get(c.key, math.inf))):
         key, capture.verified = capture.key, False  # here it says how it is known otherwise
         if number % 32 == 0:

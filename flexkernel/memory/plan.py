@@ -15,7 +15,7 @@ import torch
 
 from flexkernel.boxes import Box
 from flexkernel.errors import HookError
-from flexkernel.names import nearest, select
+from flexkernel.names import display_name, nearest, select, split_point
 from flexkernel.wire import (
     REDUCTIONS,
     CaptureKey,
@@ -67,12 +67,8 @@ class Entry:
 
     @property
     def at(self) -> str:
-        """The key's, without what was kept instead."""
-        return (
-            self.key.at.removesuffix(f" {self.hook.reduce}")
-            if self.hook.reduce is not None
-            else self.key.at
-        )
+        """The key's, of the value before it was reduced."""
+        return self.key.site.value
 
     @functools.cached_property
     def kept(self) -> tuple[int, ...]:
@@ -162,7 +158,7 @@ class Planner:
 
     def _ranks(self, name: str, of: str) -> tuple[int, ...]:
         """Those that see this value of a module or virtual point."""
-        module = self._modules.get(name.rpartition(".@")[0] if ".@" in name else name)
+        module = self._modules.get(split_point(name)[0])
         if of == "param" or module is None:
             return ()
         layout, stage = self.info.layout, module.read_on(of)
@@ -274,7 +270,7 @@ def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeF
     paths = [leaf.path for leaf in leaves]
     near = nearest(hook.index, paths) or paths[:6]
     raise HookError(
-        f"{name or '(root)'} {hook.at} has no tensor at index {hook.index!r}; there are {near}"
+        f"{display_name(name)} {hook.at} has no tensor at index {hook.index!r}; there are {near}"
     )
 
 
@@ -295,7 +291,7 @@ def reduced_dims(hook: HookSpec, formula: ShapeFormula, name: str) -> tuple[int,
         return hook.reduce.over(len(formula.dims))
     except IndexError as outside:
         raise HookError(
-            f"{name or '(root)'} {hook.at} is {formula}: it has no dim {outside}, which {hook.reduce} would reduce"
+            f"{display_name(name)} {hook.at} is {formula}: it has no dim {outside}, which {hook.reduce} would reduce"
         ) from None
 
 

@@ -481,7 +481,7 @@ def differing(key: CaptureKey, seen: Mapping[int, ShardRecord]) -> Exception | N
             continue
         other, digest = first.setdefault(one.shard, (rank, one.digest))
         if digest != one.digest:
-            declared = key.module + (" input" if key.at.startswith("input") else "")
+            declared = key.module + (" input" if key.site.kind == "input" else "")
             return PlacementError(
                 f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial "
                 f"sum, or these ranks have diverged. If it is a sum, declare it, "
@@ -510,7 +510,7 @@ def _missing(
         )
     silent = (
         "no gradient reached it, the loss does not depend on it"
-        if "grad" in key.at
+        if key.site.gradient
         else "it did not fire in this run"
     )
     what = silent if not seen else f"{written:,} of {total:,} elements were written"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError
-from flexkernel.names import match, nearest
+from flexkernel.names import display_name, match, nearest
 from flexkernel.views.table import Table
 from flexkernel.wire import REDUCTIONS, HookSet, HookSpec, Reduction
 
@@ -162,7 +162,7 @@ def check_groups(hook_set: HookSet, groups: Sequence[str]) -> None:
 
 def some(names: Sequence[str], limit: int = 3) -> str:
     """A few of the names, and how many more there are."""
-    shown = [name or "(root)" for name in names]
+    shown = [display_name(name) for name in names]
     return ", ".join(shown if len(shown) <= limit else [*shown[: limit - 1], "...", shown[-1]])
 
 

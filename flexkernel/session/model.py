@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError, LayoutError, LoadError
-from flexkernel.names import nearest
+from flexkernel.names import nearest, split_point
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
 __all__ = ["check_stop", "check_world", "inspect", "load", "merged", "source"]
@@ -152,7 +152,7 @@ def as_built(info: ModelInfo, lost: Sequence[str], strange: dict[str, ModuleInfo
             + ". If they are called otherwise there, say so: names={'their prefix': 'the prefix in the reference'}"
         )
     there = tuple(m for m in info.modules if m.name not in lost)
-    scan = {key: calls for key, calls in info.scan.items() if key[0].partition(".@")[0] not in lost}
+    scan = {key: calls for key, calls in info.scan.items() if split_point(key[0])[0] not in lost}
     return dataclasses.replace(info, modules=(*there, *strange.values()), scan=scan)
 
 

@@ -382,10 +382,10 @@ def _of(key: CaptureKey) -> tuple[str, str, str, int]:
 def _fits(key: CaptureKey, rest: Sequence[Any], before: bool = False) -> bool:
     """Whether it is at this (at, index, call), or the beginning of it. before: it may be from
     before an edit."""
-    at = key.at.removesuffix(" before") if before else key.at
-    return (at, key.index, key.call)[: len(rest)] == tuple(rest) and (
-        bool(rest) or not at.endswith(" before")
-    )
+    if not before and not rest and key.site.side:
+        return False
+    at = key.site.without_side if before else key.at
+    return (at, key.index, key.call)[: len(rest)] == tuple(rest)
 
 
 def folded(captures: Iterable[Capture]) -> list[tuple[str, int, str, str, str]]:
@@ -974,7 +974,7 @@ def captures(
         shape, dtype = described(by_rank)
         found[key] = Capture(key, shape, dtype, by_rank, None, home, 0, None, run.tokens)
     for key, capture in found.items():
-        capture.verified = (key.module, key.at.removesuffix(" before"), key.index) in home.verified
+        capture.verified = (key.module, key.site.without_side, key.index) in home.verified
     return found
 
 
@@ -1058,7 +1058,7 @@ def check_edited(reports: Sequence[RunReport]) -> None:
             by_rank.setdefault(key, {})[report.rank] = seen
     for key, ranks in by_rank.items():
         problem = differing(key, ranks)
-        if problem is not None and key.at.endswith(EDITED):
+        if problem is not None and key.site.side == EDITED:
             raise EditError(
                 f"the edit of hook {key.hook!r} made different values of the copies of {key.module} that ranks hold: "
                 "draw what is random in an edit that is per='whole', which runs once",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexkernel.errors import HookError
-from flexkernel.names import match, nearest
+from flexkernel.names import match, nearest, split_point
 from flexkernel.views.tree import ModelTree, ModuleRow
 from flexkernel.wire import HookSet, ModelInfo, ModuleInfo
 
@@ -59,8 +59,8 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> ModuleRow:
 
 def on_point(glob: str, name: str) -> bool:
     """Whether the glob names a virtual point of this module."""
-    owner, dot, _ = glob.rpartition(".@")
-    return bool(dot) and match(owner, name)
+    owner, point = split_point(glob)
+    return bool(point) and match(owner, name)
 
 
 def placement(info: ModelInfo, name: str) -> str:

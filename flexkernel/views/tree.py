@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexkernel.names import display_name
+
 from .table import Table
 
 __all__ = ["ModelTree", "ModuleRow"]
@@ -112,7 +114,7 @@ def _grow(rows: Iterable[ModuleRow]) -> list[_Node]:
     def node(name: str) -> _Node:
         if name not in nodes:
             above, _, label = name.rpartition(".")
-            nodes[name] = _Node(label or "(root)", ModuleRow(name))
+            nodes[name] = _Node(display_name(label), ModuleRow(name))
             (node(above).below if above else top).append(nodes[name])
         return nodes[name]
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from flexkernel.errors import HookError
+from flexkernel.names import split_point
 from flexkernel.wire import HookSpec
 
 from . import attention
@@ -90,8 +91,8 @@ class ModuleHooks:
             self.detach(key)
 
     def _register(self, hook: HookSpec, name: str) -> Callable[[], None]:
-        owner, _, point = name.rpartition(".@")
-        if point and owner:
+        owner, point = split_point(name)
+        if point:
             return self._tap(hook, name, self.modules[owner], point)
         module = self.modules[name]
         if hook.of == "input":
@@ -145,9 +146,8 @@ class ModuleHooks:
         if hook.edit is None:
             self.recording.record(hook, name, value)
             return None
-        before = f"{hook.at} before"
-        if before in hook.kept_at:
-            self.recording.record(hook, name, value, before)
+        if hook.before in hook.kept_at:
+            self.recording.record(hook, name, value, hook.before)
         new = self.recording.edit(hook, name, value())
         if hook.at in hook.kept_at:
             self.recording.record(hook, name, lambda: new)

@@ -14,6 +14,7 @@ from flexkernel.engine.compat import sum_gradients
 from flexkernel.engine.place.placements import Placer
 from flexkernel.engine.place.staging import copies_from
 from flexkernel.memory.plan import Planner
+from flexkernel.names import split_point
 from flexkernel.wire import HookSet, ModelInfo, Source
 
 from .caller import Caller
@@ -74,7 +75,7 @@ class Part:
         modules = {module.name: module for module in self.info.modules}
 
         def reads(name: str, at: str) -> bool:
-            owner = name.rpartition(".@")[0] if ".@" in name else name
+            owner = split_point(name)[0]
             return stage == modules[owner].read_on(at)
 
         return reads

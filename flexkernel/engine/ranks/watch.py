@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from flexkernel.memory.heartbeat import Heartbeat
+from flexkernel.names import display_name
 
 __all__ = ["Stall", "Watch"]
 
@@ -116,10 +117,10 @@ class Watch:
         while frame is not None:
             owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
             if isinstance(owner, torch.nn.Module) and owner in self._of:
-                return self._of[owner] or "(root)"
+                return display_name(self._of[owner])
             frame = frame.f_back
         at = self.heartbeat.module if self.heartbeat is not None else -1
-        return (self._names[at] or "(root)") if 0 <= at < len(self._names) else ""
+        return display_name(self._names[at]) if 0 <= at < len(self._names) else ""
 
     @contextlib.contextmanager
     def over(self, timeout_s: float) -> Iterator[None]:

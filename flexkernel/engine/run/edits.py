@@ -24,6 +24,7 @@ from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.plan import check_positions, position_dim
 from flexkernel.memory.slab import Slab
+from flexkernel.names import split_point
 from flexkernel.wire import (
     EDITED,
     Blob,
@@ -242,7 +243,7 @@ class Editor:
             )
             # it may draw at random, and copies would differ from here on
             if hook.edit not in PRESETS:
-                self._note(replace(key, at=f"{hook.at}{EDITED}"), placed, local)
+                self._note(replace(key, at=f"{hook.at} {EDITED}"), placed, local)
         else:
             local = self._once(hook, name, call, placed, formula, per, function)
         local = self._chosen(hook, name, placed, formula, local)
@@ -498,7 +499,7 @@ class Editor:
                 )
             found.append((hook.positions, along[0]))
         if hook.heads is not None:
-            point = name.rpartition(".@")[2] if ".@" in name else ""
+            point = split_point(name)[1]
             if not point:
                 raise HookError(
                     f"{hook.key}: heads are there at @q, @k, @v, @pattern and @z, not at {name}"

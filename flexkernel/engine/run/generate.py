@@ -26,6 +26,7 @@ from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, kept_columns, position_dim
+from flexkernel.names import display_name
 from flexkernel.wire import HookSpec, RunPlan, ShapeFormula, ShardRecord
 
 from .hooks import Recording, failed, mask_of
@@ -318,7 +319,7 @@ class Steps(Recording):
     def _record_other(self, hook: HookSpec, name: str, call: int, value: Any, at: str) -> None:
         if hook.name != "logits":
             raise PlacementError(
-                f"{name or '(root)'} {at}: no formula gives its shape, so that a generation's steps cannot be "
+                f"{display_name(name)} {at}: no formula gives its shape, so that a generation's steps cannot be "
                 "put together; hook the modules around it"
             )
 
@@ -348,7 +349,7 @@ class Unfolded:
             self.dim = self.folded + 1
             self._unfold(self.folded, here)
         elif len(along) > 1:
-            if not entry.key.module.endswith(".@pattern"):
+            if entry.key.site.point != "pattern":
                 raise PlacementError(
                     f"{entry.key} is {formula}: its steps cannot be put together in a generation"
                 )

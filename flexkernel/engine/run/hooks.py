@@ -29,7 +29,8 @@ from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, Plan, left, logits_path, position_dim
 from flexkernel.memory.slab import Slab, size_of
-from flexkernel.wire import CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
+from flexkernel.names import display_name
+from flexkernel.wire import BEFORE, CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
 
 from .autograd import Tape, watched
 from .gradients import write_gradient
@@ -127,7 +128,7 @@ class Recording:
             return None
         call = self.calls.get((hook.key, name, hook.at), 0)
         self.calls[hook.key, name, hook.at] = call + 1
-        before, found = f"{hook.at} before", value()
+        before, found = hook.before, value()
         i = self.where.get((hook.key, name, hook.at, call))
         path = (
             self.plan.entries[i].key.index if i is not None else hook.index or first_leaf(found)[0]
@@ -135,7 +136,9 @@ class Recording:
         tensor = leaf(found, path)
         if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
             what = f"is {tensor.dtype}" if tensor is not None else "has no tensor there"
-            problem = failed(HookError(f"{name or '(root)'} {hook.of} {what}: it has no gradient"))
+            problem = failed(
+                HookError(f"{display_name(name)} {hook.of} {what}: it has no gradient")
+            )
             if i is not None:
                 self.planned[i] = problem
             return None
@@ -189,7 +192,7 @@ class Recording:
         """The gradients of the parameters that hooks name, after the backward; those of which the
         hook keeps what was there before its edit, before that. Nothing is sent."""
         for i, entry in enumerate(self.plan.entries):
-            if entry.hook.of == "param" and entry.key.at.endswith(" before") is before:
+            if entry.hook.of == "param" and (entry.key.site.side == BEFORE) is before:
                 try:
                     seen = write_gradient(runtime, entry.key.module, self._place_of(i))
                 except Exception as error:  # as in record()
@@ -351,11 +354,11 @@ class Recording:
         layout, tp, at = self.here.layout, self.here.tp, hook.of
         if hook.kept_positions is not None:
             raise PlacementError(
-                f"{name or '(root)'} {at}: its positions are not known; hook it without positions"
+                f"{display_name(name)} {at}: its positions are not known; hook it without positions"
             )
         if hook.reduce is not None:
             raise PlacementError(
-                f"{name or '(root)'} {at}: no formula gives its shape; hook it without reduce"
+                f"{display_name(name)} {at}: no formula gives its shape; hook it without reduce"
             )
         evidence, placement, local = self.placer.evidence(name, at, value, path)
         if placement is None and layout.tp == 1:
@@ -364,7 +367,7 @@ class Recording:
         batch = self.placer.batch_dim(name, at, path) if layout.batch_groups > 1 else NO_BATCH
         if placement is None or batch is None:
             raise PlacementError(
-                f"{name or '(root)'} {at}: its shape or its order of rows depends on the data, or no reference says "
+                f"{display_name(name)} {at}: its shape or its order of rows depends on the data, or no reference says "
                 f"it, so that {tuple(value.shape)} on each rank cannot be put together under {layout}; hook the "
                 f"modules around it, load with reference=, or declare it, placements={{{key!r}: 'batch:0 replicate'}}"
             )
@@ -485,7 +488,7 @@ def check_strided(name: str, at: str, value: torch.Tensor) -> None:
     for what, there in odd.items():
         if there:
             raise PlacementError(
-                f"{name or '(root)'} {at}: it is a {what} tensor; hook a module that puts out a plain one"
+                f"{display_name(name)} {at}: it is a {what} tensor; hook a module that puts out a plain one"
             )
 
 
