@@ -1,12 +1,14 @@
-"""Completion: what can stand at the cursor in the line of a magic."""
+"""Completion: what can stand at the cursor in the line of a magic, and in names within Python."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from IPython.core.completer import (
@@ -20,17 +22,31 @@ from .current import CurrentSession
 from .lines import options_of, words
 
 MAGIC_LINE = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(flex_\w+)[ \t]+(.*)\Z", re.DOTALL)
+# `flex.hook("model.` and `run["model.`: variable, method or nothing, what is typed of the name
+PYTHON_NAME = re.compile(r"""([A-Za-z_]\w*)(?:\.(\w+)\(|\[)\s*["']([^"']*)\Z""")
+TAKE_MODULES = ("hook", "hooked", "unhook", "tree")
+SHOWN_PATHS = 200
+
+# Arguments whose values are known beforehand.
 USUAL = {
     "engines": ("slurm", "ssh", "mpi", "pbs", "sge", "lsf", "htcondor"),
     "dtype": ("float32", "bfloat16", "float16"),
     "device": ("cpu", "cuda"),
     "attn": ("sdpa", "eager"),
+    "capture": ("after", "before", "both", "none"),
     "as_": ("map",),
 }
 
 
+class NothingElse(list):
+    """No completions, nor any of IPython's: it suppresses those only for a list with a length."""
+
+    def __len__(self) -> int:
+        return 1
+
+
 class Completion:
-    """Completes the lines of one shell's flex magics.
+    """Completes the lines of one shell's flex magics, and names of modules in Python.
 
     magics: the object whose attributes the magics are.
     """
@@ -41,21 +57,30 @@ class Completion:
 
     @context_matcher()
     def matcher(self, context: CompletionContext) -> SimpleMatcherResult:
-        """What IPython asks at each Tab. Other lines than ours get no completions here."""
-        line = MAGIC_LINE.match(context.text_until_cursor)
-        magic = getattr(self.magics, line[1], None) if line else None
-        if line is None or magic is None:
+        """What IPython asks at each Tab. Other code gets no completions here."""
+        typed, texts = self._complete(context.text_until_cursor)
+        if texts is None:
             return SimpleMatcherResult(completions=[])
-        fragment, texts = self._complete(magic, line[2])
         return SimpleMatcherResult(
-            completions=[SimpleCompletion(text=text, type="magic") for text in texts],
-            matched_fragment=fragment,
+            completions=[SimpleCompletion(text=text, type="magic") for text in texts]
+            or NothingElse(),
+            matched_fragment=typed,
             suppress=True,
             ordered=True,
         )
 
-    def _complete(self, magic: Any, text: str) -> tuple[str, list[str]]:
-        """(what is typed of it, what it can become) for the last word of the arguments."""
+    def _complete(self, text: str) -> tuple[str, list[str] | None]:
+        """(what is typed of it, what it can become); None: it is nothing of ours."""
+        line = MAGIC_LINE.match(text)
+        if line:
+            magic = getattr(self.magics, line[1], None)
+            return ("", None) if magic is None else self._in_line(magic, line[2])
+        name = PYTHON_NAME.search(text)
+        return self._in_python(*name.groups()) if name else ("", None)
+
+    # --- in the line of a magic
+
+    def _in_line(self, magic: Any, text: str) -> tuple[str, list[str]]:
         *before, typed = re.split(r"[ \t]+", text)
         options = options_of(magic)
         action, in_prompt = expected(magic, before, options)
@@ -77,17 +102,11 @@ class Completion:
         if action.dest in ("glob", "stop_at"):
             return children(self._module_names(), typed)
         if action.dest == "parameter":
-            return (name for name in children(self._parameters(), typed) if "*" not in name)
+            return self._parameters(typed)
+        if action.dest == "path":
+            return paths(typed)
         texts: Iterable[Any] = action.choices or self._choices(action.dest)
         return (quoted(str(text)) for text in texts if str(text).startswith(typed))
-
-    def _module_names(self) -> list[str]:
-        session = self.current.find()
-        return session.info.names if session is not None and session.info is not None else []
-
-    def _parameters(self) -> Iterable[str]:
-        session = self.current.find()
-        return session.info.parameters if session is not None and session.info is not None else []
 
     def _choices(self, argument: str) -> Iterable[Any]:
         """The values that an argument of this name can have now."""
@@ -96,26 +115,72 @@ class Completion:
         if argument == "var":
             return [name for name in self.current.shell.user_ns if not name.startswith("_")]
         session = self.current.find()
-        if session is None:
+        if session is None or argument not in OF_SESSION:
             return []
-        if argument in ("groups", "group"):
-            return session.hook_set.groups
-        if argument == "hook":
-            return [hook.key for hook in session.hook_set.hooks]
-        if argument == "run":
-            return [run.number for run in session.runs]
-        if argument == "name" and session.runs:
-            return dict.fromkeys(capture.name for capture in session.runs[-1])
-        return []
+        return OF_SESSION[argument](session)
+
+    def _module_names(self) -> list[str]:
+        session = self.current.find()
+        return session.info.names if session is not None and session.info is not None else []
+
+    def _parameters(self, typed: str) -> Iterator[str]:
+        session = self.current.find()
+        if session is None or session.info is None:
+            return iter(())
+        return (name for name in children(session.info.parameters, typed) if "*" not in name)
+
+    # --- in Python
+
+    def _in_python(
+        self, variable: str, method: str | None, typed: str
+    ) -> tuple[str, list[str] | None]:
+        """Names after `session.hook("` and `run["`."""
+        value = self.current.shell.user_ns.get(variable)
+        of = type(value).__name__
+        if of == "Run" and method is None:
+            return typed, list(children([capture.key.module for capture in value], typed))
+        if of == "Session" and method in TAKE_MODULES and value.info is not None:
+            return typed, list(children(value.info.names, typed))
+        if of == "Session" and method == "parameter":
+            return typed, list(self._parameters(typed))
+        return "", None
+
+
+def presets(session: Any) -> list[str]:
+    """The names of edits; a colon follows those that take a value."""
+    from flexkernel.session.edits import PRESETS
+
+    names = [name if takes == "nothing" else f"{name}:" for name, takes in PRESETS.items()]
+    return [*names, *session.edits]
+
+
+def captured(session: Any) -> list[str]:
+    """What %flex_show can draw of the last run."""
+    last = session.runs[-1:]
+    return list(dict.fromkeys(capture.name for run in last for capture in run))
+
+
+# Argument → the values that it can have in a session.
+OF_SESSION: dict[str, Callable[[Any], Iterable[Any]]] = {
+    "groups": lambda session: session.hook_set.groups,
+    "group": lambda session: session.hook_set.groups,
+    "hook": lambda session: [hook.key for hook in session.hook_set.hooks],
+    "run": lambda session: [run.number for run in session.runs],
+    "name": captured,
+    "edit": presets,
+}
 
 
 def expected(
     magic: Any, before: Sequence[str], options: dict[str, argparse.Action]
 ) -> tuple[argparse.Action | None, bool]:
-    """The argument that comes after these words: an option's value, else the next positional. And
-    whether a prompt has begun, in which everything is text."""
+    """(the argument that comes after these words, whether a prompt has begun).
+
+    An option's value, else the next positional. In a prompt everything is text.
+    """
     positionals = [a for a in magic.parser._actions if not a.option_strings]
-    taken, waiting = 0, None
+    taken = 0
+    waiting = None  # the option whose value comes next
     for word in before:
         if waiting is not None:
             waiting = None
@@ -127,25 +192,28 @@ def expected(
         return waiting, False
     if taken < len(positionals):
         return positionals[taken], False
-    return None, bool(positionals) and positionals[-1].dest == "prompt"
+    last = positionals[-1] if positionals else None
+    if last is not None and last.dest != "prompt" and last.nargs in ("*", "+"):
+        return last, False
+    return None, last is not None and last.dest == "prompt"
 
 
 def children(names: Iterable[str], typed: str) -> Iterator[str]:
-    """The names one segment further, after what is typed; `*` too where the segments are numbers.
+    """The names one segment further than what is typed; `*` too where the segments are numbers.
 
-    >>> list(children(["a.0.mlp", "a.1.mlp", "a.1.norm"], "a.")), list(children(["a.0.mlp", "a.1.norm"], "a.*.m"))
-    (['a.*', 'a.0', 'a.1'], ['a.*.mlp'])
+    >>> list(children(["a.0.mlp", "a.1.mlp", "a.1.norm"], "a."))
+    ['a.*', 'a.0', 'a.1']
+    >>> list(children(["a.0.mlp", "a.1.norm"], "a.*.m"))
+    ['a.*.mlp']
     """
     stem, dot, last = typed.rpartition(".")
     parents = stem.split(".") if dot else []
-    found: dict[str, None] = {}
+    segments: dict[str, None] = {}  # in order, each once
     for name in names:
-        segments = name.split(".")
-        for segment in beneath(segments, parents):
-            found[segment] = None
-    if sum(segment.isdecimal() for segment in found) > 1:
-        found = {"*": None, **found}
-    return (f"{stem}{dot}{segment}" for segment in found if segment and segment.startswith(last))
+        segments |= dict.fromkeys(beneath(name.split("."), parents))
+    if sum(segment.isdecimal() for segment in segments) > 1:
+        segments = {"*": None, **segments}
+    return (f"{stem}{dot}{s}" for s in segments if s and s.startswith(last))
 
 
 def beneath(segments: Sequence[str], parents: Sequence[str]) -> Sequence[str]:
@@ -154,6 +222,20 @@ def beneath(segments: Sequence[str], parents: Sequence[str]) -> Sequence[str]:
         return segments[parents.index("**") :]
     fits = len(segments) > len(parents) and all(map(fnmatchcase, segments, parents))
     return segments[len(parents) : len(parents) + 1] if fits else ()
+
+
+def paths(typed: str) -> Iterator[str]:
+    """The files and folders that a path can become, folders first; hidden ones if asked for."""
+    stem, slash, last = typed.rpartition("/")
+    folder = Path(os.path.expanduser(stem + slash) or ".")
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: (not entry.is_dir(), entry.name))
+    except OSError:
+        return
+    fitting = [entry for entry in entries if entry.name.startswith(last)]
+    for entry in fitting[:SHOWN_PATHS]:
+        if last or not entry.name.startswith("."):
+            yield quoted(f"{stem}{slash}{entry.name}{'/' if entry.is_dir() else ''}")
 
 
 def quoted(text: str) -> str:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from flexkernel.errors import ClusterError
 
-from .display import Progress
+from .display import Bars
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
     from flexkernel.session.status import Status
 
-VARIABLE = "flex"
+VARIABLE = "flex"  # under this name the notebook has the session
 NO_ENGINES = (
     "there are no engines yet: %flex_cluster start -n 2 starts two, %flex_cluster attach takes "
     "those of a running cluster, %flex_cluster local uses this process"
 )
+
+
+class NotStarted:
+    """What `flex` is in the FlexKernel kernel while there are no engines."""
+
+    def __repr__(self) -> str:
+        return NO_ENGINES
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # IPython looks for ways to show it
+            raise AttributeError(name)
+        raise ClusterError(NO_ENGINES)
 
 
 class CurrentSession:
@@ -31,7 +42,10 @@ class CurrentSession:
     def __init__(self, shell: Any, session: Session | None = None):
         self.shell = shell
         self.session = session
+        self.bar = Bars(shell, self.explain)
         self._launcher: str | None = None  # what started its engines
+        self._explained = 0  # number of the last run whose interrupt was explained
+        self._promised = False
         self._ended: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def get(self) -> Session:
@@ -62,9 +76,10 @@ class CurrentSession:
         """Make this the current session, and end the one before it."""
         before = self.session
         self.session = session
-        session.bar = functools.partial(Progress, self.shell)
+        session.bar = self.bar
         variables = self.shell.user_ns
-        if VARIABLE not in variables or variables[VARIABLE] is before:
+        ours = variables.get(VARIABLE) is before or isinstance(variables.get(VARIABLE), NotStarted)
+        if VARIABLE not in variables or ours:
             self.shell.push({VARIABLE: session}, interactive=False)
         if before is not None and before is not session:
             self._end(before)
@@ -73,14 +88,39 @@ class CurrentSession:
     def _end(self, session: Session, end: bool | None = None) -> None:
         self._ended.add(session)
         self.shell.drop_by_id({VARIABLE: session})
+        if self._promised:
+            self.promise()
         session.close(end)
+
+    def promise(self) -> None:
+        """Have `flex` say how to start engines while there are none, if the name is free."""
+        self._promised = True
+        if VARIABLE not in self.shell.user_ns:
+            self.shell.push({VARIABLE: NotStarted()}, interactive=False)
+
+    def explain(self, interrupt: BaseException) -> None:
+        """Have a KeyboardInterrupt shown in one line, which says what it left."""
+        text = self._interrupted()
+        # IPython asks an exception for its own traceback.
+        interrupt._render_traceback_ = lambda: [f"KeyboardInterrupt: {text}"]  # type: ignore[attr-defined]
+
+    def _interrupted(self) -> str:
+        runs = self.session.runs if self.session is not None else []
+        if not runs or not runs[-1].partial or runs[-1].number == self._explained:
+            return "interrupted"
+        last = runs[-1]
+        self._explained = last.number
+        tokens = max(map(len, last.new_ids), default=0)
+        after = f" after {tokens} token{'s' * (tokens != 1)}" if last.new_ids else ""
+        return f"interrupted{after}; what was captured is {VARIABLE}.last"
 
     # --- what %flex_cluster does
 
     def start(self, n: int = 2, engines: str | None = None, keep: bool = False) -> Session:
-        from flexkernel.session.start import start
+        with self.bar(f"{n} engine{'s' * (n != 1)}", stage="starting"):
+            from flexkernel.session.start import start
 
-        session = self.use(start(n, engines, keep=keep))
+            session = self.use(start(n, engines, keep=keep))
         self._launcher = engines
         return session
 
@@ -91,9 +131,10 @@ class CurrentSession:
         take: bool = False,
         read_only: bool = False,
     ) -> Session:
-        from flexkernel.session.session import attach
+        with self.bar("running engines", stage="attaching to"):
+            from flexkernel.session.session import attach
 
-        session = attach(profile, cluster_id, take, read_only)
+            session = attach(profile, cluster_id, take, read_only)
         before = self.session
         if before is not None and before.cluster.owned and same_engines(before, session):
             # These engines end with the session that started them, so that one stays.
@@ -102,9 +143,10 @@ class CurrentSession:
         return self.use(session)
 
     def local(self) -> Session:
-        from flexkernel.session.session import local
+        with self.bar("this process", stage="preparing"):
+            from flexkernel.session.session import local
 
-        return self.use(local())
+            return self.use(local())
 
     def status(self) -> Status:
         return self.get().status()
@@ -114,7 +156,8 @@ class CurrentSession:
         session = self.get()
         cluster = session.cluster
         if rank is not None:
-            session.restart(rank)
+            with self.bar(f"rank {rank}", stage="restarting"):
+                session.restart(rank)
             return session
         if not cluster.owned:
             raise ClusterError(

@@ -1,10 +1,13 @@
-"""How the magics' objects and the progress of their calls are shown."""
+"""What the cell shows: bars, text that grows, several views; tables of what magics return."""
 
 from __future__ import annotations
 
+import contextvars
 import html
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from IPython.display import display
@@ -15,103 +18,266 @@ if TYPE_CHECKING:
     from flexkernel.wire import ModelInfo
 
 REDRAW_S = 0.05  # a text that grows faster than this is shown in larger pieces
+TICK_S = 0.5  # how often a bar's clock moves while its call says nothing
+PATIENCE_S = 2.0  # a run or a step of training gets a bar when it takes longer than this
+BAR_WIDTH = 20  # characters, in a terminal
+
+# Units of calls that a cell often repeats → what their common bar says.
+REPEATED = {"run": "running", "step": "training"}
+
+
+class LiveOutput:
+    """One output of a cell, which is drawn again when the object that it shows has changed."""
+
+    def __init__(self, shell: Any):
+        self.in_notebook = hasattr(shell, "kernel")
+        self.drawn = False
+        self._handle: Any = None
+
+    def draw(self, thing: Any) -> None:
+        """In a notebook the thing's HTML or text; in a terminal its repr, on one line."""
+        self.drawn = True
+        if self.in_notebook and self._handle is None:
+            self._handle = display(thing, display_id=True)
+        elif self.in_notebook:
+            self._handle.update(thing)
+        elif sys.stderr.isatty():
+            sys.stderr.write(f"\r{thing!r:<100}")
+            sys.stderr.flush()
 
 
 class Progress:
-    """How far something is: a bar that the output keeps as one line. A call tells it (stage, how
-    many, of how many).
+    """A bar that shows how far a call is, in one output. Call it with (stage, done, total).
 
-    That of a load stays, as what it came to; others go when they are done."""
+    total=0: nobody knows of how many. stays: it stays as a summary when the call is done, else it
+    goes. after_s: it appears only when the call takes longer than this.
+    """
 
-    def __init__(self, shell: Any, name: str, total: int, unit: str = "engine"):
-        self.name, self.stage, self.done, self.total, self.unit = name, "preparing", 0, total, unit
-        self._notebook = hasattr(shell, "kernel")
-        self._handle: Any = None
+    def __init__(
+        self,
+        shell: Any,
+        name: str,
+        total: int = 0,
+        unit: str = "engine",
+        stage: str = "preparing",
+        stays: bool = False,
+        after_s: float = 0.0,
+        on_interrupt: Callable[[BaseException], None] | None = None,
+    ):
+        self.name = name
+        self.total = total
+        self.unit = unit
+        self.stage = stage
+        self.done = 0
+        self.stays = stays
+        self.after_s = after_s
+        self.on_interrupt = on_interrupt
+        self._output = LiveOutput(shell)
         self._began = time.perf_counter()
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
-        self._draw()
+        if self.after_s == 0:
+            self._draw()
+        # The clock's outputs belong to the cell that is running now.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._tick,), daemon=True).start()
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        self.stage, self.done, self.total = stage, done, total
-        self._draw()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None or self.unit != "engine":
-            # the error, or the result, says it all: a bar beside it would be a second block
-            self.stage = ""
+        self.stage = stage
+        self.done = done
+        self.total = total
+        if self.seconds() >= self.after_s:
             self._draw()
-        if not self._notebook and sys.stderr.isatty():
-            sys.stderr.write("\r" if kind else "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: Any
+    ) -> None:
+        self._ended.set()
+        if kind is not None or not self.stays:
+            # The error, or the result, says it all: a bar beside it would be a second block.
+            self.stage = ""
+        with self._lock:
+            if self._output.drawn:
+                self._output.draw(self)
+        if self._output.drawn and not self._output.in_notebook and sys.stderr.isatty():
+            sys.stderr.write("\n" if self.stage else "\r")
+        if isinstance(error, KeyboardInterrupt) and self.on_interrupt is not None:
+            self.on_interrupt(error)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _tick(self) -> None:
+        while not self._ended.wait(TICK_S):
+            if self.seconds() >= self.after_s:
+                self._draw()
 
     def _draw(self) -> None:
-        if self._notebook and self._handle is None:
-            self._handle = display(self, display_id=True)
-        elif self._notebook:
-            self._handle.update(self)
-        elif sys.stderr.isatty():
-            sys.stderr.write(f"\r{self!r:<100}")
-            sys.stderr.flush()
+        with self._lock:
+            if not self._ended.is_set():
+                self._output.draw(self)
 
-    def _says(self) -> str:
+    def _text(self) -> str:
+        doing = f"{self.stage} {self.name}".strip()
+        return ", ".join(filter(None, [self._count(doing), f"{self.seconds():.1f} s"]))
+
+    def _count(self, doing: str) -> str:
+        if self.total == 0:
+            return doing
         count = f"{self.total} {self.unit}{'s' * (self.total > 1)}"
         if self.stage == "loading" or self.unit != "engine":
             count = f"{self.done} of {count}"
-        return f"{self.stage} {self.name}: {count}, {time.perf_counter() - self._began:.1f} s"
+        return f"{doing}: {count}"
 
     def __repr__(self) -> str:
-        full = 20 * self.done // max(self.total, 1)
-        return f"{'█' * full}{'░' * (20 - full)} {self._says()}" if self.stage else ""
+        if not self.stage:
+            return ""
+        if self.total == 0:
+            return self._text()
+        full = BAR_WIDTH * self.done // self.total
+        return f"{'█' * full}{'░' * (BAR_WIDTH - full)} {self._text()}"
 
     def _repr_html_(self) -> str:
         if not self.stage:
             return ""
-        bar = f'<progress value="{self.done}" max="{self.total}" style="width:12em;margin-right:1em"></progress>'
-        return f"<div>{bar if self.stage != 'loaded' else ''}{html.escape(self._says())}</div>"
+        text = html.escape(self._text())
+        if self.stage == "loaded":
+            return f"<div>{text}</div>"
+        value = f'value="{self.done}" max="{self.total}" ' if self.total else ""
+        style = "width:12em;margin-right:1em"
+        return f'<div><progress {value}style="{style}"></progress>{text}</div>'
+
+
+class Bars:
+    """The bars of a session in a notebook: session.bar(name, total, unit) is a context manager.
+
+    Runs and steps of training share one bar a cell, so that a loop over them has one, too.
+    """
+
+    def __init__(self, shell: Any, on_interrupt: Callable[[BaseException], None]):
+        self.shell = shell
+        self.on_interrupt = on_interrupt
+        self._repeated: Repeated | None = None
+
+    def __call__(self, name: str, total: int = 0, unit: str = "engine", **options: Any) -> Any:
+        if unit not in REPEATED:
+            options = {"on_interrupt": self.on_interrupt, **options}
+            return Progress(self.shell, name, total, unit, **options)
+        if self._repeated is None or self._repeated.over or self._repeated.unit != unit:
+            self._repeated = Repeated(self.shell, unit, self.on_interrupt)
+        return self._repeated
+
+
+class Repeated:
+    """The bar of all runs of one cell. It appears after two seconds and goes with the cell's end.
+
+    Enter it for each run.
+    """
+
+    def __init__(self, shell: Any, unit: str, on_interrupt: Callable[[BaseException], None]):
+        self.shell = shell
+        self.unit = unit
+        self.over = False
+        self.count = 0
+        self._on_interrupt = on_interrupt
+        self._bar = Progress(shell, "", stage=REPEATED[unit], after_s=PATIENCE_S)
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if self.count == 0:
+            self._bar.__enter__()
+            self.shell.events.register("post_run_cell", self._end)
+        self.count += 1
+        if self.count > 1:
+            self._bar.name = f"{self.unit} {self.count}"
+        return lambda *_stage: None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, *_: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._on_interrupt(error)
+
+    def _end(self, _result: Any = None) -> None:
+        self.over = True
+        self.shell.events.unregister("post_run_cell", self._end)
+        self._bar.__exit__(None, None)
 
 
 class Growing:
-    """The text of a generation while it grows: one output of plain text, each row a line where
-    there are several."""
+    """The text of a generation while it grows, after its prompt; each row is a line.
 
-    def __init__(self, shell: Any):
+    Call it with (row, new text). prompts: as session.generate takes them.
+    """
+
+    def __init__(self, shell: Any, prompts: Any = (), chat: bool | None = False):
+        self.prompts = prompt_texts(prompts)
+        self._after_prompt = "\n\n" if chat else ""
         self.rows: dict[int, str] = {}
-        self._notebook = hasattr(shell, "kernel")
-        self._handle: Any = None
+        self._output = LiveOutput(shell)
         self._shown_at = 0.0
 
     def __enter__(self) -> Growing:
         return self
 
     def __call__(self, row: int, text: str) -> None:
-        self.rows[row] = self.rows.get(row, "") + text
-        if self._notebook and time.monotonic() - self._shown_at > REDRAW_S:
-            self._draw()
-        elif (
-            not self._notebook and sys.stderr.isatty() and row == 0
-        ):  # a terminal grows one text only
-            sys.stderr.write(text)
+        first = row not in self.rows
+        if first:
+            self.rows[row] = self._prompt(row)
+        self.rows[row] += text
+        if self._output.in_notebook:
+            if time.monotonic() - self._shown_at > REDRAW_S:
+                self._draw()
+        elif row == 0 and sys.stderr.isatty():  # a terminal can let one text grow, no more
+            sys.stderr.write(self.rows[0] if first else text)
             sys.stderr.flush()
+
+    def _prompt(self, row: int) -> str:
+        if row >= len(self.prompts):
+            return ""
+        return self.prompts[row] + self._after_prompt
 
     def __exit__(self, *_error: Any) -> None:
         """What came stays, also where an error or Ctrl-C ended it."""
-        if self._notebook and self.rows:
+        if self._output.in_notebook and self.rows:
             self._draw()
         elif sys.stderr.isatty():
             sys.stderr.write("\n")
 
     def _draw(self) -> None:
         self._shown_at = time.monotonic()
-        if self._handle is None:
-            self._handle = display(self, display_id=True)
-        else:
-            self._handle.update(self)
+        self._output.draw(self)
 
     def __repr__(self) -> str:
         if len(self.rows) == 1:
             return next(iter(self.rows.values()))
         return "\n".join(f"{row}: {self.rows[row]}" for row in sorted(self.rows))
+
+
+def prompt_texts(prompts: Any) -> list[str]:
+    """Each row's prompt, where prompts are text; nothing for ids and messages."""
+    if isinstance(prompts, str):
+        return [prompts]
+    is_text = isinstance(prompts, Sequence) and all(isinstance(row, str) for row in prompts)
+    return list(prompts) if is_text else []
+
+
+class Views(list):
+    """Several views: a notebook shows them one after another."""
+
+    def _ipython_display_(self) -> None:
+        for view in self:
+            display(view)
+
+
+class Frozen(list):
+    """The views that %flex_freeze made static."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no view is live"
+        names = ", ".join(str(view.title) for view in self)
+        return f"{len(self)} view{'s' * (len(self) > 1)} frozen: {names}"
 
 
 def plain(thing: Any, printer: Any, _cycle: bool) -> None:
@@ -152,11 +318,3 @@ def loaded(info: ModelInfo) -> tuple[str, Table]:
     ]
     head = ("rank", *axes, "parameters", "of all", "memory")
     return title, Table(rows, head, right=range(len(head)))
-
-
-class Views(list):
-    """Several views: a notebook shows them one after another."""
-
-    def _ipython_display_(self) -> None:
-        for view in self:
-            display(view)

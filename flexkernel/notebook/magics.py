@@ -7,6 +7,7 @@ README's table are made from these.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,19 @@ from flexkernel.session.hooks import AT
 
 from .completion import Completion
 from .current import CurrentSession
-from .display import Growing, Progress, Views, as_html, plain
+from .display import Frozen, Growing, Views, as_html, plain
 from .lines import (
     Question,
-    body,
-    given,
-    loss_of,
+    compile_edit,
+    compile_loss,
     numbers,
+    options_given,
     options_of,
-    parsed,
+    parse,
     split_prompt,
     twin,
-    unquoted,
+    unquote,
+    variable_note,
     words,
 )
 
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["FlexMagics", "magics_table", "register", "unregister"]
 
 MOST_VIEWS = 16  # that one line draws
-GENERATING = ("sample", "temperature", "top_k", "top_p", "seed")
+GENERATION_ONLY = ("sample", "temperature", "top_k", "top_p", "seed")
+FORWARD_ONLY = ("stop_at", "backward")
 
 # What %flex_cluster does: its action, the method that does it, and the options that belong to it.
 ACTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -63,6 +66,8 @@ ACTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "restart": (CurrentSession.restart, ("rank",)),
     "stop": (CurrentSession.stop, ()),
 }
+
+flag = functools.partial(argument, action="store_true", default=None)
 
 
 def register(shell: Any) -> None:
@@ -79,8 +84,7 @@ def register(shell: Any) -> None:
 
 
 def unregister(shell: Any) -> None:
-    """Take the completion out again. The magics and their session stay: IPython cannot remove
-    magics."""
+    """Take the completion out again. IPython cannot remove the magics, so their session stays."""
     magics = shell.magics_manager.registry[FlexMagics.__name__]
     shell.Completer.custom_matchers.remove(magics.completion.matcher)
     shell.input_transformer_manager.token_transformers.remove(Question)
@@ -89,11 +93,13 @@ def unregister(shell: Any) -> None:
 def magics_table() -> str:
     """README's table of the magics, in Markdown."""
     rows = ["| magic | twin | does |", "| --- | --- | --- |"]
-    for name in FlexMagics.magics["line"]:
-        magic = getattr(FlexMagics, name)
+    for name, magic in vars(FlexMagics).items():
+        if not hasattr(magic, "twin"):
+            continue
         usage = " ".join(magic.parser.format_usage().removeprefix("::").split())
-        first_paragraph = magic.parser.description.partition("\n\n")[0]
-        does = " ".join(first_paragraph.split())
+        if name not in FlexMagics.magics["line"]:
+            usage = f"%{usage}"
+        does = magic.parser.description.partition("\n")[0]
         cells = [cell.replace("|", "\\|") for cell in (f"`{usage}`", magic.twin, does)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -114,7 +120,7 @@ class FlexMagics(Magics):
     def session(self) -> Session | None:
         return self.current.session
 
-    # --- engines
+    # --- engines ------------------------------------------------------------------------------
 
     @magic_arguments()
     @argument(
@@ -131,28 +137,13 @@ class FlexMagics(Magics):
         metavar="NAME",
         help='start: a launcher: slurm, ssh, ...; "slurm --time=1:00:00"',
     )
-    @argument(
-        "--keep",
-        action="store_true",
-        default=None,
-        help="start: engines and model outlive this notebook",
-    )
+    @flag("--keep", help="start: engines and model outlive this notebook")
     @argument(
         "--profile", metavar="P", help="attach: the IPython profile that ipcluster was started with"
     )
     @argument("--cluster-id", metavar="C", help="attach: the cluster's id, where it has one")
-    @argument(
-        "--take",
-        action="store_true",
-        default=None,
-        help="attach: also if another notebook has the engines",
-    )
-    @argument(
-        "--read-only",
-        action="store_true",
-        default=None,
-        help="attach: look at what another notebook has there",
-    )
+    @flag("--take", help="attach: also if another notebook has the engines")
+    @flag("--read-only", help="attach: look at what another notebook has there")
     @argument(
         "--rank",
         type=int,
@@ -160,25 +151,25 @@ class FlexMagics(Magics):
         help="restart: only this rank's engine, with its part of the model",
     )
     @twin(
-        "`fk.start(n=)`, `fk.attach(profile, cluster_id, take, read_only)`, `fk.local()`, `session.status()`, "
-        "`session.restart(rank)`, `session.close()`"
+        "`fk.start(n=)`, `fk.attach(profile, cluster_id, take, read_only)`, `fk.local()`, "
+        "`session.status()`, `session.restart(rank)`, `session.close()`"
     )
     @line_magic
     def flex_cluster(self, line: str) -> Any:
-        """Start engines, attach to those that `ipcluster start` began, or use this process; their
-        status; stop them.
+        """Start engines, attach to running ones or use this process; their status; stop them.
 
-        start, attach and local give the session, also found as `flex`. It takes the place of the
-        one before, which ends: engines that were started for it stop, attached ones stay with
-        their model. restart stops the engines and starts as many new ones, with no model on them;
-        with --rank it replaces one, and the model stays loaded. Alone it says the status.
+        start, attach and local return the session, which the notebook also has as `flex`. It
+        replaces the one before: engines that were started for that one stop, attached ones stay
+        with their model. attach finds a cluster that `ipcluster start` began. restart stops the
+        engines and starts as many new ones, with no model on them; with --rank it replaces one
+        engine, and the model stays loaded. Alone it shows the status.
         """
-        args = parsed(self.flex_cluster, line)
+        args = parse(self.flex_cluster, line)
         action, options = ACTIONS[args.action]
-        check_options(args, args.action, options)
-        return action(self.current, **given(args, *options))
+        check_options(args, options)
+        return action(self.current, **options_given(args, *options))
 
-    # --- model
+    # --- the model ----------------------------------------------------------------------------
 
     @magic_arguments()
     @argument(
@@ -200,24 +191,23 @@ class FlexMagics(Magics):
         help="break a run off when nothing moves for S seconds (default: 60)",
     )
     @twin(
-        "`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, `session.timeout_s = S`"
+        "`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, "
+        "`session.timeout_s = S`"
     )
     @line_magic
     def flex_load(self, line: str) -> ModelInfo:
-        """Load a model, split over the engines; gives its layout, and parameters and memory by
-        rank.
+        """Load a model, split over the engines. Returns its layout, and memory by rank.
 
-        The degrees multiply to the number of engines, each of which reads only its part. Replaces
-        an earlier model.
+        The degrees multiply to the number of engines. Each engine reads only its part. The model
+        replaces an earlier one.
         """
-        args = parsed(self.flex_load, line)
+        args = parse(self.flex_load, line)
         session = self.current.get()
-        options = given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
         if args.timeout is not None:
             session.timeout_s = args.timeout
-        with Progress(
-            self.shell, args.path.rstrip("/").rpartition("/")[2], session.cluster.size
-        ) as progress:
+        options = options_given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
+        name = args.path.rstrip("/").rpartition("/")[2]
+        with self.current.bar(name, session.cluster.size, stays=True) as progress:
             return session.load(args.path, progress=progress, **options)
 
     @magic_arguments()
@@ -225,9 +215,8 @@ class FlexMagics(Magics):
     @twin("`session.tree(glob)`")
     @line_magic
     def flex_tree(self, line: str) -> Any:
-        """The modules of the loaded model: class, parameters, output shape, placement, ranks that
-        hold it, hooks."""
-        return self.current.get().tree(parsed(self.flex_tree, line).glob)
+        """The loaded model's modules: class, parameters, output shape, placement, ranks, hooks."""
+        return self.current.get().tree(parse(self.flex_tree, line).glob)
 
     @magic_arguments()
     @argument(
@@ -238,11 +227,13 @@ class FlexMagics(Magics):
     @twin("`session.parameter(name)`")
     @line_magic
     def flex_param(self, line: str) -> Capture:
-        """A whole parameter or buffer as it is now, from whichever ranks hold it: a capture to
-        slice, draw and save."""
-        return self.current.get().parameter(parsed(self.flex_param, line).parameter)
+        """A whole parameter or buffer as it is now: a capture to slice, draw and save.
 
-    # --- hooks
+        It is read from the ranks that hold it.
+        """
+        return self.current.get().parameter(parse(self.flex_param, line).parameter)
+
+    # --- hooks --------------------------------------------------------------------------------
 
     @magic_arguments()
     @argument(
@@ -297,23 +288,23 @@ class FlexMagics(Magics):
     @argument(
         "--capture",
         metavar="after|before|both|none",
-        help="what is kept of what is edited (default: after)",
+        help="what is kept of an edited activation (default: after)",
     )
     @twin(
-        "`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, reduce=, name=)`, "
-        "`session.hooks`"
+        "`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, reduce=, "
+        "name=)`, `session.hooks`"
     )
     @line_magic
     def flex_hook(self, line: str) -> Any:
-        """Capture, and change, what modules put out or take in, in every run from here on; alone:
-        the table of hooks.
+        """Capture, or change, what modules put out or take in, in every run from now on.
 
-        * stands for one dotted segment or a part of it, ** for any number of segments. An edit is
-          one of zero, mean, scale:2, add:V, set:V, project_out:V, clamp:-1,1, noise:0.1,
-          patch:CAPTURE, or the name of one of yours; what follows the colon is Python.
+        Alone it shows the table of hooks. * matches one dotted segment or a part of it, ** any
+        number of segments. An edit is zero, mean, scale:2, add:V, set:V, project_out:V,
+        clamp:-1,1, noise:0.1, patch:CAPTURE, or the name of one of yours. What follows the colon
+        is Python.
         """
-        args = parsed(self.flex_hook, line)
-        options = given(
+        args = parse(self.flex_hook, line)
+        options = options_given(
             args,
             "at",
             "index",
@@ -355,16 +346,15 @@ class FlexMagics(Magics):
     @no_var_expand
     @cell_magic
     def flex_edit(self, line: str, cell: str) -> Any:
-        """Define an edit: the lines below are the body of NAME(x, ctx), which gives a tensor like
-        x.
+        """Define an edit: the cell is the body of NAME(x, ctx), which returns a tensor like x.
 
         x is the whole activation, whatever the layout, and the body runs once. ctx has module,
         tokens, mask, positions, and save, a dict that lives on between runs. A last line that is
-        an expression is what it gives.
+        an expression is what it returns. `%flex_hook GLOB --edit NAME` uses it.
         """
-        args = parsed(self.flex_edit, line)
-        function = body(args.name, cell, self.shell.user_ns)
-        return self.current.get().edit(args.name, **given(args, "per"))(function)
+        args = parse(self.flex_edit, line)
+        function = compile_edit(args.name, cell, self.shell.user_ns)
+        return self.current.get().edit(args.name, **options_given(args, "per"))(function)
 
     @magic_arguments()
     @argument(
@@ -373,8 +363,8 @@ class FlexMagics(Magics):
     @twin("`session.unhook(glob_or_name)`")
     @line_magic
     def flex_unhook(self, line: str) -> list[str]:
-        """Take hooks away; alone: all of them. Gives the names of those that went."""
-        args = parsed(self.flex_unhook, line)
+        """Remove hooks; alone: all of them. Returns the names of those it removed."""
+        args = parse(self.flex_unhook, line)
         return self.current.get().unhook(" ".join(args.hook) if args.hook else None)
 
     @magic_arguments()
@@ -394,36 +384,23 @@ class FlexMagics(Magics):
     @twin("`session.group(action, group, glob)`")
     @line_magic
     def flex_group(self, line: str) -> dict[str, list[str]]:
-        """Switch a group of hooks on or off, add hooks to it or remove them, or list the groups
-        with their hooks."""
-        args = parsed(self.flex_group, line)
+        """Switch a group of hooks on or off, add or remove hooks, or list the groups."""
+        args = parse(self.flex_group, line)
         return self.current.get().group(args.action, args.group, " ".join(args.hook) or None)
 
-    # --- runs
+    # --- runs ---------------------------------------------------------------------------------
 
     @magic_arguments()
     @argument("--groups", type=words, metavar="G,..", help="only the hooks of these groups fire")
-    @argument(
-        "--complement", action="store_true", default=None, help="with --groups: all hooks but those"
-    )
-    @argument(
-        "--chat",
-        action="store_true",
-        default=None,
-        help="the prompt is a user's message in the model's template",
-    )
+    @flag("--complement", help="with --groups: all hooks but those")
+    @flag("--chat", help="the prompt is a user's message in the model's template")
     @argument(
         "--generate",
         type=int,
         metavar="N",
         help="go on after the prompt with at most N new tokens, as they come",
     )
-    @argument(
-        "--sample",
-        action="store_true",
-        default=None,
-        help="with --generate: draw them, else the likeliest",
-    )
+    @flag("--sample", help="with --generate: draw the tokens, else take the likeliest")
     @argument(
         "--temperature",
         type=float,
@@ -443,18 +420,13 @@ class FlexMagics(Magics):
         metavar="N",
         help="with --sample: draw the same again (run.seed of an earlier one)",
     )
-    @argument(
-        "--preview",
-        action="store_true",
-        default=None,
-        help="run nothing; say what would be kept and if it fits",
-    )
+    @flag("--preview", help="run nothing; say what would be kept and if it fits")
     @argument("--stop-at", metavar="MODULE", help="end the forward after this module")
     @argument(
         "--backward",
         metavar="EXPR",
-        help="go back from this loss, Python over logits, labels, captures, tokens, mask: gradients reach the hooks "
-        "that are --at one; next_token is the mean cross-entropy",
+        help="go back from this loss, Python over logits, labels, captures, tokens, mask: "
+        "gradients reach the hooks that are --at one; next_token is the mean cross-entropy",
     )
     @argument(
         "--var",
@@ -469,59 +441,76 @@ class FlexMagics(Magics):
     )
     @twin(
         "`session.run(prompts_or_ids, groups=, complement=, chat=, stop_at=, loss=)`, "
-        "`session.generate(prompts_or_ids, max_new_tokens=, do_sample=, temperature=, on_token=, ...)`, "
-        "`session.preview(prompts_or_ids, groups=, ...)`"
+        "`session.generate(prompts_or_ids, max_new_tokens=, do_sample=, temperature=, on_token=, "
+        "...)`, `session.preview(prompts_or_ids, groups=, ...)`"
     )
     @no_var_expand
     @line_cell_magic
     def flex_run(self, line: str, cell: str | None = None) -> Run | Preview:
-        """One forward over the prompt, or its continuation, with what the hooks capture.
-        %%flex_run: one prompt a line.
+        """Run the prompt, or continue it, and capture what is hooked. %%flex_run: one prompt a line.
 
-        Options come before the prompt; -- by itself ends them. Quotes are not needed; those that
+        Options come before the prompt; -- by itself ends them. Quotes are not needed. Those that
         enclose the whole prompt are taken off, and keep spaces at its ends.
         """
         options, prompt = split_prompt(line, options_of(self.flex_run))
-        args = parsed(self.flex_run, options)
+        args = parse(self.flex_run, options)
         session = self.current.get()
         prompts = self._prompts(args.var, prompt, cell)
-        how = given(args, "groups", "complement", "chat")
         if args.preview:
-            return session.preview(
-                prompts, **how, max_new_tokens=args.generate or 0, loss=args.backward is not None
-            )
+            return self._preview(session, prompts, args)
         if args.generate is None:
-            if alone := given(args, *GENERATING):
-                raise UsageError(f"--{next(iter(alone)).replace('_', '-')} belongs to --generate N")
-            if args.backward is not None:
-                how["loss"] = loss_of(args.backward, self.shell.user_ns)
-            return session.run(prompts, **how, **given(args, "stop_at"))
-        if alone := given(args, "stop_at", "backward"):
-            raise UsageError(
-                f"--{next(iter(alone)).replace('_', '-')} is for one forward: leave it or --generate out"
-            )
-        how |= given(args, "temperature", "top_k", "top_p", "seed")
-        with Growing(self.shell) as text:
+            return self._forward(session, prompts, args)
+        return self._generate(session, prompts, args)
+
+    def _preview(self, session: Session, prompts: Any, args: argparse.Namespace) -> Preview:
+        return session.preview(
+            prompts,
+            **options_given(args, "groups", "complement", "chat"),
+            max_new_tokens=args.generate or 0,
+            loss=args.backward is not None,
+        )
+
+    def _forward(self, session: Session, prompts: Any, args: argparse.Namespace) -> Run:
+        for name in options_given(args, *GENERATION_ONLY):
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --generate N")
+        options = options_given(args, "groups", "complement", "chat", "stop_at")
+        if args.backward is not None:
+            options["loss"] = compile_loss(args.backward, self.shell.user_ns)
+        return session.run(prompts, **options)
+
+    def _generate(self, session: Session, prompts: Any, args: argparse.Namespace) -> Run:
+        for name in options_given(args, *FORWARD_ONLY):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is for one forward: leave it or --generate out")
+        options = options_given(
+            args, "groups", "complement", "chat", "temperature", "top_k", "top_p", "seed"
+        )
+        with Growing(self.shell, prompts, args.chat) as text:
             return session.generate(
-                prompts, args.generate, do_sample=bool(args.sample), on_token=text, **how
+                prompts, args.generate, do_sample=bool(args.sample), on_token=text, **options
             )
 
     def _prompts(self, variable: str | None, prompt: str, cell: str | None) -> Any:
-        sources = {
+        """The prompt or prompts, from the one place that has them."""
+        places = {
             "--var": variable is not None,
             "the line": bool(prompt),
             "the lines below": cell is not None,
         }
-        found = [name for name, there in sources.items() if there]
-        if len(found) > 1:
-            raise UsageError(f"the prompt is given twice: in {' and in '.join(found)}")
+        given = [place for place, has_it in places.items() if has_it]
+        if len(given) > 1:
+            raise UsageError(f"the prompt is given twice: in {' and in '.join(given)}")
         if cell is not None:
-            return [unquoted(row.strip()) for row in cell.splitlines() if row.strip()]
+            return [unquote(row.strip()) for row in cell.splitlines() if row.strip()]
         if variable is None:
+            if note := variable_note(prompt, self.shell.user_ns):
+                print(f"Note: {note}")
             return prompt
         if variable not in self.shell.user_ns:
             raise UsageError(f"--var {variable}: there is no variable of that name")
         return self.shell.user_ns[variable]
+
+    # --- views --------------------------------------------------------------------------------
 
     @magic_arguments()
     @argument(
@@ -540,44 +529,40 @@ class FlexMagics(Magics):
     @twin("`run[name].show(as_)`")
     @line_magic
     def flex_show(self, line: str) -> Any:
-        """Draw a capture of the last run, or several: a view of each, with a static picture beside
-        it."""
-        args = parsed(self.flex_show, line)
-        from flexkernel.views import VIEWS
-
-        if args.as_ not in (None, *VIEWS):
+        """Draw captures of the last run: a live view of each, with a static picture beside it."""
+        args = parse(self.flex_show, line)
+        check_view(args.as_)
+        options = options_given(args, "as_")
+        captures = find_captures(self._run_number(args.run), args.name)
+        if not isinstance(captures, list):
+            return captures.show(**options)
+        if len(captures) > MOST_VIEWS:
             raise UsageError(
-                f"--as {args.as_}: there is no such view; there are {', '.join(VIEWS)}"
+                f"{' '.join(args.name)} means {len(captures)} captures; "
+                f"at most {MOST_VIEWS} are drawn at once"
             )
-        found = chosen(self._run_number(args.run), args.name)
-        if not isinstance(found, list):
-            return found.show(**given(args, "as_"))
-        if len(found) > MOST_VIEWS:
-            raise UsageError(
-                f"{' '.join(args.name)} means {len(found)} captures; at most {MOST_VIEWS} are drawn at once"
-            )
-        return Views(capture.show(**given(args, "as_")) for capture in found)
+        return Views(capture.show(**options) for capture in captures)
 
     def _run_number(self, number: int | None) -> Run:
-        there = {run.number: run for run in self.current.get().runs}
-        if not there:
+        stored = {run.number: run for run in self.current.get().runs}
+        if not stored:
             raise CaptureError("no run is stored: %flex_run PROMPT makes one")
-        if number is not None and number not in there:
-            raise CaptureError(
-                f"run {number} is not stored; there are {', '.join(map(str, there))}"
-            )
-        return there[max(there) if number is None else number]
+        if number is None:
+            return stored[max(stored)]
+        if number not in stored:
+            numbers = ", ".join(map(str, stored))
+            raise CaptureError(f"run {number} is not stored; there are {numbers}")
+        return stored[number]
 
     @magic_arguments()
     @twin("`view.freeze()`")
     @line_magic
-    def flex_freeze(self, line: str) -> list[Any]:
-        """Replace every live view in the notebook by its static picture, for a notebook that is to
-        be kept."""
-        parsed(self.flex_freeze, line)
+    def flex_freeze(self, line: str) -> Frozen:
+        """Replace every live view by its static picture, in a notebook that is to be kept."""
+        parse(self.flex_freeze, line)
         from flexkernel.views import freeze_all
 
-        return freeze_all()
+        return Frozen(freeze_all())
 
     @magic_arguments()
     @argument(
@@ -586,12 +571,7 @@ class FlexMagics(Magics):
         metavar="GLOB",
         help="only the modules of these globs (default: all, and all @ points)",
     )
-    @argument(
-        "--stream",
-        action="store_true",
-        default=None,
-        help="run the unsharded model one layer at a time",
-    )
+    @flag("--stream", help="run the unsharded model one layer at a time")
     @argument(
         "--var",
         metavar="NAME",
@@ -600,51 +580,68 @@ class FlexMagics(Magics):
     @twin("`session.verify(prompt, hooks, stream)`")
     @line_magic
     def flex_verify(self, line: str) -> Verification:
-        """Compare every module with the unsharded model on a few short rows; name the first that
-        differs.
+        """Compare every module with the unsharded model; name the first that differs.
 
-        What is equal has the evidence "verified" in later runs. In half precision the drift is
-        measured by what the unsharded model itself drifts from float32. --stream is taken by
-        itself where the unsharded model does not fit.
+        A few short rows are run. What is equal has the evidence "verified" in later runs. In half
+        precision the drift is compared with the unsharded model's own drift from float32.
+        --stream is the default where the unsharded model does not fit.
         """
-        args = parsed(self.flex_verify, line)
+        args = parse(self.flex_verify, line)
         session = self.current.get()
         prompt = None if args.var is None else self._prompts(args.var, "", None)
-        return session.verify(prompt, args.glob or None, **given(args, "stream"))
+        return session.verify(prompt, args.glob or None, **options_given(args, "stream"))
 
 
-def check_options(args: argparse.Namespace, action: str, allowed: Sequence[str]) -> None:
-    """UsageError: an option of another action of %flex_cluster."""
-    owner = {option: name for name, (_, options) in ACTIONS.items() for option in options}
-    for option in owner.keys() - set(allowed):
-        if getattr(args, option) is None:
-            continue
-        written = f"--{option.replace('_', '-')}" if len(option) > 1 else f"-{option}"
-        raise UsageError(f"{written} belongs to %flex_cluster {owner[option]}, not to {action}")
+def check_options(args: argparse.Namespace, allowed: Sequence[str]) -> None:
+    """UsageError: the line has an option of another action of %flex_cluster."""
+    owner = {option: action for action, (_, options) in ACTIONS.items() for option in options}
+    for option in options_given(args, *owner):
+        if option not in allowed:
+            written = f"--{option.replace('_', '-')}" if len(option) > 1 else f"-{option}"
+            action = owner[option]
+            raise UsageError(f"{written} belongs to %flex_cluster {action}, not to {args.action}")
 
 
-def chosen(run: Run, words: Sequence[str]) -> Any:
-    """The capture that the words name, as the run's own table writes it; a list of them for
-    several names or a glob.
+def check_view(name: str | None) -> None:
+    """UsageError: there is no view of that name."""
+    from flexkernel.views import VIEWS
 
-    A name may have spaces (`MODULE input [0]`), so each takes as many words as it can."""
-    found, rest = [], list(words)
+    if name not in (None, *VIEWS):
+        raise UsageError(f"--as {name}: there is no such view; there are {', '.join(VIEWS)}")
+
+
+def find_captures(run: Run, words: Sequence[str]) -> Capture | list[Capture]:
+    """The capture that the words name, as the run's own table writes it.
+
+    A list for several names or a glob. A name may have spaces (`MODULE input [0]`), so each takes
+    as many words as it can. CaptureError: there is none of that name.
+    """
+    found: list[Any] = []
+    rest = list(words)
     while rest:
-        parts = ((n, named(run, rest[:n])) for n in range(len(rest), 0, -1))
-        length, one = next(((n, one) for n, one in parts if one is not None), (1, None))
-        found.append(run[rest[0]] if one is None else one)  # which says that it is not there
+        length, captures = longest_name(run, rest)
+        found.append(captures)
         rest = rest[length:]
     if len(found) == 1:
         return found[0]
     return [capture for one in found for capture in (one if isinstance(one, list) else [one])]
 
 
-def named(run: Run, words: Sequence[str]) -> Any:
-    """What these words together name in the run, or None."""
+def longest_name(run: Run, words: Sequence[str]) -> tuple[int, Any]:
+    """(how many of the words name something in the run, what they name)."""
+    for length in range(len(words), 0, -1):
+        captures = captures_named(run, words[:length])
+        if captures is not None:
+            return length, captures
+    return 1, run[words[0]]  # raises the error that says what there is
+
+
+def captures_named(run: Run, words: Sequence[str]) -> Any:
+    """What these words together name in the run; None: nothing."""
     if list(words) == ["logits"]:
         return run.logits
-    found = [capture for capture in run if capture.name == " ".join(words)]
-    if found:
-        return found[-1]
+    listed = [capture for capture in run if capture.name == " ".join(words)]
+    if listed:
+        return listed[-1]
     key = words[0] if len(words) == 1 else tuple(words)
     return run[key] if len(words) <= 4 and key in run else None

@@ -461,7 +461,7 @@ def test_30_an_edit_that_ends_its_process(session, tiny):
 def test_an_edit_in_another_syntax(case, body, says):
     from IPython.core.error import UsageError
 
-    from flexkernel.notebook.lines import body as written
+    from flexkernel.notebook.lines import compile_edit as written
 
     if says is None:
         assert written("mine", body, {})(3, None) == 3

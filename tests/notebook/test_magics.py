@@ -170,7 +170,7 @@ def test_the_examples_in_the_docstrings_are_true():
 def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
     head, rule, *rows = magics.magics_table().splitlines()
     assert (head, rule) == ("| magic | twin | does |", "| --- | --- | --- |")
-    names = [re.match(r"\| `%(flex_\w+)", row)[1] for row in rows]
+    names = [re.match(r"\| `%{1,2}(flex_\w+)", row)[1] for row in rows]
     assert names == [
         f"flex_{n}"
         for n in (
@@ -179,6 +179,7 @@ def test_every_magic_is_in_the_table_with_its_twin_and_its_arguments():
             "tree",
             "param",
             "hook",
+            "edit",
             "unhook",
             "group",
             "run",
@@ -302,7 +303,7 @@ def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
         return SimpleNamespace(update=lambda thing: shown.append(thing._repr_html_()))
 
     monkeypatch.setattr(display, "display", show)
-    with display.Progress(SimpleNamespace(kernel=None), "a<b", 2) as progress:
+    with display.Progress(SimpleNamespace(kernel=None), "a<b", 2, stays=True) as progress:
         progress("loading", 1, 2)
         progress("loaded", 2, 2)
     assert ['value="0"' in shown[0], 'value="1"' in shown[1], "<progress" in shown[2]] == [
