@@ -276,8 +276,8 @@ class Frozen(list):
     def __repr__(self) -> str:
         if not self:
             return "no view is live"
-        names = ", ".join(str(view.title) for view in self)
-        return f"{len(self)} view{'s' * (len(self) > 1)} frozen: {names}"
+        count = "1 view is" if len(self) == 1 else f"{len(self)} views are"
+        return f"{count} static now: the notebook keeps the picture without a kernel"
 
 
 def plain(thing: Any, printer: Any, _cycle: bool) -> None:

@@ -1,7 +1,7 @@
 """FlexKernel: the IPython kernel with flexkernel's magics already loaded.
 
-`%load_ext flexkernel` does the same in any Python notebook. `python -m flexkernel.notebook.kernel
--f CONNECTION_FILE` is what Jupyter runs; `install` tells Jupyter so.
+`%load_ext flexkernel` does the same in any Python notebook. Jupyter runs
+`python -m flexkernel.notebook.kernel -f CONNECTION_FILE`; `install` registers that with Jupyter.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from flexkernel.errors import FlexError
 __all__ = ["FlexKernel", "install"]
 
 NAME = "flexkernel"
-SOURCES = (  # of the kernelspec: in the source tree; where a wheel puts it
+SOURCES = (  # where the kernelspec is: in the source tree, or where a wheel puts it
     Path(__file__).parents[2] / "kernel_spec",
     Path(sys.prefix) / "share" / "jupyter" / "kernels" / NAME,
 )
 
 
 class FlexKernel(IPythonKernel):
-    """An IPython kernel in every respect; it only loads the extension before it takes the first
-    request."""
+    """An IPython kernel that loads the extension before it takes the first request."""
 
     implementation = "flexkernel"
     implementation_version = __version__
 
     @property
     def banner(self) -> str:  # type: ignore[override]  # ipykernel's own is a property too
-        return f"FlexKernel {__version__}: look inside sharded models (%flex_cluster, %flex_load)\n{super().banner}"
+        about = "look inside sharded models (%flex_cluster, %flex_load)"
+        return f"FlexKernel {__version__}: {about}\n{super().banner}"
 
     def start(self) -> None:
         self.load_extension()
         super().start()
 
     def load_extension(self) -> None:
-        """A kernel without magics can still say what is wrong; one that dies at start cannot."""
+        """Load the magics; log why not. A kernel that dies at start could not say what is wrong."""
         assert self.shell is not None
         try:
             self.shell.extension_manager.load_extension("flexkernel")
+            self.shell.magics_manager.registry["FlexMagics"].current.promise()
         except Exception:
             self.log.exception(
                 "flexkernel's magics could not be loaded; %%load_ext flexkernel shows why"
@@ -55,7 +56,10 @@ class FlexKernel(IPythonKernel):
 
 
 def install(user: bool = True, prefix: str | None = None) -> str:
-    """Register the kernelspec with Jupyter, for this Python; the folder it went to."""
+    """Register the kernelspec with Jupyter, for this Python. Returns its folder.
+
+    FlexError: the kernelspec is missing, or the folder cannot be written.
+    """
     source = next((folder for folder in SOURCES if (folder / "kernel.json").exists()), None)
     if source is None:
         raise FlexError(
@@ -76,7 +80,7 @@ def install(user: bool = True, prefix: str | None = None) -> str:
 
 
 def _name_this_python(spec: Path) -> None:
-    # Jupyter may run in another environment than the kernel: "python" would then be the wrong one
+    # Jupyter may run in another environment than the kernel: its "python" would be another one.
     content = json.loads(spec.read_text())
     content["argv"][0] = sys.executable
     spec.write_text(json.dumps(content, indent=1))

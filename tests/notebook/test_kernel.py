@@ -192,6 +192,13 @@ def test_the_magics_are_there_without_loading_them(client):
 
 
 @pytest.mark.slow
+def test_flex_says_how_to_start_engines(client):
+    assert "%flex_cluster start -n 2" in run(client, "flex")[1]
+    reply, shown = run(client, "flex.run('abc')")
+    assert reply["ename"] == "ClusterError" and "\n" not in shown
+
+
+@pytest.mark.slow
 def test_an_error_of_ours_is_one_block_and_the_kernel_goes_on(client):
     reply, shown = run(
         client,

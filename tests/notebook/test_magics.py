@@ -242,6 +242,21 @@ def test_a_session_is_in_the_notebook_as_flex_until_it_stops(fresh):
     assert type(fresh.fails("%flex_tree")) is ClusterError
 
 
+def test_before_there_are_engines_flex_can_say_how_to_start_them(fresh):
+    fresh.magics.current.promise()
+    assert "%flex_cluster start -n 2" in repr(fresh.do("flex"))
+    assert type(fresh.fails("flex.run('abc')")) is ClusterError
+    fresh.do("%flex_cluster local")
+    assert isinstance(fresh.do("flex"), fk.Session)
+    fresh.do("%flex_cluster stop")
+    assert "%flex_cluster start -n 2" in repr(fresh.do("flex"))
+    fresh.do("flex = 7")
+    fresh.do("%flex_cluster local")
+    assert fresh.do("flex") == 7
+    fresh.do("%flex_cluster stop\ndel flex")
+    fresh.magics.current._promised = False
+
+
 def test_a_variable_called_flex_is_the_users(fresh):
     fresh.do("flex = 7")
     fresh.do("%flex_cluster local")
@@ -294,6 +309,40 @@ def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
     assert loaded.do("flex.info.dtype") == "float32"
 
 
+class WatchedBars:
+    """Bars in a notebook that is not there: what they showed as (text, html), in which outputs."""
+
+    def __init__(self, monkeypatch):
+        self.shown = []
+        self.outputs = []
+        self.explained = []
+        self.callbacks = []
+        monkeypatch.setattr(display, "display", self.display)
+        events = SimpleNamespace(
+            register=lambda _event, callback: self.callbacks.append(callback),
+            unregister=lambda _event, callback: self.callbacks.remove(callback),
+        )
+        shell = SimpleNamespace(kernel=None, events=events)
+        self.make = display.Bars(shell, self.explained.append)
+
+    def display(self, thing, display_id):
+        self.outputs.append(thing)
+        self.update(thing)
+        return SimpleNamespace(update=self.update)
+
+    def update(self, thing):
+        self.shown.append((repr(thing), thing._repr_html_()))
+
+    def end_of_cell(self):
+        for callback in list(self.callbacks):
+            callback(None)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    return WatchedBars(monkeypatch)
+
+
 def test_the_progress_of_a_load_is_one_output_that_is_updated(monkeypatch):
     shown = []
 
@@ -328,6 +377,41 @@ def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
             and '<progress value="3" max="24"' in progress._repr_html_()
         )
     assert repr(progress) == progress._repr_html_() == ""
+
+
+def test_a_bar_without_a_total_counts_nothing_but_its_clock_moves(bars, monkeypatch):
+    monkeypatch.setattr(display, "TICK_S", 0.01)
+    with bars.make("2 engines", stage="starting"):
+        wait_for(lambda: len(bars.shown) > 3)
+        assert re.fullmatch(r"starting 2 engines, \d\.\d s", bars.shown[-1][0])
+        assert "<progress style" in bars.shown[-1][1]
+    assert bars.shown[-1] == ("", "")
+
+
+def test_runs_of_one_cell_share_a_bar_that_appears_when_they_take_long(bars, monkeypatch):
+    monkeypatch.setattr(display, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(display, "TICK_S", 0.01)
+    for _ in range(3):
+        with bars.make("", unit="run"):
+            pass
+    assert bars.shown == [], "they were quick"
+    with bars.make("", unit="run"):
+        wait_for(lambda: bars.shown)
+    assert bars.shown[-1][0].startswith("running run 4, 0.")
+    assert len(bars.outputs) == 1
+    bars.end_of_cell()
+    assert bars.shown[-1] == ("", "")
+    with bars.make("", unit="run"):
+        wait_for(lambda: len(bars.outputs) == 2)
+    bars.end_of_cell()
+
+
+def test_an_interrupt_is_explained(bars):
+    for unit in ("engine", "run"):
+        with pytest.raises(KeyboardInterrupt) as caught, bars.make("x", unit=unit):
+            raise KeyboardInterrupt
+        assert bars.explained.pop() is caught.value
+        bars.end_of_cell()
 
 
 def test_a_load_that_fails_leaves_no_bar(monkeypatch):
@@ -469,6 +553,42 @@ def test_a_variable_holds_what_the_twin_takes(loaded):
     assert loaded.do("%flex_run --var texts").text == ["ab", "c"]
 
 
+@pytest.mark.parametrize("prompt", ["{text}", "$text", "${text}"])
+def test_a_prompt_that_names_a_variable_is_text_and_says_so(loaded, prompt):
+    loaded.do("text = 'abc'")
+    (ids,) = ids_of(loaded.do(f"%flex_run {prompt}"))
+    assert bytes(ids).decode() == prompt
+    assert loaded.shown.startswith(f"Note: the prompt is the text '{prompt}'.")
+    assert "%flex_run --var text" in loaded.shown
+    loaded.do(f"%flex_run costs {prompt}")
+    assert "Note" not in loaded.shown
+    loaded.do("del text")
+    loaded.do(f"%flex_run {prompt}")
+    assert "Note" not in loaded.shown
+
+
+def test_generated_text_grows_after_its_prompt(monkeypatch):
+    monkeypatch.setattr(display, "REDRAW_S", 0)
+    shown = []
+    handle = SimpleNamespace(update=lambda thing: shown.append(repr(thing)))
+    monkeypatch.setattr(display, "display", lambda thing, display_id: handle)
+    notebook = SimpleNamespace(kernel=None)
+    with display.Growing(notebook, "Once upon") as text:
+        text(0, " a")
+        text(0, " time")
+    assert shown[-1] == "Once upon a time"
+    with display.Growing(notebook, ["a", "b"]) as text:
+        text(1, "2")
+        text(0, "1")
+    assert shown[-1] == "0: a1\n1: b2"
+    with display.Growing(notebook, "Hello?", chat=True) as text:
+        text(0, "Hi")
+    assert shown[-1] == "Hello?\n\nHi"
+    with display.Growing(notebook, [[5, 6]]) as text:
+        text(0, " 7")
+    assert shown[-1] == " 7"
+
+
 def test_a_run_equals_its_twin(loaded):
     loaded.do(f"%flex_hook {MLP}")
     ours, twin = loaded.do("%flex_run abc"), loaded.do("flex.run('abc')")
@@ -572,7 +692,9 @@ def test_freeze_gives_the_views_it_froze(loaded):
     loaded.do("%flex_hook lm_head\n%flex_run abc")
     view = views.tensor_map(loaded.do("flex.runs[-1]['lm_head']"))
     assert loaded.do("%flex_freeze") == [view] and view.frozen
+    assert loaded.shown.strip().startswith("Out[") and "1 view is static now" in loaded.shown
     assert loaded.do("%flex_freeze") == []
+    assert loaded.shown.strip().endswith("no view is live")
 
 
 # Bad input: one block, and the session goes on
@@ -698,6 +820,9 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
 
 # Completion
 
+TAKE_NOTHING = ("zero", "mean")
+TAKE_A_VALUE = ("scale:", "noise:", "add:", "set:", "project_out:", "clamp:", "patch:")
+
 
 @pytest.mark.parametrize(
     ("code", "offers"),
@@ -747,10 +872,16 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
         ("%%flex_run --comp", ["--complement"]),
         ("%flex_show model.layers.2", ["model.layers.2.mlp"]),
         ("%flex_show lm_head --as ", ["map"]),
+        ("%flex_hook lm_head --edit ", [*TAKE_NOTHING, *TAKE_A_VALUE, "mine"]),
+        ("%flex_hook lm_head --edit z", ["zero"]),
+        ("%flex_hook lm_head --capture n", ["none"]),
+        ("%flex_group on ", ["red", "blue"]),
     ],
 )
 @pytest.mark.parametrize("before", ["", "x = ", "a = 1\n", "    "])
 def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
+    if "--edit" in code:
+        loaded.do("%%flex_edit mine\nx")
     loaded.do(
         f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name head"
     )
@@ -765,6 +896,59 @@ def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
         before + stem + offer for offer in offers
     ]
     assert len(found) == len(offers)
+
+
+def test_a_path_completes_to_what_lies_there_and_nothing_else(loaded, tmp_path):
+    for name in ("model-b", "model-a", ".hidden", "with space"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model.lock").touch()
+    loaded.do("model_variable = 1")
+
+    def completions(typed):
+        start = f"%flex_load {tmp_path}/"
+        found = loaded.completions(start + typed)
+        return [c.removeprefix(start).replace(f"{tmp_path}/", "") for c in found]
+
+    assert completions("m") == ["model-a/", "model-b/", "model.lock"]
+    assert completions("") == ["model-a/", "model-b/", "%flex_load 'with space/'", "model.lock"]
+    assert completions(".h") == [".hidden/"]
+    assert completions("nothing") == []
+
+
+def test_a_path_in_the_home_folder_keeps_its_tilde(loaded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    assert loaded.completions("%flex_load ~/mo") == ["%flex_load ~/models/"]
+
+
+def test_where_nothing_can_stand_no_words_of_python_are_offered(loaded):
+    assert loaded.completions("%flex_group on ") == []
+    assert loaded.completions("%flex_tree model.norm i") == []
+
+
+@pytest.mark.parametrize(
+    ("code", "offers"),
+    [
+        ('run["mod', ["model"]),
+        ('run["model.layers.', [f"model.layers.{i}" for i in "*0123"]),
+        ("flex.hook('model.layers.*.m", ["model.layers.*.mlp"]),
+        ('x = [flex.hook( "lm', ["lm_head"]),
+        ('flex.tree("lm', ["lm_head"]),
+        ('flex.parameter("lm_head.', ["lm_head.weight"]),
+    ],
+)
+def test_names_are_completed_in_python_too(loaded, code, offers):
+    loaded.do(f"%flex_hook {MLP}\nrun = %flex_run abc")
+    typed = re.split("[\"']", code)[-1]
+    stem = code.removesuffix(typed)
+    assert loaded.completions(code) == [stem + offer for offer in offers]
+
+
+def test_strings_that_name_no_module_are_left_alone(loaded):
+    loaded.do("d = {'model': 1}")
+    for code in ('d["mod', 'flex.nothing("mod', 'print("mod'):
+        assert loaded.magics.completion.matcher(context(code))["completions"] == []
+    assert loaded.completions('d["mod') == ['d["model']
 
 
 def test_the_views_that_completion_offers_are_those_there_are():
