@@ -12,6 +12,7 @@ from .boxes import WHOLE, Box
 from .names import display_name, split_point
 
 __all__ = [
+    "AT",
     "AXES",
     "BEFORE",
     "EDITED",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 AXES = ("pp", "dp", "fsdp", "tp")
+# The values of a module that a hook can be at
+AT = ("output", "input", "grad_output", "grad_input", "param_grad")
 # What a hook can keep of a value instead of it → of how many statistics a part of it is known
 REDUCTIONS = {"sum": 1, "mean": 2, "var": 3, "std": 3, "norm": 1, "amax": 1, "amin": 1}
 

@@ -111,7 +111,7 @@ class Clusters:
     def get(self, n: int) -> Any:
         import flexkernel as fk
 
-        if self.n != n or self.session is None or not all(self.session.cluster.alive()):
+        if self.n != n or self.session is None or not all(self.session.engines.alive()):
             self.close()
             self.n, self.session = n, fk.local() if n == 1 else fk.start(n)
         return self.session
@@ -135,7 +135,7 @@ def session(request: pytest.FixtureRequest, _clusters: Clusters) -> Iterator[Any
     hooks, no runs."""
     session = _clusters.get(num_engines(request.node) or 1)
     yield session
-    if session.info is not None:
+    if session.has_model:
         session.unhook()
         for run in session.runs:
             run.free()

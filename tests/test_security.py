@@ -79,7 +79,7 @@ def can_open(paths: list[str]) -> list[str]:
 def files_of(session) -> list[Path]:
     """Everything that a session has on disk and in shared memory: slabs, heartbeats, the store, logs,
     keys."""
-    cluster = session.cluster
+    cluster = session.engines
     profile, name = Path(cluster._cluster.profile_dir), cluster.cluster_id
     home = folder_path(cluster.folder)
     mine = [
@@ -97,7 +97,7 @@ def served(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.hook("model.layers.1.mlp")
     run = session.run(bad.ROWS)
-    address, token = session.cluster.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[
+    address, token = session.engines.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[
         0
     ]
     region = run["model.layers.1.mlp"]._region
@@ -113,7 +113,7 @@ def test_another_user_can_open_no_file_of_ours(served):
         found = path.lstat()
         assert found.st_uid == os.getuid() and not found.st_mode & 0o077, (path, oct(found.st_mode))
     everything = [*map(str, paths)]
-    for pid in (os.getpid(), *session.cluster.pids):
+    for pid in (os.getpid(), *session.engines.pids):
         everything += [f"/proc/{pid}/{what}" for what in ("environ", "mem", "maps", "fd")]
     assert as_nobody(lambda: can_open(everything)) == []
     assert can_open(everything) != [], "and the test would see it"
@@ -169,7 +169,7 @@ def forged(session, mark: Path, key: bytes) -> list[bytes]:
     other = Session(key=key, packer="json")
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = other.msg("apply_request", content={}, metadata=told)
-    ident = session.cluster._client._engines[session.cluster.engines[0]].encode()
+    ident = session.engines._client._engines[session.engines.engines[0]].encode()
     return other.serialize(message, [ident]) + serialize.pack_apply_message(
         bad.note, (str(mark),), {}
     )
@@ -227,7 +227,7 @@ started = ipp.Cluster(n=2, cluster_id="curve", controller_ip=sys.argv[1], log_le
 started.start_cluster_sync()
 try:
     session = fk.attach(cluster_id="curve")
-    assert session.cluster._client.curve_serverkey
+    assert session.engines._client.curve_serverkey
     bad.healthy(session, Path(sys.argv[2]), **bad.TP)
     session.close()
     print("right")
@@ -292,7 +292,7 @@ def test_names_and_tokens_are_text_wherever_they_are_shown():
             session.hooks,
             session.tree(),
             session.status(),
-            as_html(session.info),
+            as_html(session.loaded.info),
             as_html(session),
         ]
         pages = [page if isinstance(page, str) else page._repr_html_() for page in shown]
@@ -321,14 +321,20 @@ def test_no_view_makes_a_page_out_of_text():
 @two
 def test_secrets_are_in_no_log_no_status_and_no_command_line(served):
     session, _, token, _ = served
-    key = session.cluster._client.session.key.decode()
+    key = session.engines._client.session.key.decode()
     secrets = {key, token, os.environ["HF_TOKEN"]}
     assert session.on_ranks(bad.environ, "HF_TOKEN") == [os.environ["HF_TOKEN"]] * 2, (
         "engines fetch models with it"
     )
     said = [
         repr(thing)
-        for thing in (session.status(), session, session.info, session.cluster, session.store)
+        for thing in (
+            session.status(),
+            session,
+            session.loaded.info,
+            session.engines,
+            session.store,
+        )
     ]
     said += [session.status()._repr_html_(), as_html(session)]
     with pytest.raises(FlexError) as caught:

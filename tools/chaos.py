@@ -98,7 +98,7 @@ def check(outcome: Outcome, rank: int, kind: str) -> None:
 
 def places(session: Any, rank: int) -> list[str]:
     """Where a fault can happen on that rank: the modules that it holds and that fire."""
-    info = session.info
+    info = session.loaded.info
     stage = info.layout.coordinate(rank).pp
     fires = [
         m for m in info.modules if m.name and info.scan.get((m.name, "output")) and not m.spans
@@ -111,7 +111,7 @@ def rounds(
 ) -> list[tuple[str, Outcome]]:
     """n rounds. AssertionError: what was not as it was, with the round and the seed."""
     dice = random.Random(seed)
-    session.timeout_s, session.auto_restart = TIMEOUT_S, True
+    session.engines.timeout_s, session.engines.auto_restart = TIMEOUT_S, True
     done, stored, value = [], None, None
     try:
         for i in range(n):
@@ -121,9 +121,9 @@ def rounds(
                 stored = session.run(IDS)
                 stored.keep()
                 value = stored["model.layers.3.mlp"].tensor().clone()
-            rank, kind = dice.randrange(session.cluster.size), dice.choice(kinds)
+            rank, kind = dice.randrange(session.engines.size), dice.choice(kinds)
             at = dice.choice(places(session, rank))
-            what = f"seed {seed}, round {i}: {kind} on rank {rank} at {at}, {session.info.layout}"
+            what = f"seed {seed}, round {i}: {kind} on rank {rank} at {at}, {session.loaded.info.layout}"
             try:
                 outcome = strike(session, rank, at, kind)
                 check(outcome, rank, kind)
@@ -137,7 +137,7 @@ def rounds(
             )
             done.append((kind, outcome))
     finally:
-        session.timeout_s, session.auto_restart = 60.0, False
+        session.engines.timeout_s, session.engines.auto_restart = 60.0, False
     return done
 
 

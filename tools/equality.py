@@ -241,12 +241,12 @@ def trainable_step(session: Any, folder: Path) -> float:
     optimizer = sgd(list(lens.parameters()))
     weighed(model(**BATCH, use_cache=False).logits).backward()
     optimizer.step()
-    session.add_module("lens", Lens())
+    session.modules["lens"] = Lens()
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x))
     session.hook(LAYER, edit="translate", capture="none")
     session.train_step(ROWS, weighed, sgd)
     assert (lens.weight - Lens().weight).abs().max() > 100 * TOLERANCE
-    return relative(session.module("lens").weight.detach(), lens.weight.detach())
+    return relative(session.modules["lens"].weight.detach(), lens.weight.detach())
 
 
 def parameters_step(session: Any, folder: Path) -> float:
@@ -287,7 +287,7 @@ def column(session: Any, folder: Path, layout: dict[str, int]) -> dict[str, floa
     session.load(folder, **layout)
     found: dict[str, float | str] = {}
     for row, measure in ROWS_OF_TABLE.items():
-        if session.hook_set.hooks:
+        if session.hooks.hook_set.hooks:
             session.unhook()
         try:
             found[row] = measure(session, folder)

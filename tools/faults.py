@@ -93,9 +93,9 @@ class Bench:
     def __init__(self, session: Any, folder: Path):
         self.session, self.folder, self.begin = session, folder, 0.0
         session.load(folder, tp=2)
-        session.timeout_s, session.auto_restart = TIMEOUT_S, True
+        session.engines.timeout_s, session.engines.auto_restart = TIMEOUT_S, True
         self.break_once()
-        self.logits, self.info = session.run(IDS).logits.tensor().clone(), session.info
+        self.logits, self.info = session.run(IDS).logits.tensor().clone(), session.loaded.info
 
     def break_once(self) -> None:
         """After a load, before anything is counted: the first new groups are more than a load
@@ -385,7 +385,7 @@ def broken_off(bench: Bench) -> None:
 
 
 def controller_dies(bench: Bench) -> None:
-    controller = bench.session.cluster._cluster.controller.process
+    controller = bench.session.engines._cluster.controller.process
     for process in [controller, *controller.children(recursive=True)]:
         process.kill()
     bench.mark()
@@ -404,7 +404,7 @@ except fk.errors.ClusterError as error:
 
 
 def second_notebook(bench: Bench) -> None:
-    command = [sys.executable, "-c", OTHER, bench.session.cluster.cluster_id]
+    command = [sys.executable, "-c", OTHER, bench.session.engines.cluster_id]
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seconds, _, text = out.partition(" ")
     bench.begin = time.monotonic() - float(seconds)
@@ -434,7 +434,7 @@ def disk_full(bench: Bench) -> None:
     """No capture, module or hook file is seen half."""
     session = bench.session
     session.hook(MLP)
-    session.add_module("probe", torch.nn.Linear(64, 64))
+    session.modules["probe"] = torch.nn.Linear(64, 64)
     session.edit("long")(lambda x, ctx: x)
     run = session.run(IDS)
     with small_disk("64k") as disk:
@@ -443,8 +443,8 @@ def disk_full(bench: Bench) -> None:
                 filler.write(b"x" * 4096)
         writers = [
             lambda: run[MLP].save(disk / "capture.safetensors"),
-            lambda: session.save_modules(disk / "modules.safetensors"),
-            lambda: session.save_hooks(disk / "hooks.json"),
+            lambda: session.modules.save(disk / "modules.safetensors"),
+            lambda: session.hooks.save(disk / "hooks.json"),
         ]
         bench.mark()
         for write in writers:
@@ -456,23 +456,23 @@ def disk_full(bench: Bench) -> None:
                 raise AssertionError("it was written to a full disk")
         half = [p.name for p in disk.iterdir() if p.name != "filler"]
         assert not half, half
-    session.remove_module("probe")
+    del session.modules["probe"]
     raise told
 
 
 def half_written(bench: Bench) -> None:
     """Files that end in their middle are refused, and change nothing."""
     session = bench.session
-    session.add_module("probe", torch.nn.Linear(64, 64))
+    session.modules["probe"] = torch.nn.Linear(64, 64)
     with tempfile.TemporaryDirectory() as folder:
-        modules = session.save_modules(Path(folder) / "modules.safetensors")
-        hooks = session.save_hooks(Path(folder) / "hooks.json")
+        modules = session.modules.save(Path(folder) / "modules.safetensors")
+        hooks = session.hooks.save(Path(folder) / "hooks.json")
         for file in (modules, hooks):
             os.truncate(file, file.stat().st_size // 2)
         bench.mark()
         for read, path, kind in (
-            (session.load_modules, modules, errors.LoadError),
-            (session.load_hooks, hooks, errors.HookError),
+            (session.modules.load, modules, errors.LoadError),
+            (session.hooks.load, hooks, errors.HookError),
         ):
             try:
                 read(path)
@@ -480,7 +480,7 @@ def half_written(bench: Bench) -> None:
                 told = error
             else:
                 raise AssertionError(f"half of {path.name} was read")
-    session.remove_module("probe")
+    del session.modules["probe"]
     raise told
 
 
@@ -526,7 +526,7 @@ session.load(sys.argv[1], tp=2)
 session.hook("model.layers.*.mlp")
 run = session.run([[1, 2, 3]])
 norm = float(run["model.layers.1.mlp"].norm())
-print(session.cluster.cluster_id, session.store.folder, norm, flush=True)
+print(session.engines.cluster_id, session.store.folder, norm, flush=True)
 time.sleep(1000)
 """
 
@@ -631,7 +631,7 @@ def stop_with_stuck_engines(folder: Path) -> Outcome:
     session = fk.start(2)
     processes = [process for process in family() if process.pid not in others]
     try:
-        session.timeout_s = TIMEOUT_S
+        session.engines.timeout_s = TIMEOUT_S
         session.load(folder, tp=2)
         slabs = str(session.store.folder)
         session.on_ranks(on_engines.act_at, MLP, 0, never_returns)

@@ -81,7 +81,7 @@ class Watched:
 
     def __init__(self, client: Any):
         told = execute(
-            client, "import os; (os.getpid(), flex.cluster.pids, str(flex.store.folder))"
+            client, "import os; (os.getpid(), flex.engines.pids, str(flex.store.folder))"
         )["text/plain"]
         driver, engines, folder = eval(told)
         self.folder = Path(folder)

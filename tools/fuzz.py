@@ -101,11 +101,11 @@ def a_glob(world: World, parts: list[str]) -> None:
     """It names something or is refused, at once."""
     glob, begin = ".".join(parts), time.monotonic()
     try:
-        found = select(glob, world.session.info.names)
+        found = select(glob, world.session.loaded.info.names)
         assert found and all(match(glob, name) for name in found)
     except HookError as error:
         assert "no module matches" in str(error)
-    nearest(glob, world.session.info.names)
+    nearest(glob, world.session.loaded.info.names)
     assert time.monotonic() - begin < 5
 
 
@@ -279,12 +279,12 @@ HOOKS = st.fixed_dictionaries(
 def a_hook_file(world: World, content: Any) -> None:
     path = world.folder / "hooks.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    before = world.session.hook_set
+    before = world.session.hooks.hook_set
     try:
-        world.session.load_hooks(path)
+        world.session.hooks.load(path)
         world.session.unhook()
     except FlexError:
-        assert world.session.hook_set == before
+        assert world.session.hooks.hook_set == before
 
 
 CLUSTERS = st.fixed_dictionaries(
@@ -437,7 +437,7 @@ def a_line(world: World, magic: tuple[str, list[str]], cell: str | None) -> None
         line = line.replace(str(world.folder), "")  # not the model that is there: that would work
     shell, session, before = world.shell, world.session, list(world.session.runs)
     completer = shell.magics_manager.registry["FlexMagics"]
-    session.timeout_s = 60.0
+    session.engines.timeout_s = 60.0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             if cell is not None and name in magics.FlexMagics.magics["cell"]:
@@ -448,7 +448,7 @@ def a_line(world: World, magic: tuple[str, list[str]], cell: str | None) -> None
             assert str(error)
         offers = completer._completions(getattr(completer, name), line)[1]
         assert all(isinstance(text, str) for text in offers)
-    assert session.info is not None
+    assert session.has_model
     for run in session.runs:
         if run not in before:
             run.free()

@@ -67,7 +67,8 @@ def compare(
     """One run of everything against the reference of the same batch; the findings go into the
     row."""
     batch = models.ids_and_mask(
-        lengths, vocab=session.info.vocab_size if session.info.vocab_size < 300 else 40000
+        lengths,
+        vocab=session.loaded.info.vocab_size if session.loaded.info.vocab_size < 300 else 40000,
     )
     rows = [
         r[m.bool()].tolist()

@@ -46,7 +46,7 @@ class Cluster:
         self.broken = False  # the groups were broken and could not be made anew: a rank is missing
         self.replacing = False
         self.reader = False  # another notebook has the engines, this session only looks
-        self.revive: Callable[[], Any] | None = None  # brings dead ranks back before the next call
+        self.auto_restart = False  # the session replaces dead engines before its next call
         self.closed = False
         self.poll: Callable[[], None] | None = None  # called again and again while ranks work
 
@@ -97,11 +97,8 @@ class Cluster:
                 "this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)"
             )
         self.may(method)
-        if ranks is None and not self.replacing:
-            if self.revive is not None and not all(self.answering()):
-                self.revive()
-            if self.broken:
-                self._mend(())
+        if ranks is None and self.broken and not self.replacing:
+            self._mend(())
         ranks = list(range(self.size)) if ranks is None else list(ranks)
         answers = self._exchange(method, each or [args] * len(ranks), ranks, progress)
         reports = [a for a in answers if isinstance(a, ErrorReport)]

@@ -350,7 +350,8 @@ class IPyParallel(Cluster):
         late = [rank for rank, call in calls.items() if not call.done()]
         if late:
             raise ClusterError(
-                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.timeout_s): {self.owner_text()} "
+                f"rank {late[0]} did not answer within {self.timeout_s:g} s (session.engines.timeout_s): "
+                f"{self.owner_text()} "
                 "and may have it run something; try again"
             )
         return [self._answer(calls[rank], rank) for rank in ranks]
@@ -589,7 +590,9 @@ class IPyParallel(Cluster):
         module = self.last_module(rank)
         said += f", last in {module}" if module else ""
         said += ". It comes back, with its part of the model only, "
-        said += "with the next call" if self.revive else f"by %flex_cluster restart --rank {rank}"
+        said += (
+            "with the next call" if self.auto_restart else f"by %flex_cluster restart --rank {rank}"
+        )
         lines = (vitals or EngineProcess(self.pids[rank], self._jobs.get(rank))).log()
         return "\n".join([said, *(["its log ends:"] if lines else []), *lines])
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,10 @@ from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.plan import Entry, Rows, row_dims
 from flexkernel.names import nearest
 from flexkernel.session.capture import Capture
-from flexkernel.session.hooks import spec_of
+from flexkernel.session.progress import Progress, reporting
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
+from flexkernel.session.spec import spec_of
 from flexkernel.views.table import Table, page
 from flexkernel.wire import HookSpec
 
@@ -40,7 +41,6 @@ __all__ = ["Dataset", "collect", "open_dataset"]
 SCHEMA = 1
 GROUP = "(collect)"  # of the hooks that are there for the collection only
 FLUSH_S = 1.0  # an index is written no more often: of a killed collection so much is done again
-Progress = Callable[[str, int, int], None]
 
 
 def open_dataset(path: str | os.PathLike[str]) -> Dataset:
@@ -192,34 +192,41 @@ class Dataset:
 def collect(
     session: Session,
     prompts: Iterable[Any],
-    hooks: str | Sequence[str] | None,
-    path: str | os.PathLike[str],
-    batch_size: int,
-    chat: bool,
-    options: dict[str, Any],
-    told: Progress,
+    hooks: str | Sequence[str] | None = None,
+    path: str | os.PathLike[str] = "dataset",
+    *,
+    at: str | None = None,
+    positions: Sequence[int] | int | None = None,
+    reduce: str | None = None,
+    batch_size: int = 16,
+    chat: bool = False,
+    progress: Progress | None = None,
 ) -> Dataset:
-    """As session.collect() says."""
-    specs = specs_of(session, hooks, options)
+    """The activations of many prompts, into a folder; see Session.collect."""
+    specs = specs_of(session, hooks, {"at": at, "positions": positions, "reduce": reduce})
     groups = (GROUP,) if specs else ()
-    active = specs or session.hook_set.active()
+    active = specs or session.hooks.active()
     check(session, active)
     if batch_size < 1:
-        raise HookError(f"batch_size={batch_size} is none: how many prompts are run at a time")
+        raise HookError(f"batch_size={batch_size}: give 1 or more prompts per batch")
     total = len(prompts) if isinstance(prompts, Sized) else 0
     writer = Writer(Path(path), header(session, active, batch_size), total)
-    with session.also(specs), writer, contextlib.suppress(KeyboardInterrupt):
+    with (
+        reporting(session.bar, progress, "collect", "prompt") as report,
+        session.hooked(*specs),
+        writer,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         for rows in batched(prompts, batch_size):
-            batch = session._batch(rows, chat)
+            batch = session.batch(rows, chat)
             if not writer.has(batch):
                 run = session.run(batch, groups=groups)
                 try:
                     writer.add(session, run)
                 finally:
                     run.free()
-            told(
-                f"collecting ({writer.speed():,.0f} tokens/s)", writer.done, max(total, writer.done)
-            )
+            speed = f"collecting ({writer.speed():,.0f} tokens/s)"
+            report(speed, writer.done, max(total, writer.done))
         writer.index["complete"] = True
     return Dataset(path)
 
@@ -249,9 +256,14 @@ def specs_of(
     for glob in (hooks,) if isinstance(hooks, str) else hooks:
         at = options["at"] or "output"
         spec = spec_of(
-            glob, at, None, GROUP, options["positions"], f"{GROUP} {glob}", reduce=options["reduce"]
+            glob,
+            at,
+            groups=GROUP,
+            positions=options["positions"],
+            name=f"{GROUP} {glob}",
+            reduce=options["reduce"],
         )
-        session._checked(session._loaded(), spec, session.edits)
+        session.hooks.check(spec)
         found.append(spec)
     return found
 
@@ -259,7 +271,9 @@ def specs_of(
 def check(session: Session, hooks: Sequence[HookSpec]) -> None:
     """HookError: nothing would be kept, or something that cannot be told by prompts."""
     entries = [
-        entry for entry in session.planner.plan(hooks, 2, 3).entries if entry.hook.name != "logits"
+        entry
+        for entry in session.loaded.planner.plan(hooks, 2, 3).entries
+        if entry.hook.name != "logits"
     ]
     if not entries:
         raise HookError(
@@ -271,7 +285,7 @@ def check(session: Session, hooks: Sequence[HookSpec]) -> None:
 
 def header(session: Session, hooks: Sequence[HookSpec], batch_size: int) -> dict[str, Any]:
     """What has to be the same for a collection to go on."""
-    info = session._loaded()
+    info = session.loaded.info
     return {
         "flexkernel dataset": SCHEMA,
         "model": f"{info.cls} from {info.path}",
@@ -368,13 +382,13 @@ class Writer:
         names = {
             i: capture.name for (i, entry), capture in entries.items() if by_ranks(capture, entry)
         }
-        paths = [f"{file}-{rank}.safetensors" for rank in range(session.cluster.size)]
+        paths = [f"{file}-{rank}.safetensors" for rank in range(session.engines.size)]
         each = [(run.number, str(self.path / path), names) for path in paths]
-        answers = session.cluster.call("dataset.write", each=each) if names else [{}] * len(paths)
+        answers = session.call("dataset.write", each=each) if names else [{}] * len(paths)
         found = {path: boxes for path, boxes in zip(paths, answers, strict=True) if boxes}
         for rank, path in enumerate(paths):
             if path in found and not (self.path / path).exists():
-                host = session.cluster.hosts[rank]
+                host = session.engines.hosts[rank]
                 raise CaptureError(
                     f"rank {rank} on {host} has written {self.path / path}, and it is not there: a dataset needs a "
                     "folder that all hosts share"
@@ -401,8 +415,8 @@ class Writer:
 def planned(session: Session, run: Run) -> dict[tuple[int, Entry], Capture]:
     """(index in the plan, entry) → its capture, each value once. CaptureError: one has no planned
     place."""
-    where = session.planner.plan(
-        session.hook_set.active(run.plan.groups), len(run.plan.ids), len(run.plan.ids[0])
+    where = session.loaded.planner.plan(
+        session.hooks.hook_set.active(run.plan.groups), len(run.plan.ids), len(run.plan.ids[0])
     )
     by_name: dict[str, tuple[tuple[int, Entry], Capture]] = {}
     for i, entry in enumerate(where.entries):

@@ -15,6 +15,7 @@ from flexkernel.wire import Layout, ModelInfo, ModuleInfo
 
 if TYPE_CHECKING:
     from flexkernel.session.run import Store
+    from flexkernel.session.session import Session
 
 __all__ = ["Preview", "preview"]
 
@@ -105,22 +106,30 @@ class Preview:
 
 
 def preview(
-    cluster: Any,
-    store: Store,
-    info: ModelInfo,
-    where: Plan,
-    size: tuple[int, int, int],
+    session: Session,
+    prompts_or_ids: Any,
+    groups: Sequence[str] | str = (),
+    complement: bool = False,
+    chat: bool = False,
+    max_new_tokens: int = 0,
+    loss: bool = False,
     bandwidth: float | None = None,
 ) -> Preview:
-    """The preview of a planned run of (B, S, new tokens). It asks every engine for what is free on
+    """What a run of this would keep; see Session.preview. It asks every engine for what is free on
     its host."""
-    free = dict(zip(store.hosts, cluster.call("memory.free"), strict=True))
+    batch = session.batch(prompts_or_ids, chat)
+    where = session.plan(batch, groups, complement, max_new_tokens, loss)
+    store = session.store
+    info = session.loaded.info
+    free = dict(zip(store.hosts, session.call("memory.free"), strict=True))
     held = store.held()
     return Preview(
-        *size,
+        len(batch.ids),
+        len(batch.ids[0]),
+        max_new_tokens,
         where.by_hook(),
         where.num_bytes,
-        by_rank(info, where.entries, size[0]),
+        by_rank(info, where.entries, len(batch.ids)),
         free,
         store.budget,
         max(store.budget - held, 0),

@@ -13,6 +13,7 @@ import torch
 from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.plan import Planner
 from flexkernel.session.capture import Capture, draw
+from flexkernel.session.progress import Progress, reporting
 from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
 from flexkernel.views.table import Cell, Table, page
@@ -20,11 +21,29 @@ from flexkernel.views.table import Cell, Table, page
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
 
-__all__ = ["Sweep", "modules_of"]
+__all__ = ["Sweep", "modules_of", "sweep"]
 
 NAME = "(sweep)"  # of the hook that a cell has
 SHOWN = 40  # modules and positions in a table
-Progress = Callable[[str, int, int], None]
+
+
+def sweep(
+    session: Session,
+    prompt: Any,
+    modules: str | Sequence[str],
+    positions: Sequence[int] | None = None,
+    *,
+    metric: Callable[[Run], Any],
+    edit: str,
+    value: Any = None,
+    at: str = "output",
+    progress: Progress | None = None,
+) -> Sweep:
+    """One number for each module and each position; see Session.sweep."""
+    batch = session.batch(prompt)
+    names = modules_of(session.loaded.planner, modules, at)
+    options = {"edit": edit, "at": at}
+    return Sweep(session, batch, names, positions, metric, options, value).resume(progress)
 
 
 class Sweep:
@@ -44,7 +63,9 @@ class Sweep:
         options: dict[str, Any],
         value: Any = None,
     ):
-        self._session, self._info, self._batch = session, session.info, batch
+        self._session = session
+        self._loaded = session.loaded
+        self._batch = batch
         self._metric, self._options, self._value = metric, options, value
         self.modules = tuple(modules)
         S = len(batch.ids[0])
@@ -69,10 +90,10 @@ class Sweep:
         """Do what is left. Ctrl-C ends it with what there is so far. Your own hooks stay as they
         are, and fire too."""
         session = self._session
-        if session.info is not self._info:
+        if session.loaded is not self._loaded:
             raise HookError("another model has been loaded since this sweep began: sweep again")
         with (
-            session._telling(progress, "sweep", "cell") as told,
+            reporting(session.bar, progress, "sweep", "cell") as told,
             self._held(),
             contextlib.suppress(KeyboardInterrupt),
         ):
@@ -86,22 +107,12 @@ class Sweep:
         return self
 
     def _cell(self, module: str, position: int) -> float:
-        session, before = self._session, self._session.hook_set
         value = self._value
         if isinstance(value, Run):
             value = value[module, self._options["at"]]
-        try:
-            session.hook(
-                module,
-                positions=[position],
-                value=value,
-                capture="none",
-                name=NAME,
-                **self._options,
-            )
+        options = {"positions": [position], "value": value, "capture": "none", "name": NAME}
+        with self._session.hooked(module, **options, **self._options):
             return self._measure()
-        finally:
-            session._set_hooks(before)
 
     def _measure(self) -> float:
         run = self._session.run(self._batch)

@@ -24,8 +24,8 @@ from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
 from flexkernel.names import display_name
-from flexkernel.session import parameters
 from flexkernel.session.capture import Capture
+from flexkernel.session.progress import Progress, reporting
 from flexkernel.session.run import Run, Store
 from flexkernel.views.table import Table
 from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, ShardRecord, Unsharded
@@ -43,7 +43,6 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
 # model
 BEYOND = 4.0
 SHOWN = 12  # rows of the table in a repr
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,21 +208,32 @@ def verify(
     prompt: Any = None,
     hooks: str | Sequence[str] | None = None,
     stream: bool | None = None,
-    told: Progress = lambda *_: None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare the loaded model with the unsharded one; see Session.verify."""
-    info, store = session._loaded(), session.store
-    assert store is not None
+    with reporting(session.bar, progress, "verify", "value") as report:
+        return verified(session, prompt, hooks, stream, report)
+
+
+def verified(
+    session: Session,
+    prompt: Any,
+    hooks: str | Sequence[str] | None,
+    stream: bool | None,
+    told: Progress,
+) -> Verification:
+    info = session.loaded.info
+    store = session.store
     if not info.scan:
         raise LoadError(
             f"{info.path} was loaded without reference=, which builds what it is verified against"
         )
-    specs = specs_of(info, session.planner.targets, hooks)
-    with session.also(specs):
+    specs = specs_of(info, session.loaded.planner.targets, hooks)
+    with session.hooked(*specs):
         run = ran(session, prompt, told)
     try:
         batch = run.plan
-        where = session.planner.plan(specs, len(batch.ids), len(batch.ids[0]))
+        where = session.loaded.planner.plan(specs, len(batch.ids), len(batch.ids[0]))
         told("running the unsharded model", 0, len(where.entries))
         with store.room(where.num_bytes, "verifying") as extent:
             region = Region(extent.slab, extent.base, (), info.dtype)
@@ -236,7 +246,7 @@ def verify(
                 extent.slab_bytes,
                 stream,
             )
-            said: Unsharded = session.cluster.call(
+            said: Unsharded = session.call(
                 "verify.unsharded", *asked, some_parameters(info), ranks=[0]
             )[0]
             truth = {entry.key: truth_of(where, entry, extent, store) for entry in where.entries}
@@ -260,7 +270,7 @@ def ran(session: Session, prompt: Any, told: Progress) -> Run:
     told("running the sharded model", 0, 1)
     if prompt is not None:
         return session.run(prompt, groups=GROUP)
-    rows = sample(session._loaded())
+    rows = sample(session.loaded.info)
     try:
         return session.run(rows, groups=GROUP)
     except PromptError:
@@ -376,7 +386,7 @@ def others(session: Session, samples: dict[str, list[float]]) -> bool:
     same = []
     for name, numbers in samples.items():
         with contextlib.suppress(PlacementError, HookError):  # it cannot be read: it says nothing
-            whole = parameters.read(session.cluster, session.store, session._loaded(), name)
+            whole = session.parameter(name)
             flat = whole.tensor().flatten()
             mine = flat[:: max(1, flat.numel() // 64)].float()
             same.append(torch.allclose(mine, torch.tensor(numbers), rtol=1e-2, atol=1e-6))

@@ -121,13 +121,13 @@ class Completion:
 
     def _module_names(self) -> list[str]:
         session = self.current.find()
-        return session.info.names if session is not None and session.info is not None else []
+        return session.loaded.info.names if session is not None and session.has_model else []
 
     def _parameters(self, typed: str) -> Iterator[str]:
         session = self.current.find()
-        if session is None or session.info is None:
+        if session is None or not session.has_model:
             return iter(())
-        return (name for name in children(session.info.parameters, typed) if "*" not in name)
+        return (name for name in children(session.loaded.info.parameters, typed) if "*" not in name)
 
     # --- in Python
 
@@ -139,8 +139,8 @@ class Completion:
         of = type(value).__name__
         if of == "Run" and method is None:
             return typed, list(children([capture.key.module for capture in value], typed))
-        if of == "Session" and method in TAKE_MODULES and value.info is not None:
-            return typed, list(children(value.info.names, typed))
+        if of == "Session" and method in TAKE_MODULES and value.has_model:
+            return typed, list(children(value.loaded.info.names, typed))
         if of == "Session" and method == "parameter":
             return typed, list(self._parameters(typed))
         return "", None
@@ -151,7 +151,7 @@ def presets(session: Any) -> list[str]:
     from flexkernel.session.edits import PRESETS
 
     names = [name if takes == "nothing" else f"{name}:" for name, takes in PRESETS.items()]
-    return [*names, *session.edits]
+    return [*names, *session.hooks.edits]
 
 
 def captured(session: Any) -> list[str]:
@@ -162,9 +162,9 @@ def captured(session: Any) -> list[str]:
 
 # Argument → the values that it can have in a session.
 OF_SESSION: dict[str, Callable[[Any], Iterable[Any]]] = {
-    "groups": lambda session: session.hook_set.groups,
-    "group": lambda session: session.hook_set.groups,
-    "hook": lambda session: [hook.key for hook in session.hook_set.hooks],
+    "groups": lambda session: session.hooks.hook_set.groups,
+    "group": lambda session: session.hooks.hook_set.groups,
+    "hook": lambda session: [hook.key for hook in session.hooks],
     "run": lambda session: [run.number for run in session.runs],
     "name": captured,
     "edit": presets,

@@ -70,7 +70,7 @@ class CurrentSession:
         return None
 
     def _is_open(self, session: Session) -> bool:
-        return session not in self._ended and not getattr(session, "closed", False)
+        return session not in self._ended and not session.engines.closed
 
     def use(self, session: Session) -> Session:
         """Make this the current session, and end the one before it."""
@@ -136,7 +136,7 @@ class CurrentSession:
 
             session = attach(profile, cluster_id, take, read_only)
         before = self.session
-        if before is not None and before.cluster.owned and same_engines(before, session):
+        if before is not None and before.engines.owned and same_engines(before, session):
             # These engines end with the session that started them, so that one stays.
             session.close()
             return before
@@ -154,7 +154,7 @@ class CurrentSession:
     def restart(self, rank: int | None = None) -> Session:
         """Replace one rank's engine, or end all engines and start as many."""
         session = self.get()
-        cluster = session.cluster
+        cluster = session.engines
         if rank is not None:
             with self.bar(f"rank {rank}", stage="restarting"):
                 session.restart(rank)
@@ -172,8 +172,8 @@ class CurrentSession:
     def stop(self) -> None:
         session = self.get()
         self.session = None
-        self._end(session, end=session.cluster.owned or getattr(session.cluster, "kept", False))
+        self._end(session, end=session.engines.owned or getattr(session.engines, "kept", False))
 
 
 def same_engines(a: Session, b: Session) -> bool:
-    return getattr(a.cluster, "pids", None) == getattr(b.cluster, "pids", ())
+    return getattr(a.engines, "pids", None) == getattr(b.engines, "pids", ())

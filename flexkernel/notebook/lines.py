@@ -13,7 +13,7 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.inputtransformer2 import HelpEnd, MagicAssign
 
-from flexkernel.session.hookfile import compiled
+from flexkernel.session.source import compiled
 
 # --- code in a cell or an argument ------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from IPython.core.magic import (
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from flexkernel.errors import CaptureError
-from flexkernel.session.hooks import AT
+from flexkernel.wire import AT
 
 from .completion import Completion
 from .current import CurrentSession
@@ -192,7 +192,7 @@ class FlexMagics(Magics):
     )
     @twin(
         "`session.load(path, tp=, pp=, dp=, fsdp=, dtype=, device=, attn=)`, "
-        "`session.timeout_s = S`"
+        "`session.engines.timeout_s = S`"
     )
     @line_magic
     def flex_load(self, line: str) -> ModelInfo:
@@ -204,10 +204,10 @@ class FlexMagics(Magics):
         args = parse(self.flex_load, line)
         session = self.current.get()
         if args.timeout is not None:
-            session.timeout_s = args.timeout
+            session.engines.timeout_s = args.timeout
         options = options_given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
         name = args.path.rstrip("/").rpartition("/")[2]
-        with self.current.bar(name, session.cluster.size, stays=True) as progress:
+        with self.current.bar(name, session.engines.size, stays=True) as progress:
             return session.load(args.path, progress=progress, **options)
 
     @magic_arguments()
@@ -381,12 +381,12 @@ class FlexMagics(Magics):
         metavar="GLOB",
         help="add, remove: a hook's name, or a glob over the hooks' globs",
     )
-    @twin("`session.group(action, group, glob)`")
+    @twin("`session.hooks.group(action, group, glob)`")
     @line_magic
     def flex_group(self, line: str) -> dict[str, list[str]]:
         """Switch a group of hooks on or off, add or remove hooks, or list the groups."""
         args = parse(self.flex_group, line)
-        return self.current.get().group(args.action, args.group, " ".join(args.hook) or None)
+        return self.current.get().hooks.group(args.action, args.group, " ".join(args.hook) or None)
 
     # --- runs ---------------------------------------------------------------------------------
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from flexkernel.errors import HookError
-from flexkernel.names import nearest
-from flexkernel.wire import Blob, EditSpec, HookSpec, SlabValue
+from flexkernel.wire import Blob, EditSpec
 
 from .capture import Capture
 
-__all__ = ["PER", "PRESETS", "Held", "check", "defined", "value_of"]
+__all__ = ["PER", "PRESETS", "Edit", "Pins", "defined", "value_of"]
+
+Edit = Callable[[torch.Tensor, Any], torch.Tensor]  # (x, ctx) → x, changed
 
 PER = ("whole", "row", "element")
-CAPTURES = ("after", "before", "both", "none")
 # preset → what it takes: nothing, a number, a tensor (or a number), two numbers, or a capture
 PRESETS = {
     "zero": "nothing",
@@ -41,49 +41,11 @@ def defined(
     if name in PRESETS:
         raise HookError(f"{name!r} is a preset; give your edit another name")
     if per not in PER:
-        raise HookError(f"per={per!r} is not there; an edit is per {', '.join(PER)}")
+        raise HookError(f"per={per!r} is not one of {', '.join(PER)}")
     return EditSpec(name, per, packed(function))
 
 
-def check(spec: HookSpec, known: Any) -> None:
-    """HookError unless the hook's edit is there and everything about it goes together."""
-    if spec.capture not in CAPTURES:
-        raise HookError(f"capture={spec.capture!r} is not there; it is {', '.join(CAPTURES)}")
-    if spec.edit is None:
-        for what in ("value", "heads", "neurons"):
-            if getattr(spec, what) is not None:
-                raise HookError(f"{what}= belongs to an edit, and {spec.key!r} has none: edit=")
-        if spec.capture != "after":
-            raise HookError(
-                f"capture={spec.capture!r} belongs to an edit, and {spec.key!r} has none: edit="
-            )
-        return
-    if spec.edit not in PRESETS and spec.edit not in known:
-        there = [*PRESETS, *known]
-        raise HookError(
-            f"no edit is called {spec.edit!r}; nearest: {', '.join(nearest(spec.edit, there)) or 'none'}; "
-            f"there are {', '.join(there)}"
-        )
-    _check_value(spec)
-
-
-def _check_value(spec: HookSpec) -> None:
-    assert spec.edit is not None
-    wants = PRESETS.get(spec.edit, "nothing")
-    value = spec.value
-    fits = {
-        "nothing": value is None,
-        "number": isinstance(value, float),
-        "tensor": isinstance(value, float | Blob)
-        and not (spec.edit == "project_out" and isinstance(value, float)),
-        "two numbers": isinstance(value, tuple) and len(value) == 2,
-        "capture": isinstance(value, SlabValue | Blob),
-    }
-    if not fits[wants]:
-        raise HookError(f"edit {spec.edit!r} takes {wants}, not {type(value).__name__}: value=")
-
-
-class Held:
+class Pins:
     """Captures that edits patch in: their memory is not used again while a hook needs it."""
 
     def __init__(self) -> None:

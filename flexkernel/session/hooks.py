@@ -1,282 +1,324 @@
-"""The driver's view of the hooks: what registering one returns, the table of all, and what groups
-do to them."""
+"""The hooks of a session: the book that keeps them and their edits, what hooking returns, the table
+of all."""
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from flexkernel.errors import HookError
-from flexkernel.names import display_name, match, nearest
+from flexkernel.cluster.interrupts import SignalMask
+from flexkernel.cluster.packing import pack
+from flexkernel.errors import EngineDied, HookError, LoadError
+from flexkernel.names import display_name
 from flexkernel.views.table import Table
-from flexkernel.wire import REDUCTIONS, HookSet, HookSpec, Reduction
+from flexkernel.wire import EditSpec, HookSet, HookSpec
 
-__all__ = ["AT", "Hooked", "Hooks", "reduction", "regrouped", "spec_of"]
+from . import hookfile
+from .edits import PRESETS, Edit, Pins, defined, value_of
+from .groups import check_groups, regrouped, selected
+from .model import NONE_LOADED, Loaded
+from .spec import check, spec_of
 
-AT = ("output", "input", "grad_output", "grad_input", "param_grad")
+__all__ = ["Hook", "HookBook", "HookTable"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Hooked:
-    """A hook as registered: where it is, and which of its modules never fire in a forward."""
+@dataclass(frozen=True)
+class Hook:
+    """A hook as registered: the names it is on, and which of these never fire in a forward."""
 
     spec: HookSpec
     modules: tuple[str, ...]
     silent: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        text = (
-            f"Hook {self.spec.key!r} on {len(self.modules)} module{'s' * (len(self.modules) != 1)}"
-        )
-        text += f": {some(self.modules)}"
+        count = len(self.modules)
+        parts = [
+            f"Hook {self.spec.key!r} on {count} module{'s' * (count != 1)}: {some(self.modules)}"
+        ]
         if self.spec.groups:
-            text += f"; groups {', '.join(self.spec.groups)}"
+            parts.append(f"groups {', '.join(self.spec.groups)}")
         if self.silent:
-            text += f"; {len(self.silent)} of them never fire in a forward: {some(self.silent)}"
-        return text
+            silent = f"{len(self.silent)} of them never fire in a forward: {some(self.silent)}"
+            parts.append(silent)
+        return "; ".join(parts)
 
 
-def spec_of(
-    glob: str,
-    at: str,
-    index: str | int | None,
-    groups: Sequence[str] | str,
-    positions: Sequence[int] | int | None,
-    name: str,
-    edit: str | None = None,
-    value: Any = None,
-    heads: Sequence[int] | int | None = None,
-    neurons: Sequence[int] | int | None = None,
-    capture: str = "after",
-    reduce: str | None = None,
-) -> HookSpec:
-    """A hook as a user asks for it; value is plain data already. HookError: what no model could
-    have."""
-    check_place(glob, at, name)
-    if reduce == "last":
-        if positions is not None:
+class HookBook:
+    """The hooks and edits of a session. Iterates over its hooks; draws itself as their table.
+
+    call: calls a method on every engine. hook_set: the hooks and the groups that are off. edits:
+    name → the user's edit. sent: every engine has these hooks.
+
+    A change while a rank is dead is kept here; send() sends it once the rank is back."""
+
+    def __init__(self, call: Callable[..., list[Any]]):
+        self.hook_set = HookSet()
+        self.edits: dict[str, EditSpec] = {}
+        self.sent = True
+        self._call = call
+        self._loaded: Loaded | None = None
+        self._pins = Pins()
+        self._late: dict[str, EditSpec] = {}  # edits that some engine has not got
+        self._functions: dict[str, Edit] = {}  # of the edits that were defined by name
+
+    # --- a model comes and goes -------------------------------------------------------
+
+    def begin(self, loaded: Loaded) -> None:
+        """Hook this model from here on; there are no hooks yet."""
+        self.end()
+        self._loaded = loaded
+
+    def adopt(self, hook_set: HookSet, edits: dict[str, EditSpec]) -> None:
+        """Take over what the engines have."""
+        self.hook_set = hook_set
+        self.edits = dict(edits)
+
+    def end(self) -> None:
+        """Forget the model and its hooks. The edits stay."""
+        self._loaded = None
+        self.hook_set = HookSet()
+        self.sent = True
+        self._pins.keep([])
+
+    def _model(self) -> Loaded:
+        if self._loaded is None:
+            raise LoadError(NONE_LOADED)
+        return self._loaded
+
+    # --- hooks ------------------------------------------------------------------------
+
+    def hook(
+        self,
+        glob: str,
+        edit: str | Edit | None,
+        value: Any,
+        near: bool,
+        options: dict[str, Any],
+    ) -> Hook:
+        """Register a hook, in place of one of its key. options: of spec_of().
+
+        near: every engine is on this host, where captures lie. HookError: the model has no place
+        for it."""
+        self._model()
+        name, new = self._edit_of(edit, glob)
+        spec = spec_of(glob, edit=name, value=value_of(value, near), **options)
+        registered = self._checked(spec, self.edits if new is None else [*self.edits, new.name])
+        if new is not None:
+            self._define(new)
+        self._pins.take(spec.key, value)
+        self._become(self.hook_set.put(spec))
+        return registered
+
+    def put(self, specs: Sequence[HookSpec]) -> list[Hook]:
+        """Register hooks that are made already, in one call to the engines."""
+        hooks = [self._checked(spec, self.edits) for spec in specs]
+        hook_set = self.hook_set
+        for spec in specs:
+            hook_set = hook_set.put(spec)
+        self._become(hook_set)
+        return hooks
+
+    def check(self, spec: HookSpec) -> None:
+        """HookError unless the loaded model has a place for this hook."""
+        check(spec, self._model().planner, self.edits)
+
+    def _checked(self, spec: HookSpec, edits: Collection[str]) -> Hook:
+        loaded = self._model()
+        names, firing = check(spec, loaded.planner, edits)
+        silent = [name for name in names if name not in firing] if loaded.info.scan else []
+        return Hook(spec, tuple(names), tuple(silent))
+
+    def remove(self, glob_or_name: str | None = None) -> list[str]:
+        """Remove hooks, by name or by the glob they were given; all if none is named. Returns
+        their keys."""
+        self._model()
+        keys = selected(self.hook_set, glob_or_name)
+        self._become(self.hook_set.without(keys))
+        return keys
+
+    @contextlib.contextmanager
+    def restored(self, change: Callable[[], Any]) -> Iterator[Any]:
+        """Make a change for the block. After it the hooks are what they were."""
+        loaded = self._loaded
+        before = self.hook_set
+        try:
+            yield change()
+        finally:
+            if self._loaded is loaded:  # else they went with their model
+                self._become(before)
+
+    def group(self, action: str, group: str = "", glob: str | None = None) -> dict[str, list[str]]:
+        """ "on" or "off" switches a group; "add" or "remove" puts the hooks of a glob into it or
+        takes them out; "list" changes nothing. Returns group → keys of its hooks."""
+        self._model()
+        self._become(regrouped(self.hook_set, action, group, glob))
+        return self.hook_set.groups
+
+    def active(self, groups: Sequence[str] | str = (), complement: bool = False) -> list[HookSpec]:
+        """The hooks that a run of these groups fires. HookError: there is no such group."""
+        names = (groups,) if isinstance(groups, str) else tuple(groups)
+        check_groups(self.hook_set, names)
+        return self.hook_set.active(names, complement)
+
+    # --- edits ------------------------------------------------------------------------
+
+    def defining(self, name: str, per: str) -> Callable[[Edit], Edit]:
+        """A decorator that defines an edit of that name."""
+
+        def define(function: Edit) -> Edit:
+            self._define(defined(name, per, function, pack))
+            self._functions[name] = function
+            return function
+
+        return define
+
+    def _edit_of(self, edit: str | Edit | None, glob: str) -> tuple[str | None, EditSpec | None]:
+        """(the name of an edit, the EditSpec that has to be defined first: of a function that is
+        new). HookError: it is neither a name nor a function."""
+        if edit is None or isinstance(edit, str):
+            return edit, None
+        if not callable(edit):
             raise HookError(
-                f"reduce='last' keeps the last position, and positions={positions!r} others: say one"
+                f"edit={edit!r} is not an edit: give a preset, the name of one of yours, or a "
+                "function (x, ctx)"
             )
-        positions, reduce = -1, None
-    spec = HookSpec(
-        glob=glob,
-        at=at,
-        index=None if index is None else str(index),
-        name=name,
-        groups=(groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups)),
-        positions=indices(positions, "positions"),
-        edit=edit,
-        value=value,
-        heads=indices(heads, "heads"),
-        neurons=indices(neurons, "neurons"),
-        capture=capture,
-        reduce=None if reduce is None else reduction(reduce),
-    )
-    check_parts(spec)
-    return spec
+        for name, function in self._functions.items():
+            if function is edit:
+                return name, None
+        code = pack(edit)
+        for name in names_for(edit):
+            users = [hook for hook in self.hook_set.hooks if hook.edit == name]
+            same = name in self.edits and self.edits[name].code == code
+            if same or (name not in self._functions and all(hook.glob == glob for hook in users)):
+                break
+        return name, defined(name, "whole", edit, pack)
+
+    def _define(self, edit: EditSpec) -> None:
+        try:
+            self._call("define", edit)
+        except EngineDied:
+            self._late[edit.name] = edit
+        self.edits[edit.name] = edit
+
+    def saved(self, name: str) -> dict[str, Any]:
+        """What the edit of that name has put into ctx.save, from the ranks where it ran."""
+        by_rank = self._call("saved_by", name)
+        return {key: value for saved in by_rank for key, value in saved.items()}
+
+    # --- a file -----------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the hooks, their groups and which are off, and your edits to a JSON file.
+        HookError: a hook patches in a capture, which no file can hold; nothing is written."""
+        return hookfile.write(path, self.hook_set, self.edits)
+
+    def load(self, path: str | os.PathLike[str]) -> HookBook:
+        """Have the hooks that a file holds instead of these; its edits beside these.
+
+        The file's edits are code that runs on your engines: load only files you trust. HookError:
+        it is no such file, or the loaded model has no such module; nothing is changed."""
+        planner = self._model().planner
+        hook_set, new = hookfile.read(path, pack)
+        for spec in hook_set.hooks:
+            check(spec, planner, {**self.edits, **new})
+        for edit in new.values():
+            self._define(edit)
+        self._become(hook_set)
+        return self
+
+    # --- the engines ------------------------------------------------------------------
+
+    def _become(self, hook_set: HookSet) -> None:
+        """Have these hooks here and on every engine."""
+        if hook_set != self.hook_set:
+            self.sent = False  # an interrupt may leave some engines with the old ones
+            try:
+                self._call("set_hooks", hook_set)
+            except EngineDied:
+                self.hook_set = hook_set
+            else:
+                with SignalMask():
+                    self.hook_set = hook_set
+                    self.sent = True
+        self._pins.keep([hook.key for hook in self.hook_set.hooks])
+
+    def send(self) -> None:
+        """Send what some engine has not got, if there is anything."""
+        for name, edit in list(self._late.items()):
+            self._call("define", edit)
+            del self._late[name]
+        if not self.sent:
+            self._call("set_hooks", self.hook_set)
+            self.sent = True
+
+    # --- the table --------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[HookSpec]:
+        return iter(self.hook_set.hooks)
+
+    def __len__(self) -> int:
+        return len(self.hook_set.hooks)
+
+    def table(self) -> HookTable:
+        """The hooks as a table."""
+        loaded = self._loaded
+        return HookTable(self.hook_set, loaded.planner.names if loaded else lambda _hook: ())
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
-def check_place(glob: Any, at: str, name: Any) -> None:
-    """HookError: there is no such place in any model."""
-    if not isinstance(glob, str) or not isinstance(name, str):
-        raise HookError(
-            f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}"
-        )
-    if at not in AT:
-        raise HookError(f"at={at!r} is not there; a hook is at {', '.join(AT[:-1])} or {AT[-1]}")
-    if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
-        raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
+class HookTable:
+    """The table of a set of hooks. names_of: hook → the names it is on."""
+
+    HEAD = ("hook", "modules", "n", "at", "groups")
+
+    def __init__(self, hook_set: HookSet, names_of: Callable[[HookSpec], Sequence[str]]):
+        self._hook_set = hook_set
+        self._names_of = names_of
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return [self._row(spec) for spec in self._hook_set.hooks]
+
+    def _row(self, spec: HookSpec) -> tuple[str, ...]:
+        names = self._names_of(spec)
+        place = spec.at if spec.index is None else f"{spec.at}[{spec.index}]"
+        if spec.reduce is not None:
+            place += f" {spec.reduce}"
+        off = self._hook_set.off
+        groups = [f"{group} (off)" if group in off else group for group in spec.groups]
+        return spec.key, some(names), str(len(names)), place, ", ".join(groups)
+
+    def _table(self) -> Table:
+        return Table(self.rows(), self.HEAD, right=(2,))
+
+    def __repr__(self) -> str:
+        return self._table().text() if self._hook_set.hooks else "no hooks"
+
+    def _repr_html_(self) -> str:
+        return self._table().html() if self._hook_set.hooks else "<p>no hooks</p>"
 
 
-def check_parts(spec: HookSpec) -> None:
-    """HookError: no value there has the parts that are asked for, or every run has a hook of that
-    name."""
-    if spec.key == "logits":
-        raise HookError(
-            "the name 'logits' is taken: every run captures them; give the hook another name"
-        )
-    if spec.at != "param_grad":
-        return
-    if spec.edit == "mean" or spec.positions is not None or spec.heads is not None:
-        raise HookError(
-            "the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons"
-        )
-    if spec.reduce is not None:
-        raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
-
-
-def reduction(text: str) -> Reduction:
-    """What a hook keeps instead of a value, as a user writes it. HookError.
-
-    >>> reduction("norm:-1"), reduction("amax")
-    (Reduction(op='norm', dims=(-1,)), Reduction(op='amax', dims=()))
-    """
-    op, colon, dims = str(text).partition(":")
-    try:
-        found = tuple(int(dim) for dim in dims.split(",")) if colon else ()
-    except ValueError:
-        found, op = (), ""
-    if op not in REDUCTIONS:
-        raise HookError(
-            f"reduce={text!r} is not there; it is OP:DIMS, as norm:-1 or mean:0,1, OP alone for all dims, or last; "
-            f"OP is one of {', '.join(REDUCTIONS)}"
-        )
-    return Reduction(op, found)
-
-
-def indices(given: Sequence[int] | int | None, what: str) -> tuple[int, ...] | None:
-    """Positions, heads or neurons as a hook has them; None is all."""
-    if given is None:
-        return None
-    try:
-        found = tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
-    except TypeError:
-        found = ()
-    if not found:
-        raise HookError(f"{what}={given!r} are no {what}; they are whole numbers, -1 is the last")
-    return found
-
-
-def called(hook_set: HookSet, glob_or_name: str | None) -> list[str]:
-    """The keys of the hooks that a user names, by name or by the glob they were given; None names
-    all."""
-    keys = [h.key for h in hook_set.hooks if glob_or_name in (None, h.key, h.name, h.glob)]
-    if not keys and glob_or_name is not None:
-        there = [h.key for h in hook_set.hooks]
-        raise HookError(
-            f"no hook is called {glob_or_name!r}; there are {nearest(glob_or_name, there) or there}"
-        )
-    return keys
-
-
-def check_groups(hook_set: HookSet, groups: Sequence[str]) -> None:
-    unknown = [group for group in groups if group not in hook_set.groups]
-    if unknown:
-        raise HookError(
-            f"no hook is in group {unknown[0]!r}; groups are {list(hook_set.groups) or 'none'}"
-        )
+def names_for(edit: Edit) -> Iterator[str]:
+    """The names that a function passed as an edit can have: its own, then numbered ones."""
+    name = getattr(edit, "__name__", type(edit).__name__).strip("<>")
+    if name not in PRESETS:
+        yield name
+    for number in itertools.count(2):
+        yield f"{name}_{number}"
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
     """A few of the names, and how many more there are."""
     shown = [display_name(name) for name in names]
-    return ", ".join(shown if len(shown) <= limit else [*shown[: limit - 1], "...", shown[-1]])
-
-
-class Hooks:
-    """The table of hooks. Iterates over HookSpecs."""
-
-    def __init__(self, hook_set: HookSet, targets: Callable[[HookSpec], Sequence[str]]):
-        self.specs, self.off = hook_set.hooks, hook_set.off
-        self._targets = targets
-
-    def __iter__(self):
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                spec.key,
-                some(self._targets(spec)),
-                str(len(self._targets(spec))),
-                " ".join(filter(None, [indexed(spec), str(spec.reduce or "")])),
-                ", ".join(g + (" (off)" if g in self.off else "") for g in spec.groups),
-            )
-            for spec in self.specs
-        ]
-
-    def __repr__(self) -> str:
-        if not self.specs:
-            return "no hooks"
-        return self._table().text()
-
-    def _repr_html_(self) -> str:
-        if not self.specs:
-            return "<p>no hooks</p>"
-        return self._table().html()
-
-    def _table(self) -> Table:
-        return Table(self.rows(), ("hook", "modules", "n", "at", "groups"), right=(2,))
-
-
-def indexed(spec: HookSpec) -> str:
-    return spec.at + (f"[{spec.index}]" if spec.index is not None else "")
-
-
-def regrouped(hook_set: HookSet, action: str, group: str, glob: str | None) -> HookSet:
-    """The hooks after a group operation. HookError: no such action, group or hook."""
-    actions = {"on": _on, "off": _off, "add": _add, "remove": _remove}
-    if action == "list":
-        return hook_set
-    if action not in actions:
-        raise HookError(
-            f"a group is switched on or off, added to, removed from or listed; not {action!r}"
-        )
-    if not group:
-        raise HookError(
-            f"which group? %flex_group {action} NAME; there are {list(hook_set.groups) or 'none'}"
-        )
-    return actions[action](hook_set, group, glob)
-
-
-def _known(hook_set: HookSet, group: str) -> None:
-    if group not in hook_set.groups:
-        near = nearest(group, list(hook_set.groups)) or list(hook_set.groups)
-        raise HookError(
-            f"there is no group {group!r}" + (f"; there are {', '.join(near)}" if near else "")
-        )
-
-
-def _on(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
-    _known(hook_set, group)
-    return dataclasses.replace(hook_set, off=hook_set.off - {group})
-
-
-def _off(hook_set: HookSet, group: str, _glob: str | None) -> HookSet:
-    _known(hook_set, group)
-    return dataclasses.replace(hook_set, off=hook_set.off | {group})
-
-
-def _add(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
-    keys = _chosen(hook_set, glob)
-    return _with_groups(
-        hook_set, keys, lambda groups: groups if group in groups else (*groups, group)
-    )
-
-
-def _remove(hook_set: HookSet, group: str, glob: str | None) -> HookSet:
-    """Take hooks out of the group; with no glob the group itself goes, and its hooks stay."""
-    _known(hook_set, group)
-    keys = hook_set.groups[group] if glob is None else _chosen(hook_set, glob)
-    left = _with_groups(hook_set, keys, lambda groups: tuple(g for g in groups if g != group))
-    return dataclasses.replace(left, off=left.off & set(left.groups))
-
-
-def _with_groups(
-    hook_set: HookSet, keys: Sequence[str], change: Callable[[tuple], tuple]
-) -> HookSet:
-    hooks = tuple(
-        dataclasses.replace(h, groups=change(h.groups)) if h.key in keys else h
-        for h in hook_set.hooks
-    )
-    return dataclasses.replace(hook_set, hooks=hooks)
-
-
-def _chosen(hook_set: HookSet, glob: str | None) -> list[str]:
-    """The hooks that a name or glob means: by key, by name, by the glob they were given, or by
-    matching it."""
-    if glob is None:
-        raise HookError("which hooks? give a hook's name or a glob")
-    keys = [h.key for h in hook_set.hooks if glob in (h.key, h.name, h.glob) or match(glob, h.glob)]
-    if not keys:
-        there = [h.key for h in hook_set.hooks]
-        raise HookError(
-            f"no hook is meant by {glob!r}; there are {nearest(glob, there) or there or 'none'}"
-        )
-    return keys
+    if len(shown) > limit:
+        shown = [*shown[: limit - 1], "...", shown[-1]]
+    return ", ".join(shown)

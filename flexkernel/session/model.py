@@ -1,4 +1,5 @@
-"""What the driver knows of the loaded model, put together from what each rank says of its part."""
+"""The loaded model as the driver knows it, and how it is loaded: from what each rank says of its
+part."""
 
 from __future__ import annotations
 
@@ -8,10 +9,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError, LayoutError, LoadError
-from flexkernel.names import nearest, split_point
+from flexkernel.memory.plan import Planner
+from flexkernel.names import nearest, select, split_point
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
-__all__ = ["check_stop", "check_world", "inspect", "load", "merged", "source"]
+from . import prompts
+
+__all__ = ["NONE_LOADED", "Loaded", "check_stop", "check_world", "inspect", "load", "merged"]
+__all__ += ["source", "trainable"]
+
+NONE_LOADED = "no model is loaded: session.load(path, tp=, pp=, dp=, fsdp=), or %flex_load PATH"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The loaded model. A load replaces all of it at once.
+
+    info: modules, shapes, layout. source: where it came from. planner: where captures will lie.
+    tokenizer: transformers', None if its folder has none."""
+
+    info: ModelInfo
+    source: Source
+    planner: Planner
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, info: ModelInfo, source: Source) -> Loaded:
+        """The model that the engines have. LoadError: its tokenizer cannot be read."""
+        tokenizer = None if info.built else prompts.tokenizer(info.path)
+        return cls(info, source, Planner(info), tokenizer)
+
+    def __repr__(self) -> str:
+        return f"<Loaded {self.info.cls} from {self.info.path}, {self.info.layout}>"
 
 
 def check_world(layout: Layout, world: int) -> None:
@@ -98,6 +127,14 @@ def check_stop(info: ModelInfo, name: str) -> None:
         raise HookError(
             f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one that does"
         )
+
+
+def trainable(info: ModelInfo, globs: str | Sequence[str]) -> tuple[str, ...]:
+    """The model's parameters that these names or globs mean, each once. HookError: there are
+    none."""
+    names = [name for name in info.parameters if name not in info.buffers]
+    each = (globs,) if isinstance(globs, str) else globs
+    return tuple(dict.fromkeys(name for glob in each for name in select(glob, names)))
 
 
 def merged(

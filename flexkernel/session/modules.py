@@ -1,10 +1,10 @@
-"""The half of a session that trains: modules beside the model, and steps of an optimizer."""
+"""The trainable modules of a session: modules beside the model, on every engine."""
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,169 +14,165 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as bytes_of
 
-from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.packing import pack
 from flexkernel.errors import CaptureError, FlexError, HookError, LoadError
-from flexkernel.names import select
-from flexkernel.wire import ModelInfo, Training
 
 from .files import whole_file
-from .run import Run
 
-__all__ = ["Trainable"]
+__all__ = ["Modules"]
 
 
-class Trainable:
-    """Keeps the driver's copies of the trainable modules; the engines have the ones that count."""
+class Modules(MutableMapping[str, torch.nn.Module]):
+    """Trainable modules (a probe, a lens, a LoRA) by name: `session.modules["lens"] = nn.Linear(…)`
+    puts one on every engine.
 
-    cluster: Cluster
-    info: ModelInfo | None
-    _loaded: Callable[[], ModelInfo]
-    _run: Callable[..., Run]
+    In edits it is ctx.modules["lens"], in losses batch.modules["lens"]. It runs once, where they
+    do; its gradients are sums over all ranks. `session.modules["lens"]` reads the weights from the
+    engines, as they are now. call: calls a method on every engine; ready: LoadError if no model is
+    loaded."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._modules: dict[str, torch.nn.Module] = {}
+    def __init__(self, call: Callable[..., list[Any]], ready: Callable[[], Any]):
+        self._call = call
+        self._ready = ready
+        self._copies: dict[str, torch.nn.Module] = {}  # the driver's
 
-    def add_module(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
-        """Have a trainable module (a probe, a lens, a LoRA) on every engine, instead of one that
-        had its name.
+    # --- a mapping --------------------------------------------------------------------
 
-        In edits it is ctx.modules[name], in losses batch.modules[name]. It runs once, where they
-        do; its gradients are sums over all ranks."""
-        self._loaded()
-        if not name.isidentifier() or not isinstance(module, torch.nn.Module):
-            raise HookError(
-                f"add_module takes a name and an nn.Module, not {name!r} and {type(module).__name__}"
-            )
-        self.cluster.call("train.add", name, pack(module))
-        self._modules[name] = module
-        return module
+    def __setitem__(self, name: str, module: torch.nn.Module) -> None:
+        self.add(name, module)
 
-    def remove_module(self, name: str) -> None:
-        self._known(name)
-        self.cluster.call("train.remove", name)
-        del self._modules[name]
-
-    @property
-    def modules(self) -> list[str]:
-        """The names of the trainable modules."""
-        return list(self._modules)
-
-    def module(self, name: str) -> torch.nn.Module:
-        """The driver's copy of a trainable module, with its weights as they are now."""
-        copy = self._known(name)
+    def __getitem__(self, name: str) -> torch.nn.Module:
+        """The driver's copy, with the weights that the engines have now. HookError: there is none
+        of that name."""
+        copy = self._copy(name)
         copy.load_state_dict(self._tensors("train.state", name))
         return copy
 
+    def __delitem__(self, name: str) -> None:
+        self._copy(name)
+        self._call("train.remove", name)
+        del self._copies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._copies)
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._copies
+
+    def __repr__(self) -> str:
+        names = [f"{name}: {type(copy).__name__}" for name, copy in self._copies.items()]
+        return f"<Modules {', '.join(names) or 'none'}>"
+
+    def add(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
+        """Have a trainable module on every engine, in place of one of its name."""
+        self._ready()
+        if not name.isidentifier() or not isinstance(module, torch.nn.Module):
+            raise HookError(
+                f"a trainable module has a name and is an nn.Module, "
+                f"not {name!r} and {type(module).__name__}"
+            )
+        self._call("train.add", name, pack(module))
+        self._copies[name] = module
+        return module
+
+    # --- looking ----------------------------------------------------------------------
+
     def gradients(self, name: str) -> dict[str, torch.Tensor]:
-        """The gradients of a trainable module in the last run that had a loss; train_step has used
-        them up."""
-        self._known(name)
+        """The gradients of a module in the last run that had a loss. train_step uses them up."""
+        self._copy(name)
         return dict(self._tensors("train.gradients", name))
 
-    def parameters(self, glob: str = "**") -> dict[str, tuple[int, ...]]:
-        """Name → whole shape, of the model's parameters and of the trainable modules', which are
-        called NAME.weight."""
-        info = self._loaded()
-        own = {
-            f"{n}.{key}": tuple(p.shape)
-            for n, m in self._modules.items()
-            for key, p in m.named_parameters()
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """NAME.weight → shape, of all modules' parameters."""
+        return {
+            f"{name}.{key}": tuple(parameter.shape)
+            for name, copy in self._copies.items()
+            for key, parameter in copy.named_parameters()
         }
-        every = {
-            name: shape for name, shape in info.parameters.items() if name not in info.buffers
-        } | own
-        return {name: every[name] for name in select(glob, list(every))}
 
-    def train_step(
-        self,
-        prompts_or_ids: Any,
-        loss: Callable[..., Any] | str,
-        optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None,
-        parameters: str | Sequence[str] = (),
-        modules: Sequence[str] | None = None,
-        chat: bool = False,
-    ) -> float:
-        """One forward, one backward, one step; returns the loss. The model stays as it is, but for
-        `parameters`: names or globs of its own that are trained as well. optimizer: makes a torch
-        optimizer of parameters, by default AdamW with lr 1e-3; the same function goes on where it
-        stopped. modules: all by default. LossError: as run()."""
-        info = self._loaded()
-        globs = (parameters,) if isinstance(parameters, str) else tuple(parameters)
-        names = [name for name in info.parameters if name not in info.buffers]
-        wanted = tuple(dict.fromkeys(name for glob in globs for name in select(glob, names)))
-        trained = tuple(self._modules if modules is None else modules)
-        for name in trained:
-            self._known(name)
-        if not trained and not wanted:
-            raise HookError(
-                "there is nothing to train: session.add_module(name, module), or parameters="
-            )
-        made = None if optimizer is None else pack(optimizer)
-        run = self._run(
-            prompts_or_ids, chat=chat, loss=loss, training=Training(made, wanted, trained)
-        )
-        run.free()
-        assert run.loss is not None
-        return run.loss
+    def trained(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The names of the modules that a step trains: these, or all. HookError: there is none of
+        that name."""
+        chosen = tuple(self._copies if names is None else names)
+        for name in chosen:
+            self._copy(name)
+        return chosen
 
-    def save_modules(self, path: str | os.PathLike[str]) -> Path:
-        """Write the weights of all trainable modules as one safetensors file, which appears whole
-        or not at all. FlexError: it could not be written."""
-        tensors = {
-            f"{n}.{k}": t for n in self._modules for k, t in self._tensors("train.state", n).items()
-        }
+    # --- a file -----------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights of all modules as one safetensors file. It appears whole or not at
+        all. FlexError: it could not be written."""
+        tensors = {}
+        for name in self._copies:
+            for key, tensor in self._tensors("train.state", name).items():
+                tensors[f"{name}.{key}"] = tensor
         with whole_file(path, FlexError) as part:
             save_file(tensors, part)
         return Path(path)
 
-    def load_modules(self, path: str | os.PathLike[str]) -> list[str]:
-        """Read weights that save_modules wrote into the modules that are there; returns their
-        names. LoadError: the file has other shapes, or is no whole safetensors file."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
+    def load(self, path: str | os.PathLike[str]) -> list[str]:
+        """Read weights that save() wrote into the modules of the same names. Returns these names.
+        LoadError: the file has other shapes, or is no whole safetensors file."""
+        by_module: dict[str, dict[str, torch.Tensor]] = {}
         try:
             tensors_of_file = load_file(path)
         except SafetensorError as error:
             raise LoadError(f"{path} is no whole safetensors file: {error}") from None
         for key, tensor in tensors_of_file.items():
             name, _, rest = key.partition(".")
-            found.setdefault(name, {})[rest] = tensor
-        for name, tensors in found.items():
-            own = self._known(name).state_dict()
-            if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in tensors.items()}:
+            by_module.setdefault(name, {})[rest] = tensor
+        for name, tensors in by_module.items():
+            if shapes_of(self._copy(name).state_dict()) != shapes_of(tensors):
                 raise LoadError(
                     f"{path}: {name} has other weights there than the module of that name has here"
                 )
-        for name, tensors in found.items():
-            self.cluster.call("train.set_state", name, bytes_of(tensors))
-        return list(found)
+        for name, tensors in by_module.items():
+            self._call("train.set_state", name, bytes_of(tensors))
+        return list(by_module)
 
-    # --- inside -----------------------------------------------------------------------
+    # --- engines come and go ----------------------------------------------------------
 
-    def _known(self, name: str) -> torch.nn.Module:
-        if name not in self._modules:
-            there = ", ".join(self._modules) or "none"
+    def adopt(self, held: Mapping[str, tuple[bytes, bytes]]) -> None:
+        """Take over the modules that the engines have: name → (pickled module, its weights as
+        safetensors)."""
+        self._copies = {name: pickle.loads(code) for name, (code, _) in held.items()}
+        for name, (_, weights) in held.items():
+            self._copies[name].load_state_dict(tensors_of(weights))
+
+    def state(self) -> dict[str, tuple[bytes, bytes]]:
+        """The driver's copies, as an engine describes its own."""
+        return {
+            name: (pack(copy), bytes_of(dict(copy.state_dict())))
+            for name, copy in self._copies.items()
+        }
+
+    def end(self) -> None:
+        """Forget all modules: the engines have another model, or are gone."""
+        self._copies = {}
+
+    def _copy(self, name: str) -> torch.nn.Module:
+        if name not in self._copies:
+            names = ", ".join(self._copies) or "none"
             raise HookError(
-                f"no trainable module is called {name!r}; there are {there}: session.add_module(name, module)"
+                f"no trainable module is called {name!r}; there are {names}: "
+                "session.modules[name] = module"
             )
-        return self._modules[name]
+        return self._copies[name]
 
     def _tensors(self, method: str, name: str) -> Mapping[str, torch.Tensor]:
-        """What every rank has, from the first. CaptureError: the copies have diverged."""
-        answers = self.cluster.call(method, name)
-        if len({said for _, said in answers}) > 1:
+        """What every rank has, from the first. CaptureError: the ranks' copies have diverged."""
+        answers = self._call(method, name)
+        if len({digest for _, digest in answers}) > 1:
             raise CaptureError(
                 f"the copies of {name!r} on the ranks have diverged: add the module again"
             )
         return tensors_of(answers[0][0])
 
-    def _recover_modules(self, held: Mapping[str, tuple[bytes, bytes]]) -> None:
-        """The modules that the engines hold, for a driver that attaches."""
-        self._modules = {name: pickle.loads(code) for name, (code, _) in held.items()}
-        for name, (_, weights) in held.items():
-            self._modules[name].load_state_dict(tensors_of(weights))
 
-    def _held_modules(self) -> dict[str, tuple[bytes, bytes]]:
-        """The driver's copies, as an engine would describe its own."""
-        return {n: (pack(m), bytes_of(dict(m.state_dict()))) for n, m in self._modules.items()}
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Name → shape."""
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ import torch
 from flexkernel.boxes import Box
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slab import size_of
-from flexkernel.names import nearest
+from flexkernel.names import nearest, select
 from flexkernel.wire import (
     Blob,
     CaptureKey,
@@ -32,19 +32,31 @@ from flexkernel.wire import (
 from .capture import Capture, ranks_text
 
 if TYPE_CHECKING:
+    from flexkernel.cluster.cluster import Cluster
+
     from .run import Store
 
-__all__ = ["edited", "read"]
+__all__ = ["edited", "read", "shapes"]
 
 
-def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Capture:
+def shapes(
+    info: ModelInfo, own: Mapping[str, tuple[int, ...]], glob: str
+) -> dict[str, tuple[int, ...]]:
+    """Name → whole shape, of the parameters that a glob names: the model's, and `own`, those of
+    trainable modules. HookError: there are none."""
+    every = {name: shape for name, shape in info.parameters.items() if name not in info.buffers}
+    every |= own
+    return {name: every[name] for name in select(glob, list(every))}
+
+
+def read(store: Store, info: ModelInfo, name: str) -> Capture:
     """The parameter of that name, whole, as it is now; in memory until capture.free(), or until
     nobody has it any more.
 
     HookError: no such name. PlacementError: where its parts lie is not known. MemoryBudgetError:
     before any is read."""
-    assert store is not None, "a loaded model has one"
-    held, shape, dtype = where(cluster, info, name)
+    engines = store.engines
+    held, shape, dtype = where(engines, info, name)
     writers = {
         min(ranks, key=lambda r: (store.hosts[r] != store.here, r))
         for ranks in holders(held).values()
@@ -56,9 +68,9 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
         # who only reads asks the engines whether a run is still there, and this may lie where one
         # was
         if freed:
-            cluster.call("memory.forget", freed)
+            engines.call("memory.forget", freed)
         seen = dict(
-            zip(held, cluster.call("parameters.write", ranks=list(held), each=each), strict=True)
+            zip(held, engines.call("parameters.write", ranks=list(held), each=each), strict=True)
         )
         check_copies(name, held, seen)
         whole = Capture(
@@ -77,12 +89,12 @@ def read(cluster: Any, store: Store | None, info: ModelInfo, name: str) -> Captu
 
 
 def where(
-    cluster: Any, info: ModelInfo, name: str
+    engines: Cluster, info: ModelInfo, name: str
 ) -> tuple[dict[int, ParameterShard], tuple[int, ...], str]:
     """(rank → what it holds of the parameter, the whole's shape, its dtype); as read() refuses."""
     if info.parameters and not info.built and name not in info.parameters:
         raise unknown(name, info, nearest(name, list(info.parameters)))
-    answers = cluster.call("parameters.held", name)
+    answers = engines.call("parameters.held", name)
     held = {
         rank: answer for rank, answer in enumerate(answers) if isinstance(answer, ParameterShard)
     }
@@ -94,22 +106,19 @@ def where(
 
 
 @contextlib.contextmanager
-def edited(
-    cluster: Any, store: Store | None, info: ModelInfo, edits: Mapping[str, Any]
-) -> Iterator[None]:
+def edited(store: Store, info: ModelInfo, edits: Mapping[str, Any]) -> Iterator[None]:
     """While it is entered, these parameters have other values: name → the whole new tensor, or a
     function that makes it from the whole old one. After it they are bit for bit what they were,
     however it ends."""
-    assert store is not None, "a loaded model has one"
     check_tied(info, edits)
     whose = secrets.token_hex(8)
     try:
         for name, change in edits.items():
-            put(cluster, store, info, whose, name, change)
+            put(store, info, whose, name, change)
         yield
     finally:
-        if not cluster.closed:
-            surely(lambda: cluster.call("parameters.restore", whose))
+        if not store.engines.closed:
+            surely(lambda: store.engines.call("parameters.restore", whose))
 
 
 def surely(action: Callable[[], Any]) -> None:
@@ -137,13 +146,13 @@ def check_tied(info: ModelInfo, edits: Mapping[str, Any]) -> None:
             raise HookError(f"{' and '.join(twice)} are one parameter: change one of them")
 
 
-def put(cluster: Any, store: Store, info: ModelInfo, whose: str, name: str, change: Any) -> None:
+def put(store: Store, info: ModelInfo, whose: str, name: str, change: Any) -> None:
     """Give a parameter, under each of its names, its new value on every rank that holds a part of
     it."""
-    capture = read(cluster, store, info, name)
+    capture = read(store, info, name)
     new = changed(capture, name, change)
     capture.free()
-    by_name = {alias: where(cluster, info, alias)[0] for alias in aliases(info, name)}
+    by_name = {alias: where(store.engines, info, alias)[0] for alias in aliases(info, name)}
     with lying_in(store, new, name) as value:
 
         def of(rank: int) -> list[tuple[str, Any]]:
@@ -152,7 +161,9 @@ def put(cluster: Any, store: Store, info: ModelInfo, whose: str, name: str, chan
             return [(alias, value if near else parts(new, one.shard)) for alias, one in there]
 
         ranks = sorted({rank for held in by_name.values() for rank in held})
-        cluster.call("parameters.put", ranks=ranks, each=[(whose, of(rank)) for rank in ranks])
+        store.engines.call(
+            "parameters.put", ranks=ranks, each=[(whose, of(rank)) for rank in ranks]
+        )
 
 
 def aliases(info: ModelInfo, name: str) -> list[str]:

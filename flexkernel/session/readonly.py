@@ -44,7 +44,7 @@ class OthersStore(Store):
         """CaptureExpired if the run whose bytes these are is not there any more."""
         number = self._run_of(region)
         extent = self._extents[number]
-        if not self._cluster.call("memory.has", number, extent.slab, extent.base, ranks=[0])[0]:
+        if not self.engines.call("memory.has", number, extent.slab, extent.base, ranks=[0])[0]:
             raise CaptureExpired(
                 f"run {number} is not there any more: the session that has the engines let go of it"
             )
@@ -64,10 +64,10 @@ class OthersStore(Store):
         return next(n for n, lies in seen if lies is not None and lies.slab == region.slab)
 
     def free(self, run: Run, why: str) -> None:
-        self._cluster.may("memory.forget")
+        self.engines.may("memory.forget")
 
     def may_keep(self) -> None:
-        self._cluster.may("memory.forget")
+        self.engines.may("memory.forget")
 
     def close(self) -> None:
         for run in self.runs.values():

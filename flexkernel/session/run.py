@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.interrupts import SignalMask
 from flexkernel.errors import CaptureError, CaptureExpired, EditError, FlexError, MemoryBudgetError
 from flexkernel.memory.plan import (
@@ -419,18 +420,19 @@ class Store:
     oldest runs that nobody keeps or looks into expire.
     """
 
-    def __init__(self, cluster: Any, layout: Layout):
+    def __init__(self, engines: Cluster, layout: Layout):
         self.layout = layout
         host = os.environ.get("FLEX_HOST", "")
-        name = cluster.folder + (f"-{host}" if host else "")
+        name = engines.folder + (f"-{host}" if host else "")
         # An engine made the folder under a random name: where it is there already, this is the
         # engine's own memory.
         same = folder_path(name).is_dir()
-        self._cluster, self.here = cluster, (host or socket.gethostname()) if same else "elsewhere"
+        self.engines = engines
+        self.here = (host or socket.gethostname()) if same else "elsewhere"
         self.folder, self._claim = claim_folder(name)
         self.notes: dict[str, str] = {}  # rank → what made its copies of the last run slow
-        self.spill = Spill(cluster, name, same)
-        self.hosts: list[str] = list(cluster.hosts)
+        self.spill = Spill(engines, name, same)
+        self.hosts: list[str] = list(engines.hosts)
         free = psutil.disk_usage(str(self.folder)).free
         self.pool = Pool(secrets.token_hex(4), max(min(SLAB_BYTES, free // 8 // PAGE * PAGE), PAGE))
         self.most_runs = MOST_RUNS
@@ -476,7 +478,7 @@ class Store:
             from flexkernel.memory.channel import Client
 
             token = secrets.token_hex(16)
-            address, token = self._cluster.call(
+            address, token = self.engines.call(
                 "serve", token, "127.0.0.1", ranks=[self.hosts.index(host)]
             )[0]
             self._clients[host] = Client(address, token)
@@ -719,7 +721,7 @@ class Store:
                 base=extent.base,
                 num_bytes=where.num_bytes,
                 logits_last=where.logits_last,
-                timeout_s=self._cluster.timeout_s,
+                timeout_s=self.engines.timeout_s,
                 freed=self.take_freed(),
                 **wanted,
             )
@@ -727,7 +729,7 @@ class Store:
             self._freed.append(number)
             try:
                 if plan.generation is None:
-                    reports = self._cluster.call("run", plan)
+                    reports = self.engines.call("run", plan)
                 else:
                     reports = self._streamed(plan, where, tokenizer, on_token)
             except BaseException as error:
@@ -782,8 +784,8 @@ class Store:
 
         stream = Stream(plan, where.text_region(plan.slab, plan.base), tokenizer, read, on_token)
         try:
-            with self._cluster.watched(stream if on_token is not None else None):
-                reports = self._cluster.call("run", plan)
+            with self.engines.watched(stream if on_token is not None else None):
+                reports = self.engines.call("run", plan)
             stream.end(generated(reports, len(plan.ids)))
             return reports
         except BaseException as error:
@@ -887,7 +889,7 @@ class Store:
     def reconnect(self) -> None:
         """Engines have changed: find out anew who is where, and who serves another host's
         slabs."""
-        self.hosts = list(self._cluster.hosts)
+        self.hosts = list(self.engines.hosts)
         for client in self._clients.values():
             client.close()
         self._clients.clear()

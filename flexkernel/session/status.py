@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.guarantees import guarantees
 from flexkernel.views.table import Table
+
+from .hooks import HookBook
+from .model import Loaded
+from .run import Store
 
 __all__ = ["Status"]
 
@@ -26,8 +31,9 @@ def lifetime(cluster: Any) -> str:
 class Status:
     """A table of what a session has. rows: (what, value)."""
 
-    def __init__(self, session: Any):
-        cluster, info, store = session.cluster, session.info, session.store
+    def __init__(
+        self, cluster: Cluster, loaded: Loaded | None, store: Store | None, hooks: HookBook
+    ):
         alive = cluster.answering()
         self.rows: list[tuple[str, str]] = [
             (
@@ -36,12 +42,14 @@ class Status:
             ),
             ("cluster", lifetime(cluster)),
         ]
-        if getattr(cluster, "cluster_id", ""):
-            self.rows.append(("cluster id", cluster.cluster_id))
+        cluster_id = getattr(cluster, "cluster_id", "")
+        if cluster_id:
+            self.rows.append(("cluster id", cluster_id))
         promised = guarantees(cluster.origin)
-        if info is None:
+        if loaded is None or store is None:
             self.rows += [("model", "none loaded"), *promised]
             return
+        info = loaded.info
         self.rows += [
             ("model", f"{info.cls} from {info.path}"),
             (
@@ -53,7 +61,7 @@ class Status:
                 f"{info.num_parameters:,} in all; by rank {', '.join(f'{n:,}' for n in info.rank_parameters)}",
             ),
             ("weights", ", ".join(f"{n / 1e6:,.0f} MB" for n in info.rank_bytes) + " by rank"),
-            ("hooks", f"{len(session.hook_set.hooks)}"),
+            ("hooks", f"{len(hooks)}"),
             (
                 "runs",
                 f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB budget, "
@@ -72,7 +80,7 @@ class Status:
                 (
                     "on disk",
                     f"{len(store.spill.extents)} runs, {store.spill.num_bytes / 1e6:,.1f} of "
-                    f"{store.spill.budget / 1e6:,.0f} MB budget, in {store.spill.root}",
+                    f"{(store.spill.budget or 0) / 1e6:,.0f} MB budget, in {store.spill.root}",
                 )
             )
         self.rows += promised

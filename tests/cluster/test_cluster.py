@@ -101,7 +101,7 @@ def test_every_rank_answers_in_order(session):
     import socket
 
     assert session.on_ranks(lambda: on_engines.runtime().rank) == [0, 1]
-    assert session.cluster.hosts == [socket.gethostname()] * 2
+    assert session.engines.hosts == [socket.gethostname()] * 2
     assert session.on_ranks(lambda a, b: a + b, 2, 3) == [5, 5]
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_kept_of_calls_that_are_over(session, tiny):
     session.load(tiny("llama"), tp=2)
     for _ in range(5):
         session.run(IDS)
-    client = session.cluster._client
+    client = session.engines._client
     assert len(client.history) == len(client.results) == len(client._futures) == 0
     assert len(client.metadata) <= 1, "ipyparallel keeps one entry of its own"
 
@@ -150,7 +150,7 @@ def test_an_engine_that_dies_is_named_and_the_others_come_back(tiny):
         assert time.monotonic() - begin < 10
         with pytest.raises(fk.errors.EngineDied, match="rank 1's engine is gone"):
             session.run(IDS)
-        assert session.cluster.alive() == [True, False]
+        assert session.engines.alive() == [True, False]
         assert "1 of 2 alive" in repr(session.status())
 
 
@@ -257,7 +257,7 @@ session = fk.start(2, keep=True)
 session.load(sys.argv[1], tp=2)
 session.hook("model.layers.*.mlp")
 run = session.run([[1, 2, 3]])
-print(session.cluster.cluster_id, float(run["model.layers.1.mlp"].norm()), flush=True)
+print(session.engines.cluster_id, float(run["model.layers.1.mlp"].norm()), flush=True)
 time.sleep(100)
 """
 
@@ -289,7 +289,7 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         again = fk.attach(cluster_id=cluster_id)  # a second time, now that everything is imported
         assert time.monotonic() - begin < 5, "five times the bound of 1 s"
         again.close()
-        assert session.info is not None and str(session.info.layout) == "tp=2"
+        assert session.has_model and str(session.loaded.info.layout) == "tp=2"
         assert [hook.key for hook in session.hooks] == ["model.layers.*.mlp"]
         assert float(session.runs[0]["model.layers.1.mlp"].norm()) == float(norm)
         assert float(session.run([[1, 2, 3]])["model.layers.1.mlp"].norm()) == float(norm)
@@ -307,7 +307,7 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
 @pytest.mark.slow
 def test_a_session_of_a_kept_cluster_says_how_its_controller_comes_back(tiny):
     session = fk.start(2, keep=True)
-    cluster_id = session.cluster.cluster_id
+    cluster_id = session.engines.cluster_id
     try:
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor().clone()
@@ -367,7 +367,7 @@ def test_a_session_whose_engines_another_took_says_so_and_can_take_them_back(tin
     with fk.start(2) as session:
         session.load(tiny("llama"), pp=2)
         before = session.run([[1, 2, 3]]).next_tokens(1)
-        cluster_id = session.cluster.cluster_id
+        cluster_id = session.engines.cluster_id
         other = subprocess.run(
             [sys.executable, "-c", OTHER, cluster_id, str(tiny("llama"))],
             capture_output=True,
@@ -396,7 +396,7 @@ def test_a_cluster_that_another_ended_is_said_to_have_ended(tiny):
         "import sys, flexkernel as fk; fk.attach(cluster_id=sys.argv[1], take=True).close(end=True)"
     )
     subprocess.run(
-        [sys.executable, "-c", other, session.cluster.cluster_id], check=True, timeout=120
+        [sys.executable, "-c", other, session.engines.cluster_id], check=True, timeout=120
     )
     begin = time.monotonic()
     with pytest.raises((fk.errors.ClusterError, fk.errors.EngineDied)):
@@ -414,7 +414,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
             session.run(IDS).logits.tensor().clone(),
             session.on_ranks(on_engines.weights_at),
         )
-        process = session.cluster._cluster.controller.process
+        process = session.engines._cluster.controller.process
         crashed = [process, *process.children(recursive=True)]
 
         def crash() -> None:
@@ -426,7 +426,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
         assert session.on_ranks(on_engines.slowly, 4.0) == [0, 1], (
             "the answers of a call that was in flight"
         )
-        assert session.cluster._cluster.controller.process.pid != process.pid
+        assert session.engines._cluster.controller.process.pid != process.pid
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert session.on_ranks(on_engines.weights_at) == weights and len(session.hooks) == 1
         pids = [p.pid for p in psutil.Process().children(recursive=True)]
@@ -448,17 +448,17 @@ def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
     )
     with fk.start(2) as session:
         first, second = begun
-        assert first.cluster_id != second.cluster_id == session.cluster.cluster_id
+        assert first.cluster_id != second.cluster_id == session.engines.cluster_id
         wait_for(lambda: not started_for(first.cluster_id))
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor().clone()
-        process = session.cluster._cluster.controller.process
+        process = session.engines._cluster.controller.process
         for part in process.children():
             part.kill()
         begin = time.monotonic()
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert time.monotonic() - begin < 40, "it is looked at each 5 s"
-        assert session.cluster._cluster.controller.process.pid != process.pid
+        assert session.engines._cluster.controller.process.pid != process.pid
 
 
 def lose_the_next_answer(rank: int) -> None:
@@ -497,7 +497,7 @@ def once_more(rank: int) -> int:
 def test_a_call_whose_answer_is_lost_is_sent_again_and_made_once(session, monkeypatch):
     monkeypatch.setattr(ipp, "UNHEARD_S", (0.5, 1.0))
     assert session.on_ranks(once_more, 1) == [1, 1]
-    assert session.on_ranks(os.getpid) == session.cluster.pids
+    assert session.on_ranks(os.getpid) == session.engines.pids
 
 
 def test_a_call_that_others_have_overtaken_is_not_made_any_more(monkeypatch):
@@ -521,7 +521,7 @@ def test_a_rank_whose_answer_is_lost_at_an_interrupt_is_back_at_once(session, ti
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         session.on_ranks(lose_the_next_answer, 0)
-    assert time.monotonic() - begin < 10 and session.cluster.answering() == [True, True]
+    assert time.monotonic() - begin < 10 and session.engines.answering() == [True, True]
     assert torch.equal(session.run(IDS).logits.tensor(), before)
 
 
@@ -541,22 +541,22 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
             session.load(tiny("llama"), tp=2)
             logits = session.run(IDS).logits.tensor().clone()
 
-            os.kill(session.cluster.pids[1], signal.SIGKILL)
-            wait_for(lambda: not session.cluster.alive()[1])
+            os.kill(session.engines.pids[1], signal.SIGKILL)
+            wait_for(lambda: not session.engines.alive()[1])
             assert session.restart() == [1]
             assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
-            os.kill(session.cluster.pids[0], signal.SIGKILL)
-            wait_for(lambda: not session.cluster.alive()[0])
+            os.kill(session.engines.pids[0], signal.SIGKILL)
+            wait_for(lambda: not session.engines.alive()[0])
             # as if the engines were somewhere else
-            session.cluster._cluster.engine_launcher_class = "mpi"
+            session.engines._cluster.engine_launcher_class = "mpi"
             with pytest.raises(
                 fk.errors.ClusterError, match=r"MPI\S+ by somebody else: .* Start 1 there"
             ) as refused:
                 session.restart()
             command = re.findall("`(ipcluster .*)`", str(refused.value))
             by_hand = subprocess.Popen(shlex.split(*command), **shell)
-            wait_for(lambda: len(session.cluster._client.ids) == 2)
+            wait_for(lambda: len(session.engines._client.ids) == 2)
             assert session.restart() == [0]
             assert torch.equal(session.run(IDS).logits.tensor(), logits)
             session.close()

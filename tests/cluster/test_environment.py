@@ -55,7 +55,7 @@ def test_the_process_itself_gives_up_what_it_had():
 def test_engines_have_only_that(session):
     """conftest.py puts a key into the environment before any engine starts."""
     assert os.environ["OF_NO_ENGINE"]
-    for pid in session.cluster.pids:
+    for pid in session.engines.pids:
         there = dict(
             v.split("=", 1)
             for v in Path(f"/proc/{pid}/environ").read_text().split("\0")

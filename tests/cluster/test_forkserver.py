@@ -191,8 +191,8 @@ def test_it_goes_with_its_driver_while_it_imports_too(tmp_path):
 
 @pytest.mark.engines(2)
 def test_engines_come_from_it(session):
-    parents = {psutil.Process(pid).ppid() for pid in session.cluster.pids}
+    parents = {psutil.Process(pid).ppid() for pid in session.engines.pids}
     found = launchers.preload(launchers.FlexEngineSetLauncher)
     assert parents == {found.pid} and psutil.Process(found.pid).ppid() == os.getpid()
     assert psutil.Process(found.pid).num_threads() == 1
-    assert {psutil.Process(pid).name() for pid in session.cluster.pids} == {"flex-engine"}
+    assert {psutil.Process(pid).name() for pid in session.engines.pids} == {"flex-engine"}

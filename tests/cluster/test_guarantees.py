@@ -42,8 +42,8 @@ def test_the_session_says_what_is_promised_for_its_engines(session):
 
 @pytest.mark.engines(2)
 def test_a_session_that_started_its_engines_knows_that(session):
-    assert session.cluster.origin == Origin("local", owned=True, kept=False, controller=True)
-    assert guarantees(session.cluster.origin)[0] in session.status().rows
+    assert session.engines.origin == Origin("local", owned=True, kept=False, controller=True)
+    assert guarantees(session.engines.origin)[0] in session.status().rows
 
 
 def test_the_table_has_a_column_for_each_way():

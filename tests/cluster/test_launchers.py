@@ -58,7 +58,7 @@ def test_engines_of_a_job_run_the_model_and_one_that_dies_comes_back_by_another_
         assert session.on_ranks(os.getenv, "SLURM_JOB_ID") == ["100", "100"]
         assert session.on_ranks(os.getenv, "OMP_NUM_THREADS") == ["1", "1"]
         # as another notebook has it
-        file = ipp.Cluster.from_file(cluster_id=session.cluster.cluster_id)
+        file = ipp.Cluster.from_file(cluster_id=session.engines.cluster_id)
         assert (
             file.engine_launcher_class is launchers.FlexSlurmLauncher
             and file.engine_set.job_id == "100"

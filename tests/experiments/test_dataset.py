@@ -103,9 +103,9 @@ def loaded(session, tiny):
 
 def test_hooks_of_a_collection_are_there_for_it_only(loaded, unsharded, tmp_path):
     loaded.hook(LAYER, edit="zero")
-    before = loaded.hook_set
+    before = loaded.hooks.hook_set
     data = loaded.collect(PROMPTS, [MLP, Z], tmp_path / "a", batch_size=4)
-    assert loaded.hook_set == before and data.names == [
+    assert loaded.hooks.hook_set == before and data.names == [
         *(f"model.layers.{i}.mlp" for i in range(4)),
         Z,
     ]
@@ -133,7 +133,7 @@ def test_what_is_not_to_be_told_by_prompts_is_refused(loaded, tmp_path):
         (
             lambda: loaded.collect(PROMPTS, MLP, tmp_path, batch_size=0),
             HookError,
-            "batch_size=0 is none",
+            "batch_size=0: give 1 or more",
         ),
         (
             lambda: loaded.collect(PROMPTS, path=tmp_path, at="input"),

@@ -60,7 +60,7 @@ def test_residual_patching_equals_plain_hooks_on_the_unsharded_model(session, ti
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.*")
     source = session.run(OTHER)
-    hooks = session.hook_set
+    hooks = session.hooks.hook_set
     told = []
     swept = session.sweep(
         CLEAN,
@@ -76,7 +76,9 @@ def test_residual_patching_equals_plain_hooks_on_the_unsharded_model(session, ti
     assert swept.baseline == pytest.approx(baseline, abs=2e-5)
     assert swept.modules == tuple(LAYERS) and swept.positions == tuple(range(6)) and swept.left == 0
     assert told[0] == (0, 24) and told[-1] == (23, 24)
-    assert session.hook_set == hooks and [run.number for run in session.runs] == [source.number]
+    assert session.hooks.hook_set == hooks and [run.number for run in session.runs] == [
+        source.number
+    ]
 
 
 def test_any_edit_at_some_positions_of_a_padded_batch(session, tiny):
@@ -115,7 +117,7 @@ def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny):
         and not np.isnan(swept.values[:2]).any()
     )
     assert "4 left: sweep.resume()" in repr(swept) and ">–</td>" in swept._repr_html_()
-    assert session.hook_set.hooks == () and session.runs == []
+    assert session.hooks.hook_set.hooks == () and session.runs == []
     swept.resume()
     whole = session.sweep(
         CLEAN, "model.layers.*.mlp", [1, 2], metric=metric, edit="scale", value=3.0
@@ -181,7 +183,7 @@ def test_what_is_wrong_is_said_before_anything_runs(session, tiny):
     )
     refused(fk.errors.HookError, r"no module matches 'model\.layer'", "model.layer", edit="zero")
     refused(fk.errors.HookError, "none of model.layers fires", "model.layers", edit="zero")
-    assert len(session.hook_set.hooks) == 1
+    assert len(session.hooks.hook_set.hooks) == 1
 
 
 def test_a_bad_edit_or_metric_ends_it_and_leaves_the_hooks(session, tiny):
@@ -192,7 +194,7 @@ def test_a_bad_edit_or_metric_ends_it_and_leaves_the_hooks(session, tiny):
         session.sweep(CLEAN, "model.layers.*", metric=lambda run: run.logits.tensor(), edit="zero")
     with pytest.raises(ZeroDivisionError):
         session.sweep(CLEAN, "model.layers.*", metric=lambda run: 1 / 0, edit="zero")
-    assert session.hook_set.hooks == () and session.runs == []
+    assert session.hooks.hook_set.hooks == () and session.runs == []
 
 
 def test_it_does_not_go_on_with_another_model(session, tiny):

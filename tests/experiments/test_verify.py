@@ -34,7 +34,7 @@ def test_a_right_model_is_right_and_its_captures_are_verified(
     """Whatever the user's own hooks and edits do: they stay out of it, and come back."""
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.1", edit="zero", name="mine")
-    hooks = session.hook_set
+    hooks = session.hooks.hook_set
     stages = []
     found = session.verify(progress=lambda stage, done, total: stages.append((stage, done, total)))
     record_property("verify", repr(found.worst))
@@ -55,7 +55,7 @@ def test_a_right_model_is_right_and_its_captures_are_verified(
         "running the unsharded model",
     ]
     assert stages[-1] == ("compared", 136, 136)
-    assert session.hook_set == hooks and session.runs == []
+    assert session.hooks.hook_set == hooks and session.runs == []
     session.unhook()
     session.hook("model.layers.*.mlp")
     assert {c.evidence for c in session.run(IDS)} == {"verified"}
@@ -168,7 +168,7 @@ def test_globs_and_rows_of_your_own(session, tiny):
     assert found.ok and [row.key.module for row in found.rows] == modules
     with pytest.raises(fk.errors.HookError, match=r"no module matches 'model\.layers\.\*\.mpl'"):
         session.verify(hooks="model.layers.*.mpl")
-    assert session.hook_set.hooks == ()
+    assert session.hooks.hook_set.hooks == ()
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 8])
@@ -275,7 +275,7 @@ def test_it_leaves_no_memory_behind(session, tiny):
             session.verify()
     finally:
         session.on_ranks(mend)
-    assert session.verify().ok and session.hook_set.hooks == ()
+    assert session.verify().ok and session.hooks.hook_set.hooks == ()
     session.store.pool.drain()
     assert session.store.pool.num_bytes == before == 0
     assert os.listdir(session.store.folder)

@@ -83,7 +83,7 @@ CALLS = {
     ),
     "02-edit": (lambda s: s.hook("lm_head", edit=""), HookError, "no edit is called ''"),
     "02-unhook": (lambda s: s.unhook(""), HookError, "no hook is called ''"),
-    "02-group": (lambda s: s.group("off", ""), HookError, "which group"),
+    "02-group": (lambda s: s.hooks.group("off", ""), HookError, "which group"),
     "02-parameter": (lambda s: s.parameter(""), HookError, "''"),
     "03": (
         lambda s: s.hook("model.layers.*.mpl"),
@@ -105,7 +105,7 @@ CALLS = {
     "11-nul": (lambda s: s.hook("model\0"), HookError, r"no module matches 'model\\x00'"),
     "11-surrogate": (lambda s: s.hook("\ud800"), HookError, r"no module matches '\\ud800'"),
     "11-long": (lambda s: s.hook(LONG_NAME), HookError, "characters left out"),
-    "11-long-group": (lambda s: s.group("off", LONG_NAME), HookError, "characters left out"),
+    "11-long-group": (lambda s: s.hooks.group("off", LONG_NAME), HookError, "characters left out"),
     "11-stars": (lambda s: s.hook("**." * 60 + "x"), HookError, "no module matches"),
     "11-no-text": (
         lambda s: s.hook(None),
@@ -158,7 +158,7 @@ CALLS = {
     "44-negative": (lambda s: s.run([[5, -1]]), PromptError, "token id -1 at position 1"),
     "44-huge": (lambda s: s.run([[2**70]]), PromptError, "outside the vocabulary"),
     "56": (
-        lambda s: s.load(s.info.path, tp=2, pp=2),
+        lambda s: s.load(s.loaded.info.path, tp=2, pp=2),
         FlexError,
         "tp=2 makes 4 ranks, the cluster has 2 engines",
     ),
@@ -170,14 +170,18 @@ CALLS = {
 def test_a_call_that_cannot_be_is_one_sentence_and_changes_nothing(case, session, tiny):
     does, kind, says = CALLS[case]
     bad.fit(session, tiny("llama"), **bad.TP)
-    hooks, info, edits = session.hook_set, session.info, dict(session.edits)
+    hooks, info, edits = session.hooks.hook_set, session.loaded.info, dict(session.hooks.edits)
     begin = time.monotonic()
     with pytest.raises(FlexError) as caught:
         does(session)
     assert time.monotonic() - begin < 10, "and at once: five times the bound of 2 s"
     assert isinstance(caught.value, kind) and re.search(says, str(caught.value)), caught.value
     assert len(str(caught.value)) < 10_000 and len(caught.value._render_traceback_()) == 1
-    assert (session.hook_set, session.info, session.edits) == (hooks, info, edits)
+    assert (session.hooks.hook_set, session.loaded.info, session.hooks.edits) == (
+        hooks,
+        info,
+        edits,
+    )
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
@@ -209,7 +213,9 @@ def test_05_10_modules_of_another_stage(session, tiny):
     folder = tiny("llama")
     session.load(folder, pp=2)
     assert {
-        m.stages for m in session.info.modules if m.name in ("model.layers.0", "model.layers.3")
+        m.stages
+        for m in session.loaded.info.modules
+        if m.name in ("model.layers.0", "model.layers.3")
     } == {(0,), (1,)}
     session.hook("model.layers.*")
     session.hook("model.embed_tokens")

@@ -146,12 +146,12 @@ def test_a_checkpoint_that_is_not_whole_is_refused(case, broken):
 @pytest.mark.parametrize("case", ["49", "50", "51", "52-whole", "58"])
 def test_the_loaded_model_stays_when_another_is_refused(case, broken, session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
-    info = session.info
+    info = session.loaded.info
     does, says = BROKEN[case]
     does(broken)
     with pytest.raises(LoadError, match=says):
         session.load(broken, tp=2)
-    assert session.info is info and not (broken / "ran").exists()
+    assert session.loaded.info is info and not (broken / "ran").exists()
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
@@ -233,7 +233,7 @@ def test_60_the_disk_goes_while_it_is_read(session, tiny, broken, layout):
 
     with pytest.raises(LoadError, match="cannot be loaded as"):
         session.load(broken, progress=goes, **layout)
-    assert session.info is None
+    assert not session.has_model
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 

@@ -107,7 +107,7 @@ def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
     """The files of the real cluster, with another key in them: whoever has only the ports is not
     let in."""
     bad.fit(session, tiny("llama"), **bad.TP)
-    real, name = Path(session.cluster._cluster.profile_dir) / "security", session.cluster.cluster_id
+    real, name = Path(session.engines._cluster.profile_dir) / "security", session.engines.cluster_id
     for path in real.glob(f"*{name}*.json"):
         shutil.copy(path, security)
     client = security / f"ipcontroller-{name}-client.json"
@@ -140,7 +140,7 @@ except fk.errors.ClusterError as error:
 def test_63_65_another_notebook_that_attaches_during_a_load_is_refused(session, tiny):
     """It has to wait for the engines, and then it is told who has them."""
     intruder = subprocess.Popen(
-        [sys.executable, "-c", INTRUDER, session.cluster.cluster_id],
+        [sys.executable, "-c", INTRUDER, session.engines.cluster_id],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -331,17 +331,17 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
     from ipyparallel import serialize
 
     bad.fit(session, tiny("llama"), **bad.TP)
-    client, mark = session.cluster._client, tmp_path / "mark"
+    client, mark = session.engines._client, tmp_path / "mark"
     content = serialize.pack_apply_message(bad.note, (str(mark),), {})
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = client.session.msg("apply_request", content={}, metadata=told)
     frames = (
-        client.session.serialize(message, [client._engines[session.cluster.engines[0]].encode()])
+        client.session.serialize(message, [client._engines[session.engines.engines[0]].encode()])
         + content
     )
-    security = Path(session.cluster._cluster.profile_dir) / "security"
+    security = Path(session.engines._cluster.profile_dir) / "security"
     info = json.loads(
-        (security / f"ipcontroller-{session.cluster.cluster_id}-client.json").read_text()
+        (security / f"ipcontroller-{session.engines.cluster_id}-client.json").read_text()
     )
     url = f"{info['interface']}:{info['mux']}"
     with zmq.Context() as context:
@@ -369,7 +369,7 @@ def listening(session) -> list[tuple[int, str, int]]:
         for c in p.net_connections("inet")
         if c.status == psutil.CONN_LISTEN
     ]
-    assert {pid for pid, _, _ in found} >= set(session.cluster.pids) and len(found) > 10
+    assert {pid for pid, _, _ in found} >= set(session.engines.pids) and len(found) > 10
     return found
 
 
@@ -377,12 +377,12 @@ def listening(session) -> list[tuple[int, str, int]]:
 @two
 def test_74_random_bytes_to_every_port(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
-    pids, rng = list(session.cluster.pids), random.Random(5)
+    pids, rng = list(session.engines.pids), random.Random(5)
     for _, address, port in listening(session):
         for start in (b"", b"\xff" + bytes(8) + b"\x01\x7f", b"GET / HTTP/1.1\r\n\r\n", bytes(8)):
             with socket.create_connection((address, port), 5) as connection:
                 connection.sendall(start + rng.randbytes(rng.randint(0, 4000)))
-    assert session.cluster.pids == pids and all(session.cluster.alive())
+    assert session.engines.pids == pids and all(session.engines.alive())
     bad.healthy(session, tiny("llama"), **bad.TP)
     session.load(tiny("llama_untied"), pp=2)  # new groups: over new connections
     bad.healthy(session, tiny("llama"), **bad.TP)

@@ -25,11 +25,11 @@ def parameters(of: list[faults.Fault]) -> list:
 @pytest.fixture
 def bench(session, tiny):
     """One for all faults, made again where another test has loaded a model since."""
-    if not BENCHES or session.info is None or BENCHES[-1].info is not session.info:
+    if not BENCHES or not session.has_model or BENCHES[-1].info is not session.loaded.info:
         BENCHES[:] = [faults.Bench(session, tiny("llama"))]
-    session.timeout_s, session.auto_restart = faults.TIMEOUT_S, True
+    session.engines.timeout_s, session.engines.auto_restart = faults.TIMEOUT_S, True
     yield BENCHES[-1]
-    session.timeout_s, session.auto_restart = 60.0, False
+    session.engines.timeout_s, session.engines.auto_restart = 60.0, False
 
 
 @pytest.mark.parametrize("fault", parameters([f for f in faults.FAULTS if f.make]))

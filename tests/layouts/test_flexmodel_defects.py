@@ -93,17 +93,17 @@ def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny
     weight = module.weight.detach().clone().T.requires_grad_()
     probe(truth(tiny("llama")).outputs[GATE, 0, ""], weight).backward()
     session.load(tiny("llama"), tp=2)
-    session.add_module("probe", module)
+    session.modules["probe"] = module
     session.hook(GATE)
 
     def loss(logits, batch):
         return (batch.modules["probe"](batch.captures[GATE]) ** 2).sum() / 100
 
     session.run(IDS, loss=loss)
-    close(session.gradients("probe")["weight"], weight.grad.T)
-    before = session.module("probe").weight.detach().clone()
+    close(session.modules.gradients("probe")["weight"], weight.grad.T)
+    before = session.modules["probe"].weight.detach().clone()
     session.train_step(IDS, loss, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    close(session.module("probe").weight.detach(), before - 0.1 * weight.grad.T)
+    close(session.modules["probe"].weight.detach(), before - 0.1 * weight.grad.T)
 
 
 @pytest.mark.engines(2)
@@ -195,11 +195,11 @@ def test_12_groups_hook_something_and_go_off_and_on_and_away(session, tiny):
         return len(session.run(IDS, **which))
 
     assert fired() == 5
-    session.group("off", "mlps")
+    session.hooks.group("off", "mlps")
     assert fired() == 1
-    session.group("on", "mlps")
+    session.hooks.group("on", "mlps")
     assert (fired(), fired(groups="mlps"), fired(groups="mlps", complement=True)) == (5, 4, 1)
-    assert session.group("remove", "mlps", "model.layers.*.mlp") == {} and fired() == 5
+    assert session.hooks.group("remove", "mlps", "model.layers.*.mlp") == {} and fired() == 5
     session.unhook()
     assert fired() == 0
 
@@ -228,7 +228,7 @@ def test_14_a_batch_that_does_not_divide_is_run(session, tiny, rows):
 
 def test_15_it_runs_in_one_process_on_a_cpu(session, tiny):
     session.load(tiny("llama"))
-    assert session.cluster.size == 1
+    assert session.engines.size == 1
     check(session, tiny("llama"), GATE, MLP)
 
 
@@ -254,5 +254,5 @@ def test_17_it_generates_and_names_carry_no_wrapper(session, tiny):
     for build, layout in ((foreign.in_ddp, {"dp": 2}), (foreign.in_fsdp1, {"fsdp": 2})):
         session.load(functools.partial(build, str(tiny("llama"))), **layout)
         assert set(dict(models.build("llama").named_modules())) == {
-            m.name for m in session.info.modules
+            m.name for m in session.loaded.info.modules
         }

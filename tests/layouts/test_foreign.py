@@ -35,7 +35,9 @@ def check_llama(session, folder, build, lengths=(4, 10, 6), **layout) -> parity.
         reference=functools.partial(on_engines.whole, folder),
         **layout,
     )
-    assert session.info.names and not [name for name in session.info.names if PREFIXES.search(name)]
+    assert session.loaded.info.names and not [
+        name for name in session.loaded.info.names if PREFIXES.search(name)
+    ]
     row = parity.Row("llama", str(layout), "sdpa")
     parity.hook_everything(session, points=False)
     parity.compare(session, llama(), row, list(lengths), points=False)
@@ -254,7 +256,7 @@ def check_own(session, want, refused=()) -> None:
 def test_rows_may_lie_along_any_dim(session):
     session.load(OWN, dp=2, reference=OWN)
     check_own(session, own_values())
-    assert str(session.info.scan["blocks.0", "output"][0][0]) == "S×B×32"
+    assert str(session.loaded.info.scan["blocks.0", "output"][0][0]) == "S×B×32"
     assert session.run(IDS).next_tokens(3)[2][0][0]
 
 
@@ -345,7 +347,7 @@ def test_what_a_forward_needs_beside_the_ids_is_the_users_to_say(session):
 @pytest.mark.engines(2)
 def test_a_pipeline_split_by_hand_has_the_whole_models_names(session):
     session.load(foreign.by_hand, pp=2, reference=OWN, names=foreign.whole_names)
-    stages = {m.name: m.stages for m in session.info.modules}
+    stages = {m.name: m.stages for m in session.loaded.info.modules}
     assert stages["blocks.1"] == (0,) and stages["blocks.2.norm"] == (1,) and "part" not in stages
     check_own(session, own_values())
     for name, want in OWN().named_parameters():

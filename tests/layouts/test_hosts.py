@@ -46,8 +46,8 @@ def move(session, rank: int, host: str) -> None:
             os.environ["FLEX_HOST"] = host
 
     session.on_ranks(become, rank, host)
-    session.cluster.hosts[rank] = host
-    session.cluster.seat(session.cluster.device)
+    session.engines.hosts[rank] = host
+    session.engines.seat(session.engines.device)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
@@ -58,11 +58,11 @@ def test_what_lies_on_another_host_is_the_same(elsewhere, tiny, layout):
         truth = hook_and_run(here)
         want = {c.key: c.tensor() for c in truth if c.error is None}
     elsewhere.load(tiny("llama"), **layout)
-    assert elsewhere.cluster.hosts == ["b", "b"]
+    assert elsewhere.engines.hosts == ["b", "b"]
     run = hook_and_run(elsewhere)
     assert (
         len(want) > 60
-        and not (elsewhere.store.folder.parent / elsewhere.cluster.folder / "x").exists()
+        and not (elsewhere.store.folder.parent / elsewhere.engines.folder / "x").exists()
     )
     for key, whole in want.items():
         capture = run[key.module, key.at, key.index, key.call]
@@ -95,7 +95,7 @@ def check_parameters(elsewhere, folder) -> None:
 @pytest.mark.slow
 def test_a_parameter_on_another_host_is_the_same(elsewhere, tiny):
     check_parameters(elsewhere, tiny("mixtral"))
-    assert elsewhere.cluster.hosts == ["b", "b"]
+    assert elsewhere.engines.hosts == ["b", "b"]
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_capture_whose_parts_lie_on_two_hosts_is_put_together(elsewhere, tiny)
     truth = {c.key: c.tensor() for c in hook_and_run(elsewhere) if c.error is None}
     move(elsewhere, 1, "c")
     elsewhere.load(tiny("llama"), tp=2)
-    assert elsewhere.cluster.hosts == ["b", "c"]
+    assert elsewhere.engines.hosts == ["b", "c"]
     run = hook_and_run(elsewhere)
     elsewhere.hook("model.layers.0.mlp.gate_proj", reduce="norm:-1", name="norms")
     elsewhere.store.budget = (
@@ -122,10 +122,10 @@ def test_a_capture_whose_parts_lie_on_two_hosts_is_put_together(elsewhere, tiny)
 
 @pytest.mark.slow
 def test_a_parameter_whose_parts_lie_on_two_hosts_is_put_together(elsewhere, tiny):
-    if elsewhere.cluster.hosts[1] == "b":  # run by itself
+    if elsewhere.engines.hosts[1] == "b":  # run by itself
         move(elsewhere, 1, "c")
     check_parameters(elsewhere, tiny("mixtral"))
-    assert elsewhere.cluster.hosts == ["b", "c"]
+    assert elsewhere.engines.hosts == ["b", "c"]
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_driver_on_one_of_the_hosts_uses_its_own_slab(elsewhere, tiny, monkeyp
 @pytest.fixture
 def apart(elsewhere):
     """The two engines, each on a host of its own."""
-    if elsewhere.cluster.hosts[1] == "b":
+    if elsewhere.engines.hosts[1] == "b":
         move(elsewhere, 1, "c")
     return elsewhere
 

@@ -75,7 +75,7 @@ def test_every_module_of_a_tiny_model_equals_the_unsharded_one(
             session.load(tiny(arch), attn="sdpa")
         assert session.load(tiny(arch)).attention == "eager"
         return
-    if attn == "eager" and session.cluster.size == 4 and arch != "llama":
+    if attn == "eager" and session.engines.size == 4 and arch != "llama":
         pytest.skip("its attention was compared on two engines")
     row = parity.measure(session, arch, tiny(arch), attn, layout)
     accept(row, record_property)

@@ -177,18 +177,18 @@ def test_integers_and_booleans_keep_their_dtype_as_extremes(loaded):
 
 def test_hooks_that_reduce_go_into_a_file_and_come_back(loaded, tmp_path):
     loaded.hook(LAYER, reduce="mean:0,1")
-    before = loaded.hook_set
-    loaded.save_hooks(tmp_path / "hooks.json")
+    before = loaded.hooks.hook_set
+    loaded.hooks.save(tmp_path / "hooks.json")
     loaded.unhook()
-    loaded.load_hooks(tmp_path / "hooks.json")
-    assert loaded.hook_set == before and str(before.hooks[0].reduce) == "mean:0,1"
+    loaded.hooks.load(tmp_path / "hooks.json")
+    assert loaded.hooks.hook_set == before and str(before.hooks[0].reduce) == "mean:0,1"
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"reduce": "mode:1"}, "reduce='mode:1' is not there; it is OP:DIMS"),
-        ({"reduce": "norm:x"}, "reduce='norm:x' is not there"),
+        ({"reduce": "mode:1"}, "reduce='mode:1' is not OP:DIMS"),
+        ({"reduce": "norm:x"}, "reduce='norm:x' is not OP:DIMS"),
         (
             {"reduce": "norm:3"},
             r"model\.layers\.1 output is B×S×64: it has no dim 3, which norm:3 would reduce",

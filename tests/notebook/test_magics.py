@@ -113,7 +113,7 @@ def model(shell, folder):
 @pytest.fixture
 def loaded(model, folder):
     """A notebook with the tiny Llama loaded and no hooks."""
-    if model.magics.session.info is None:
+    if not model.magics.session.has_model:
         model.do(f"%flex_load {folder}")
     model.do("%flex_unhook")
     return model
@@ -294,7 +294,10 @@ def test_a_session_shows_its_status(fresh):
 
 def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
     info = loaded.do(f"x = %flex_load --dtype bfloat16 --attn eager {folder}\nx")
-    assert info is loaded.do("flex.info") and (info.dtype, info.attention) == ("bfloat16", "eager")
+    assert info is loaded.do("flex.loaded.info") and (info.dtype, info.attention) == (
+        "bfloat16",
+        "eager",
+    )
     assert (
         "LlamaForCausalLM: 201,280 parameters" in loaded.shown
         and "201,280    100%  0.4 MB" in loaded.shown
@@ -305,8 +308,8 @@ def test_load_gives_what_session_load_gives_and_shows_a_table(loaded, folder):
         and ">parameters</th>" in data["text/html"]
         and "201,280" in data["text/html"]
     )
-    loaded.do("%flex_load {flex.info.path}")
-    assert loaded.do("flex.info.dtype") == "float32"
+    loaded.do("%flex_load {flex.loaded.info.path}")
+    assert loaded.do("flex.loaded.info.dtype") == "float32"
 
 
 class WatchedBars:
@@ -724,12 +727,12 @@ def test_freeze_gives_the_views_it_froze(loaded):
         ("%flex_group off nothing", HookError, "there is no group 'nothing'"),
         ("%flex_load /no/such/folder", LoadError, "there is no model folder /no/such/folder"),
         (
-            "%flex_load {flex.info.path} --tp 3",
+            "%flex_load {flex.loaded.info.path} --tp 3",
             LayoutError,
             "tp=3 makes 3 ranks, the cluster has 1 engine",
         ),
         (
-            "%flex_load {flex.info.path} --dtype int7",
+            "%flex_load {flex.loaded.info.path} --dtype int7",
             LoadError,
             "dtype 'int7' is not one of torch's",
         ),
@@ -763,7 +766,7 @@ def test_bad_input_is_one_block_and_the_session_goes_on(loaded, code, kind, says
     assert type(error) is kind and re.search(says, str(error))
     assert loaded.shown.strip() == f"{kind.__name__}: {error}" and "Traceback" not in loaded.shown
     assert loaded.magics.session is session
-    assert session.info is not None, "the model is still loaded"
+    assert session.has_model, "the model is still loaded"
     loaded.do(f"%flex_hook {MLP}")
     assert loaded.do("%flex_run abc")["model.layers.3.mlp"].tensor().shape == (1, 3, 64)
 
@@ -811,7 +814,7 @@ def test_an_engines_error_shows_its_own_traceback_only(loaded, monkeypatch):
             "ValueError on rank 0: boom", 0, "Traceback of the engine\nValueError: boom\n"
         )
 
-    monkeypatch.setattr(loaded.magics.session.cluster, "call", broken)
+    monkeypatch.setattr(loaded.magics.session.engines, "call", broken)
     loaded.fails("%flex_run abc")
     head, *rest = loaded.shown.strip().splitlines()
     assert head == "EngineError: ValueError on rank 0: boom"
@@ -1096,11 +1099,11 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
         assert k.completions("r = %flex_hook model.layers.*.self_attn.q") == [
             "model.layers.*.self_attn.q_proj"
         ]
-        assert k.do("%flex_cluster attach --cluster-id {flex.cluster.cluster_id}") == k.do("flex")
+        assert k.do("%flex_cluster attach --cluster-id {flex.engines.cluster_id}") == k.do("flex")
         assert k.do("len(flex.runs)") == "1"
         assert "model  " in k.do("%flex_cluster restart")
         assert k.fails("%flex_run abc")[0] == "LoadError"
-        k.do("before = flex.cluster.pids")
+        k.do("before = flex.engines.pids")
         assert "1 of 1 alive" in k.do("%flex_cluster start -n 1")
         assert k.do("import psutil\n[pid for pid in before if psutil.pid_exists(pid)]") == "[]"
         k.do("%flex_cluster stop")

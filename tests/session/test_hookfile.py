@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import flexkernel as fk
 from flexkernel.cluster.packing import pack
 from flexkernel.session import hookfile
+from flexkernel.session.source import compiled
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
 IDS = [[5, 6, 7, 8, 9]]
@@ -42,7 +43,7 @@ def fill(session) -> None:
     session.hook("model.layers.3.mlp", edit="soft")
     session.hook("model.layers.3", edit="double")
     session.hook("model.layers.0", edit="steer")
-    session.group("off", "a")
+    session.hooks.group("off", "a")
 
 
 def text(path) -> dict:
@@ -57,17 +58,19 @@ def test_a_file_of_hooks_gives_equal_hooks_and_edits_that_do_the_same(
 ):
     session.load(tiny("llama"), **layout)
     fill(session)
-    before, logits = session.hook_set, session.run(IDS).logits.tensor()
-    path = session.save_hooks(tmp_path / "hooks.json")
+    before, logits = session.hooks.hook_set, session.run(IDS).logits.tensor()
+    path = session.hooks.save(tmp_path / "hooks.json")
     session.load(tiny("llama"), **layout)
-    session.edits = {}
-    assert session.hook_set != before and len(before.hooks) == 8 and before.off == {"a"}
-    shown = session.load_hooks(path)
+    session.hooks.edits = {}
+    assert session.hooks.hook_set != before and len(before.hooks) == 8 and before.off == {"a"}
+    shown = session.hooks.load(path)
     assert (
-        session.hook_set == before and session.hook_set.digest == before.digest and len(shown) == 8
+        session.hooks.hook_set == before
+        and session.hooks.hook_set.digest == before.digest
+        and len(shown) == 8
     )
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
-    again = session.save_hooks(tmp_path / "again.json")
+    again = session.hooks.save(tmp_path / "again.json")
     assert text(again)["hooks"] == text(path)["hooks"]
     assert {n: e.get("source") for n, e in text(again)["edits"].items()} == {
         n: e.get("source") for n, e in text(path)["edits"].items()
@@ -77,7 +80,7 @@ def test_a_file_of_hooks_gives_equal_hooks_and_edits_that_do_the_same(
 def test_an_edit_is_text_where_its_text_is_all_of_it(session, tiny, tmp_path):
     session.load(tiny("llama"))
     fill(session)
-    edits = text(session.save_hooks(tmp_path / "hooks.json"))["edits"]
+    edits = text(session.hooks.save(tmp_path / "hooks.json"))["edits"]
     assert edits["soft"]["imports"] == {
         "F": "torch.nn.functional",
         "torch": "torch",
@@ -95,7 +98,7 @@ def test_an_edit_is_text_where_its_text_is_all_of_it(session, tiny, tmp_path):
 
 
 def test_the_body_of_a_cell_is_text_and_gives_its_last_line(tmp_path):
-    function = hookfile.compiled(
+    function = compiled(
         "cell", "def cell(x, ctx):\n    y = x + 1\n    y * 2\n", {"__name__": "__main__"}
     )
     path = hookfile.write(
@@ -154,7 +157,7 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
         fk.errors.HookError,
         match=r"hook 'from Rome' patches in a capture.*session\.unhook\('from Rome'",
     ):
-        session.save_hooks(tmp_path / "hooks.json")
+        session.hooks.save(tmp_path / "hooks.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,15 +168,15 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
         ("[1]", "is no file of hooks"),
         ('{"cells": []}', "is no file of hooks"),
         ('{"flexkernel hooks": 2}', "has schema 2, this flexkernel reads 1"),
-        ('{"flexkernel hooks": 1}', "is not whole: KeyError"),
+        ('{"flexkernel hooks": 1}', "is damaged: KeyError"),
         (
             '{"flexkernel hooks": 1, "hooks": [{"glob": "a", "colour": 1}], "off": [], "edits": {}}',
-            "is not whole",
+            "is damaged",
         ),
         (
             '{"flexkernel hooks": 1, "hooks": [], "off": [], "edits": {"e": {"per": "row", "imports": {}, '
             '"source": "import os"}}}',
-            "is not whole: ValueError: the source of edit 'e' is not one function",
+            "is damaged: ValueError: the source of edit 'e' is not one function",
         ),
         (
             '{"flexkernel hooks": 1, "hooks": [{"glob": "nothing.*"}], "off": [], "edits": {}}',
@@ -186,18 +189,18 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
     ],
 )
 def test_what_cannot_be_loaded_is_said_and_changes_nothing(session, tiny, tmp_path, content, says):
-    if session.info is None or session.info.path != str(tiny("llama")):
+    if not session.has_model or session.loaded.info.path != str(tiny("llama")):
         session.load(tiny("llama"))
-    session.edits = {}
+    session.hooks.edits = {}
     session.hook(NAME)
-    before = session.hook_set
+    before = session.hooks.hook_set
     (tmp_path / "h.json").write_text(content)
     with pytest.raises(fk.errors.HookError, match=says):
-        session.load_hooks(tmp_path / "h.json")
-    assert session.hook_set == before and session.edits == {}
+        session.hooks.load(tmp_path / "h.json")
+    assert session.hooks.hook_set == before and session.hooks.edits == {}
 
 
 def test_a_file_that_is_not_there_is_said(session, tiny, tmp_path):
     session.load(tiny("llama"))
     with pytest.raises(fk.errors.HookError, match=r"nothing\.json cannot be read"):
-        session.load_hooks(tmp_path / "nothing.json")
+        session.hooks.load(tmp_path / "nothing.json")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flexkernel.errors import HookError
-from flexkernel.session.hooks import Hooked, Hooks, indices, regrouped, some, spec_of
+from flexkernel.session.groups import regrouped
+from flexkernel.session.hooks import Hook, HookTable, some
+from flexkernel.session.spec import indices, spec_of
 from flexkernel.wire import HookSet, HookSpec
 
 MLP, ATTN, HEAD = (
@@ -46,9 +48,7 @@ def test_other_positions_are_refused(positions):
 
 @pytest.mark.parametrize("at", ["outputs", "", "grad", None])
 def test_an_unknown_side_is_refused(at):
-    with pytest.raises(
-        HookError, match=f"at={at!r} is not there; a hook is at output, input, grad_output"
-    ):
+    with pytest.raises(HookError, match=f"at={at!r} is not one of output, input, grad_output"):
         asked(at=at)
 
 
@@ -70,12 +70,12 @@ def test_the_runs_own_hook_cannot_be_taken(where):
 
 def test_a_hook_tells_where_it_is_and_what_never_fires():
     names = tuple(f"model.layers.{i}.mlp" for i in range(9))
-    text = repr(Hooked(MLP, names, silent=("model.layers",)))
+    text = repr(Hook(MLP, names, silent=("model.layers",)))
     assert text == (
         "Hook 'model.layers.*.mlp' on 9 modules: model.layers.0.mlp, model.layers.1.mlp, ..., model.layers.8.mlp; "
         "groups early; 1 of them never fire in a forward: model.layers"
     )
-    assert repr(Hooked(HookSpec(""), ("",))) == "Hook '(root)' on 1 module: (root)"
+    assert repr(Hook(HookSpec(""), ("",))) == "Hook '(root)' on 1 module: (root)"
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,8 @@ def test_some_names_stand_for_many(count, want):
 
 def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
     off = regrouped(THREE, "off", "attn", None)
-    table = Hooks(off, lambda hook: (hook.glob.replace("*", "0"),))
-    assert [row[0] for row in table.rows()] == [MLP.key, ATTN.key, "head"] and len(table) == 3
-    assert list(table) == list(off.hooks)
+    table = HookTable(off, lambda hook: (hook.glob.replace("*", "0"),))
+    assert [row[0] for row in table.rows()] == [MLP.key, ATTN.key, "head"]
     assert table.rows()[1] == (
         ATTN.key,
         "model.layers.0.self_attn",
@@ -101,13 +100,13 @@ def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
 
 
 def test_an_empty_table_says_so():
-    table = Hooks(HookSet(), lambda hook: ())
+    table = HookTable(HookSet(), lambda hook: ())
     assert repr(table) == "no hooks" and "no hooks" in table._repr_html_()
 
 
 def test_names_and_groups_are_text_in_html():
     evil = HookSpec("<script>", name="<img src=x>", groups=("<b>",))
-    page = Hooks(HookSet().put(evil), lambda hook: (hook.glob,))._repr_html_()
+    page = HookTable(HookSet().put(evil), lambda hook: (hook.glob,))._repr_html_()
     assert (
         "<script" not in page and "<img" not in page and "<b>" not in page and "&lt;b&gt;" in page
     )

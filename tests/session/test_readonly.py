@@ -70,7 +70,7 @@ def test_a_second_notebook_sees_hooks_runs_and_captures_and_changes_nothing(sess
         sys.executable,
         "-c",
         READER,
-        session.cluster.cluster_id,
+        session.engines.cluster_id,
         str(tiny("llama")),
         str(os.getpid()),
     ]
@@ -84,7 +84,7 @@ def test_a_second_notebook_sees_hooks_runs_and_captures_and_changes_nothing(sess
     finally:
         reader.kill()
         reader.wait()
-    assert session.cluster.answering() == [True, True] and [hook.key for hook in session.hooks] == [
+    assert session.engines.answering() == [True, True] and [hook.key for hook in session.hooks] == [
         "mine"
     ]
     assert torch.equal(session.run(IDS).logits.tensor(), logits)

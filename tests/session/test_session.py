@@ -31,7 +31,7 @@ MLP = "model.layers.*.mlp"
 def num_torch_hooks(session) -> int:
     """Hooks on all modules of the model in this process, but for the one that keeps the logits and
     the watch's."""
-    runtime = session.cluster._runtime
+    runtime = session.engines._runtime
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in runtime.model.modules())
     return hooks - 1 - len(runtime.watch._handles)
 
@@ -53,7 +53,7 @@ BAD = [
     (
         lambda s: s.hook("lm_head", at="outputs"),
         HookError,
-        "at='outputs' is not there; a hook is at output, input",
+        "at='outputs' is not one of output, input",
     ),
     (lambda s: s.hook("lm_head", index=3), HookError, "lm_head output has no tensor at index '3'"),
     (
@@ -67,8 +67,8 @@ BAD = [
     (lambda s: s.hook("**.@q", at="input"), HookError, "a point inside attention, it has no input"),
     (lambda s: s.hook("**.@w"), HookError, r"no module matches '\*\*\.@w'"),
     (lambda s: s.unhook("nothing"), HookError, "no hook is called 'nothing'; there are"),
-    (lambda s: s.group("off", "nothing"), HookError, "there is no group 'nothing'"),
-    (lambda s: s.group("flip", "g"), HookError, "not 'flip'"),
+    (lambda s: s.hooks.group("off", "nothing"), HookError, "there is no group 'nothing'"),
+    (lambda s: s.hooks.group("flip", "g"), HookError, "not 'flip'"),
     (
         lambda s: s.run(IDS, groups="nothing"),
         HookError,
@@ -104,18 +104,18 @@ BAD = [
     (lambda s: s.load("/no/such/folder"), LoadError, "there is no model folder /no/such/folder"),
     (lambda s: s.load("/tmp"), LoadError, r"/tmp holds no config\.json"),
     (
-        lambda s: s.load(s.info.path, tp=2),
+        lambda s: s.load(s.loaded.info.path, tp=2),
         LayoutError,
         "tp=2 makes 2 ranks, the cluster has 1 engine",
     ),
-    (lambda s: s.load(s.info.path, pp=0), LayoutError, "pp=0 is not a degree"),
+    (lambda s: s.load(s.loaded.info.path, pp=0), LayoutError, "pp=0 is not a degree"),
     (
-        lambda s: s.load(s.info.path, dtype="float33"),
+        lambda s: s.load(s.loaded.info.path, dtype="float33"),
         LoadError,
         "dtype 'float33' is not one of torch's",
     ),
     (
-        lambda s: s.load(s.info.path, placements={"lm_head": "split"}),
+        lambda s: s.load(s.loaded.info.path, placements={"lm_head": "split"}),
         PlacementError,
         "a placement is 'shard:DIM'",
     ),
@@ -133,12 +133,12 @@ BAD = [
 def test_what_a_user_gets_wrong_is_one_sentence_and_changes_nothing(does, kind, says, loaded):
     loaded.hook(MLP, groups="g")
     before = loaded.run(IDS)
-    hooks, info = loaded.hook_set, loaded.info
+    hooks, info = loaded.hooks.hook_set, loaded.loaded.info
     with pytest.raises(FlexError) as caught:
         does(loaded)
     assert type(caught.value) is kind and re.search(says, str(caught.value))
     assert len(caught.value._render_traceback_()) <= (1 if kind is not EngineError else 3)
-    assert loaded.hook_set == hooks and loaded.info is info
+    assert loaded.hooks.hook_set == hooks and loaded.loaded.info is info
     after = loaded.run(IDS)
     assert [c.key for c in after] == [c.key for c in before] and len(after) == 4
     for a, b in zip(before.captures.values(), after.captures.values(), strict=True):
@@ -158,7 +158,7 @@ def test_before_a_load_everything_says_to_load():
             lambda: session.run(IDS),
             lambda: session.hook(MLP),
             lambda: session.unhook(),
-            lambda: session.group("list"),
+            lambda: session.hooks.group("list"),
             lambda: session.tree(),
         ):
             with pytest.raises(LoadError, match=r"no model is loaded: session\.load\(path"):
@@ -226,7 +226,7 @@ def test_unhooking_takes_every_torch_hook_away(loaded):
 
 def test_loading_again_begins_without_hooks(loaded, tiny):
     loaded.hook(MLP, groups="g")
-    loaded.group("off", "g")
+    loaded.hooks.group("off", "g")
     loaded.load(tiny("llama"))
     assert len(loaded.hooks) == 0 and num_torch_hooks(loaded) == 0 and len(loaded.run(IDS)) == 0
 
@@ -249,17 +249,17 @@ def test_groups_choose_what_a_run_keeps(loaded):
         "lm_head",
     ]
     assert kept(groups="a", complement=True) == ["lm_head", "model.norm"]
-    assert loaded.group("off", "a") == {"a": [MLP], "b": [MLP, "lm_head"]}
+    assert loaded.hooks.group("off", "a") == {"a": [MLP], "b": [MLP, "lm_head"]}
     assert kept() == ["lm_head", "model.norm"] and kept(groups="a") == ["model.layers.0.mlp"]
-    loaded.group("on", "a")
-    loaded.group("remove", "b", "lm_head")
+    loaded.hooks.group("on", "a")
+    loaded.hooks.group("remove", "b", "lm_head")
     assert kept(groups="b") == ["model.layers.0.mlp"]
 
 
 def test_a_run_that_fails_leaves_hooks_ready(loaded):
     loaded.hook(MLP)
     want = loaded.run(IDS)
-    handle = loaded.cluster._runtime.model.model.layers[1].register_forward_pre_hook(
+    handle = loaded.engines._runtime.model.model.layers[1].register_forward_pre_hook(
         lambda *_: 1 / 0
     )
     for _ in range(3):
@@ -282,7 +282,7 @@ def test_reading_changes_no_bit(loaded):
 
 def test_the_users_own_hooks_stay_and_see_the_same(loaded):
     seen = []
-    module = loaded.cluster._runtime.model.model.layers[0].mlp
+    module = loaded.engines._runtime.model.model.layers[0].mlp
     handle = module.register_forward_hook(lambda _, args, out: seen.append(out.clone()))
     loaded.hook(MLP)
     run = loaded.run(IDS)
@@ -479,7 +479,7 @@ def test_a_module_that_fires_more_often_than_scanned_is_read_each_time(session):
     run = session.run([[5, 6]])
     calls = [run["twice", "output", "", call].tensor() for call in range(3)]
     assert len(run) == 3 and not torch.equal(calls[0], calls[1])
-    model = session.cluster._runtime.model
+    model = session.engines._runtime.model
     assert torch.equal(model.twice(calls[1]), calls[2])
 
 
@@ -508,7 +508,7 @@ def test_a_run_costs_nothing_per_module(loaded):
     """Ten runs of a model that is planned already touch no list of all modules or names."""
     loaded.hook("lm_head")
     loaded.run(IDS)
-    info = loaded.info
+    info = loaded.loaded.info
 
     class Counts(tuple):
         looked = 0
@@ -573,7 +573,7 @@ def test_on_stages_hooks_come_and_go_and_a_container_is_no_place_to_stop(session
     session.hook("**", at="input")
     held = [a - b for a, b in zip(session.on_ranks(num_hooks), before, strict=True)]
     # not the root, not the @ points
-    assert min(held) > 20 and sum(held) == 4 + len(session.info.names) - 1 - 20
+    assert min(held) > 20 and sum(held) == 4 + len(session.loaded.info.names) - 1 - 20
     with pytest.raises(HookError, match="never fires in a forward"):
         session.run(IDS, stop_at="model.layers")
     run = session.run(IDS)

@@ -158,7 +158,7 @@ def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tm
 
 def test_a_failed_run_leaves_a_file_for_what_of_it_is_whole(small, tmp_path):
     small.store.budget = 4096
-    handle = small.cluster._runtime.model.register_forward_hook(lambda *_: 1 / 0)
+    handle = small.engines._runtime.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(Exception, match="ZeroDivisionError"):
         small.run(IDS)
     handle.remove()
@@ -189,9 +189,9 @@ def test_ranks_share_one_file_and_a_later_driver_finds_it(layout, session, tiny,
     assert len(want) > 50 and len(files(session)) == 1 and run.plan.slab.startswith("spill-")
     for key, whole in want.items():
         assert torch.equal(run.captures[key].tensor(), whole), key
-    answers = session.cluster.call("recover.rank_state")
-    later = Store(session.cluster, session.info.layout)
-    later.recover([answer.runs for answer in answers], session.planner, session.tokenizer)
+    answers = session.engines.call("recover.rank_state")
+    later = Store(session.engines, session.loaded.info.layout)
+    later.recover([answer.runs for answer in answers], session.loaded.planner, session.tokenizer)
     again = later.runs[run.number]
     assert torch.equal(again[LAYER, "output"].tensor(), want[again[LAYER, "output"].key])
     later._claim.close()

@@ -44,16 +44,13 @@ def test_hooks_runs_and_slabs_are_counted(session, tiny):
 
 
 class Evil:
-    hook_set, info, store = None, None, None
-
-    class cluster:
-        size, owned, hosts, cluster_id = 1, False, ["<script>"], "<b>"
-        alive = answering = staticmethod(lambda: [False])
-        origin = Origin("other", owned=False)
+    size, owned, hosts, cluster_id = 1, False, ["<script>"], "<b>"
+    alive = answering = staticmethod(lambda: [False])
+    origin = Origin("other", owned=False)
 
 
 def test_names_of_hosts_and_clusters_are_text_in_html():
-    status = Status(Evil)
+    status = Status(Evil, None, None, None)
     page = status._repr_html_()
     assert "<script>" not in page and "<b>" not in page and "&lt;script&gt;" in page
     assert "0 of 1 alive" in repr(status) and "attached: it stays" in repr(status)

@@ -129,7 +129,7 @@ def truth(folder: str) -> torch.Tensor:
 def fit(session: Any, folder: Path, **layout: int) -> None:
     """Have this model loaded so, if it is not."""
     wanted = {axis: layout.get(axis, 1) for axis in ("pp", "dp", "fsdp", "tp")}
-    info = session.info
+    info = session.loaded.info
     if (
         info is None
         or info.path != str(folder)
@@ -140,7 +140,7 @@ def fit(session: Any, folder: Path, **layout: int) -> None:
 
 def healthy(session: Any, folder: Path, **layout: int) -> None:
     """A run of this model, loaded so, equals the unsharded one; every engine answers."""
-    session.unhook() if session.info is not None else None
+    session.unhook() if session.has_model else None
     fit(session, folder, **layout)
     session.hook("model.layers.1.mlp")
     run = session.run(ROWS)
@@ -149,7 +149,7 @@ def healthy(session: Any, folder: Path, **layout: int) -> None:
         run.logits.tensor()[MASK], truth(str(folder))[MASK], atol=2e-5, rtol=2e-5
     )
     session.unhook()
-    assert all(session.cluster.answering())
+    assert all(session.engines.answering())
 
 
 # --- values that are hard to read -----------------------------------------------------

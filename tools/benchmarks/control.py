@@ -53,7 +53,7 @@ def round_trip(lab: Lab) -> list[Figure]:
 def empty_call(session: Any) -> float:
     """Seconds of a call that does nothing, of all engines by one view. What the client keeps of it
     is let go of."""
-    cluster = session.cluster
+    cluster = session.engines
     begin = time.perf_counter()
     result = cluster._client[cluster.engines].apply_async(ranks.nothing)
     result.get(60)

@@ -47,7 +47,7 @@ def gathered(lab: Lab) -> list[Figure]:
 
 
 def define(session: Any) -> None:
-    if "bench_half" not in session.edits:
+    if "bench_half" not in session.hooks.edits:
 
         @session.edit("bench_half")
         def half(x, ctx):

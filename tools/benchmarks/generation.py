@@ -52,7 +52,8 @@ def with_captures(lab: Lab) -> list[Figure]:
 
 def layers_of(session: Any) -> int:
     return sum(
-        name.count(".") == 2 and name.startswith("model.layers.") for name in session.info.names
+        name.count(".") == 2 and name.startswith("model.layers.")
+        for name in session.loaded.info.names
     )
 
 
@@ -60,7 +61,7 @@ def against_recomputing(lab: Lab) -> list[Figure]:
     """In one process: every layer at every step, by a cached generation with hooks; and as tools
     do that know no cache, by a whole forward for each token with output_hidden_states=True."""
     session, new = lab.session(lab.real(), n=1), 4 if lab.quick else 32
-    model = session.cluster._runtime.model
+    model = session.engines._runtime.model
     session.hook(LAYERS)
     held: dict[str, int] = {}
     texts: dict[str, list[int]] = {}

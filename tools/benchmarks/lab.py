@@ -56,14 +56,14 @@ class Lab:
         loaded so.
 
         host: where the engines say that they are; with a name, their data comes over sockets."""
-        if self._asked != (n, host) or not all(self._session.cluster.alive()):
+        if self._asked != (n, host) or not all(self._session.engines.alive()):
             self.end()
             self._session, self._asked = started(n, host), (n, host)
         session = self._session
         if path is not None and self._loaded != (path, layout):
             session.load(path, **layout)
             self._loaded = path, layout
-        if session.info is not None:
+        if session.has_model:
             session.unhook()
             for run in session.runs:
                 run.free()

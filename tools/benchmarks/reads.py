@@ -42,7 +42,7 @@ def against_flexmodel(lab: Lab) -> list[Figure]:
     session, rows, names = prepared(lab)
     where, wide = (
         str(opponents.folder()),
-        session.info.scan[names[-1], "output"][0][0].shape(1, 1)[-1],
+        session.loaded.info.scan[names[-1], "output"][0][0].shape(1, 1)[-1],
     )
     hooks = [(name, wide if name.endswith("gate_proj") else None) for name in names]
     kept: list[int] = []
@@ -79,7 +79,7 @@ def prepared(lab: Lab) -> tuple[Any, list[list[int]], list[str]]:
     session = lab.session(lab.tiny("llama_deep"), tp=2)
     B, S = (1, 16) if lab.quick else (4, 128)
     rows = [[3 + (7 * b + s) % 250 for s in range(S)] for b in range(B)]
-    names = [name for glob in GLOBS for name in select(glob, session.info.names)]
+    names = [name for glob in GLOBS for name in select(glob, session.loaded.info.names)]
     assert len(names) > 2
     return session, rows, names
 

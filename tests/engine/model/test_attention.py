@@ -27,7 +27,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def modules_of(session) -> list[torch.nn.Module]:
-    return list(session.cluster._runtime.model.modules())
+    return list(session.engines._runtime.model.modules())
 
 
 def watched(session) -> int:
@@ -143,7 +143,7 @@ def test_a_pattern_that_nobody_keeps_is_not_computed(counted, session, tiny):
     session.load(tiny("llama"))
     counted.clear()
     session.hook("**.@pattern", groups="g")
-    session.group("off", "g")
+    session.hooks.group("off", "g")
     session.run([[5, 6]])
     assert counted == []
     session.run([[5, 6]], groups="g")

@@ -203,7 +203,7 @@ def test_an_attention_that_is_not_there_is_refused(tiny, session):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_attention_asked_for_is_loaded(attn, tiny, session):
     assert session.load(tiny("llama"), attn=attn).attention == attn
-    assert session.cluster._runtime.model.config._attn_implementation == attn
+    assert session.engines._runtime.model.config._attn_implementation == attn
 
 
 # --- devices --------------------------------------------------------------------------
@@ -219,11 +219,11 @@ def test_the_attention_asked_for_is_loaded(attn, tiny, session):
 def test_a_device_that_is_not_there_is_refused_and_the_loaded_model_stays(
     device, message, tiny, session, monkeypatch
 ):
-    monkeypatch.setattr(session.cluster, "gpus", {})
+    monkeypatch.setattr(session.engines, "gpus", {})
     session.load(tiny("llama"))
     with pytest.raises(LoadError, match=message):
         session.load(tiny("llama"), device=device)
-    assert session.cluster.device == "cpu" and session.run([[5, 6]]).logits.shape[1] == 2
+    assert session.engines.device == "cpu" and session.run([[5, 6]]).logits.shape[1] == 2
 
 
 # --- what is known before, and what is loaded -----------------------------------------
@@ -241,7 +241,7 @@ def test_a_model_is_known_before_anything_is_read(tiny, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
 def test_what_is_loaded_is_what_transformers_loads(arch, tiny, session):
     info = session.load(tiny(arch))
-    ours, theirs = session.cluster._runtime.model, reference.load(tiny(arch))
+    ours, theirs = session.engines._runtime.model, reference.load(tiny(arch))
     assert info.rank_parameters == (info.num_parameters,)
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     for (name, a), (other, b) in zip(

@@ -57,11 +57,11 @@ def lost_and_found(session, rank: int, name: str, bring_back, of: int = signal.S
     assert torch.equal(after["model.layers.2.mlp"].tensor(), values)
     assert torch.equal(before["model.layers.2.mlp"].tensor(), values), "the stored run is readable"
     again, now = session.on_ranks(on_engines.weights_at), session.on_ranks(os.getpid)
-    for other in range(session.cluster.size):
+    for other in range(session.engines.size):
         assert (now[other] == pids[other]) is (other != rank)
         assert other == rank or again[other] == weights[other], "what is left is where it was"
-    assert session.group("list") == {"mlps": ["model.layers.*.mlp"]}
-    assert session.cluster.pids == now and session.cluster.alive() == [True] * session.cluster.size
+    assert session.hooks.group("list") == {"mlps": ["model.layers.*.mlp"]}
+    assert session.engines.pids == now and session.engines.alive() == [True] * session.engines.size
 
 
 @pytest.mark.long("{'fsdp': 2}-1", "{'pp': 2}-1")
@@ -73,12 +73,12 @@ def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank, monkeypatch):
     info = session.load(tiny("llama"), **layout)
     # whoever reads the cluster's file beside its owner does not take from it how an engine ended
     for _ in range(4):
-        assert repr(session.cluster.cluster_id) in begin.running_clusters()
+        assert repr(session.engines.cluster_id) in begin.running_clusters()
 
     def bring_back():
         # what the dead one was in does not count as its heir's
         with monkeypatch.context() as patch:
-            patch.setattr(waiting, "LATE_S", 0.1 - session.timeout_s)
+            patch.setattr(waiting, "LATE_S", 0.1 - session.engines.timeout_s)
             patch.setattr(waiting, "FREED_S", 0.3)
             assert session.restart(rank) == [rank]
 
@@ -90,11 +90,11 @@ def test_a_dead_rank_comes_back_alone(session, tiny, layout, rank, monkeypatch):
 @pytest.mark.engines(2)
 def test_a_dead_rank_comes_back_by_itself_when_asked_to(session, tiny):
     session.load(tiny("llama"), tp=2)
-    session.auto_restart = True
+    session.engines.auto_restart = True
     try:
         lost_and_found(session, 1, "model.layers.1.mlp", lambda: None)
     finally:
-        session.auto_restart = False
+        session.engines.auto_restart = False
 
 
 @pytest.mark.long
@@ -129,7 +129,7 @@ def test_an_engine_that_was_stopped_is_ended_before_its_rank_is_given_to_another
     session.load(tiny("llama"), pp=2)
     session.store.spill_to(tmp_path)
     logits = session.run(IDS).logits.tensor().clone()
-    pid = session.cluster.pids[1]
+    pid = session.engines.pids[1]
     os.kill(pid, signal.SIGSTOP)
     session.restart(rank=1)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

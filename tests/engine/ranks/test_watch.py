@@ -21,9 +21,9 @@ IDS = [[5, 6, 7, 8, 9]]
 @pytest.fixture
 def impatient(session):
     """A session that gives up after two seconds."""
-    session.timeout_s = 2.0
+    session.engines.timeout_s = 2.0
     yield session
-    session.timeout_s = 60.0
+    session.engines.timeout_s = 60.0
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_an_engine_that_wakes_up_again_keeps_its_rank(impatient, tiny):
     session.on_ranks(on_engines.die_at, "model.layers.3.mlp", 1, signal.SIGSTOP)
     with pytest.raises(fk.errors.EngineDied, match="was stopped by a signal"):
         session.run(IDS)
-    os.kill(session.cluster.pids[1], signal.SIGCONT)
+    os.kill(session.engines.pids[1], signal.SIGCONT)
     end = time.monotonic() + 60
-    while not all(session.cluster.answering()) and time.monotonic() < end:
+    while not all(session.engines.answering()) and time.monotonic() < end:
         time.sleep(0.1)
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
@@ -95,7 +95,7 @@ def test_a_run_whose_modules_begin_is_never_broken_off():
     """Longer than the timeout in all, but never in one module."""
     session = fk.local()
     session.load(lambda: on_engines.Slow(6), reference=lambda: on_engines.Slow(6))
-    session.timeout_s = 1.0
+    session.engines.timeout_s = 1.0
     assert session.run([[1, 2, 3]]).logits.tensor().numel() > 0
     session.close()
 

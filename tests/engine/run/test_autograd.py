@@ -147,7 +147,7 @@ def through_edits(session, folder, cases: list[Case]) -> None:
     for case in cases:
         number = CASES.index(case)
         want = truth(folder, case=number)
-        session.unhook() if session.hook_set.hooks else None
+        session.unhook() if session.hooks.hook_set.hooks else None
         session.hook(case.module, name="edited", **case.how)
         session.hook("model.layers.*", at="grad_output", name="layers")
         session.hook("model.layers.*.mlp.gate_proj", at="grad_output", name="gates")
@@ -184,7 +184,7 @@ def test_gradients_go_through_edits(session, tiny, layout):
 def test_a_gradient_is_edited(session, tiny, layout, module, edit):
     """What goes on back is what the edit made of it, as with torch's own full backward pre
     hook."""
-    if session.info is None or session.info.layout != fk.wire.Layout(**layout):
+    if not session.has_model or session.loaded.info.layout != fk.wire.Layout(**layout):
         session.load(tiny("llama"), **layout)
     session.edit("turn")(lambda g, ctx: g.roll(1, -1) * 0.5)
     how = {"edit": "scale", "value": -3.0} if edit == "scale" else {"edit": "turn"}
@@ -307,7 +307,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=lambda d: "x".join(d))
 def test_a_bad_loss_is_one_error_and_the_next_run_is_right(session, tiny, layout, what):
-    if session.info is None or session.info.layout != fk.wire.Layout(**layout):
+    if not session.has_model or session.loaded.info.layout != fk.wire.Layout(**layout):
         session.load(tiny("llama"), **layout)
     session.hook("model.layers.1", at="grad_output")
     before = session.run(ROWS, loss=loss)["model.layers.1", "grad_output"].tensor()

@@ -149,7 +149,7 @@ def edited_logits(folder, case: Case | None) -> torch.Tensor:
 def some_of(cases: list, session) -> list:
     """All of them on up to two engines; every third on four, of which equality.py has the rest in
     one table."""
-    return cases if session.cluster.size <= 2 else cases[::3]
+    return cases if session.engines.size <= 2 else cases[::3]
 
 
 def define(session) -> None:
@@ -357,7 +357,7 @@ def test_an_edit_runs_once_and_keeps_what_it_saves(session, tiny):
     session.hook("model.layers.1.mlp.gate_proj", edit="count")
     before = session.run(ROWS)
     session.run(ROWS)
-    saved = session.saved("count")
+    saved = session.hooks.saved("count")
     assert saved == {"calls": 2, "seen": ("model.layers.1.mlp.gate_proj", (3, 7, 176), (3, 7), 18)}
     assert before["model.layers.1.mlp.gate_proj"].shape == (3, 7, 176)
 
@@ -398,7 +398,7 @@ BAD = {
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=lambda d: "x".join(d))
 @pytest.mark.engines(2)
 def test_a_bad_edit_is_one_error_and_the_next_run_is_right(session, tiny, layout, what, module):
-    if session.info is None or str(session.info.layout) != str(fk.wire.Layout(**layout)):
+    if not session.has_model or str(session.loaded.info.layout) != str(fk.wire.Layout(**layout)):
         session.load(tiny("llama"), **layout)
     before = session.run(ROWS).logits.tensor()
     function, message = BAD[what]
@@ -422,7 +422,7 @@ def test_what_an_edit_cannot_have_is_said_before_any_run(session, tiny):
         ({"value": 2.0}, "belongs to an edit"),
         ({"heads": [1]}, "belongs to an edit"),
         ({"capture": "none"}, "belongs to an edit"),
-        ({"edit": "zero", "capture": "sometimes"}, "is not there"),
+        ({"edit": "zero", "capture": "sometimes"}, "is not one of"),
     ]:
         with pytest.raises(fk.errors.HookError, match=message):
             session.hook("model.layers.1.mlp", **how)

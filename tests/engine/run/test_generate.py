@@ -699,10 +699,10 @@ def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
     session.hook("model.layers.1.mlp")
     end = truth(tiny("llama"), 6)[0][1]
     run = session.generate(ROWS[:1], max_new_tokens=6, eos_token_id=end)
-    described = [answer.runs for answer in session.cluster.call("recover.rank_state")]
-    store, session.store = session.store, Store(session.cluster, session.info.layout)
+    described = [answer.runs for answer in session.engines.call("recover.rank_state")]
+    store, session.store = session.store, Store(session.engines, session.loaded.info.layout)
     try:
-        session.store.recover(described, session.planner, None)
+        session.store.recover(described, session.loaded.planner, None)
         again = session.store.runs[run.number]
         assert (
             again.new_ids == run.new_ids

@@ -50,7 +50,7 @@ def truth(arch: str, vocab: int = 256) -> dict[str, torch.Tensor]:
 
 
 def check_all(session, want: dict[str, torch.Tensor]) -> None:
-    assert len(want) > 40 and set(want) == set(session.info.parameters)
+    assert len(want) > 40 and set(want) == set(session.loaded.info.parameters)
     for name, whole in want.items():
         capture = session.parameter(name)
         assert (capture.dtype, capture.shape) == (whole.dtype, tuple(whole.shape)), name
@@ -572,7 +572,7 @@ def test_memory_that_does_not_suffice_is_refused_before_anything_is_read(
 ):
     session.load(tiny("llama"))
     monkeypatch.setattr(session.store, "budget", 1000)
-    monkeypatch.setattr(session.cluster, "call", watched_call(session.cluster.call, asked := []))
+    monkeypatch.setattr(session.engines, "call", watched_call(session.engines.call, asked := []))
     with pytest.raises(
         MemoryBudgetError,
         match=rf"{GATE} would keep 45,056 bytes and the session's budget is 1,000",

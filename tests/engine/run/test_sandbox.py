@@ -20,7 +20,7 @@ NAME = "model.layers.1.mlp"
 def loaded(session, tiny):
     session.load(tiny("llama"), tp=2)
     yield session, session.run(IDS).logits.tensor().clone()
-    session.timeout_s = 60.0
+    session.engines.timeout_s = 60.0
 
 
 def sends(x, ctx):
@@ -75,7 +75,7 @@ def test_an_edit_that_loops_for_ever_is_broken_off_by_the_timeout(loaded):
     session, logits = loaded
     session.edit("endless")(loops)
     session.hook(NAME, edit="endless")
-    session.timeout_s = 2.0
+    session.engines.timeout_s = 2.0
     said = rf"rank 0 did not arrive, no progress for 2 s: it is in {NAME}, at .*test_sandbox.py.*"
     with pytest.raises(
         fk.errors.EditError, match=rf"{said}edit 'endless' at {NAME} .*; rank 1 waited in {NAME}"

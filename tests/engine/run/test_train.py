@@ -109,7 +109,7 @@ def by_hand(
 
 def prepare(session) -> None:
     for name, module in modules().items():
-        session.add_module(name, module)
+        session.modules[name] = module
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x))
     session.edit("adapt")(lambda x, ctx: ctx.modules["lora"](x))
     session.hook("model.layers.1", edit="translate", capture="none")
@@ -127,7 +127,7 @@ def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, reco
     assert first.loss == pytest.approx(losses[0], rel=1e-5)
     worst = 0.0
     for name, wanted in gradients.items():
-        got = session.gradients(name)  # CaptureError if the copies of any rank differed
+        got = session.modules.gradients(name)  # CaptureError if the copies of any rank differed
         assert set(got) == set(wanted)
         for key, gradient in wanted.items():
             assert gradient.abs().max() > 1e-3, "there is something to compare"
@@ -138,7 +138,7 @@ def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, reco
     assert got == pytest.approx(losses, rel=1e-4) and losses[-1] < losses[0] - 0.01
     drift = 0.0
     for name, wanted in weights.items():
-        for key, parameter in session.module(name).named_parameters():
+        for key, parameter in session.modules[name].named_parameters():
             drift = max(drift, (parameter - wanted[key]).abs().max().item())
             moved = (wanted[key] - dict(modules()[name].named_parameters())[key]).abs().max()
             assert moved > 100 * 2e-4
@@ -171,7 +171,7 @@ def test_parameters_of_the_model_are_trained_if_asked(session, tiny, layout):
     with torch.no_grad():
         want = model(**BATCH, use_cache=False).logits[MASK]
     torch.testing.assert_close(session.run(ROWS).logits.tensor()[MASK], want, atol=5e-4, rtol=0)
-    if session.cluster.size > 1:
+    if session.engines.size > 1:
         left = session.on_ranks(touched)
         assert all(left) and not any(map(any, left))
 
@@ -187,7 +187,7 @@ def test_a_failed_step_changes_nothing(session, tiny, layout):
     prepare(session)
     session.train_step(ROWS, loss, adam)
     before = {
-        n: {k: v.clone() for k, v in session.module(n).state_dict().items()}
+        n: {k: v.clone() for k, v in session.modules[n].state_dict().items()}
         for n in session.modules
     }
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x) / 0 if ctx.nothing else x)
@@ -197,7 +197,7 @@ def test_a_failed_step_changes_nothing(session, tiny, layout):
     with pytest.raises(fk.errors.LossError):
         session.train_step(ROWS, lambda logits, batch: 3, adam)
     for name, state in before.items():
-        for key, value in session.module(name).state_dict().items():
+        for key, value in session.modules[name].state_dict().items():
             assert torch.equal(value, state[key])
     assert session.train_step(ROWS, loss, adam) < session.train_step(ROWS, loss, adam) + 10
 
@@ -208,18 +208,18 @@ def test_modules_are_saved_and_read_again(session, tiny, tmp_path):
     prepare(session)
     session.train_step(ROWS, loss, adam)
     trained = session.run(ROWS).logits.tensor().clone()
-    path = session.save_modules(tmp_path / "modules.safetensors")
-    session.add_module("lens", Translator(seed=9))
+    path = session.modules.save(tmp_path / "modules.safetensors")
+    session.modules["lens"] = Translator(seed=9)
     assert not torch.allclose(session.run(ROWS).logits.tensor(), trained)
-    assert sorted(session.load_modules(path)) == ["lens", "lora", "probe"]
+    assert sorted(session.modules.load(path)) == ["lens", "lora", "probe"]
     assert torch.equal(session.run(ROWS).logits.tensor(), trained)
-    session.add_module("lens", Translator(width=32))
+    session.modules["lens"] = Translator(width=32)
     with pytest.raises(fk.errors.LoadError, match="lens has other weights"):
-        session.load_modules(path)
-    assert session.parameters("lora.*") == {"lora.down": (176, 4), "lora.up": (4, 176)}
+        session.modules.load(path)
+    assert session.parameter_shapes("lora.*") == {"lora.down": (176, 4), "lora.up": (4, 176)}
     assert (
-        "model.norm.weight" in session.parameters()
-        and "model.rotary_emb.inv_freq" not in session.parameters()
+        "model.norm.weight" in session.parameter_shapes()
+        and "model.rotary_emb.inv_freq" not in session.parameter_shapes()
     )
 
 
@@ -230,13 +230,13 @@ def test_what_cannot_be_trained_is_said(session, tiny):
     with pytest.raises(errors.HookError, match="nothing to train"):
         session.train_step(ROWS, "next_token")
     with pytest.raises(errors.HookError, match=r"an nn\.Module"):
-        session.add_module("probe", lambda x: x)
-    session.add_module("probe", Probe())
+        session.modules["probe"] = lambda x: x
+    session.modules["probe"] = Probe()
     for name in ("nope",):
         with pytest.raises(
             errors.HookError, match="no trainable module is called 'nope'; there are probe"
         ):
-            session.module(name)
+            session.modules[name]
     with pytest.raises(errors.LossError, match="could not be made"):
         session.train_step(
             ROWS, "next_token", lambda parameters: torch.optim.SGD(parameters, lr=-1)
@@ -254,8 +254,8 @@ def test_what_cannot_be_trained_is_said(session, tiny):
         errors.EditError, match=r"asks for the module 'lens'; there are \['probe'\]"
     ):
         session.run(ROWS)
-    session.remove_module("probe")
-    assert session.modules == []
+    del session.modules["probe"]
+    assert list(session.modules) == []
 
 
 @pytest.mark.engines(2)
@@ -266,7 +266,7 @@ def test_finite_differences_of_a_module(session, tiny, layout):
     session.load(tiny("llama"), dtype="float64", **layout)
     session.on_ranks(exact_norms)
     lens = Translator().double()
-    session.add_module("lens", lens)
+    session.modules["lens"] = lens
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x))
     session.hook("model.layers.1", edit="translate", capture="none")
     weight = WEIGHT.double()
@@ -275,7 +275,7 @@ def test_finite_differences_of_a_module(session, tiny, layout):
         return session.run(ROWS, loss=lambda logits, batch: (logits * weight).sum()).loss
 
     value()
-    gradient = session.gradients("lens")["weight"]
+    gradient = session.modules.gradients("lens")["weight"]
     generator = torch.Generator().manual_seed(5)
     for _ in range(8):
         place = tuple(torch.randint(64, (2,), generator=generator).tolist())
@@ -283,7 +283,7 @@ def test_finite_differences_of_a_module(session, tiny, layout):
         for by in (1e-5, -2e-5):
             with torch.no_grad():
                 lens.weight[place] += by
-            session.add_module("lens", lens)
+            session.modules["lens"] = lens
             losses.append(value())
         with torch.no_grad():
             lens.weight[place] += 1e-5
@@ -301,7 +301,7 @@ def test_a_lens_on_the_real_model_learns_the_same(session, smollm2, layout):
 
     prompt = "The capital of France is Paris, and the capital of Italy is"
     session.load(smollm2, **layout)
-    session.add_module("lens", Translator(576))
+    session.modules["lens"] = Translator(576)
     session.edit("translate")(lambda x, ctx: ctx.modules["lens"](x))
     session.hook("model.layers.20", edit="translate", capture="none")
     got = [session.train_step(prompt, "next_token", adam) for _ in range(3)]

@@ -1,0 +1,180 @@
+"""A hook as a user asks for it, as the HookSpec that every engine gets, and the checks of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from flexkernel.errors import HookError
+from flexkernel.memory.plan import Planner, check_index
+from flexkernel.names import nearest
+from flexkernel.wire import AT, REDUCTIONS, Blob, HookSpec, Reduction, SlabValue
+
+from .edits import PRESETS
+
+__all__ = ["check", "reduction", "spec_of"]
+
+CAPTURES = ("after", "before", "both", "none")
+
+
+def spec_of(
+    glob: str,
+    at: str = "output",
+    index: str | int | None = None,
+    groups: Sequence[str] | str = (),
+    positions: Sequence[int] | int | None = None,
+    name: str = "",
+    edit: str | None = None,
+    value: Any = None,
+    heads: Sequence[int] | int | None = None,
+    neurons: Sequence[int] | int | None = None,
+    capture: str = "after",
+    reduce: str | None = None,
+) -> HookSpec:
+    """A hook as a user asks for it. value: plain data already. HookError: what no model has."""
+    check_place(glob, at, name)
+    if reduce == "last":
+        if positions is not None:
+            raise HookError(
+                f"reduce='last' keeps the last position, and positions={positions!r} others: say one"
+            )
+        positions = -1
+        reduce = None
+    spec = HookSpec(
+        glob=glob,
+        at=at,
+        index=None if index is None else str(index),
+        name=name,
+        groups=(groups,) if isinstance(groups, str) else tuple(dict.fromkeys(groups)),
+        positions=indices(positions, "positions"),
+        edit=edit,
+        value=value,
+        heads=indices(heads, "heads"),
+        neurons=indices(neurons, "neurons"),
+        capture=capture,
+        reduce=None if reduce is None else reduction(reduce),
+    )
+    check_parts(spec)
+    return spec
+
+
+def indices(given: Sequence[int] | int | None, kind: str) -> tuple[int, ...] | None:
+    """Positions, heads or neurons as a hook has them; None is all."""
+    if given is None:
+        return None
+    try:
+        found = tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
+    except TypeError:
+        found = ()
+    if not found:
+        raise HookError(f"{kind}={given!r} are no {kind}; they are whole numbers, -1 is the last")
+    return found
+
+
+def reduction(text: str) -> Reduction:
+    """What a hook keeps instead of a value, as a user writes it. HookError.
+
+    >>> reduction("norm:-1"), reduction("amax")
+    (Reduction(op='norm', dims=(-1,)), Reduction(op='amax', dims=()))
+    """
+    op, colon, rest = str(text).partition(":")
+    dims: tuple[int, ...] = ()
+    try:
+        if colon:
+            dims = tuple(int(dim) for dim in rest.split(","))
+    except ValueError:
+        op = ""
+    if op not in REDUCTIONS:
+        raise HookError(
+            f"reduce={text!r} is not OP:DIMS, as in norm:-1 or mean:0,1; OP alone is over all dims, "
+            f"'last' keeps the last position. OP is one of {', '.join(REDUCTIONS)}"
+        )
+    return Reduction(op, dims)
+
+
+# --- the checks -----------------------------------------------------------------------
+
+
+def check(
+    spec: HookSpec, planner: Planner, edits: Collection[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """HookError unless the loaded model has a place for this hook, and its edit is one of these or
+    a preset. Checks all fields, in their order.
+
+    Returns (what its glob names, which of that fires in a forward)."""
+    check_place(spec.glob, spec.at, spec.name)
+    check_parts(spec)
+    check_edit(spec, edits)
+    scan = planner.info.scan
+    names = planner.names(spec)
+    firing = [name for name in names if spec.of == "param" or scan.get((name, spec.of))]
+    check_index(planner.info, firing, spec)
+    return names, firing
+
+
+def check_place(glob: Any, at: str, name: Any) -> None:
+    """HookError: no model has such a place."""
+    if not isinstance(glob, str) or not isinstance(name, str):
+        raise HookError(
+            f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}"
+        )
+    if at not in AT:
+        raise HookError(f"at={at!r} is not one of {', '.join(AT)}")
+    if at not in ("output", "grad_output") and glob.rpartition(".")[2].startswith("@"):
+        raise HookError(f"{glob!r} is a point inside attention, it has no {at}; hook its output")
+
+
+def check_parts(spec: HookSpec) -> None:
+    """HookError: no value at that place has the parts that the hook names, or every run has a hook
+    of its name."""
+    if spec.key == "logits":
+        raise HookError(
+            "the name 'logits' is taken: every run captures them; give the hook another name"
+        )
+    if spec.at != "param_grad":
+        return
+    if spec.edit == "mean" or spec.positions is not None or spec.heads is not None:
+        raise HookError(
+            "the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons"
+        )
+    if spec.reduce is not None:
+        raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
+
+
+def check_edit(spec: HookSpec, edits: Collection[str]) -> None:
+    """HookError unless the hook's edit exists and takes its value."""
+    if spec.capture not in CAPTURES:
+        raise HookError(f"capture={spec.capture!r} is not one of {', '.join(CAPTURES)}")
+    if spec.edit is None:
+        for option in ("value", "heads", "neurons"):
+            if getattr(spec, option) is not None:
+                raise HookError(f"{option}= belongs to an edit, and {spec.key!r} has none: edit=")
+        if spec.capture != "after":
+            raise HookError(
+                f"capture={spec.capture!r} belongs to an edit, and {spec.key!r} has none: edit="
+            )
+        return
+    if spec.edit not in PRESETS and spec.edit not in edits:
+        names = [*PRESETS, *edits]
+        near = ", ".join(nearest(spec.edit, names)) or "none"
+        raise HookError(
+            f"no edit is called {spec.edit!r}; nearest: {near}; there are {', '.join(names)}"
+        )
+    check_value(spec, PRESETS.get(spec.edit, "nothing"))
+
+
+def check_value(spec: HookSpec, wants: str) -> None:
+    """HookError unless the hook's value is what its edit takes."""
+    value = spec.value
+    a_number = isinstance(value, float)
+    a_direction = spec.edit == "project_out"
+    fits = {
+        "nothing": value is None,
+        "number": a_number,
+        "tensor": isinstance(value, Blob) or (a_number and not a_direction),
+        "two numbers": isinstance(value, tuple) and len(value) == 2,
+        "capture": isinstance(value, SlabValue | Blob),
+    }
+    if not fits[wants]:
+        raise HookError(f"edit {spec.edit!r} takes {wants}, not {type(value).__name__}: value=")
