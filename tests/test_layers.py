@@ -35,8 +35,18 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     for name in ("dataset", "preview", "sweep", "verify")
 }
 
-# The rooms within the engine, lowest first; files at the top of engine/ are above or beneath them.
-ENGINE = ["compat", "place", "ranks model run"]
+# The same within the engine: its files and rooms, lowest first. Its door, `engine`, is above them.
+ENGINE = [
+    "compat",
+    "place",
+    "ranks",
+    "model",
+    "runtime",
+    "failure",
+    "run",
+    "dataset fault_injection recover verify",
+    "calls",
+]
 
 # Third parties that a room or a file keeps to itself.
 ONLY = {
@@ -169,7 +179,11 @@ def room(module: str) -> str:
 
 def row(module: str) -> int | None:
     """Where the module's room stands in ORDER; None if it is not there."""
-    return next((i for i, rooms in enumerate(ORDER) if room(module) in rooms.split()), None)
+    return row_in(ORDER, room(module))
+
+
+def row_in(order: list[str], name: str) -> int | None:
+    return next((i for i, names in enumerate(order) if name in names.split()), None)
 
 
 def violations(files: dict[str, str]) -> list[str]:
@@ -189,6 +203,8 @@ def against_the_order(item: Import) -> str | None:
     if item.importer == "":
         light = item.lazy or item.target in ("", "errors", "_version") or item.target == room("")
         return None if light or typed_only(item) else "the door imports it only when asked for it"
+    if room(item.importer) == room(item.target) == "engine":
+        return against_the_engines_order(item)
     if item.importer in DOOR or room(item.importer) == room(item.target):
         return None
     if (item.importer, item.target) in EXCEPTIONS:
@@ -200,6 +216,20 @@ def against_the_order(item: Import) -> str | None:
     if above is None or below is None or below < above:
         return engine_has_a_door(item)
     return "imports go down only"
+
+
+def against_the_engines_order(item: Import) -> str | None:
+    """The door stands above all of the engine, and nothing in it asks for the door."""
+    importer = item.importer.partition(".")[2].split(".")[0]
+    target = item.target.partition(".")[2].split(".")[0]
+    if importer == target or not importer:
+        return None
+    above = row_in(ENGINE, importer)
+    below = row_in(ENGINE, target)
+    if above is None or (target and below is None):
+        return f"{importer if above is None else target} has no place in the engine's order"
+    down = below is not None and below < above
+    return None if down else "imports within the engine go down only"
 
 
 def typed_only(item: Import) -> bool:
@@ -290,6 +320,7 @@ NAMES += [
 NAMES += ["experiments", "experiments.sweep", "notebook", "notebook.magics", "notebook.kernel"]
 MODULES = dict.fromkeys(NAMES, "")
 DOWN = "imports go down only"
+WITHIN = "imports within the engine go down only"
 
 
 @pytest.mark.parametrize(
@@ -337,6 +368,10 @@ DOWN = "imports go down only"
         ("session.session", "import_module('plotly.graph_objects')", "only views may"),
         ("session.session", "if x:\n    import zmq\nelse:\n    pass", "session.session:2"),
         ("session.session", "import flexkernel", "nobody imports the door"),
+        ("engine.model", "from .run.hooks import attach", WITHIN),
+        ("engine.model", "def f():\n    from flexkernel.engine.run import hooks", WITHIN),
+        ("engine.place", "import flexkernel.engine", WITHIN),
+        ("engine.extra", "from .run import hooks", "extra has no place in the engine's order"),
         ("helpers", "", "helpers has no place in the order"),
     ],
 )

@@ -12,6 +12,7 @@ import pickle
 import platform
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -186,10 +187,20 @@ def set_hooks(runtime: Runtime, hook_set: HookSet) -> None:
 
 def run(runtime: Runtime, plan: RunPlan) -> RunReport:
     """One forward. All ranks. What can be refused is refused before it, on all ranks alike."""
-    report = forward.run(runtime, plan)
+    with injected_fault(runtime):
+        report = forward.run(runtime, plan)
     active = runtime.part.hook_set.active(plan.groups, plan.complement)
     runtime.memory.runs[plan.run] = plan, tuple(active), report
     return report
+
+
+def injected_fault(runtime: Runtime) -> AbstractContextManager[None]:
+    """The fault that FLEX_FAULT asks for; nothing where it is not set."""
+    if not os.environ.get("FLEX_FAULT"):
+        return nullcontext()
+    from .fault_injection import fault_in_run
+
+    return fault_in_run(runtime)
 
 
 # --- their names ----------------------------------------------------------------------

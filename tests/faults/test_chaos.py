@@ -19,13 +19,13 @@ def test_after_any_fault_everything_is_as_it_was(session, tiny):
 
 
 def test_a_fault_that_means_nothing_is_refused(monkeypatch):
-    from flexkernel.engine.ranks import breaker
+    from flexkernel.engine import fault_injection
     from flexkernel.errors import HookError
 
     for text in ("kill", "rank=0,at=a,kind=eat", "rank=x,at=a,kind=kill", "rank=0,kind=kill"):
-        monkeypatch.setenv(breaker.FAULT, text)
+        monkeypatch.setenv(fault_injection.FAULT, text)
         with (
             pytest.raises(HookError, match=r"is not rank=R,at=MODULE,kind=kill\|"),
-            breaker.fault(0, {}),
+            fault_injection.fault(0, {}),
         ):
             pass

@@ -1,5 +1,4 @@
-"""The breaker: frees ranks that wait in a collective for one that will not come. And faults made
-on purpose.
+"""The breaker: frees ranks that wait in a collective for one that will not come.
 
 gloo has no abort. What always works is to shut down this process's established pair sockets: every
 peer raises within a tenth of a second. Only those sockets: touching gloo's listening socket kills
@@ -8,24 +7,16 @@ the process, and zmq's or the store's would cost the engine its cluster.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import resource
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import psutil
-import torch
 import torch.distributed as dist
 
-from flexkernel.errors import HookError
-
-__all__ = ["FAULT", "KINDS", "Breaker", "fault"]
+__all__ = ["Breaker"]
 
 
 class Breaker:
@@ -110,84 +101,3 @@ def shut(fd: int) -> int:
     except OSError:  # it went down by itself meanwhile
         return 0
     return 1
-
-
-# --- faults made on purpose -----------------------------------------------------------
-
-FAULT = "FLEX_FAULT"  # rank=1,at=model.layers.1.mlp,kind=kill
-
-
-def exhaust() -> None:
-    """Ask for more memory than this process may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (64 << 20), hard))
-    try:
-        torch.empty(1 << 30, dtype=torch.uint8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def spin() -> None:
-    while True:
-        pass
-
-
-def crash() -> None:
-    ctypes.string_at(0)
-
-
-def fail() -> None:
-    raise RuntimeError(f"{FAULT} says so")
-
-
-KINDS: dict[str, Callable[[], None]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "abort": os.abort,
-    "segv": crash,
-    "exit": lambda: os._exit(3),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "raise": fail,
-    "sleep": lambda: time.sleep(3600),
-    "loop": spin,
-    "oom": exhaust,
-    "nan": lambda: None,  # what the module puts out becomes NaN
-}
-
-
-@contextlib.contextmanager
-def fault(rank: int, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
-    """Within it the fault happens that FLEX_FAULT asks for, once: when that module has run on that
-    rank. Off unless the variable is set. HookError: it says what means nothing."""
-    text = os.environ.get(FAULT)
-    if not text:
-        yield
-        return
-    asked = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if (
-        set(asked) != {"rank", "at", "kind"}
-        or asked["kind"] not in KINDS
-        or not asked["rank"].isdecimal()
-    ):
-        raise HookError(f"{FAULT}={text!r} is not rank=R,at=MODULE,kind={'|'.join(KINDS)}")
-    if int(asked["rank"]) != rank or asked["at"] not in modules:
-        yield
-        return
-
-    def strike(_module: torch.nn.Module, _args: Any, out: Any) -> Any:
-        os.environ.pop(FAULT, None)
-        KINDS[asked["kind"]]()
-        return torch.utils._pytree.tree_map(blank, out) if asked["kind"] == "nan" else None
-
-    handle = modules[asked["at"]].register_forward_hook(strike)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def blank(value: Any) -> Any:
-    return (
-        torch.full_like(value, torch.nan)
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-        else value
-    )

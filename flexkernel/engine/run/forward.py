@@ -17,7 +17,6 @@ from flexkernel.engine.compat import in_fsdp1
 from flexkernel.engine.failure import ABORTED, broke_off, report_not_ready
 from flexkernel.engine.place.placements import Place
 from flexkernel.engine.place.staging import with_landed_digests
-from flexkernel.engine.ranks.breaker import fault
 from flexkernel.engine.ranks.gather import Exchange, header
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import EngineError, HookError, PlacementError
@@ -240,8 +239,7 @@ def go(
     training = plan.training.parameters if plan.training is not None else ()
     names = tied([*hooked, *training], runtime.part.info.tied)
     try:
-        hurt = fault(runtime.rank, runtime.part.named)
-        with graph_of(runtime, recording.tape, names), hurt, stopping(runtime, plan) as enters:
+        with graph_of(runtime, recording.tape, names), stopping(runtime, plan) as enters:
             stopped = enters and forward(runtime, plan, recording, batch)
             land(runtime, recording)
             if recording.tape is not None and not stopped:
