@@ -56,7 +56,9 @@ class Axis:
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    if len(text) <= most:
+        return text
+    return text[: most - 1] + "…"
 
 
 def cut_pieces(cuts: Sequence[int], labels: Sequence[int | str], size: int) -> list[Piece]:
@@ -80,7 +82,9 @@ def pieces_in(pieces: Iterable[Piece], span: Span) -> list[Piece]:
         for piece in pieces
         if piece.start < span.stop and piece.stop > span.start
     ]
-    return shown if len(shown) <= MOST_PIECES else []
+    if len(shown) > MOST_PIECES:
+        return []
+    return shown
 
 
 def ticks_in(start: int, stop: int, most: int) -> list[int]:

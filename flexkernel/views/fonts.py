@@ -20,7 +20,10 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 __all__ = ["HEIGHT", "mask", "width"]
 
-SIZE, HEIGHT, BASELINE = 16, 20, 15  # pixels: an em, a line, from its top to where letters stand
+# pixels
+SIZE = 16  # of an em
+HEIGHT = 20  # of a line
+BASELINE = 15  # from a line's top to where letters stand
 OURS = Path(__file__).with_name("DejaVuSans.ttf")
 OWN_FOLDER = "~/.local/share/fonts"
 FOLDERS = (
@@ -44,6 +47,7 @@ NOWHERE = "\U0010fffd"  # a character that no font has: it looks as all do that 
 JOINERS = "\u200d\ufe0e\ufe0f"  # hold an emoji together, and are not seen themselves
 BOX = 11  # pixels that a box is wide
 SHAPED = features.check("raqm")  # it joins Arabic letters, and knows which text is read from right
+ENGINE = ImageFont.Layout.RAQM if SHAPED else ImageFont.Layout.BASIC
 
 Font = ImageFont.FreeTypeFont
 
@@ -97,8 +101,7 @@ def _ours() -> Font:
 
 
 def _font(path: Path, size: int) -> Font:
-    engine = ImageFont.Layout.RAQM if SHAPED else ImageFont.Layout.BASIC
-    return ImageFont.truetype(path, size, layout_engine=engine)
+    return ImageFont.truetype(path, size, layout_engine=ENGINE)
 
 
 @lru_cache(maxsize=1)

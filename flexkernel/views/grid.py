@@ -14,7 +14,7 @@ import torch
 from flexkernel.memory import reduce
 
 from .axis import Axis, Piece, Span, cut_pieces, pieces_in, ticks_in
-from .source import Elsewhere, Here, Numbers, Words, unravelled
+from .source import Here, Numbers, Words, numbers_of, unravelled
 
 __all__ = ["Grid", "exact", "visible"]
 
@@ -52,7 +52,7 @@ class Grid:
         if y is not None:
             self.words = replace(self.words, row_labels=labels("y", y, self.num_rows, "rows"))
         self.tokens = [[visible(token) for token in row] for row in self.words.tokens]
-        self._numbers: Numbers = Elsewhere(source) if hasattr(source, "tiles") else Here(source)
+        self._numbers: Numbers = numbers_of(source)
 
     @property
     def name(self) -> str:
@@ -122,31 +122,35 @@ class Grid:
         """The label of a row, or the token at its position; "" if there is none."""
         if self.words.row_labels:
             return visible(self.words.row_labels[row])
-        if not self.tokens or not 1 <= len(self.lead) <= 2:
+        if not 1 <= len(self.lead) <= 2:
             return ""
-        *batch, position = self.index(row)
-        tokens = self.tokens[batch[0] if batch else 0 :][:1]
-        return tokens[0][position] if tokens and position < len(tokens[0]) else ""
+        batch, position = (0, *self.index(row))[-2:]
+        (tokens,) = self.tokens[batch : batch + 1] or [[]]
+        (token,) = tokens[position : position + 1] or [""]
+        return token
 
     def row_label(self, row: int) -> str:
-        index = ", ".join(map(str, self.index(row)))
-        place = f"[{index}]" if len(self.lead) > 1 else index
+        place = ", ".join(map(str, self.index(row)))
+        if len(self.lead) > 1:
+            place = f"[{place}]"
         return f"{place} {self.token(row)}".strip()
 
     def row_name(self, row: int) -> str:
         """The row in a sentence, before the column: "row 3 Paris, ", and nothing for a vector."""
         if not self.lead:
             return ""
-        kind = "row " if len(self.lead) == 1 else ""
+        kind = "row " * (len(self.lead) == 1)
         return f"{kind}{self.row_label(row)}, "
 
     def column_label(self, column: int) -> str:
-        labels = self.words.column_labels
-        return visible(labels[column]) if labels else str(column)
+        if self.words.column_labels:
+            return visible(self.words.column_labels[column])
+        return str(column)
 
     def column_name(self, column: int) -> str:
         """The column in a sentence, after the row: "column 3", or its label."""
-        return self.column_label(column) if self.words.column_labels else f"column {column}"
+        kind = "column " * (not self.words.column_labels)
+        return kind + self.column_label(column)
 
     def cell_name(self, row: int, column: int) -> str:
         return self.row_name(row) + self.column_name(column)
@@ -217,13 +221,18 @@ def _seen(character: str) -> str:
     if character in SEEN:
         return SEEN[character]
     # a joiner holds an emoji together
-    hidden = not character.isprintable() and character not in " \u200d"
-    return f"\\u{ord(character):04x}" if hidden else character
+    if character.isprintable() or character in " \u200d":
+        return character
+    return f"\\u{ord(character):04x}"
+
+
+DIGITS = {torch.float64: 12, torch.float32: 7}  # of a number; others have fewer
 
 
 def exact(value: torch.Tensor) -> str:
     """An element, a 0-d tensor, as the notebook would print it: all digits of a float32, no more of
     a bfloat16."""
     item = value.item()
-    digits = {torch.float64: 12, torch.float32: 7}.get(value.dtype, 5)
-    return f"{item:.{digits}g}" if isinstance(item, float) else str(item)
+    if not isinstance(item, float):
+        return str(item)
+    return f"{item:.{DIGITS.get(value.dtype, 5)}g}"

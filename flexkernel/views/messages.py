@@ -112,12 +112,13 @@ def probe(grid: Grid, rows: Span, cols: Span, how: str) -> str:
         return f"{grid.cell_name(rows.start, cols.start)}: {exact(block.flatten()[0])}"
     value = reduced(grid, block, how)
     nan = reduce.count_nan(block)
-    missing = f" · {nan} NaN" if nan else ""
+    missing = f" · {nan} NaN" * bool(nan)
     place = f"rows {rows.start}–{rows.stop - 1}, columns {cols.start}–{cols.stop - 1}"
     if how in ("mean", "std") or value.isnan():
         return f"{place}: {REDUCED[how]} {exact(value)}{missing}"
     cell = int((block.float() == value).flatten().int().argmax())
-    row, column = rows.start + cell // block.shape[1], cols.start + cell % block.shape[1]
+    row = rows.start + cell // block.shape[1]
+    column = cols.start + cell % block.shape[1]
     element = exact(block.flatten()[cell])
     return f"{place}: {REDUCED[how]} {element} at {grid.cell_name(row, column)}{missing}"
 

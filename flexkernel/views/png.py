@@ -23,19 +23,28 @@ __all__ = ["Axis", "Scale", "colours", "encode", "quantise", "render"]
 SIGNED = ["0b3d7e", "2f79b9", "7db5d9", "cfe3f0", "f8f8f6", "fbd3bd", "ee9273", "cb3f3b", "86081f"]
 UNSIGNED = ["fbfaf5", "d9ecc8", "93d3ae", "49b3ac", "2a86a8", "2b5892", "2c2a63"]
 NAN = (176, 176, 176)
-INK, SOFT, FAINT, PAPER = (32, 33, 36), (104, 108, 114), (214, 217, 221), (255, 255, 255)
+INK = (32, 33, 36)
+SOFT = (104, 108, 114)
+FAINT = (214, 217, 221)
+PAPER = (255, 255, 255)
 BANDS = ((222, 228, 236), (196, 206, 219))
 
 # what the plot area grows towards, in whole pixels per tile pixel
-PLOT_WIDTH, PLOT_HEIGHT = 960, 480
+PLOT_WIDTH = 960
+PLOT_HEIGHT = 480
 # colours of a static picture: enough for the eye, and noise compresses a third better than with
 # 255
 LEVELS = 63
 SHADES = 5  # from the ground to the ink, along the edges of letters
 
 # pixels around the plot
-MARGIN, TITLE, STRIP, BAR, GAP = 20, 36, 26, 16, 22
-TICKS, CAPTION = 36, 30  # below the plot: the column labels, and the caption under them
+MARGIN = 20
+TITLE = 36
+STRIP = 26  # of shards
+BAR = 16
+GAP = 22
+TICKS = 36  # below the plot: the column labels
+CAPTION = 30  # below them
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class Scale:
 
 def colours(signed: bool) -> np.ndarray:
     """(256, 3) uint8: index 0 is NaN, 1 to 255 run from the lowest to the highest value."""
-    stops = np.array([tuple(bytes.fromhex(s)) for s in (SIGNED if signed else UNSIGNED)], float)
+    names = SIGNED if signed else UNSIGNED
+    stops = np.array([tuple(bytes.fromhex(name)) for name in names], float)
     at = np.linspace(0, len(stops) - 1, 255)
     ramp = np.stack([np.interp(at, np.arange(len(stops)), channel) for channel in stops.T], 1)
     return np.concatenate([[NAN], ramp]).round().astype(np.uint8)
@@ -93,16 +103,16 @@ def render(
     rows, cols = rows.shortened(), cols.shortened()
     plot = _grown(quantise(values, scale.lo, scale.hi, LEVELS), (rows, cols), cells)
     gutter = _widest(rows.ticks) + GAP
-    strip = STRIP if cols.shards else 0
+    strip = STRIP * bool(cols.shards)
     paint = _Paint(scale, plot, left=max(gutter, MARGIN), top=TITLE + strip)
-    side = STRIP if rows.shards else 0
+    side = STRIP * bool(rows.shards)
     bar_left = paint.right + side + GAP
     width = max(
         bar_left + BAR + 6 + _widest(scale.ticks) + 12,
         paint.left + fonts.width(title) + 8,
         paint.left + fonts.width(caption) + 8,
     )
-    paint.start(paint.bottom + TICKS + (CAPTION if caption else 0), width)
+    paint.start(paint.bottom + TICKS + CAPTION * bool(caption), width)
     paint.text(paint.left, 8, title)
     paint.draw_plot()
     paint.row_axis(rows)
@@ -137,10 +147,13 @@ class _Paint:
     the map's. left, top, right, bottom: of the plot."""
 
     def __init__(self, scale: Scale, plot: np.ndarray, left: int, top: int):
-        self.scale, self.plot = scale, plot
-        self.left, self.top = left, top
+        self.scale = scale
+        self.plot = plot
+        self.left = left
+        self.top = top
         self.high, self.wide = plot.shape
-        self.right, self.bottom = left + self.wide, top + self.high
+        self.right = left + self.wide
+        self.bottom = top + self.high
         ramp = colours(scale.signed)
         levels = np.linspace(1, 255, LEVELS).round().astype(int)
         self.palette = [*map(tuple, ramp[[0, *levels]].tolist())]
@@ -168,13 +181,14 @@ class _Paint:
     def start(self, height: int, width: int) -> None:
         self.image = np.full((height, width), self.paper, np.uint8)
 
-    def text(
-        self, x: float, y: float, text: str, ink: int | None = None, upright: bool = True
-    ) -> None:
-        """Write a line of text with its top left corner at x, y."""
-        mask = fonts.mask(text) if upright else np.rot90(fonts.mask(text))
-        ink = self.ink if ink is None else ink
-        left, top = max(0, round(x)), max(0, round(y))
+    def text(self, x: float, y: float, text: str, ink: int = 0, upright: bool = True) -> None:
+        """Write a line of text with its top left corner at x, y. ink: the index of its colour."""
+        mask = fonts.mask(text)
+        if not upright:
+            mask = np.rot90(mask)
+        ink = ink or self.ink
+        left = max(0, round(x))
+        top = max(0, round(y))
         spot = self.image[top : top + mask.shape[0], left : left + mask.shape[1]]
         shade = np.round(mask[: spot.shape[0], : spot.shape[1]] / 255 * (SHADES - 1)).astype(int)
         for ground in (self.paper, *self.bands):
@@ -226,7 +240,8 @@ class _Paint:
                 self.image[y0, self.left + 1 : self.right : 6] = self.ink
 
     def colour_bar(self, x: int) -> None:
-        lo, hi = self.scale.lo, self.scale.hi
+        lo = self.scale.lo
+        hi = self.scale.hi
         height = min(max(self.high, 60), len(self.image) - self.top - 8)
         ramp = quantise(np.linspace(hi, lo, height)[:, None], lo, hi, LEVELS)
         self.image[self.top - 1 : self.top + height + 1, x - 1 : x + BAR + 1] = self.faint

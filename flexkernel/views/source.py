@@ -16,7 +16,7 @@ from flexkernel.memory import reduce
 
 from .axis import Span
 
-__all__ = ["Elsewhere", "Here", "Numbers", "Words"]
+__all__ = ["Here", "Numbers", "Words", "numbers_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +48,26 @@ class Numbers(Protocol):
     """A matrix of numbers: (rows, columns), reduced for a picture or read element by element."""
 
     def tiles(self, rows: Span, cols: Span, height: int, width: int, how: str) -> torch.Tensor:
-        """The part in at most height × width pixels, as memory.reduce.tiles makes it."""
+        """The part in at most height × width pixels, as memory.reduce.tiles makes it: (h, w)
+        float32."""
 
     def bounds(
         self, rows: Span, cols: Span, height: int, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The "max" and the "min" tile of a part."""
+        """The "max" and the "min" tile of a part: (h, w) float32 each."""
 
     def count_nan(self) -> int | None:
         """How many NaN there are; None: the source does not say."""
 
     def part(self, rows: Span, cols: Span) -> torch.Tensor:
         """The exact elements of a part, (rows, columns), in the source's own dtype."""
+
+
+def numbers_of(source: Any) -> Numbers:
+    """The numbers of a Capture, a tensor, or anything that has `tiles` or `tensor()`."""
+    if hasattr(source, "tiles"):
+        return Elsewhere(source)
+    return Here(source)
 
 
 class Here:
@@ -71,9 +79,11 @@ class Here:
         self.source = source
 
     def matrix(self) -> torch.Tensor:
-        """(rows, columns) view of the whole tensor."""
-        whole = self.source if isinstance(self.source, torch.Tensor) else self.source.tensor()
-        return whole.detach().reshape(-1, whole.shape[-1] if whole.ndim else 1)
+        """(rows, columns) view of the whole tensor, in its dtype."""
+        whole = self.source
+        if not isinstance(whole, torch.Tensor):
+            whole = whole.tensor()
+        return whole.detach().reshape(-1, *whole.shape[-1:] or (1,))
 
     def tiles(self, rows: Span, cols: Span, height: int, width: int, how: str) -> torch.Tensor:
         return reduce.tiles(self.matrix(), rows, cols, height, width, how)
@@ -87,7 +97,7 @@ class Here:
         return reduce.count_nan(self.matrix())
 
     def part(self, rows: Span, cols: Span) -> torch.Tensor:
-        """A view of the tensor."""
+        """A view of the tensor, (rows, columns)."""
         return self.matrix()[slice(*rows), slice(*cols)]
 
 
@@ -111,7 +121,9 @@ class Elsewhere:
         return most, self.tiles(rows, cols, height, width, "min")
 
     def count_nan(self) -> int | None:
-        return self.source.count_nan() if hasattr(self.source, "count_nan") else None
+        if not hasattr(self.source, "count_nan"):
+            return None
+        return self.source.count_nan()
 
     def part(self, rows: Span, cols: Span) -> torch.Tensor:
         pieces = [torch.as_tensor(self.source[index]) for index in self._indices(rows, cols)]

@@ -49,24 +49,25 @@ class Table:
 
     def text(self, indent: str = "") -> str:
         """The columns side by side, two blanks between them."""
-        head = [self.head] if self.head else []
-        lines = [[_cell(cell).text for cell in row] for row in (*head, *self.rows)]
+        rows = [row for row in (self.head, *self.rows) if row]
+        lines = [[_cell(cell).text for cell in row] for row in rows]
         count = max(map(len, lines), default=0)
         lines = [line + [""] * (count - len(line)) for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(self._line(line, widths, indent) for line in lines)
 
     def _line(self, cells: Sequence[str], widths: Sequence[int], indent: str) -> str:
-        padded = [
-            cell.rjust(width) if i in self.right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = []
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            side = ">" if i in self.right else "<"
+            padded.append(f"{cell:{side}{width}}")
         return (indent + "  ".join(padded)).rstrip()
 
     def html(self) -> str:
-        head = self._row(self.head, "th", HEAD) if self.head else ""
-        rows = "".join(self._row(row, "td", CELL) for row in self.rows)
-        return f'<table style="{TABLE}">{head}{rows}</table>'
+        rows = [self._row(row, "td", CELL) for row in self.rows]
+        if self.head:
+            rows.insert(0, self._row(self.head, "th", HEAD))
+        return f'<table style="{TABLE}">{"".join(rows)}</table>'
 
     def _row(self, cells: Sequence[str | Cell], tag: str, style: str) -> str:
         drawn = (self._drawn(i, _cell(cell), tag, style) for i, cell in enumerate(cells))
@@ -77,12 +78,14 @@ class Table:
         if column in self.code and tag == "td" and inside:
             inside = f"<code>{inside}</code>"
         side = "right" if column in self.right else "left"
-        span = f' colspan="{cell.span}"' if cell.span > 1 else ""
+        span = f' colspan="{cell.span}"' * (cell.span > 1)
         return f'<{tag}{span} style="{style}{side};{cell.style}">{inside}</{tag}>'
 
 
 def _cell(cell: str | Cell) -> Cell:
-    return cell if isinstance(cell, Cell) else Cell(cell)
+    if isinstance(cell, Cell):
+        return cell
+    return Cell(cell)
 
 
 def page(title: str, *parts: str) -> str:

@@ -83,8 +83,10 @@ class Tile:
         parts = [f"range {range_text(self.range, self.middle)}"]
         if self.beyond:
             parts.append(f"{self.beyond:,} pixel{'s' * (self.beyond > 1)} beyond")
-        missing = f" · {nan:,} NaN" if nan else ""
-        return f"{what} · {', '.join(parts)}{missing}"
+        caption = f"{what} · {', '.join(parts)}"
+        if nan:
+            caption += f" · {nan:,} NaN"
+        return caption
 
     def bar(self) -> list[tuple[float, str]]:
         """The labels of the colour bar."""
@@ -98,7 +100,9 @@ def number(value: float) -> str:
     >>> number(0.123456), number(-2.0), number(1234567.0)
     ('0.123', '-2', '1.23e+06')
     """
-    return f"{0.0 if abs(value) < 1e-30 else value:.3g}"
+    if abs(value) < 1e-30:
+        return "0"
+    return f"{value:.3g}"
 
 
 def range_text(bounds: Range, middle: float | None) -> str:
@@ -147,7 +151,9 @@ class Overview:
 
     def middle_of(self, how: str) -> float | None:
         """What the colours of a reduction diverge from; a spread has no middle."""
-        return None if how == "std" else self.middle
+        if how == "std":
+            return None
+        return self.middle
 
     def range(self, grid: Grid, how: str) -> Range:
         """The colour range of one reduction: what 99.5 % of the whole map's pixels lie in.
@@ -161,16 +167,19 @@ class Overview:
         return self._ranges[how]
 
     def fitted(self, values: torch.Tensor, how: str) -> Range:
-        """The colour range that fits a tile of a reduction."""
+        """The colour range that fits a tile of a reduction, (h, w) float32."""
         middle = self.middle_of(how)
         return fitting(values, middle, self.robust or middle is None)
 
     def tile(self, grid: Grid, how: str) -> torch.Tensor:
         """The whole matrix reduced to the pixels of a static picture: (h, w) float32."""
-        known = {"max": self.most, "min": self.least}
+        if how == "max":
+            return self.most
+        if how == "min":
+            return self.least
         if how == "extreme":
             return grid.extreme(self.most, self.least)
-        return known[how] if how in known else grid.tiles(*self.whole.place, how)
+        return grid.tiles(*self.whole.place, how)
 
     def covers(self, part: Part) -> bool:
         """Whether that is what tile() gives."""
@@ -186,7 +195,8 @@ class Overview:
         along = -(-grid.num_cols // self.whole.width)
         found: list[tuple[float, int, int, str]] = []
         for pixel in far.flatten().topk(min(MOST_LARGEST, far.numel())).indices.tolist():
-            row, column = (pixel // far.shape[1]) * down, (pixel % far.shape[1]) * along
+            row = pixel // far.shape[1] * down
+            column = pixel % far.shape[1] * along
             rows, cols = grid.within(Span(row, row + down), Span(column, column + along))
             block = grid.part(rows, cols).cpu()
             distance = _distance(block.double(), self.middle).flatten()
@@ -204,8 +214,11 @@ def _distance(values: torch.Tensor, middle: float | None) -> torch.Tensor:
 
 
 def _finite(values: torch.Tensor, pick: Any) -> float:
+    """The least or the most of the finite values of a tensor of any shape; NaN: there are none."""
     finite = values[values.isfinite()]
-    return float(pick(finite.min(), finite.max())) if len(finite) else math.nan
+    if not len(finite):
+        return math.nan
+    return float(pick(finite.min(), finite.max()))
 
 
 def fitting(values: torch.Tensor, middle: float | None, robust: bool = True) -> Range:
@@ -215,8 +228,10 @@ def fitting(values: torch.Tensor, middle: float | None, robust: bool = True) -> 
     for."""
     if robust:
         lo, hi = reduce.robust_range(values)
+        if middle is None:
+            return lo, hi
         far = max(abs(lo), abs(hi))
-        return (lo, hi) if middle is None else (middle - far, middle + far)
+        return middle - far, middle + far
     finite = values[values.isfinite()]
     centre = middle or 0.0
     far = float((finite - centre).abs().max()) if len(finite) else 0.0

@@ -4,9 +4,9 @@ Static; no script."""
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexkernel.names import display_name
 
@@ -79,24 +79,19 @@ class ModelTree:
         return {"text/html": self._repr_html_(), "text/plain": str(self)}
 
     def _repr_html_(self) -> str:
-        head = "".join(
-            _cell(name, style, title="") for name, style in zip(_COLUMNS, _styles(), strict=True)
-        )
-        title = (
-            f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>'
-            if self.title
-            else ""
-        )
+        title = f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>'
+        head = "".join(_cell(column.name, column) for column in COLUMNS)
         top = "".join(_html(node, 0) for node in self._top)
         return (
-            f'<div style="font-size:12px;line-height:1.7;overflow-x:auto"><div style="min-width:{_TOTAL}px">{title}'
-            f'<div style="{_LINE}padding-left:16px;opacity:.65;{_RULE}">{head}</div>'
+            f'<div style="font-size:12px;line-height:1.7;overflow-x:auto">'
+            f'<div style="min-width:{TOTAL}px">{title * bool(self.title)}'
+            f'<div style="{LINE}padding-left:16px;opacity:.65;{RULE}">{head}</div>'
             f"{top}</div></div>"
         )
 
     def __str__(self) -> str:
         lines = [line for node in self._top for line in _text(node, 0)]
-        table = Table(lines, _COLUMNS, right=(2,)).text()
+        table = Table(lines, [column.name for column in COLUMNS], right=(2,)).text()
         return "\n".join(filter(None, [self.title, table]))
 
     __repr__ = __str__
@@ -115,7 +110,8 @@ def _grow(rows: Iterable[ModuleRow]) -> list[_Node]:
         if name not in nodes:
             above, _, label = name.rpartition(".")
             nodes[name] = _Node(display_name(label), ModuleRow(name))
-            (node(above).below if above else top).append(nodes[name])
+            beside = node(above).below if above else top
+            beside.append(nodes[name])
         return nodes[name]
 
     for row in rows:
@@ -128,9 +124,8 @@ def _fold(nodes: list[_Node]) -> list[_Node]:
     folded: list[_Node] = []
     for node in nodes:
         node.below = _fold(node.below)
-        last = folded[-1] if folded else None
-        if last and _follows(node, last) and last.looks() == node.looks():
-            last.same += 1
+        if folded and _follows(node, folded[-1]) and folded[-1].looks() == node.looks():
+            folded[-1].same += 1
         else:
             folded.append(node)
     return folded
@@ -141,58 +136,64 @@ def _follows(node: _Node, last: _Node) -> bool:
     return numbers and int(node.label) == int(last.label) + last.same
 
 
+# --- the columns ----------------------------------------------------------------------
+
+LINE = "white-space:nowrap;"
+RULE = "border-bottom:1px solid rgba(128,128,128,.4)"
+CELL = (
+    "display:inline-block;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom;"
+    "padding-right:10px;box-sizing:border-box;"
+)
+MONO = "font-family:monospace;"
+INDENT = 14  # pixels that a level stands further in
+
+
+class Column(NamedTuple):
+    """A column: its name, its width in pixels, what a line has there, its CSS."""
+
+    name: str
+    width: int
+    text: Callable[[_Node], str]
+    style: str = ""
+
+
 def _label(node: _Node) -> str:
     if node.same == 1:
         return node.label
     return f"{node.label}–{int(node.label) + node.same - 1} ×{node.same}"
 
 
-# --- the columns ----------------------------------------------------------------------
-
-_COLUMNS = ("module", "class", "parameters", "whole output", "placement", "ranks", "hooks")
-_WIDTHS = (250, 170, 96, 130, 110, 70, 220)
-_TOTAL = sum(_WIDTHS) + 16
-_LINE = "white-space:nowrap;"
-_RULE = "border-bottom:1px solid rgba(128,128,128,.4)"
-_CELL = (
-    "display:inline-block;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom;"
-    "padding-right:10px;box-sizing:border-box;"
-)
+def _parameters(node: _Node) -> str:
+    count = counted(node.row.num_parameters)
+    if count and node.same > 1:
+        return f"{count} each"
+    return count
 
 
-def _cells(node: _Node) -> tuple[str, ...]:
-    row = node.row
-    return (
-        _label(node),
-        row.cls,
-        _parameters(row.num_parameters, node.same),
-        _shape(row.shape),
-        row.placement,
-        ranks_text(row.ranks),
-        ", ".join(f"{name} ({' '.join(groups)})" if groups else name for name, groups in row.hooks),
-    )
+def counted(number: int) -> str:
+    """A large number, to read.
+
+    >>> counted(0), counted(9_500), counted(28_311_552)
+    ('', '9,500', '28.31 M')
+    """
+    for least, size, unit in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= least:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:,}" * bool(number)
 
 
-def _hooked_below(node: _Node) -> bool:
-    return any(child.row.hooks or _hooked_below(child) for child in node.below)
-
-
-def _parameters(count: int, same: int) -> str:
-    if not count:
-        return ""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if count >= size:
-            text = f"{count / (1e3 if unit == 'k' else size):.4g} {unit}"
-            break
-    else:
-        text = f"{count:,}"
-    return f"{text} each" if same > 1 else text
-
-
-def _shape(shape: str | Sequence[int] | None) -> str:
+def _shape(node: _Node) -> str:
+    shape = node.row.shape
     if shape is None or isinstance(shape, str):
         return shape or ""
     return f"({', '.join(map(str, shape))})"
+
+
+def _hooks(node: _Node) -> str:
+    """The hooks, and their groups."""
+    return ", ".join(
+        name + f" ({' '.join(groups)})" * bool(groups) for name, groups in node.row.hooks
+    )
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -203,18 +204,30 @@ def ranks_text(ranks: Sequence[int]) -> str:
     """
     runs: list[list[int]] = []
     for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
         else:
-            runs.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
+            runs.append([rank])
+    return ", ".join("–".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
+
+
+COLUMNS = (
+    Column("module", 250, _label, MONO),
+    Column("class", 170, lambda node: node.row.cls, "opacity:.75;"),
+    Column("parameters", 96, _parameters, "text-align:right;"),
+    Column("whole output", 130, _shape),
+    Column("placement", 110, lambda node: node.row.placement),
+    Column("ranks", 70, lambda node: ranks_text(node.row.ranks)),
+    Column("hooks", 220, _hooks, MONO),
+)
+TOTAL = sum(column.width for column in COLUMNS) + 16
 
 
 # --- text and html --------------------------------------------------------------------
 
 
 def _text(node: _Node, depth: int) -> Iterator[tuple[str, ...]]:
-    name, *rest = _cells(node)
+    name, *rest = (column.text(node) for column in COLUMNS)
     yield ("  " * depth + name, *rest)
     for child in node.below:
         yield from _text(child, depth + 1)
@@ -223,44 +236,37 @@ def _text(node: _Node, depth: int) -> Iterator[tuple[str, ...]]:
 def _html(node: _Node, depth: int) -> str:
     """A line; with something below it, one that unfolds. Open down to the layers, closed inside
     them."""
-    *cells, hooks = _cells(node)
-    # a closed line still tells that there are some
-    cells.append(hooks or ("below" if _hooked_below(node) else ""))
-    styled = zip(cells, _styles(depth), strict=True)
-    line = "".join(
-        _cell(text, style, title=_title(node, i)) for i, (text, style) in enumerate(styled)
-    )
+    line = _line(node, depth)
     if not node.below:
-        return f'<div style="{_LINE}padding-left:16px">{line}</div>'
+        return f'<div style="{LINE}padding-left:16px">{line}</div>'
     inside = "".join(_html(child, depth + 1) for child in node.below)
-    is_open = " open" if not node.label.isdigit() and depth < 2 else ""
-    summary = f'<summary style="{_LINE}cursor:pointer;list-style-position:outside;margin-left:16px">{line}</summary>'
-    return f'<details{is_open}>{summary}<div style="padding-left:14px">{inside}</div></details>'
-
-
-def _title(node: _Node, column: int) -> str:
-    """What hovering says: the full name, the exact number of parameters."""
-    if column == 0:
-        return node.row.name
-    return f"{node.row.num_parameters:,}" if column == 2 and node.row.num_parameters else ""
-
-
-def _styles(depth: int = 0) -> list[str]:
-    """One style a column; the first gives back what the indentation takes, so that the columns
-    stay in line."""
-    widths = (_WIDTHS[0] - 14 * depth, *_WIDTHS[1:])
-    extra = (
-        "font-family:monospace;",
-        "opacity:.75;",
-        "text-align:right;",
-        "",
-        "",
-        "",
-        "font-family:monospace;",
+    is_open = not node.label.isdigit() and depth < 2
+    style = f"{LINE}cursor:pointer;list-style-position:outside;margin-left:16px"
+    return (
+        f'<details{" open" * is_open}><summary style="{style}">{line}</summary>'
+        f'<div style="padding-left:{INDENT}px">{inside}</div></details>'
     )
-    return [f"{_CELL}{more}width:{width}px" for more, width in zip(extra, widths, strict=True)]
 
 
-def _cell(text: str, style: str, title: str) -> str:
-    hint = f' title="{html.escape(title, quote=True)}"' if title else ""
-    return f'<span style="{style}"{hint}>{html.escape(text) or "&nbsp;"}</span>'
+def _line(node: _Node, depth: int) -> str:
+    """The cells of a module. A closed line still tells that there are hooks inside it."""
+    module, *between, hooks = COLUMNS
+    hooked = hooks.text(node) or "below" * _hooked_below(node)
+    count = node.row.num_parameters
+    # what the indentation takes comes off the first column: the others stay in line
+    cells = [_cell(module.text(node), module, node.row.name, INDENT * depth)]
+    for column in between:
+        hint = f"{count:,}" * (column.name == "parameters" and count > 0)
+        cells.append(_cell(column.text(node), column, hint))
+    return "".join([*cells, _cell(hooked, hooks)])
+
+
+def _hooked_below(node: _Node) -> bool:
+    return any(child.row.hooks or _hooked_below(child) for child in node.below)
+
+
+def _cell(text: str, column: Column, hint: str = "", taken: int = 0) -> str:
+    """hint: what hovering says. taken: pixels that the indentation has taken."""
+    title = f' title="{html.escape(hint, quote=True)}"' * bool(hint)
+    style = f"{CELL}{column.style}width:{column.width - taken}px"
+    return f'<span style="{style}"{title}>{html.escape(text) or "&nbsp;"}</span>'

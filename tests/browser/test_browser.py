@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexkernel.errors import CaptureExpired
-from flexkernel.views import ModelTree, tensor_map
+from flexkernel.views import ModelTree, ModuleRow, tensor_map
 from flexkernel.views.tensormap import ESM
 from tests.support.chromium import (
     HOW_TO_GET,
@@ -338,9 +338,7 @@ def test_an_expired_capture_says_so_in_the_page(page, bridge: Bridge):
 def test_the_static_picture_and_the_tree_need_no_script(browser):
     with open_page(browser, java_script_enabled=False) as page:
         html = tensor_map(torch.randn(20, 30))._repr_mimebundle_()[0]["text/html"]
-        rows = [
-            {"name": f"layers.{i}.mlp", "cls": "MLP", "hooks": [("h", ["g"])]} for i in range(4)
-        ]
+        rows = [ModuleRow(f"layers.{i}.mlp", "MLP", hooks=[("h", ["g"])]) for i in range(4)]
         page.set_content(html + ModelTree(rows)._repr_html_())
         assert page.locator("img").bounding_box()["width"] > 300
         assert page.get_by_text("0–3 ×4").is_visible()
