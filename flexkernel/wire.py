@@ -43,6 +43,7 @@ __all__ = [
     "Source",
     "Training",
     "Unsharded",
+    "dtype_name",
 ]
 
 AXES = ("pp", "dp", "fsdp", "tp")
@@ -122,6 +123,11 @@ class Owner:
     since: float
 
 
+def dtype_name(dtype: Any) -> str:
+    """A torch dtype as text that getattr(torch, ...) takes: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from: a folder or hub id, or a user's functions (cloudpickled) that
@@ -182,6 +188,43 @@ class ShapeFormula:
     def dims_of(self, *terms: str) -> list[int]:
         """The dims that are a multiple of one of these terms."""
         return [dim for dim, (_, term) in enumerate(self.dims or ()) if term in terms]
+
+    @property
+    def rows(self) -> int | None:
+        """The dim of the batch's rows alone; None: there is none."""
+        return next(iter(self.dims_of("B")), None)
+
+    @property
+    def positions(self) -> int | None:
+        """The dim of the run's positions alone, that of the queries first; None: there is none."""
+        return next(iter(self.dims_of("S") or self.dims_of("P+S", "W+S")), None)
+
+    @property
+    def folded(self) -> int | None:
+        """The dim in which rows and positions lie together; None: there is none."""
+        return next(iter(self.dims_of("B*S")), None)
+
+    @property
+    def batched(self) -> list[int]:
+        """The dims along which the rows of a batch lie."""
+        return self.dims_of("B", "B*S")
+
+    def broadcast(self, mask: Any) -> Any:
+        """A (B, S) bool tensor as a view that broadcasts over a value of this formula. Without rows
+        a position counts if it does in any row. None: the value has no positions."""
+        shape = [1] * len(self.dims or ())
+        if self.folded is not None:
+            shape[self.folded] = -1
+            return mask.reshape(shape)
+        if self.positions is None:
+            return None
+        if self.rows is None:
+            mask = mask.any(0)
+        else:
+            shape[self.rows] = mask.shape[0]
+            mask = mask if self.rows < self.positions else mask.T
+        shape[self.positions] = -1
+        return mask.reshape(shape)
 
     def __str__(self) -> str:
         if self.dims is None:

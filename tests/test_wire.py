@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -206,3 +207,29 @@ def test_keys_of_different_values_read_differently():
     ]
     assert len({str(key) for key in found}) == len(found)
     assert str(CaptureKey("h", "")) == "(root)"
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape"),
+    [
+        (((1, "B"), (1, "S"), (8, "")), (2, 3, 1)),
+        (((1, "S"), (1, "B"), (8, "")), (3, 2, 1)),
+        (((1, "B"), (4, ""), (1, "S"), (1, "P+S")), (2, 1, 3, 1)),
+        (((1, "B*S"), (8, "")), (6, 1)),
+        (((1, ""), (1, "S"), (8, "")), (1, 3, 1)),
+    ],
+)
+def test_a_mask_broadcasts_over_a_value_wherever_rows_and_positions_lie(dims, shape):
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    formula = ShapeFormula("", dims, "float32")
+    real = formula.broadcast(mask)
+    assert real.shape == shape
+    if formula.rows is None:
+        mask = mask.any(0)
+    elif formula.rows == 1:
+        mask = mask.T
+    assert torch.equal(real.flatten(), mask.flatten())
+
+
+def test_a_value_without_positions_has_no_mask():
+    assert ShapeFormula("", ((1, "B"), (8, "")), "float32").broadcast(torch.ones(2, 3)) is None

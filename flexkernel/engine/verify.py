@@ -26,7 +26,7 @@ from flexkernel.errors import LoadError, MemoryBudgetError
 from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.names import split_point
-from flexkernel.wire import HookSpec, Layout, Region, Unsharded
+from flexkernel.wire import HookSpec, Layout, Region, Unsharded, dtype_name
 
 from .model import attention
 
@@ -120,7 +120,7 @@ def fits(runtime: Runtime, itemsize: int) -> bool:
 def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
     """The unsharded model of what is loaded, ready to run on this rank's device."""
     info, source = runtime.part.info, runtime.part.source
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if source.builder is None:
         if streams:
             return streamed(info.path, dtype, runtime.device, info.attention)

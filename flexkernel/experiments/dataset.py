@@ -31,7 +31,7 @@ from flexkernel.session.prompts import Batch
 from flexkernel.session.run import Run
 from flexkernel.session.spec import spec_of
 from flexkernel.views.table import Table, page
-from flexkernel.wire import HookSpec
+from flexkernel.wire import HookSpec, dtype_name
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
@@ -397,7 +397,7 @@ class Writer:
 
     def _describe(self, capture: Capture, entry: Entry) -> None:
         said = {
-            "dtype": str(capture.dtype).removeprefix("torch."),
+            "dtype": dtype_name(capture.dtype),
             "shape": list(entry.kept),
             "dims": list(row_dims(entry)),
             "positions": entry.hook.kept_positions,

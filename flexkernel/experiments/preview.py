@@ -172,7 +172,7 @@ def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, Mod
     if where.pp != stage_of(entry, modules):
         return 0.0
     start, stop = share(B, layout.batch_groups, where.batch)
-    rows = (stop - start) / B if entry.formula.dims_of("B", "B*S") else 1 / layout.batch_groups
+    rows = (stop - start) / B if entry.formula.batched else 1 / layout.batch_groups
     return rows / layout.tp
 
 

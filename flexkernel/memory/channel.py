@@ -30,7 +30,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from flexkernel.errors import CaptureError, ClusterError, FlexError, named
-from flexkernel.wire import Region
+from flexkernel.wire import Region, dtype_name
 
 from . import reduce
 from .reduce import Histogram
@@ -67,9 +67,7 @@ RARE = (
 )
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *RARE, *SIGNED, *UNSIGNED)
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in (*FLOATS, *RARE, *SIGNED, *UNSIGNED)}
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -99,10 +97,6 @@ def _checked(region: Region) -> int:
         _whole_number(dim, "each dim of a shape")
     _whole_number(region.offset, "the offset")
     return math.prod(region.shape) * DTYPES[region.dtype].itemsize
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _raw(tensor: torch.Tensor) -> np.ndarray:
@@ -433,7 +427,7 @@ class Server:
         try:
             tensors = tuple(t.contiguous() for t in _run(self._slabs, request))
             header["tensors"] = [
-                {"shape": [*t.shape], "dtype": _dtype_name(t), "num_bytes": t.nbytes}
+                {"shape": [*t.shape], "dtype": dtype_name(t.dtype), "num_bytes": t.nbytes}
                 for t in tensors
             ]
             buffers = [_raw(t) for t in tensors]

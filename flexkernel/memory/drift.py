@@ -6,8 +6,6 @@ import torch
 
 from flexkernel.wire import ShapeFormula
 
-from .plan import position_dim
-
 __all__ = ["drift", "real_part"]
 
 # of the largest vector: what a vector far smaller than it is measured against instead of its own
@@ -43,22 +41,13 @@ def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = No
 
 
 def real_part(formula: ShapeFormula, mask: torch.Tensor) -> torch.Tensor | None:
-    """Where a value of this formula belongs to real tokens, broadcast to its shape; None where it
-    has no positions.
+    """Where a value of this formula belongs to real tokens, as a view that broadcasts to its shape;
+    None: it has no positions, or several numbers for each.
 
-    mask: (B, S), False on pads."""
-    num_dims, rows = len(formula.dims or ()), formula.dims_of("B")
-    if formula.dims_of("B*S"):
-        return mask.reshape([-1 if d == formula.dims_of("B*S")[0] else 1 for d in range(num_dims)])
-    along = position_dim(formula)
-    if along is None or (formula.dims or ())[along][0] != 1:
+    mask: (B, S) bool, False on pads."""
+    one_each = (formula.rows, formula.positions)
+    if formula.folded is None and any(
+        d is not None and (formula.dims or ())[d][0] != 1 for d in one_each
+    ):
         return None
-    if not rows:
-        return mask.any(0).view([-1 if d == along else 1 for d in range(num_dims)])
-    if (formula.dims or ())[rows[0]][0] != 1:
-        return None
-    shape = [
-        mask.shape[0] if d == rows[0] else mask.shape[1] if d == along else 1
-        for d in range(num_dims)
-    ]
-    return (mask if rows[0] < along else mask.T).reshape(shape)
+    return formula.broadcast(mask)

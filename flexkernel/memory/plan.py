@@ -39,7 +39,6 @@ __all__ = [
     "kept_columns",
     "kept_shape",
     "left",
-    "position_dim",
     "row_dims",
 ]
 
@@ -298,7 +297,7 @@ def reduced_dims(hook: HookSpec, formula: ShapeFormula, name: str) -> tuple[int,
 def num_slots(layout: Layout, formula: ShapeFormula, over: tuple[int, ...]) -> int:
     """Of how many ranks the parts of a reduction have to be told apart. Where rows stay apart,
     those of a tp group."""
-    rows = formula.dims_of("B", "B*S")
+    rows = formula.batched
     return layout.tp if rows and not set(rows) & set(over) else layout.tp * layout.batch_groups
 
 
@@ -324,7 +323,7 @@ def kept_shape(
     if hook.kept_positions is not None:
         if check:
             check_positions(hook, S, forwards)
-        dim = position_dim(formula)
+        dim = formula.positions
         if dim is not None:
             shape[dim] = sum(map(len, kept_columns(hook.kept_positions, S, forwards)))
     return tuple(shape)
@@ -360,25 +359,19 @@ def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
         raise HookError(f"hook {hook.key!r} {keeps} position {outside[0]}, but the run has {there}")
 
 
-def cut(whole: torch.Tensor, shape: Sequence[int], folded: Sequence[int], B: int) -> torch.Tensor:
+def cut(whole: torch.Tensor, shape: Sequence[int], folded: int | None, B: int) -> torch.Tensor:
     """What of a planned whole there is, where a generation ended early: the first positions.
-    folded: dims in which rows and positions lie together."""
+    folded: the dim in which rows and positions lie together, if any."""
     for dim, size in enumerate(shape):
         if size == whole.shape[dim]:
             continue
-        if dim in folded:
+        if dim == folded:
             whole = (
                 whole.unflatten(dim, (B, -1)).narrow(dim + 1, 0, size // B).flatten(dim, dim + 1)
             )
         else:
             whole = whole.narrow(dim, 0, size)
     return whole
-
-
-def position_dim(formula: ShapeFormula) -> int | None:
-    """The dim along which the positions of a run lie, those of the queries first; None where no
-    dim has them alone."""
-    return next(iter(formula.dims_of("S") or formula.dims_of("P+S", "W+S")), None)
 
 
 # --- rows and tokens ------------------------------------------------------------------
@@ -390,8 +383,8 @@ def row_dims(entry: Entry) -> tuple[int | None, int | None, int | None]:
 
     HookError: rows are not to be told apart, or another dim is as long as the prompt."""
     formula, over = entry.formula, entry.over
-    rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
-    positions = None if folded is not None else position_dim(formula)
+    rows, folded = formula.rows, formula.folded
+    positions = None if folded is not None else formula.positions
     longer = [
         d
         for d in formula.dims_of("S", "P", "P+S", "W+S", "B", "B*S")

@@ -19,7 +19,7 @@ from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry
 from flexkernel.memory.slab import Slab, pages, size_of
-from flexkernel.wire import CaptureKey, Layout, Region, ShardRecord, SlabValue
+from flexkernel.wire import CaptureKey, Layout, Region, ShardRecord, SlabValue, dtype_name
 
 from .files import whole_file
 
@@ -88,7 +88,7 @@ class Capture:
 
     @property
     def num_bytes(self) -> int:
-        return size_of(self.shape, str(self.dtype).removeprefix("torch."))
+        return size_of(self.shape, dtype_name(self.dtype))
 
     @property
     def evidence(self) -> str:
@@ -136,7 +136,7 @@ class Capture:
     def __repr__(self) -> str:
         if self.error is not None:
             return f"<Capture {self.name}: {type(self.error).__name__}>"
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = dtype_name(self.dtype)
         return (
             f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
         )

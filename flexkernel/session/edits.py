@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from flexkernel.errors import HookError
-from flexkernel.wire import Blob, EditSpec
+from flexkernel.memory.tensors import to_blob
+from flexkernel.wire import EditSpec
 
 from .capture import Capture
 
@@ -84,10 +85,9 @@ def value_of(value: Any, near: bool = True) -> Any:
         and all(isinstance(v, int | float) for v in value)
     ):
         return tuple(float(v) for v in value)
-    tensor = torch.as_tensor(value).detach().cpu().contiguous()
+    tensor = torch.as_tensor(value)
     if tensor.nbytes > BLOB_BYTES:
         raise HookError(
             f"an edit's tensor has {tensor.nbytes:,} bytes; up to {BLOB_BYTES:,} travel, patch takes a capture"
         )
-    data = tensor.view(-1).view(torch.uint8).numpy().tobytes()
-    return Blob(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), data)
+    return to_blob(tensor)

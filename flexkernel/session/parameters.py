@@ -18,6 +18,7 @@ import torch
 from flexkernel.boxes import Box
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.slab import size_of
+from flexkernel.memory.tensors import to_blob
 from flexkernel.names import nearest, select
 from flexkernel.wire import (
     Blob,
@@ -27,6 +28,7 @@ from flexkernel.wire import (
     Region,
     ShardRecord,
     SlabValue,
+    dtype_name,
 )
 
 from .capture import Capture, ranks_text
@@ -188,7 +190,7 @@ def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
 @contextlib.contextmanager
 def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
     """The tensor in a slab of this host, for as long as it is entered."""
-    dtype = str(new.dtype).removeprefix("torch.")
+    dtype = dtype_name(new.dtype)
     with store.room(size_of(new.shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, tuple(new.shape), dtype)
         store.slab(extent.slab, extent.slab_bytes, create=True).tensor(region).copy_(new)
@@ -198,12 +200,7 @@ def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
 
 def parts(new: torch.Tensor, holds: Box) -> tuple[Blob, ...]:
     """What a rank on another host holds of it, as it travels with the call."""
-    found = []
-    for box in holds.parts():
-        part = box.cut(new)
-        data = part.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        found.append(Blob(tuple(part.shape), str(part.dtype).removeprefix("torch."), data))
-    return tuple(found)
+    return tuple(to_blob(box.cut(new)) for box in holds.parts())
 
 
 def unknown(name: str, info: ModelInfo, near: Sequence[str]) -> HookError:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from flexkernel.errors import LoadError, PromptError
+from flexkernel.wire import dtype_name
 
 __all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
 
@@ -163,7 +164,7 @@ def _encoded(encoding: Mapping) -> list[list[int]]:
 
 def _from_array(array: Any) -> list:
     """The lists of an integer tensor or array of one or two dims."""
-    kind = str(array.dtype).removeprefix("torch.")
+    kind = dtype_name(array.dtype)
     if not kind.startswith(("int", "uint")):
         raise PromptError(
             f"token ids are integers; found {_kind(array)} of {kind}: convert it, e.g. .long()"

@@ -31,7 +31,6 @@ from flexkernel.memory.plan import (
     kept_columns,
     kept_shape,
     left,
-    position_dim,
 )
 from flexkernel.memory.pool import SLAB_BYTES, Extent, Pool
 from flexkernel.memory.reduce import result_dtype
@@ -1026,15 +1025,15 @@ class Positions:
         shape = left(shape, entry.over)
         if shape == entry.kept:
             return shape, None
-        folded = entry.formula.dims_of("B*S")
+        folded = entry.formula.folded
         return shape, functools.partial(cut, shape=shape, folded=folded, B=self.B)
 
     def of(self, entry: Entry) -> tuple[list[list[str]] | None, torch.Tensor | None]:
         """(each row's tokens, which of the positions are real). None: rows or positions were
         reduced."""
-        if {position_dim(entry.formula), *entry.formula.dims_of("B", "B*S")} & set(entry.over):
+        if {entry.formula.positions, *entry.formula.batched} & set(entry.over):
             return None, None
-        if position_dim(entry.formula) is None and not entry.formula.dims_of("B*S"):
+        if entry.formula.positions is None and entry.formula.folded is None:
             return self.run.tokens, None
         columns = (
             [self.mask.shape[1] - 1] if entry.newest else self._columns(entry.hook.kept_positions)

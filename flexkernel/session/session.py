@@ -14,7 +14,7 @@ from flexkernel.cluster.cluster import Cluster, InProcess, chosen
 from flexkernel.cluster.packing import pack
 from flexkernel.errors import CaptureError, HookError, LoadError
 from flexkernel.memory.plan import Plan
-from flexkernel.wire import HookSpec, Layout, ModelInfo, RankState, Training
+from flexkernel.wire import HookSpec, Layout, ModelInfo, RankState, Training, dtype_name
 
 from . import generation, model, parameters, prompts
 from .capture import Capture
@@ -223,7 +223,7 @@ class Session:
         where = model.source(source, pack, reference=reference, forward=forward, names=names)
         self.engines.ready(device or self.engines.best_device())
         report = progress or (lambda *_: None)
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         info = model.inspect(
             self.engines, where, layout, kind, attn, dict(placements or {}), report
         )

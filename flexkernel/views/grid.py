@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flexkernel.memory import reduce
+from flexkernel.wire import dtype_name
 
 from .axis import Axis, Piece, Span, cut_pieces, pieces_in, ticks_in
 from .source import Here, Numbers, Words, numbers_of, unravelled
@@ -38,7 +39,7 @@ class Grid:
             source = torch.as_tensor(source)
         self.source = source
         self.shape = tuple(int(n) for n in source.shape)
-        self.dtype = str(source.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(source.dtype)
         if isinstance(source, torch.Tensor) and source.is_complex():
             raise TypeError(f"a map shows real numbers, not {self.dtype}; take .abs() or .angle()")
         self.lead = self.shape[:-1]

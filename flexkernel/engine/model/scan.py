@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from flexkernel.wire import ShapeFormula
+from flexkernel.wire import ShapeFormula, dtype_name
 
 from . import attention
 from .caller import Caller
@@ -122,9 +122,7 @@ class watching:
         self.handles: list[Any] = []
 
     def note(self, name: str, at: str, value: Any) -> None:
-        shapes = {
-            path: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for path, t in leaves(value)
-        }
+        shapes = {path: (tuple(t.shape), dtype_name(t.dtype)) for path, t in leaves(value)}
         self.seen.setdefault((name, at), []).append(shapes)
 
     def note_point(self, name: str, value: Callable[[], torch.Tensor]) -> None:

@@ -314,7 +314,7 @@ def for_rows(
 ) -> tuple[int, ...]:
     """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch.
     said: as in held()."""
-    if not isinstance(said, int) or len(formula.dims_of("B", "B*S")) < 2:
+    if not isinstance(said, int) or len(formula.batched) < 2:
         return rows
     return tuple(
         a if dim == said % len(rows) else b
@@ -332,7 +332,7 @@ def held(
 ) -> Box:
     """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the
     dim of the rows by declaration or class; else the formula says it."""
-    dims = formula.dims_of("B", "B*S")
+    dims = formula.batched
     if here.layout.batch_groups == 1 or not dims:
         return part
     if isinstance(said, int):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from flexkernel.memory.slab import Slab, on_disk
+from flexkernel.memory.tensors import as_bytes
 from flexkernel.wire import ShardRecord
 
 __all__ = [
@@ -246,7 +247,7 @@ def digest_in_flight(value: torch.Tensor) -> torch.Tensor | int:
     empty value. value: any shape and dtype."""
     if value.numel() == 0:
         return 0
-    raw = value.contiguous().view(-1).view(torch.uint8)
+    raw = as_bytes(value)
     if raw.storage_offset() % 8:
         raw = raw.clone()
     even = raw.numel() // 8 * 8

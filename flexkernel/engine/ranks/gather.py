@@ -20,7 +20,8 @@ from flexkernel.boxes import WHOLE, Box
 from flexkernel.engine.compat import all_gather_single, stage_peer
 from flexkernel.errors import EditError, EngineError
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
-from flexkernel.wire import Layout, Region
+from flexkernel.memory.tensors import as_bytes
+from flexkernel.wire import Layout, Region, dtype_name
 
 __all__ = [
     "HEADER",
@@ -117,7 +118,7 @@ def post(
 ) -> None:
     """Send to a rank, which must fetch it; nothing is sent of an empty tensor."""
     if tensor.numel():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data = as_bytes(tensor.cpu())
         _finish(dist.isend(data, rank, group=group), timeout_s)
 
 
@@ -131,7 +132,7 @@ def fetched(
     """What a rank posts, of that shape and dtype."""
     data = torch.empty(shape, dtype=dtype)
     if data.numel():
-        _finish(dist.irecv(data.view(-1).view(torch.uint8), rank, group=group), timeout_s)
+        _finish(dist.irecv(as_bytes(data), rank, group=group), timeout_s)
     return data
 
 
@@ -235,7 +236,7 @@ class Exchange:
             return ByMessages(members, ranks, shape, dtype, self.timeout_s)
         turn = self.turn.get(group, 0)
         self.turn[group] = 1 - turn
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         slab = self.slab_of(group, turn, pages(size_of(shape, name)) or PAGE)
         return InSlab(slab.tensor(Region("", 0, shape, name)))
 

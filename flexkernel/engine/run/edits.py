@@ -22,8 +22,9 @@ from flexkernel.engine.place.placements import Place, Placed, Placer
 from flexkernel.engine.place.staging import digest, joined_digest
 from flexkernel.engine.ranks.gather import Exchange
 from flexkernel.errors import EditError, HookError, PlacementError
-from flexkernel.memory.plan import check_positions, position_dim
+from flexkernel.memory.plan import check_positions
 from flexkernel.memory.slab import Slab
+from flexkernel.memory.tensors import from_blob
 from flexkernel.names import split_point
 from flexkernel.wire import (
     EDITED,
@@ -36,6 +37,7 @@ from flexkernel.wire import (
     ShapeFormula,
     ShardRecord,
     SlabValue,
+    dtype_name,
 )
 
 from .autograd import differentiable
@@ -91,17 +93,13 @@ class Modules(dict):
 
 def mean(x: torch.Tensor, _value: Any, at: _Part) -> torch.Tensor:
     """The mean over rows and positions, pads left out, in every place."""
-    dims = at.formula.dims_of("B", "S", "P+S", "W+S")
-    if at.formula.dims_of("B*S"):
-        weight = at.context.mask.reshape(-1, *[1] * (x.dim() - 1)).to(x)
-        return ((x * weight).sum(0, keepdim=True) / weight.sum()).expand_as(x)
-    weight = at.context.mask.to(x)
-    shape = [
-        weight.shape[0] if d in dims[:1] else weight.shape[1] if d in dims[1:2] else 1
-        for d in range(x.dim())
-    ]
-    weight = weight.view(shape)
-    return ((x * weight).sum(dims[:2], keepdim=True) / weight.sum()).expand_as(x)
+    weight = at.formula.broadcast(at.context.mask)
+    if weight is None:
+        raise EditError(f"mean at {at.context.module}: {at.formula} has no positions")
+    weight = weight.to(x)
+    along = (at.formula.rows, at.formula.positions, at.formula.folded)
+    dims = [dim for dim in along if dim is not None]
+    return ((x * weight).sum(dims, keepdim=True) / weight.sum()).expand_as(x)
 
 
 def project_out(x: torch.Tensor, value: torch.Tensor, _at: _Part) -> torch.Tensor:
@@ -150,11 +148,11 @@ class _Part:
     def drawn(self) -> torch.Tensor:
         """Normal noise of the whole's shape, for each position of the text from a seed of its own:
         a generation then gives a position the same noise at every step that sees it."""
-        shape, dim = list(self.whole), position_dim(self.formula)
-        folded = self.formula.dims_of("B*S")
-        if folded:
-            dim = folded[0] + 1
-            shape[folded[0] : dim] = [shape[folded[0]] // len(self.columns), len(self.columns)]
+        shape, dim = list(self.whole), self.formula.positions
+        folded = self.formula.folded
+        if folded is not None:
+            dim = folded + 1
+            shape[folded:dim] = [shape[folded] // len(self.columns), len(self.columns)]
         if dim is None:
             return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
         each = [*shape[:dim], *shape[dim + 1 :]]
@@ -229,7 +227,7 @@ class Editor:
                 f"{name}: each rank holds an addend of a sum here; edit the module that sums it"
             )
         per, function = self._function(hook)
-        if per != "whole" and self.here.idle and formula.dims_of("B", "B*S"):
+        if per != "whole" and self.here.idle and formula.batched:
             return None  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
         before = self._note(key, placed, placed.local)
@@ -260,9 +258,7 @@ class Editor:
         gradient: what this rank holds of it. seen: which part that is; it counts if it was
         written."""
         shape = tuple(self.info.parameters[name])
-        formula = ShapeFormula(
-            "", tuple((size, "") for size in shape), str(gradient.dtype).removeprefix("torch.")
-        )
+        formula = ShapeFormula("", tuple((size, "") for size in shape), dtype_name(gradient.dtype))
         part = self._part(hook, name, WHOLE, formula, own_rows=False)
         _, function = self._function(hook)
 
@@ -346,7 +342,7 @@ class Editor:
         """What an edit is told. own_rows: it sees this group's rows of the batch only."""
         rows = slice(*self.here.rows) if own_rows else slice(None)
         saved = self.saved.setdefault(hook.edit or "", {})
-        whole, dim = self.here.whole(formula), position_dim(formula)
+        whole, dim = self.here.whole(formula), formula.positions
         columns = self.here.columns(self.here.S if dim is None else whole[dim])
         text = (self.text.ids(columns), self.text.mask(columns), self.text.positions(columns))
         ids, mask, positions = (of_text[rows].to(self.device) for of_text in text)
@@ -360,9 +356,7 @@ class Editor:
         this part."""
         given = hook.value
         if isinstance(given, Blob):
-            tensor = torch.frombuffer(
-                bytearray(given.data), dtype=getattr(torch, given.dtype)
-            ).view(given.shape)
+            tensor = from_blob(given)
         elif isinstance(given, SlabValue):
             tensor = self.open_slab(given.region.slab, given.slab_bytes).tensor(given.region)
         else:
@@ -382,7 +376,7 @@ class Editor:
     def _patched(self, source: torch.Tensor, part: _Part) -> torch.Tensor | None:
         """What a source that covers the text up to some position has for this forward; None after
         its end."""
-        dim = position_dim(part.formula)
+        dim = part.formula.positions
         if dim is None or source.dim() != len(part.whole):
             return source
         if part.columns.start >= source.shape[dim]:
@@ -402,7 +396,7 @@ class Editor:
         """The edit run on one rank of those that hold a part, on the whole of it; this rank's part
         of the result."""
         layout = self.here.layout
-        batched = formula.dims_of("B", "B*S")
+        batched = formula.batched
         group = "tp" if per == "row" and batched else "stage"
         part = self._part(hook, name, WHOLE, formula, own_rows=group == "tp")
 
@@ -492,12 +486,11 @@ class Editor:
         """(chosen indices, the dim they count along)."""
         found: list[tuple[tuple[int, ...], int]] = []
         if hook.positions is not None:
-            along = formula.dims_of("S") or formula.dims_of("P+S", "W+S")
-            if not along:
+            if formula.positions is None:
                 raise HookError(
                     f"{hook.key}: {name} is {formula}, it has no dim of positions alone"
                 )
-            found.append((hook.positions, along[0]))
+            found.append((hook.positions, formula.positions))
         if hook.heads is not None:
             point = split_point(name)[1]
             if not point:

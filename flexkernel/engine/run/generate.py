@@ -25,7 +25,7 @@ from flexkernel.engine.place.staging import joined_digest
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, GenerationError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, kept_columns, position_dim
+from flexkernel.memory.plan import Entry, kept_columns
 from flexkernel.names import display_name
 from flexkernel.wire import HookSpec, RunPlan, ShapeFormula, ShardRecord
 
@@ -217,7 +217,7 @@ class Steps(Recording):
         local, target, holds = view.local, view.of_whole(whole), view.shard
         if view.dim is not None:
             local, target = self._positions(entry, view, target, here)
-        if here.idle and entry.formula.dims_of("B", "B*S"):
+        if here.idle and entry.formula.batched:
             return local, view.box(holds, whole), None
         copies, index = self._copies(placed, entry.formula)
         target = holds.cut(target)
@@ -246,7 +246,7 @@ class Steps(Recording):
             local = picked(local, dim, [c - first for c in wanted])
             real = self.text.mask(here.columns(here.S))[:, [c - here.past for c in wanted]]
             real = None if real.all() else real
-        if here.idle and entry.formula.dims_of("B", "B*S"):
+        if here.idle and entry.formula.batched:
             return local, view.shard, None
         copies, index = self._copies(placed, entry.formula)
         piece = self._piece(view, local.shape, copies, index)
@@ -342,8 +342,8 @@ class Unfolded:
         formula = entry.formula
         self.local, self.shard, self.B = placed.local, placed.shard, here.B
         self.keys: int | None = None
-        self.folded = next(iter(formula.dims_of("B*S")), None)
-        self.dim = position_dim(formula)
+        self.folded = formula.folded
+        self.dim = formula.positions
         along = formula.dims_of("S", "P", "P+S", "W+S")
         if self.folded is not None:
             self.dim = self.folded + 1

@@ -27,10 +27,18 @@ from flexkernel.engine.place.staging import Copies, with_landed_digests
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, Plan, left, logits_path, position_dim
+from flexkernel.memory.plan import Entry, Plan, left, logits_path
 from flexkernel.memory.slab import Slab, size_of
 from flexkernel.names import display_name
-from flexkernel.wire import BEFORE, CaptureKey, HookSpec, Region, ShapeFormula, ShardRecord
+from flexkernel.wire import (
+    BEFORE,
+    CaptureKey,
+    HookSpec,
+    Region,
+    ShapeFormula,
+    ShardRecord,
+    dtype_name,
+)
 
 from .autograd import Tape, watched
 from .gradients import write_gradient
@@ -229,7 +237,7 @@ class Recording:
             placed.evidence,
             repr(placed.placement) if here.layout.tp > 1 else "whole",
         )
-        batched = entry.formula.dims_of("B", "B*S")
+        batched = entry.formula.batched
         if tape is not None and not isinstance(placed.placement, Partial):
             tape.end(i, local, placed, here, bool(batched))
         local = local.detach()
@@ -325,7 +333,7 @@ class Recording:
         copies, index = (
             (1, 0) if not isinstance(placed.placement, Replicate) else (layout.tp, where.tp)
         )
-        if layout.batch_groups > 1 and not formula.dims_of("B", "B*S"):
+        if layout.batch_groups > 1 and not formula.batched:
             copies, index = copies * layout.batch_groups, index + copies * where.batch
         return copies, index
 
@@ -432,8 +440,8 @@ def kept(
     """What a hook keeps of a value: all, or the positions it names."""
     if hook.kept_positions is None:
         return local
-    dim = position_dim(formula)
-    if formula.dims_of("B*S") or dim in holds.dims:
+    dim = formula.positions
+    if formula.folded is not None or dim in holds.dims:
         raise PlacementError(
             f"{hook.key}: positions cannot be picked from {formula}, whose rows run over the batch or are split along "
             "the sequence; hook it without positions"
@@ -452,23 +460,12 @@ def mask_of(entry: Entry, mask: torch.Tensor | None, box: Box) -> torch.Tensor |
     mask: (B, positions). PlacementError: a reduction over rows or positions, and which are pads is
     not known."""
     formula = entry.formula
-    rows, folded = (next(iter(formula.dims_of(term)), None) for term in ("B", "B*S"))
-    along = position_dim(formula)
-    if (
-        mask is None
-        or not {rows, folded, along}.intersection(entry.over)
-        or (folded is None and None in (rows, along))
-    ):
+    rows, folded, along = formula.rows, formula.folded, formula.positions
+    if mask is None or not {rows, folded, along}.intersection(entry.over):
         return None
-    ndim = len(entry.shape)
-    if folded is not None:
-        real = mask.reshape(-1)[(None,) * folded + (...,) + (None,) * (ndim - folded - 1)]
-    else:
-        assert rows is not None and along is not None
-        first, last = min(rows, along), max(rows, along)
-        real = mask if first == rows else mask.T
-        real = real[(None,) * first + (slice(None),) + (None,) * (last - first - 1) + (...,)]
-        real = real[(...,) + (None,) * (ndim - last - 1)]
+    if folded is None and None in (rows, along):
+        return None
+    real = formula.broadcast(mask)
     if any(size not in (1, entry.shape[dim]) for dim, size in enumerate(real.shape)):
         raise PlacementError(
             f"{entry.key} is {formula}: which of it are pads is not known; hook it without reduce"
@@ -501,7 +498,7 @@ def spiller(
     write: copies a tensor into its place."""
 
     def spill(tensor: torch.Tensor) -> Region:
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         slab, name = slab_of(size_of(tensor.shape, dtype))
         region = Region(name, 0, tuple(tensor.shape), dtype)
         write(slab.tensor(region), tensor)

@@ -31,8 +31,9 @@ from flexkernel.engine.place.layers import weight_placement
 from flexkernel.engine.place.staging import digest
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, PlacementError
+from flexkernel.memory.tensors import from_blob
 from flexkernel.names import match, nearest
-from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue
+from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue, dtype_name
 
 __all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
 
@@ -51,7 +52,7 @@ def held(runtime: Runtime, name: str) -> ParameterShard | list[str]:
     if flat is not None:  # every rank is given all of it, by all of them together
         return ParameterShard(
             flat,
-            str(tensor.dtype).removeprefix("torch."),
+            dtype_name(tensor.dtype),
             WHOLE,
             "flat",
             "part of a flat parameter over fsdp",
@@ -154,9 +155,7 @@ def new_part(
     if isinstance(value, SlabValue):
         slab = runtime.memory.slab(value.region.slab, value.slab_bytes)
         return part.cut(slab.tensor(value.region))
-    return torch.frombuffer(bytearray(value[i].data), dtype=getattr(torch, value[i].dtype)).view(
-        value[i].shape
-    )
+    return from_blob(value[i])
 
 
 def restore(runtime: Runtime, whose: str = "") -> None:
@@ -248,7 +247,7 @@ def placed(
             f"{tuple(len(index) for index in indices)} of {shape}; it holds {tuple(local.shape)}"
             + ("" if evidence == "dtensor" else f": declare it, placements={{{name!r}: 'shard:0'}}")
         )
-    dtype = str(local.dtype).removeprefix("torch.")
+    dtype = dtype_name(local.dtype)
     return ParameterShard(shape, dtype, Box.of_indices(shape, indices), evidence, over), local
 
 
