@@ -224,7 +224,7 @@ def test_a_mask_broadcasts_over_a_value_wherever_rows_and_positions_lie(dims, sh
     formula = ShapeFormula("", dims, "float32")
     real = formula.broadcast(mask)
     assert real.shape == shape
-    if formula.rows is None:
+    if formula.rows is None and formula.folded is None:
         mask = mask.any(0)
     elif formula.rows == 1:
         mask = mask.T
