@@ -22,9 +22,7 @@ ARCH = "llama_six"
 TOLERANCE = 2e-5
 HIDDEN, WIDE, VOCAB = 96, 192, 256
 BATCH = models.ids_and_mask([5, 7, 6])  # three rows: uneven over two groups of ranks
-ROWS = [
-    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
-]
+ROWS = models.rows(BATCH)
 MASK = BATCH["attention_mask"].bool()
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}],

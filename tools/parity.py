@@ -70,11 +70,7 @@ def compare(
         lengths,
         vocab=session.loaded.info.vocab_size if session.loaded.info.vocab_size < 300 else 40000,
     )
-    rows = [
-        r[m.bool()].tolist()
-        for r, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-    run = session.run(rows)
+    run = session.run(models.rows(batch))
     for name, ours in (("attention_mask", run.plan.mask), ("position_ids", run.plan.positions)):
         assert torch.equal(torch.tensor(ours), batch[name]), f"the same {name}"
     # with our id on pads

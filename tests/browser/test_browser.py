@@ -27,7 +27,7 @@ from tests.support.chromium import (
     open_lab,
     open_page,
 )
-from tests.views.test_grid import Source
+from tests.support.sources import Source
 
 pytestmark = pytest.mark.browser
 
@@ -458,8 +458,9 @@ def assert_html_shows_the_picture(browser: Any, path: Path, folder: Path) -> Non
 
 
 ACTIVATION = """
-import sys, torch, models
+import torch
 import flexkernel as fk
+from tests.support import models
 session = fk.start(2)
 session.load(models.tiny("llama_wide", {folder!r}), tp=2)
 session.hook("model.layers.0.mlp.gate_proj")

@@ -12,22 +12,13 @@ import torch
 import flexkernel as fk
 from flexkernel.experiments.verify import sample
 from flexkernel.wire import Layout
-from tests.support import foreign, models, on_engines
+from tests.support import foreign, layouts, models, on_engines
 
 IDS = [[5, 6, 7, 8, 9]]
-LAYOUTS = {1: [{}], 2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], 4: [{"tp": 2, "pp": 2}]}
-layouts = [
-    pytest.param(
-        layout,
-        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
-        marks=pytest.mark.engines(n),
-    )
-    for n, group in LAYOUTS.items()
-    for layout in group
-]
+LAYOUTS = layouts.only(layouts.ALL, "one", "tp2", "pp2", "fsdp2", "tp2xpp2")
 
 
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_right_model_is_right_and_its_captures_are_verified(
     session, tiny, layout, record_property
 ):

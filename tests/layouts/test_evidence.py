@@ -10,14 +10,9 @@ import pytest
 import torch
 
 import flexkernel as fk
-from tests.support import models, on_engines, reference
+from tests.support import on_engines, unsharded
 
 IDS = [[5, 6, 7, 8, 9, 10]]
-
-
-def truth_of(folder) -> reference.Reference:
-    batch = models.ids_and_mask([len(IDS[0])])
-    return reference.reference(folder, **{**batch, "input_ids": torch.tensor(IDS)})
 
 
 def close(capture, whole: torch.Tensor) -> None:
@@ -31,7 +26,10 @@ def test_the_plan_decides(session, tiny):
     capture = session.run(IDS)["model.layers.0.mlp.gate_proj"]
     assert (capture.evidence, capture.placement) == ("plan", "Shard(dim=-1)")
     assert capture.shards == [(2, [88, 176], ["rank 0", "rank 1"])]
-    close(capture, truth_of(tiny("llama")).outputs["model.layers.0.mlp.gate_proj", 0, ""])
+    close(
+        capture,
+        unsharded.activations(tiny("llama"), IDS).outputs["model.layers.0.mlp.gate_proj", 0, ""],
+    )
 
 
 @pytest.mark.engines(2)
@@ -58,7 +56,10 @@ def test_the_scan_decides_where_no_plan_names_the_module(session, tiny):
     session.hook("model.layers.0.mlp.act_fn")
     capture = session.run(IDS)["model.layers.0.mlp.act_fn"]
     assert (capture.evidence, capture.placement) == ("scan+digest", "Shard(dim=2)")
-    close(capture, truth_of(tiny("llama")).outputs["model.layers.0.mlp.act_fn", 0, ""])
+    close(
+        capture,
+        unsharded.activations(tiny("llama"), IDS).outputs["model.layers.0.mlp.act_fn", 0, ""],
+    )
 
 
 @pytest.mark.engines(2)
@@ -67,9 +68,9 @@ def test_the_digest_decides_between_copies_and_addends(session, tiny):
     mends it."""
     folder = str(tiny("llama_untied"))
     build = functools.partial(on_engines.partial_sums, folder)
-    unsharded = functools.partial(on_engines.whole_reduced, folder)
-    whole = truth_of(folder).outputs["model.layers.1.mlp", 0, ""]
-    session.load(build, tp=2, reference=unsharded)
+    whole_model = functools.partial(on_engines.whole_reduced, folder)
+    whole = unsharded.activations(folder, IDS).outputs["model.layers.1.mlp", 0, ""]
+    session.load(build, tp=2, reference=whole_model)
     session.hook("model.layers.1.mlp.inner")
     session.hook("model.layers.1.mlp")
     run = session.run(IDS)
@@ -79,7 +80,7 @@ def test_the_digest_decides_between_copies_and_addends(session, tiny):
     ):
         run["model.layers.1.mlp.inner"].tensor()
     session.load(
-        build, tp=2, reference=unsharded, placements={"model.layers.*.mlp.inner": "partial"}
+        build, tp=2, reference=whole_model, placements={"model.layers.*.mlp.inner": "partial"}
     )
     session.hook("model.layers.1.mlp.inner")
     capture = session.run(IDS)["model.layers.1.mlp.inner"]
@@ -99,7 +100,7 @@ def test_a_dtensor_decides(session, tiny):
     session.hook("model.layers.*.input_layernorm")
     session.hook("model.layers.*.mlp.down_proj")
     run = session.run(IDS)
-    truth = truth_of(folder)
+    truth = unsharded.activations(folder, IDS)
     for layer in range(4):
         name = f"model.layers.{layer}.input_layernorm"
         assert (run[name].evidence, run[name].placement) == ("dtensor", "Shard(dim=1)")
@@ -118,7 +119,7 @@ def test_a_builders_model_without_a_reference_has_what_its_values_say(session, t
     session.hook("model.layers.0.mlp.up_proj")
     session.hook("model.layers.0.mlp.act_fn")
     run = session.run(IDS)
-    truth = truth_of(folder)
+    truth = unsharded.activations(folder, IDS)
     for name, kind in (("input_layernorm", "dtensor"), ("mlp.up_proj", "declared")):
         capture = run[f"model.layers.0.{name}"]
         assert capture.evidence == kind
@@ -140,7 +141,7 @@ def test_a_known_parallel_layer_decides(session, tiny):
     session.hook("model.layers.*.mlp.gate_proj")
     session.hook("model.layers.*.mlp.down_proj", at="input")
     session.hook("model.layers.*.mlp.down_proj")
-    run, truth = session.run(IDS), truth_of(folder)
+    run, truth = session.run(IDS), unsharded.activations(folder, IDS)
     for layer in range(4):
         gate, down = (f"model.layers.{layer}.mlp.{name}_proj" for name in ("gate", "down"))
         assert (run[gate].evidence, run[gate].placement) == ("class", "Shard(dim=-1)")

@@ -9,30 +9,15 @@ import pytest
 import torch
 
 from flexkernel.errors import PlacementError
-from tests.support import foreign, models, on_engines, reference
+from tests.support import foreign, models, on_engines, reference, unsharded
 
 IDS = [[5, 6, 7, 8, 9], [9, 10, 11, 12, 13], [3, 4, 5, 6, 7]]
-BATCH = {
-    "input_ids": torch.tensor(IDS),
-    "attention_mask": torch.ones(3, 5, dtype=torch.long),
-    "position_ids": torch.arange(5).expand(3, 5),
-}
 GATE, DOWN, MLP = (f"model.layers.1.mlp{part}" for part in (".gate_proj", ".down_proj", ""))
 WEIGHT = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(1))
 
 
 def weighed(logits, batch=None):
     return (logits * WEIGHT).sum() / 100
-
-
-@functools.cache
-def truth(folder) -> reference.Reference:
-    return reference.reference(folder, **BATCH)
-
-
-@functools.cache
-def gradients(folder) -> reference.Gradients:
-    return reference.gradients(reference.load(folder), BATCH, weighed)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -45,7 +30,7 @@ def check(session, folder, *names: str) -> None:
         session.hook(name)
     run = session.run(IDS)
     for name in names:
-        close(run[name].tensor(), truth(folder).outputs[name, 0, ""])
+        close(run[name].tensor(), unsharded.activations(folder, IDS).outputs[name, 0, ""])
 
 
 @pytest.mark.engines(2)
@@ -59,7 +44,8 @@ def test_1_a_read_only_hook_leaves_gradients_alone(session, tiny):
         torch.equal(run["gradients"][i].tensor(), g) for i, g in enumerate(alone.values())
     )
     close(
-        alone["model.layers.0 grad_output"], gradients(tiny("llama")).outputs["model.layers.0", ""]
+        alone["model.layers.0 grad_output"],
+        unsharded.gradients(tiny("llama"), IDS, weighed).outputs["model.layers.0", ""],
     )
 
 
@@ -91,7 +77,7 @@ def probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny):
     module = torch.nn.Linear(176, 3, bias=False)
     weight = module.weight.detach().clone().T.requires_grad_()
-    probe(truth(tiny("llama")).outputs[GATE, 0, ""], weight).backward()
+    probe(unsharded.activations(tiny("llama"), IDS).outputs[GATE, 0, ""], weight).backward()
     session.load(tiny("llama"), tp=2)
     session.modules["probe"] = module
     session.hook(GATE)
@@ -112,7 +98,7 @@ def test_5_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tin
     attention = "model.layers.1.self_attn"
     session.hook(attention, at="input")
     session.hook("", index="logits")
-    run, want = session.run(IDS), truth(tiny("llama"))
+    run, want = session.run(IDS), unsharded.activations(tiny("llama"), IDS)
     close(run[attention, "input"].tensor(), want.inputs[attention, 0, "hidden_states"])
     close(run["", "output", "logits"].tensor(), want.outputs["", 0, "logits"])
 
@@ -126,7 +112,7 @@ def test_6_a_gradient_that_did_not_come_once_comes_the_next_time(session, tiny):
     run = session.run(IDS, loss=weighed)
     close(
         run["model.layers.3", "grad_output"].tensor(),
-        gradients(tiny("llama")).outputs["model.layers.3", ""],
+        unsharded.gradients(tiny("llama"), IDS, weighed).outputs["model.layers.3", ""],
     )
 
 
@@ -138,8 +124,14 @@ def test_7_forward_and_backward_captures_are_apart_and_do_not_grow(session, tiny
     for _ in range(3):
         run = session.run(IDS, loss=weighed)
         assert len(run) == 2
-        close(run[MLP, "output"].tensor(), truth(tiny("llama")).outputs[MLP, 0, ""])
-        close(run[MLP, "grad_output"].tensor(), gradients(tiny("llama")).outputs[MLP, ""])
+        close(
+            run[MLP, "output"].tensor(),
+            unsharded.activations(tiny("llama"), IDS).outputs[MLP, 0, ""],
+        )
+        close(
+            run[MLP, "grad_output"].tensor(),
+            unsharded.gradients(tiny("llama"), IDS, weighed).outputs[MLP, ""],
+        )
 
 
 @pytest.mark.engines(2)
@@ -152,9 +144,7 @@ def test_8_what_a_run_says_is_there_is_there_when_it_is_read_at_once(session, ti
         run = session.run(ids)
         got = [capture.tensor().clone() for capture in run]
         run.free()
-        want = reference.reference(
-            tiny("llama"), **(BATCH | {"input_ids": torch.tensor(ids)})
-        ).outputs
+        want = unsharded.activations(tiny("llama"), ids).outputs
         for layer, value in enumerate(got):
             close(value, want[f"model.layers.{layer}.mlp", 0, ""])
 
@@ -165,7 +155,7 @@ def test_9_gradients_are_not_scaled_as_if_the_loss_were_averaged_over_dp(session
     session.load(tiny("llama"), **layout)
     session.hook(MLP, at="grad_output")
     session.hook(f"{GATE}.weight", at="param_grad")
-    run, want = session.run(IDS, loss=weighed), gradients(tiny("llama"))
+    run, want = session.run(IDS, loss=weighed), unsharded.gradients(tiny("llama"), IDS, weighed)
     close(run[MLP, "grad_output"].tensor(), want.outputs[MLP, ""])
     close(run[f"{GATE}.weight", "param_grad"].tensor(), want.parameters[f"{GATE}.weight"])
 
@@ -223,7 +213,10 @@ def test_13_parameters_are_read_and_hooked_under_fsdp(session, tiny, build):
 def test_14_a_batch_that_does_not_divide_is_run(session, tiny, rows):
     session.load(tiny("llama"), dp=2)
     session.hook(MLP)
-    close(session.run(IDS[:rows])[MLP].tensor(), truth(tiny("llama")).outputs[MLP, 0, ""][:rows])
+    close(
+        session.run(IDS[:rows])[MLP].tensor(),
+        unsharded.activations(tiny("llama"), IDS).outputs[MLP, 0, ""][:rows],
+    )
 
 
 def test_15_it_runs_in_one_process_on_a_cpu(session, tiny):

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flexkernel.errors import LoadError, PlacementError, PromptError
-from tests.engine.run import test_autograd
-from tests.support import foreign, models, on_engines, reference
+from tests.support import foreign, gradients, models, on_engines, reference
 from tools import parity
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]]
@@ -123,7 +122,7 @@ def test_gradients_of_models_that_users_shard(session, tiny, build, layout, requ
             batch["input_ids"].tolist(), loss=lambda logits, batch: (logits * weight).sum() / 100
         )
         assert run.loss == pytest.approx(want.loss, rel=1e-4)
-        found = test_autograd.compare(run, want, 2e-5)
+        found = gradients.compare(run, want, 2e-5)
         assert found["grad_output"][0] == 10 and (
             build is foreign.in_fsdp1 or found["param_grad"][0] == 39
         )

@@ -10,12 +10,14 @@ import torch
 
 import flexkernel as fk
 from flexkernel.memory import reduce
-from tests.engine.run import test_autograd, test_edits, test_gradients
-from tests.engine.run.test_edits import CASES, MASK, ROWS, TOLERANCE
-from tests.support import models
+from tests.support import gradients, models, unsharded
+from tests.support.edits import CASES, TOLERANCE, define
+from tests.support.rows import MASK, ROWS
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 NAMES = ["model.layers.0.mlp.gate_proj", "model.layers.3.mlp", "model.layers.1.self_attn.@pattern"]
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
 def hook_and_run(session):
@@ -169,25 +171,25 @@ def test_edits_and_gradients_over_hosts_are_the_unsharded_models(apart, tiny, la
     """Three rows: the groups of rows have unequal shares."""
     apart.load(tiny("llama"), **layout)
     assert apart.cluster.hosts == ["b", "c"]
-    test_edits.define(apart)
-    base = test_edits.edited_logits(tiny("llama"), None)
+    define(apart)
+    base = unsharded.logits(tiny("llama"), ROWS)
     cases = [
         case for case in CASES if case.name.startswith(("user's", "project_out", "mean", "add"))
     ]
     assert len(cases) == 10
     for case in cases:
         apart.hook(case.module, name="edited", **case.how)
-        truth = test_edits.edited_logits(tiny("llama"), case)
+        truth = unsharded.logits(tiny("llama"), ROWS, case)
         assert (truth - base)[MASK].abs().max() > 100 * TOLERANCE
         torch.testing.assert_close(
             apart.run(ROWS).logits.tensor()[MASK], truth[MASK], atol=TOLERANCE, rtol=0
         )
-    test_autograd.through_edits(apart, tiny("llama"), cases)
+    gradients.through_edits(apart, tiny("llama"), cases)
     apart.unhook()
-    apart.hook(test_gradients.WEIGHTS, at="param_grad", edit="scale", value=3.0)
-    found = apart.run(ROWS, loss=test_autograd.loss)[test_gradients.GATE, "param_grad"].tensor()
-    want = test_autograd.truth(tiny("llama")).parameters[test_gradients.GATE] * 3
-    assert test_autograd.relative(found, want) < test_autograd.TOLERANCE
+    apart.hook("model.layers.*.mlp.gate_proj.weight", at="param_grad", edit="scale", value=3.0)
+    found = apart.run(ROWS, loss=gradients.loss)[GATE, "param_grad"].tensor()
+    want = unsharded.gradients(tiny("llama"), ROWS, gradients.loss).parameters[GATE] * 3
+    assert gradients.relative(found, want) < gradients.TOLERANCE
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import flexkernel as fk
-from tests.support import reference
+from tests.support import layouts, reference
 from tools import parity
 
 TINY = {
@@ -36,14 +36,10 @@ TINY = {
 REAL = {2: [{"pp": 2}, {"fsdp": 2}, {"dp": 2}], 3: [{"tp": 3}], 6: [{"tp": 3, "pp": 2}]}
 
 
-def label(layout: dict[str, int]) -> str:
-    return "x".join(f"{axis}{n}" for axis, n in layout.items()) or "one"
-
-
 def cases(table: dict) -> list:
     return [
-        pytest.param(arch, layout, id=f"{arch}-{label(layout)}", marks=pytest.mark.engines(n))
-        for n, rows in table.items()
+        layouts.param(arch, layout, prefix=f"{arch}-")
+        for rows in table.values()
         for arch, layout in rows
     ]
 
@@ -82,9 +78,7 @@ def test_every_module_of_a_tiny_model_equals_the_unsharded_one(
 
 
 real_cases = [
-    pytest.param(layout, id=label(layout), marks=[pytest.mark.engines(n), pytest.mark.slow])
-    for n, layouts in REAL.items()
-    for layout in layouts
+    layouts.param(layout, marks=[pytest.mark.slow]) for rows in REAL.values() for layout in rows
 ]
 
 

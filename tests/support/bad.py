@@ -5,21 +5,17 @@ test_bad_sessions.py and those that ELSEWHERE names.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.support import models, reference
+from tests.support import models, unsharded
 
 LENGTHS = [5, 3]
 BATCH = models.ids_and_mask(LENGTHS)
-ROWS = [
-    row[mask.bool()].tolist()
-    for row, mask in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
-]
+ROWS = models.rows(BATCH)
 MASK = BATCH["attention_mask"].bool()
 TP = {"tp": 2}
 
@@ -120,12 +116,6 @@ ELSEWHERE = {
 }
 
 
-@functools.cache
-def truth(folder: str) -> torch.Tensor:
-    """The unsharded model's logits of ROWS."""
-    return reference.reference(folder, **BATCH).outputs["", 0, "logits"]
-
-
 def fit(session: Any, folder: Path, **layout: int) -> None:
     """Have this model loaded so, if it is not."""
     wanted = {axis: layout.get(axis, 1) for axis in ("pp", "dp", "fsdp", "tp")}
@@ -146,7 +136,7 @@ def healthy(session: Any, folder: Path, **layout: int) -> None:
     run = session.run(ROWS)
     assert run["model.layers.1.mlp"].tensor().shape == (2, 5, 64)
     torch.testing.assert_close(
-        run.logits.tensor()[MASK], truth(str(folder))[MASK], atol=2e-5, rtol=2e-5
+        run.logits.tensor()[MASK], unsharded.logits(folder, ROWS)[MASK], atol=2e-5, rtol=2e-5
     )
     session.unhook()
     assert all(session.engines.answering())

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["ARCHS", "build", "ids_and_mask", "reading_bytes", "tiny"]
+__all__ = ["ARCHS", "build", "ids_and_mask", "padded", "reading_bytes", "rows", "tiny"]
 
 SEED = 20231203
 SMALL = {
@@ -126,15 +127,24 @@ def byte_letters() -> dict[str, int]:
 
 
 def ids_and_mask(lengths: list[int], vocab: int = 256, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Left-padded random rows of these lengths, as the keyword arguments of a forward (ids, mask,
-    position ids)."""
+    """Left-padded random rows of these lengths, as `padded` gives them."""
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.tensor(
-        [[int(column >= max(lengths) - n) for column in range(max(lengths))] for n in lengths]
-    )
-    ids = torch.randint(3, vocab, mask.shape, generator=generator) * mask
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
+    longest = max(lengths)
+    ids = torch.randint(3, vocab, (len(lengths), longest), generator=generator)
+    return padded([row[longest - n :].tolist() for row, n in zip(ids, lengths, strict=True)])
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Left-padded, as the keyword arguments of a forward: ids, mask and position ids, each (B, S)
+    int64."""
+    longest = max(map(len, rows))
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def rows(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The real tokens of each row."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]

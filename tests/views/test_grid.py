@@ -4,7 +4,6 @@ words."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,36 +12,7 @@ import torch
 from flexkernel.memory import reduce
 from flexkernel.views.axis import ticks_in
 from flexkernel.views.grid import Grid, exact, visible
-
-
-class Source:
-    """What a Capture looks like to a view."""
-
-    def __init__(self, tensor: torch.Tensor, **more: Any):
-        self.held, self.shape, self.dtype = tensor, tuple(tensor.shape), tensor.dtype
-        self.name, self.tokens, self.shards, self.evidence = (
-            "model.layers.3.mlp",
-            None,
-            None,
-            "plan",
-        )
-        self.__dict__.update(more)
-
-    def tensor(self) -> torch.Tensor:
-        return self.held
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.held[index]
-
-
-class FarSource(Source):
-    """One that never gives its tensor away: it reduces itself, and gives parts."""
-
-    def tensor(self) -> torch.Tensor:
-        raise AssertionError("a view gathered a tensor to look at it")
-
-    def tiles(self, rows, cols, height, width, how):
-        return reduce.tiles(self.held.reshape(-1, self.shape[-1]), rows, cols, height, width, how)
+from tests.support.sources import FarSource, Source
 
 
 def test_batch_and_position_become_rows_with_their_tokens():

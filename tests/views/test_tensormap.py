@@ -22,7 +22,7 @@ from flexkernel.views import freeze_all, tensor_map, tensormap
 from flexkernel.views.messages import TILE_PIXELS, VALUES
 from flexkernel.views.tensormap import ESM
 from flexkernel.views.tile import fitting, number
-from tests.views.test_grid import FarSource, Source
+from tests.support.sources import FarSource, Source
 
 
 class Fleeting(Source):

@@ -11,87 +11,31 @@ import pytest
 import torch
 
 import flexkernel as fk
-from tests.engine.run import test_edits
-from tests.engine.run.test_edits import CASES, ROWS, Case, layouts
-from tests.support import models, on_engines, reference
+from tests.support import layouts, models, on_engines, reference, unsharded
+from tests.support.edits import CASES, define
+from tests.support.gradients import (
+    TOLERANCE,
+    WEIGHT,
+    compare,
+    exact_norms,
+    hook_all,
+    loss,
+    relative,
+    through_edits,
+)
+from tests.support.rows import BATCH, MASK, ROWS
 
-BATCH = test_edits.BATCH
-MASK = BATCH["attention_mask"].bool()
-TOLERANCE = 5e-6  # of a gradient's own scale
-WEIGHT = torch.randn(3, 7, 256, generator=torch.Generator().manual_seed(1)) * MASK[..., None]
 FOUR = models.ids_and_mask([5, 7, 6, 3])  # two groups of rows share them evenly
 
 
-def loss(logits, batch=None):
-    """Weighs every logit at every real position differently: no gradient is zero, or like its
-    neighbour's."""
-    return (logits * WEIGHT).sum() / 100
-
-
-@functools.cache
-def truth(folder, attn: str = "sdpa", case: int | None = None) -> reference.Gradients:
-    model = reference.load(folder, attn=attn)
-    if case is not None:
-        edit_by_hand(model, CASES[case])
-    return reference.gradients(model, BATCH, loss)
-
-
-def edit_by_hand(model: torch.nn.Module, case: Case) -> None:
-    module = model.get_submodule(case.module)
-    if case.at == "input":
-        module.register_forward_pre_hook(lambda _m, args: (case.truth(args[0]), *args[1:]))
-    else:
-        module.register_forward_hook(
-            lambda _m, _a, out: (
-                (case.truth(out[0]), *out[1:]) if isinstance(out, tuple) else case.truth(out)
-            )
-        )
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
-
-
-def compare(
-    run, want: reference.Gradients, tolerance: float = TOLERANCE
-) -> dict[str, tuple[int, float]]:
-    """at → (how many gradients were compared, the worst error); asserts each of them."""
-    found: dict[str, tuple[int, float]] = {}
-    for c in run:
-        key = c.key
-        if key.at == "param_grad":
-            expected = want.parameters[key.module]
-        elif ".@" in key.module:
-            expected = want.attention.get(tuple(key.module.split(".@")))
-        else:
-            of = want.outputs if key.at == "grad_output" else want.inputs
-            expected = of.get((key.module, key.index))
-            expected = (
-                of.get((key.module, "")) if expected is None and key.index == "0" else expected
-            )
-        if expected is None or "rotary_emb" in key.module or "position_embeddings" in key.index:
-            continue
-        error = relative(c.tensor(), expected)
-        assert error < tolerance, (str(key), error)
-        count, worst = found.get(key.at, (0, 0.0))
-        found[key.at] = count + 1, max(worst, error)
-    return found
-
-
-def hook_all(session) -> None:
-    session.hook("**", at="grad_output", name="outputs")
-    session.hook("**", at="grad_input", name="inputs")
-    session.hook("**", at="param_grad", name="parameters")
-
-
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_every_gradient_is_the_unsharded_models(session, tiny, layout, record_property):
     session.load(tiny("llama"), **layout)
     hook_all(session)
     for point in ("q", "k", "v", "z"):
         session.hook(f"model.layers.*.self_attn.@{point}", at="grad_output")
     run = session.run(ROWS, loss=loss)
-    want = truth(tiny("llama"))
+    want = unsharded.gradients(tiny("llama"), ROWS, loss)
     assert run.loss == pytest.approx(want.loss, rel=1e-5)
     found = compare(run, want)
     record_property("worst", str(found))
@@ -114,7 +58,7 @@ def test_other_architectures(session, tiny, arch, layout):
     session.load(tiny(arch), **layout)
     hook_all(session)
     run = session.run(ROWS, loss=loss)
-    want = truth(tiny(arch))
+    want = unsharded.gradients(tiny(arch), ROWS, loss)
     refused = {c.name: c.error for c in run if c.error is not None}
     for capture in [c for c in run if c.error is not None]:
         del run.captures[capture.key]
@@ -132,44 +76,17 @@ def test_inside_eager_attention(session, tiny, layout):
     session.load(tiny("llama"), attn="eager", **layout)
     for point in ("q", "k", "v", "pattern", "z"):
         session.hook(f"model.layers.*.self_attn.@{point}", at="grad_output")
-    found = compare(session.run(ROWS, loss=loss), truth(tiny("llama"), "eager"))
+    found = compare(
+        session.run(ROWS, loss=loss), unsharded.gradients(tiny("llama"), ROWS, loss, attn="eager")
+    )
     assert found["grad_output"][0] >= 4 * 3
 
 
 # --- edits ----------------------------------------------------------------------------
 
 
-def through_edits(session, folder, cases: list[Case]) -> None:
-    """Gradients of the loaded model, with each of these edits, are those of the unsharded one with
-    it."""
-    test_edits.define(session)
-    plain = truth(folder)
-    for case in cases:
-        number = CASES.index(case)
-        want = truth(folder, case=number)
-        session.unhook() if session.hooks.hook_set.hooks else None
-        session.hook(case.module, name="edited", **case.how)
-        session.hook("model.layers.*", at="grad_output", name="layers")
-        session.hook("model.layers.*.mlp.gate_proj", at="grad_output", name="gates")
-        session.hook("model.layers.*.mlp.*.weight", at="param_grad", name="weights")
-        session.hook("model.embed_tokens.weight", at="param_grad", name="embedding")
-        run = session.run(ROWS, loss=loss)
-        # behind what sets the value
-        gone = [c.key for c in run if "grad" in c.key.at and c.error is not None]
-        for key in gone:
-            assert "no gradient reached it" in str(run.captures.pop(key).error)
-        for key in [k for k in run.captures if k.hook == "edited" or k.module == case.module]:
-            del run.captures[key]  # the reference has the gradient behind the edit there
-        assert case.name in ("set", "zero sharded") or not gone, (case.name, gone)
-        found = compare(run, want, 2e-5)
-        assert found["grad_output"][0] >= 3 and found["param_grad"][0] >= 10, (case.name, found)
-        first = "model.embed_tokens.weight"
-        moved = relative(want.parameters[first], plain.parameters[first])
-        assert moved > 100 * 2e-5, (case.name, "has to change the gradient")
-
-
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_gradients_go_through_edits(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     through_edits(session, tiny("llama"), CASES if layout in ({}, {"tp": 2}) else CASES[::3])
@@ -202,7 +119,7 @@ def test_a_gradient_is_edited(session, tiny, layout, module, edit):
         relative(run["model.layers.0", "grad_output"].tensor(), want.outputs["model.layers.0", ""])
         < TOLERANCE
     )
-    plain = truth(tiny("llama")).outputs
+    plain = unsharded.gradients(tiny("llama"), ROWS, loss).outputs
     assert (
         relative(run["model.layers.0", "grad_output"].tensor(), plain["model.layers.0", ""])
         > 100 * TOLERANCE
@@ -230,7 +147,7 @@ def test_a_read_only_hook_leaves_every_gradient_bit_equal(session, tiny, layout)
 
 
 @pytest.mark.long("pp2xfsdp2", "tp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_a_loss_sees_captures_of_any_stage(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.0.mlp.gate_proj", positions=[-1, 2])
@@ -331,13 +248,13 @@ def test_a_loss_never_reads_what_is_not_whole(session, tiny):
     the slab, but bytes of an earlier run are."""
     folder = str(tiny("llama"))
     build = functools.partial(on_engines.partial_sums, folder)
-    unsharded = functools.partial(on_engines.whole_reduced, folder)
+    whole_model = functools.partial(on_engines.whole_reduced, folder)
     inner = "model.layers.1.mlp.inner"
     for declared, says in [
         ({}, "copies that differ"),
         ({"model.layers.*.mlp.inner": "partial"}, "an addend of"),
     ]:
-        session.load(build, tp=2, reference=unsharded, placements=declared)
+        session.load(build, tp=2, reference=whole_model, placements=declared)
         session.hook(inner)
         with pytest.raises(fk.errors.LossError, match=says):
             session.run([[5, 6, 7, 8]], loss=lambda logits, batch: batch.captures[inner].sum())
@@ -429,7 +346,7 @@ def test_a_model_whose_gradients_were_taken_is_let_go(session, tiny):
     counts = []
     for layout in [{"tp": 2}, {"fsdp": 2}, {"pp": 2}, {"dp": 2}] * 2:
         session.load(tiny("llama"), **layout)
-        test_edits.define(session)
+        define(session)
         hook_all(session)
         session.hook("model.layers.1", edit="mix", name="edited")
         session.run(ROWS, loss=loss)
@@ -444,19 +361,6 @@ def test_a_model_whose_gradients_were_taken_is_let_go(session, tiny):
 
 
 # --- finite differences ---------------------------------------------------------------
-
-
-def exact_norms() -> None:
-    """transformers' norm goes through float32, whose rounding would drown a difference of
-    losses."""
-    for module in on_engines.runtime().model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            norm = functools.partial(
-                torch.nn.functional.rms_norm, normalized_shape=(64,), eps=module.variance_epsilon
-            )
-            module.forward = functools.partial(
-                lambda m, norm, x: norm(x, weight=m.weight), module, norm
-            )
 
 
 @pytest.mark.engines(2)
@@ -534,7 +438,7 @@ def test_finite_differences(session, tiny, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [p for p in test_edits.REAL_LAYOUTS if p.id != "fsdp2"])
+@pytest.mark.parametrize("layout", layouts.without(layouts.REAL, "fsdp2"))
 def test_gradients_of_the_real_model(session, smollm2, layout, record_property):
     from transformers import AutoTokenizer
 
@@ -604,7 +508,7 @@ def test_backward_takes_an_expression_with_the_notebooks_own_names(session, tiny
         run = shell.run_line_magic(
             "flex_run", "--backward '(logits * weight).sum() / 100' --var rows"
         )
-        want = truth(tiny("llama"))
+        want = unsharded.gradients(tiny("llama"), ROWS, loss)
         assert run.loss == pytest.approx(want.loss, rel=1e-5) and f"loss {run.loss:.6g}" in repr(
             run
         )

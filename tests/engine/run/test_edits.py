@@ -3,147 +3,15 @@ unsharded one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 import flexkernel as fk
-from tests.support import models, on_engines, reference
-
-TOLERANCE = 2e-5
-BATCH = models.ids_and_mask([5, 7, 6])
-ROWS = [
-    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
-]
-MASK = BATCH["attention_mask"].bool()
-REAL = MASK[..., None].float()
-
-
-def mix(x, ctx=None):
-    """Mixes columns and positions: it needs the whole."""
-    return x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True)
-
-
-@dataclasses.dataclass
-class Case:
-    """A hook with an edit, and what it does to the unsharded module's tensor."""
-
-    name: str
-    module: str
-    how: dict[str, Any]
-    truth: Callable[[torch.Tensor], torch.Tensor]
-    at: str = "output"
-
-
-VECTOR = torch.linspace(-1, 1, 64)
-WIDE = torch.linspace(-1, 1, 176)
-
-
-def at_last(x: torch.Tensor) -> torch.Tensor:
-    x = x.clone()
-    x[:, -1] = 0
-    return x
-
-
-def without(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    unit = unit / unit.norm()
-    return x - (x @ unit)[..., None] * unit
-
-
-CASES = [
-    Case("zero sharded", "model.layers.1.mlp.gate_proj", {"edit": "zero"}, torch.zeros_like),
-    Case("scale whole", "model.layers.1.mlp", {"edit": "scale", "value": -2.0}, lambda x: -2 * x),
-    Case(
-        "add sharded",
-        "model.layers.2.mlp.act_fn",
-        {"edit": "add", "value": WIDE},
-        lambda x: x + WIDE,
-    ),
-    Case("add residual", "model.layers.1", {"edit": "add", "value": VECTOR}, lambda x: x + VECTOR),
-    Case(
-        "set",
-        "model.layers.0.mlp",
-        {"edit": "set", "value": 0.25},
-        lambda x: torch.full_like(x, 0.25),
-    ),
-    Case(
-        "clamp",
-        "model.layers.1.mlp.up_proj",
-        {"edit": "clamp", "value": (-0.1, 0.1)},
-        lambda x: x.clamp(-0.1, 0.1),
-    ),
-    Case(
-        "project_out",
-        "model.layers.2",
-        {"edit": "project_out", "value": VECTOR},
-        lambda x: without(x, VECTOR),
-    ),
-    Case(
-        "project_out sharded",
-        "model.layers.2.mlp.gate_proj",
-        {"edit": "project_out", "value": WIDE},
-        lambda x: without(x, WIDE),
-    ),
-    Case(
-        "mean",
-        "model.layers.1.mlp",
-        {"edit": "mean"},
-        lambda x: ((x * REAL).sum((0, 1), keepdim=True) / REAL.sum()).expand_as(x),
-    ),
-    Case("user's, sharded", "model.layers.1.mlp.gate_proj", {"edit": "mix"}, mix),
-    Case("user's, whole", "model.layers.1", {"edit": "mix"}, mix),
-    Case("user's, a tuple", "model.layers.2.self_attn", {"edit": "mix"}, mix),
-    Case(
-        "user's, of an input",
-        "model.layers.2.mlp.down_proj",
-        {"edit": "mix", "at": "input"},
-        mix,
-        at="input",
-    ),
-    Case("user's, per row", "model.layers.1.mlp.up_proj", {"edit": "mix_row"}, mix),
-    Case("last position", "model.layers.2", {"edit": "zero", "positions": [-1]}, at_last),
-    Case(
-        "neurons",
-        "model.layers.1.mlp.act_fn",
-        {"edit": "zero", "neurons": [0, 100, 175]},
-        lambda x: x.index_fill(-1, torch.tensor([0, 100, 175]), 0.0),
-    ),
-]
-LAYOUTS = {
-    1: [{}],
-    2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}],
-    4: [{"tp": 2, "pp": 2}, {"tp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2}],
-}
-layouts = [
-    pytest.param(
-        layout,
-        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
-        marks=pytest.mark.engines(n),
-    )
-    for n, group in LAYOUTS.items()
-    for layout in group
-]
-
-
-def edited_logits(folder, case: Case | None) -> torch.Tensor:
-    """The unsharded model's logits, edited by a plain torch hook."""
-    model = reference.load(folder)
-    if case is not None:
-        module = model.get_submodule(case.module)
-        if case.at == "input":
-            module.register_forward_pre_hook(lambda _m, args: (case.truth(args[0]), *args[1:]))
-        else:
-
-            def hook(_module, _args, out):
-                return (case.truth(out[0]), *out[1:]) if isinstance(out, tuple) else case.truth(out)
-
-            module.register_forward_hook(hook)
-    with torch.no_grad():
-        return model(**BATCH, use_cache=False).logits
+from tests.support import layouts, on_engines, reference, unsharded
+from tests.support.edits import CASES, TOLERANCE, VECTOR, at_last, define, mix
+from tests.support.rows import BATCH, MASK, ROWS
 
 
 def some_of(cases: list, session) -> list:
@@ -152,24 +20,19 @@ def some_of(cases: list, session) -> list:
     return cases if session.engines.size <= 2 else cases[::3]
 
 
-def define(session) -> None:
-    session.edit("mix")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
-    session.edit("mix_row", per="row")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
-
-
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_every_edit_does_what_it_does_to_the_unsharded_model(
     session, tiny, layout, record_property
 ):
     session.load(tiny("llama"), **layout)
     define(session)
-    base = edited_logits(tiny("llama"), None)
+    base = unsharded.logits(tiny("llama"), ROWS)
     torch.testing.assert_close(
         session.run(ROWS).logits.tensor()[MASK], base[MASK], atol=TOLERANCE, rtol=0
     )
     for case in some_of(CASES, session):
-        truth = edited_logits(tiny("llama"), case)
+        truth = unsharded.logits(tiny("llama"), ROWS, case)
         moved = (truth - base)[MASK].abs().max().item()
         assert moved > 100 * TOLERANCE, f"{case.name} has to do something"
         hooked = session.hook(case.module, name="edited", **case.how)
@@ -185,7 +48,7 @@ def test_every_edit_does_what_it_does_to_the_unsharded_model(
 
 
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_a_capture_of_an_edited_activation_is_after_or_before_it(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     define(session)
@@ -202,7 +65,7 @@ def test_a_capture_of_an_edited_activation_is_after_or_before_it(session, tiny, 
 
 
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_both_sides_of_an_edit_are_captured_apart(session, tiny, layout):
     """Of an output and of an input, and of two edits on one module each."""
     session.load(tiny("llama"), **layout)
@@ -241,7 +104,7 @@ def test_nan_out_of_an_edit_is_allowed_and_flagged(session, tiny, per):
     assert session.run(ROWS).warnings == ()
 
 
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_heads_are_zeroed_inside_attention(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     base = session.run(ROWS).logits.tensor()
@@ -266,7 +129,7 @@ def test_heads_are_zeroed_inside_attention(session, tiny, layout):
 
 
 @pytest.mark.long("pp2xfsdp2", "tp2xpp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_noise_does_not_depend_on_the_layout(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     session.hook("model.layers.1.mlp.gate_proj")
@@ -283,7 +146,7 @@ def test_noise_does_not_depend_on_the_layout(session, tiny, layout):
 
 
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_a_capture_is_patched_into_another_run(session, tiny, layout):
     """Patching the residual of layer 1 with another prompt's makes everything after it that
     prompt's."""
@@ -329,8 +192,8 @@ def test_a_rank_without_rows_takes_part_in_every_edit(session, tiny, layout):
 def test_an_edit_of_a_partial_sum_is_refused(session, tiny, edit):
     """Each rank would edit its addend: added up, that is another edit than the one asked for."""
     folder = str(tiny("llama_untied"))
-    unsharded = functools.partial(on_engines.whole_reduced, folder)
-    session.load(functools.partial(on_engines.partial_sums, folder), tp=2, reference=unsharded)
+    whole_model = functools.partial(on_engines.whole_reduced, folder)
+    session.load(functools.partial(on_engines.partial_sums, folder), tp=2, reference=whole_model)
     before = session.run(ROWS).logits.tensor()
     session.hook("model.layers.1.mlp.inner", **edit)
     with pytest.raises(fk.errors.PlacementError, match="partial sum"):
@@ -491,11 +354,6 @@ def test_an_error_in_an_edit_names_the_users_line(shell, session):
 # --- the real model -------------------------------------------------------------------
 
 PROMPTS = ("The capital of France is", "The capital of Italy is")
-REAL_LAYOUTS = [
-    pytest.param({"pp": 2}, id="pp2", marks=pytest.mark.engines(2)),
-    pytest.param({"fsdp": 2}, id="fsdp2", marks=pytest.mark.engines(2)),
-    pytest.param({"tp": 3}, id="tp3", marks=pytest.mark.engines(3)),
-]
 
 
 def next_token(logits: torch.Tensor) -> torch.Tensor:
@@ -546,7 +404,7 @@ def unsharded_edits(
 
 @pytest.mark.long("fsdp2")
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", REAL_LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.REAL)
 def test_edits_of_the_real_model_give_the_unsharded_next_token(
     session, smollm2, layout, record_property
 ):

@@ -33,59 +33,22 @@ from flexkernel.memory import plan
 from flexkernel.session.generation import Detokenizer, generated
 from flexkernel.session.run import Store
 from flexkernel.wire import RunReport
-from tests.support import models, on_engines, reference
+from tests.support import layouts, models, on_engines, reference, unsharded
 
 TOLERANCE = 2e-5
 BATCH = models.ids_and_mask([5, 9, 7])
-ROWS = [
-    r[m.bool()].tolist() for r, m in zip(BATCH["input_ids"], BATCH["attention_mask"], strict=True)
-]
+ROWS = models.rows(BATCH)
 S, N = 9, 32
 POINTS = ("q", "k", "v", "pattern", "z")
-LAYOUTS = {
-    1: [{}],
-    2: [{"tp": 2}, {"pp": 2}, {"fsdp": 2}, {"dp": 2}],
-    4: [{"tp": 2, "pp": 2}],
-}
-layouts = [
-    pytest.param(
-        layout,
-        id="x".join(f"{k}{v}" for k, v in layout.items()) or "one",
-        marks=pytest.mark.engines(n),
-    )
-    for n, group in LAYOUTS.items()
-    for layout in group
-]
+LAYOUTS = layouts.without(layouts.ALL, "tp2xfsdp2", "pp2xfsdp2")
 EAGER = ("one", "pp2")
 LAYOUTS_AND_ATTENTIONS = [
     pytest.param(p.values[0], attn, id=f"{p.id}-{attn}", marks=p.marks)
-    for p in layouts
+    for p in LAYOUTS
     for attn in ("sdpa", "eager")
     if attn == "sdpa" or p.id in EAGER
 ]
 two = pytest.mark.engines(2)
-
-
-@functools.cache
-def unsharded(folder, attn: str = "sdpa"):
-    return reference.load(folder, attn=attn)
-
-
-@functools.cache
-def truth(
-    folder, new: int = N, ends: tuple[int, ...] | None = None, attn: str = "sdpa"
-) -> list[list[int]]:
-    """What the unsharded model's own generate adds to each row, run by itself."""
-    return [
-        by_itself(unsharded(folder, attn), row, new, eos_token_id=list(ends or ()) or None)
-        for row in ROWS
-    ]
-
-
-def by_itself(model, row: list[int], new: int, **options) -> list[int]:
-    ids = torch.tensor([row])
-    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **options}
-    return model.generate(ids, max_new_tokens=new, **how)[0, len(row) :].tolist()
 
 
 def over_the_text(folder, run, attn: str = "sdpa") -> reference.Reference:
@@ -98,7 +61,7 @@ def over_the_text(folder, run, attn: str = "sdpa") -> reference.Reference:
 def forward_over(folder, attn: str, ids: tuple, mask: tuple) -> reference.Reference:
     real = torch.tensor(mask).long()
     return reference.reference(
-        unsharded(folder, attn), torch.tensor(ids), real, (real.cumsum(-1) - 1).clamp(min=0)
+        unsharded.model(folder, attn), torch.tensor(ids), real, (real.cumsum(-1) - 1).clamp(min=0)
     )
 
 
@@ -144,7 +107,9 @@ def test_tokens_and_every_activation_are_the_unsharded_models(session, tiny, lay
     session.load(folder, attn=attn, **layout)
     hook_everything(session)
     run = session.generate(ROWS, max_new_tokens=N, eos_token_id=None)
-    assert run.new_ids == truth(folder, attn=attn) and all(len(row) == N for row in run.new_ids)
+    assert run.new_ids == unsharded.generated(folder, ROWS, N, attn=attn) and all(
+        len(row) == N for row in run.new_ids
+    )
     assert run.forwards == N and run.mask.shape == (3, S + N - 1)
     assert compare(run, over_the_text(folder, run, attn)) > 80
     pattern = run["model.layers.2.self_attn.@pattern"].tensor()
@@ -160,7 +125,7 @@ def test_tokens_and_every_activation_are_the_unsharded_models(session, tiny, lay
 ENDS = 11  # row 1 comes to it in its fourth token, the others never or later
 
 
-@pytest.mark.parametrize("layout", [p for p in layouts if p.id in ("one", "pp2", "fsdp2", "dp2")])
+@pytest.mark.parametrize("layout", layouts.only(LAYOUTS, "one", "pp2", "fsdp2", "dp2"))
 def test_a_row_that_ends_early_ends_and_the_run_ends_with_the_last(session, tiny, layout):
     folder = tiny("llama")
     session.load(folder, **layout)
@@ -168,7 +133,7 @@ def test_a_row_that_ends_early_ends_and_the_run_ends_with_the_last(session, tiny
     for ends in ((176, ENDS), (176, ENDS, 242)):
         run, want = (
             session.generate(ROWS, max_new_tokens=N, eos_token_id=list(ends)),
-            truth(folder, ends=ends),
+            unsharded.generated(folder, ROWS, N, ends),
         )
         assert run.new_ids == want and len({len(row) for row in want}) > 1, (
             "rows end at different steps"
@@ -308,7 +273,7 @@ def edit_truths(tiny):
 
 
 @pytest.mark.long("tp2xpp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_edit_is_made_at_every_step(session, tiny, layout, edit_truths):
     session.load(tiny("llama"), **layout)
     session.edit("mix")(lambda x, ctx: x.roll(3, -1) * 0.5 + x.mean(1, keepdim=True))
@@ -483,7 +448,7 @@ def test_sliding_windows_and_folded_rows_are_right_too(session, tiny, arch):
     else:
         session.hook("**.gate")
     run = session.generate(ROWS, max_new_tokens=12)
-    assert run.new_ids == truth(tiny(arch), 12, attn=attn)
+    assert run.new_ids == unsharded.generated(tiny(arch), ROWS, 12, attn=attn)
     assert compare(run, over_the_text(tiny(arch), run, attn)) >= 20
     if arch == "mixtral":
         end = run.new_ids[1][4]
@@ -697,7 +662,7 @@ def test_ranks_that_went_on_differently_are_an_error():
 def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
     session.load(tiny("llama"), pp=2)
     session.hook("model.layers.1.mlp")
-    end = truth(tiny("llama"), 6)[0][1]
+    end = unsharded.generated(tiny("llama"), ROWS, 6)[0][1]
     run = session.generate(ROWS[:1], max_new_tokens=6, eos_token_id=end)
     described = [answer.runs for answer in session.engines.call("recover.rank_state")]
     store, session.store = session.store, Store(session.engines, session.loaded.info.layout)
@@ -794,18 +759,13 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
 
 # --- the real model -------------------------------------------------------------------
 
-REAL_LAYOUTS = [
-    pytest.param({"pp": 2}, id="pp2", marks=two),
-    pytest.param({"tp": 3}, id="tp3", marks=pytest.mark.engines(3)),
-]
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", REAL_LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.only(layouts.REAL, "pp2", "tp3"))
 def test_the_real_model_goes_on_as_unsharded(session, smollm2, layout, record_property):
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2), reference.load(smollm2)
     prompts = ["The capital of France is", "Water boils at"]
-    want = [by_itself(model, tokenizer(text)["input_ids"], 8) for text in prompts]
+    want = [unsharded.by_itself(model, tokenizer(text)["input_ids"], 8) for text in prompts]
     session.load(smollm2, **layout)
     session.hook("model.layers.*.mlp")
     run = session.generate(prompts, max_new_tokens=8)

@@ -3,26 +3,18 @@ layout."""
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 import flexkernel as fk
-from tests.engine.run.test_autograd import BATCH, ROWS, WEIGHT, loss, relative
-from tests.engine.run.test_edits import layouts
-from tests.support import reference
+from tests.support import layouts, reference, unsharded
+from tests.support.gradients import TOLERANCE, WEIGHT, loss, relative
+from tests.support.rows import BATCH, ROWS
 
 WEIGHTS = "model.layers.*.mlp.gate_proj.weight"
 GATE, EMBEDDING = "model.layers.1.mlp.gate_proj.weight", "model.embed_tokens.weight"
-TOLERANCE = 5e-6
 VALUE = torch.randn(64, generator=torch.Generator().manual_seed(2))
 UNIT = VALUE / VALUE.norm()
-
-
-@functools.cache
-def truth(folder) -> reference.Gradients:
-    return reference.gradients(reference.load(folder), BATCH, loss)
 
 
 def clipped(x: torch.Tensor, ctx=None) -> torch.Tensor:
@@ -48,11 +40,11 @@ EDITS = [
 
 
 @pytest.mark.long("pp2xfsdp2", "tp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_an_edit_sees_the_whole_gradient(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     session.edit("clipped")(clipped)
-    want = truth(tiny("llama"))
+    want = unsharded.gradients(tiny("llama"), ROWS, loss)
     for how, function in EDITS:
         session.hook(WEIGHTS, at="param_grad", capture="both", name="edited", **how)
         run = session.run(ROWS, loss=loss)
@@ -70,7 +62,7 @@ def test_an_edit_sees_the_whole_gradient(session, tiny, layout):
 
 
 @pytest.mark.long("pp2xfsdp2", "tp2xpp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_a_step_is_made_of_the_edited_gradients(session, tiny, layout):
     """Two edits of one gradient are made in their order; a parameter of two names, on two stages,
     has one gradient."""
@@ -79,7 +71,10 @@ def test_a_step_is_made_of_the_edited_gradients(session, tiny, layout):
     session.hook(WEIGHTS, at="param_grad", edit="clipped", name="first", capture="none")
     session.hook(GATE, at="param_grad", edit="scale", value=3.0, name="second", capture="none")
     session.hook(EMBEDDING, at="param_grad", edit="clipped", name="embedding", capture="none")
-    model, gradients = reference.load(tiny("llama")), truth(tiny("llama")).parameters
+    model, gradients = (
+        reference.load(tiny("llama")),
+        unsharded.gradients(tiny("llama"), ROWS, loss).parameters,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gradient = gradients[name]
@@ -126,4 +121,7 @@ def test_an_edit_that_cannot_be_made_is_said_on_all_ranks(session, tiny):
     session.unhook()
     session.hook(GATE, at="param_grad")
     gradient = session.run(ROWS, loss=loss)[GATE, "param_grad"].tensor()
-    assert relative(gradient, truth(tiny("llama")).parameters[GATE]) < TOLERANCE
+    assert (
+        relative(gradient, unsharded.gradients(tiny("llama"), ROWS, loss).parameters[GATE])
+        < TOLERANCE
+    )

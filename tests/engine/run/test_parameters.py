@@ -30,7 +30,7 @@ from flexkernel.errors import (
 )
 from flexkernel.session import parameters
 from flexkernel.wire import ParameterShard
-from tests.support import foreign, models, on_engines
+from tests.support import foreign, models, on_engines, unsharded
 
 IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]
 NORM, GATE, DOWN = (
@@ -39,14 +39,6 @@ NORM, GATE, DOWN = (
     "model.layers.0.mlp.down_proj.weight",
 )
 ARCHS = [("llama", 257), ("llama_untied", 256), ("qwen3", 256), ("mixtral", 256)]
-
-
-@functools.cache
-def truth(arch: str, vocab: int = 256) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of the unsharded model, tied ones under each name."""
-    model = models.build(arch, vocab)
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named}
 
 
 def check_all(session, want: dict[str, torch.Tensor]) -> None:
@@ -71,7 +63,7 @@ def read_under(session, folder, want: dict[str, torch.Tensor], **layout: int) ->
 
 def test_in_one_process_it_is_the_models(session, tiny):
     session.load(tiny("llama"))
-    check_all(session, truth("llama"))
+    check_all(session, unsharded.parameters("llama"))
 
 
 @pytest.mark.long(
@@ -87,7 +79,7 @@ def test_in_one_process_it_is_the_models(session, tiny):
 @pytest.mark.parametrize(("arch", "vocab"), ARCHS)
 @pytest.mark.engines(2)
 def test_on_two_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, layout):
-    read_under(session, tiny(arch, vocab), truth(arch, vocab), **layout)
+    read_under(session, tiny(arch, vocab), unsharded.parameters(arch, vocab), **layout)
 
 
 @pytest.mark.long(
@@ -108,7 +100,7 @@ def test_on_two_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, lay
 )
 @pytest.mark.engines(4)
 def test_on_four_engines_it_is_the_unsharded_ones(session, tiny, arch, vocab, layout):
-    read_under(session, tiny(arch, vocab), truth(arch, vocab), **layout)
+    read_under(session, tiny(arch, vocab), unsharded.parameters(arch, vocab), **layout)
 
 
 @pytest.mark.slow
@@ -136,7 +128,7 @@ def test_a_parameter_is_a_capture(session, tiny, tmp_path):
     from safetensors.torch import load_file
 
     session.load(tiny("llama", 257), tp=2)
-    gate, want = session.parameter(GATE), truth("llama", 257)[GATE]
+    gate, want = session.parameter(GATE), unsharded.parameters("llama", 257)[GATE]
     assert (gate.evidence, gate.placement) == ("dtensor", "Shard(dim=0) over tp")
     assert gate.shards == [(0, [88, 176], ["rank 0", "rank 1"])]
     assert torch.equal(gate[80:96, :3], want[80:96, :3])
@@ -198,7 +190,7 @@ def test_it_is_read_as_it_is_now(session, tiny):
 @pytest.mark.engines(2)
 def test_a_builders_dtensors_say_where_they_lie(session, tiny):
     session.load(functools.partial(on_engines.parallelized, str(tiny("llama"))), tp=2)
-    want = truth("llama")
+    want = unsharded.parameters("llama")
     for name in (GATE, DOWN, NORM, "lm_head.weight", "model.rotary_emb.inv_freq"):
         assert torch.equal(session.parameter(name).tensor(), want[name]), name
     assert (
@@ -228,9 +220,9 @@ def test_a_builders_dtensors_may_lie_on_any_mesh(session):
 def test_plain_parts_are_put_together_when_declared_only(session, tiny):
     folder = str(tiny("llama_untied"))
     build = functools.partial(on_engines.partial_sums, folder)
-    unsharded = functools.partial(on_engines.whole_reduced, folder)
+    whole_model = functools.partial(on_engines.whole_reduced, folder)
     name = "model.layers.1.mlp.inner.gate_proj.weight"
-    session.load(build, tp=2, reference=unsharded)
+    session.load(build, tp=2, reference=whole_model)
     with pytest.raises(
         PlacementError,
         match=r"should hold \(176, 64\) of \(176, 64\); it holds \(88, 64\): declare it",
@@ -246,15 +238,16 @@ def test_plain_parts_are_put_together_when_declared_only(session, tiny):
         "**.up_proj.weight": "shard:0",
         "**.down_proj.weight": "shard:1",
     }
-    for reference in (unsharded, None):
+    for reference in (whole_model, None):
         session.load(build, tp=2, reference=reference, placements=declared)
         for part in ("gate", "up", "down"):
             capture = session.parameter(f"model.layers.1.mlp.inner.{part}_proj.weight")
             assert capture.evidence == "declared"
             assert torch.equal(
-                capture.tensor(), truth("llama_untied")[f"model.layers.1.mlp.{part}_proj.weight"]
+                capture.tensor(),
+                unsharded.parameters("llama_untied")[f"model.layers.1.mlp.{part}_proj.weight"],
             )
-    session.load(build, tp=2, reference=unsharded, placements={"**.gate_proj.weight": "shard:1"})
+    session.load(build, tp=2, reference=whole_model, placements={"**.gate_proj.weight": "shard:1"})
     with pytest.raises(PlacementError, match=r"declared says Shard\(dim=1\)"):
         session.parameter(name)
     session.load(build, tp=2, placements={"**.gate_proj.weight": "shard:7"})
@@ -271,13 +264,15 @@ def test_known_parallel_layers_say_how_they_split(session, tiny):
     session.load(functools.partial(on_engines.fairscale_mlps, str(tiny("llama"))), tp=2)
     for name in (GATE, DOWN):
         capture = session.parameter(name)
-        assert capture.evidence == "class" and torch.equal(capture.tensor(), truth("llama")[name])
+        assert capture.evidence == "class" and torch.equal(
+            capture.tensor(), unsharded.parameters("llama")[name]
+        )
 
 
 @pytest.mark.engines(2)
 def test_wrappers_are_no_part_of_a_name(session, tiny):
     session.load(functools.partial(on_engines.in_ddp, str(tiny("llama"))), dp=2)
-    assert torch.equal(session.parameter(GATE).tensor(), truth("llama")[GATE])
+    assert torch.equal(session.parameter(GATE).tensor(), unsharded.parameters("llama")[GATE])
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -289,7 +284,7 @@ def test_flat_parameters_are_gathered(session, tiny, original):
     for _ in range(2):
         for name in (GATE, NORM, "lm_head.weight", "model.embed_tokens.weight"):
             capture = session.parameter(name)
-            assert torch.equal(capture.tensor(), truth("llama")[name]), name
+            assert torch.equal(capture.tensor(), unsharded.parameters("llama")[name]), name
             assert (capture.evidence, capture.placement) == (
                 "flat",
                 "part of a flat parameter over fsdp",
@@ -330,7 +325,9 @@ def doubled(whole: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def edits() -> dict:
     """A whole new tensor, and functions of the old one; the embedding is tied in "llama"."""
-    new = torch.randn(truth("llama")[DOWN].shape, generator=torch.Generator().manual_seed(1))
+    new = torch.randn(
+        unsharded.parameters("llama")[DOWN].shape, generator=torch.Generator().manual_seed(1)
+    )
     return {
         DOWN: new,
         GATE: doubled,
@@ -371,16 +368,17 @@ def check_edited(session, arch: str) -> None:
         assert torch.equal(session.parameter(DOWN).tensor(), edits()[DOWN])
         if arch == "llama":
             assert torch.equal(
-                session.parameter("lm_head.weight").tensor(), truth(arch)[EMBED].flip(0)
+                session.parameter("lm_head.weight").tensor(),
+                unsharded.parameters(arch)[EMBED].flip(0),
             )
-    assert calls == [tuple(truth(arch)[GATE].shape)]
+    assert calls == [tuple(unsharded.parameters(arch)[GATE].shape)]
     assert torch.equal(session.run(IDS).logits.tensor(), before)
     check_as_it_was(session, arch)
 
 
 def check_as_it_was(session, arch: str = "llama") -> None:
     for name in (*edits(), "lm_head.weight", "model.layers.3.mlp.down_proj.weight"):
-        assert torch.equal(session.parameter(name).tensor(), truth(arch)[name]), name
+        assert torch.equal(session.parameter(name).tensor(), unsharded.parameters(arch)[name]), name
 
 
 def test_in_one_process_edits_are_made_and_undone(session, tiny):
@@ -432,11 +430,13 @@ def test_edits_may_lie_within_edits(session, tiny):
     session.load(tiny("llama"), tp=2)
     with session.parameters_edited({GATE: doubled}):
         with session.parameters_edited(
-            {GATE: torch.zeros_like(truth("llama")[GATE]), NORM: doubled}
+            {GATE: torch.zeros_like(unsharded.parameters("llama")[GATE]), NORM: doubled}
         ):
             assert not session.parameter(GATE).tensor().any()
-        assert torch.equal(session.parameter(GATE).tensor(), doubled(truth("llama")[GATE]))
-        assert torch.equal(session.parameter(NORM).tensor(), truth("llama")[NORM])
+        assert torch.equal(
+            session.parameter(GATE).tensor(), doubled(unsharded.parameters("llama")[GATE])
+        )
+        assert torch.equal(session.parameter(NORM).tensor(), unsharded.parameters("llama")[NORM])
     check_as_it_was(session)
 
 
@@ -645,7 +645,9 @@ def test_memory_goes_back_when_it_is_freed(loaded):
     with pytest.raises(CaptureExpired, match="it was freed"):
         gate.tensor()
     loaded.parameter(DOWN).tensor().fill_(7)
-    assert torch.equal(kept, truth("llama")[GATE]), "a tensor that was read stays as it is"
+    assert torch.equal(kept, unsharded.parameters("llama")[GATE]), (
+        "a tensor that was read stays as it is"
+    )
     del kept
     assert used(loaded) == before
     with pytest.raises(CaptureError, match=r"belongs to a run.*run.free\(\)"):
@@ -682,7 +684,7 @@ def test_a_load_ends_those_of_the_model_before(loaded, tiny):
     loaded.load(tiny("qwen3"))
     with pytest.raises(CaptureExpired, match="has loaded another model"):
         gate.tensor()
-    assert torch.equal(kept, truth("llama")[GATE])
+    assert torch.equal(kept, unsharded.parameters("llama")[GATE])
 
 
 def test_reading_again_and_again_takes_no_more(loaded):

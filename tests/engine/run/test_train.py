@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import flexkernel as fk
-from tests.engine.run import test_edits
-from tests.engine.run.test_autograd import BATCH, MASK, WEIGHT, relative
-from tests.engine.run.test_edits import ROWS, layouts
-from tests.support import on_engines, reference
+from tests.support import layouts, on_engines, reference
+from tests.support.gradients import WEIGHT, exact_norms, relative
+from tests.support.rows import BATCH, MASK, ROWS
 
 TOLERANCE = 2e-5
 STEPS = 3
@@ -118,7 +117,7 @@ def prepare(session) -> None:
 
 
 @pytest.mark.long("pp2xfsdp2")
-@pytest.mark.parametrize("layout", layouts)
+@pytest.mark.parametrize("layout", layouts.ALL)
 def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, record_property):
     session.load(tiny("llama"), **layout)
     prepare(session)
@@ -151,7 +150,7 @@ def test_modules_train_as_beside_the_unsharded_model(session, tiny, layout, reco
     record_property("worst", f"gradients {worst:.1e}, weights after {STEPS} steps {drift:.1e}")
 
 
-@pytest.mark.parametrize("layout", [p for p in layouts if p.id not in ("tp2xpp2", "pp2xfsdp2")])
+@pytest.mark.parametrize("layout", layouts.without(layouts.ALL, "tp2xpp2", "pp2xfsdp2"))
 def test_parameters_of_the_model_are_trained_if_asked(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     model = reference.load(tiny("llama"))
@@ -261,8 +260,6 @@ def test_what_cannot_be_trained_is_said(session, tiny):
 @pytest.mark.engines(2)
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=lambda d: "x".join(d))
 def test_finite_differences_of_a_module(session, tiny, layout):
-    from tests.engine.run.test_autograd import exact_norms
-
     session.load(tiny("llama"), dtype="float64", **layout)
     session.on_ranks(exact_norms)
     lens = Translator().double()
@@ -294,7 +291,7 @@ def test_finite_differences_of_a_module(session, tiny, layout):
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [p for p in test_edits.REAL_LAYOUTS if p.id != "fsdp2"])
+@pytest.mark.parametrize("layout", layouts.without(layouts.REAL, "fsdp2"))
 def test_a_lens_on_the_real_model_learns_the_same(session, smollm2, layout):
     """Two steps of a translator on a layer's output of SmolLM2."""
     from transformers import AutoTokenizer
