@@ -97,7 +97,7 @@ def rank_state(runtime: Runtime) -> RankState:
         hook_set=HookSet() if runtime.loaded is None else runtime.loaded.hook_set,
         edits={name: spec for name, (spec, _) in runtime.edits.items()},
         runs=runtime.memory.runs,
-        modules=train.held(runtime),
+        modules=train.save_all(runtime),
     )
 
 

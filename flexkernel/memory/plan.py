@@ -105,6 +105,16 @@ class Plan:
     text: int = 0
     text_shape: tuple[int, int] = (0, 0)
     unplanned: tuple[str, ...] = ()
+    # what this process works out once a plan and reads at each of its runs
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def index(self) -> dict[tuple[str, str, str, int], int]:
+        """(hook, module, at, call) → which of the entries."""
+        return {
+            (entry.key.hook, entry.key.module, entry.at, entry.key.call): i
+            for i, entry in enumerate(self.entries)
+        }
 
     def by_hook(self) -> dict[str, tuple[int, int]]:
         """Hook → (how many captures, how many bytes, in whole pages), what costs most first."""

@@ -151,7 +151,7 @@ class Session:
         self.engines.replace(ranks, self._rank_states(ranks))
         if self._store is not None:
             self._store.reconnect()
-            self.engines.call("train.forget_steps")
+            self.engines.call("train.reset_optimizers")
             self.hooks.send()
         return ranks
 

@@ -5,8 +5,9 @@ A torch hook stays registered from `attach` to `detach`; while no run records it
 
 from __future__ import annotations
 
-import functools
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,28 +19,54 @@ from flexkernel.wire import HookSpec
 from . import attention
 from .pytree import arguments, inputs
 
-__all__ = ["LOGITS", "ModuleHooks", "Recorder"]
+__all__ = ["LOGITS", "ModuleHooks", "Recorder", "Tap"]
 
 LOGITS = HookSpec("", name="logits")  # every run keeps them
+POINTS = "_flex_hooks"  # in a module's __dict__: virtual point → key → tap
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A hook on one module or virtual point, with all that is asked of it at each call.
+
+    at, before: the captures of the value, and of what was there before the hook's edit.
+    keeps_after, keeps_before: which of the two are kept."""
+
+    hook: HookSpec
+    name: str
+    key: str
+    at: str
+    before: str
+    gradient: bool
+    keeps_after: bool
+    keeps_before: bool
+
+    @classmethod
+    def of(cls, hook: HookSpec, name: str) -> Tap:
+        before = hook.before
+        kept = hook.kept_at
+        return cls(
+            hook, name, hook.key, hook.at, before, hook.gradient, hook.at in kept, before in kept
+        )
 
 
 class Recorder(Protocol):
     """What the hooks give their values to while a run lasts."""
 
     active: frozenset[str]  # the keys of the run's hooks
+    seconds: float  # that recording took
 
-    def record(self, hook: HookSpec, name: str, value: Callable[[], Any], at: str = "") -> None:
-        """Keep the value of module `name`. Never raises."""
+    def record(self, tap: Tap, at: str, value: Any) -> None:
+        """Keep a value. Never raises."""
 
-    def watch(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> Any:
+    def record_failure(self, tap: Tap, at: str, error: Exception) -> None:
+        """Note that a value could not be computed."""
+
+    def watch(self, tap: Tap, value: Any) -> Any:
         """The same value, whose gradient is kept; None if this run has no gradients."""
 
-    def edit(self, hook: HookSpec, name: str, value: Any) -> Any:
+    def edit(self, tap: Tap, value: Any) -> Any:
         """The value as the hook's edit makes it."""
-
-
-def same(value: Any) -> Any:
-    return value
 
 
 class ModuleHooks:
@@ -91,64 +118,92 @@ class ModuleHooks:
             self.detach(key)
 
     def _register(self, hook: HookSpec, name: str) -> Callable[[], None]:
+        """Register the hook on one module or virtual point; what removes it."""
+        tap = Tap.of(hook, name)
         owner, point = split_point(name)
         if point:
-            return self._tap(hook, name, self.modules[owner], point)
+            return self._register_at_point(tap, self.modules[owner], point)
         module = self.modules[name]
         if hook.of == "input":
 
             def before(
                 _module: torch.nn.Module, args: tuple, kwargs: dict
             ) -> tuple[tuple, dict] | None:
-                new = self.fire(hook, name, lambda: inputs(args, kwargs))
+                if not self._is_recorded(tap):
+                    return None
+                new = self.fire(tap, inputs(args, kwargs))
                 return None if new is None else arguments(new, len(args))
 
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
         if hook.of == "output":
 
-            def after(_module: torch.nn.Module, _args: tuple, _kwargs: dict, out: Any) -> Any:
-                return self.fire(hook, name, lambda: out)
+            def after(_module: torch.nn.Module, _args: tuple, out: Any) -> Any:
+                return self.fire(tap, out)
 
-            return module.register_forward_hook(after, with_kwargs=True).remove
+            return module.register_forward_hook(after).remove
         raise HookError(f"there are no hooks at {hook.at!r}")
 
-    def _tap(
-        self, hook: HookSpec, name: str, module: torch.nn.Module, point: str
+    def _register_at_point(
+        self, tap: Tap, module: torch.nn.Module, point: str
     ) -> Callable[[], None]:
-        """A virtual point has one tap, which all hooks on it share."""
-        hooks = module.__dict__.setdefault("_flex_hooks", {}).setdefault(point, {})
-        hooks[hook.key] = hook
+        """All hooks on a virtual point share one function there."""
+        taps: dict[str, Tap] = module.__dict__.setdefault(POINTS, {}).setdefault(point, {})
+        taps[tap.key] = tap
 
-        def fired(value: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-            new = None
-            for each in hooks.values():
-                edited = self.fire(
-                    each, name, value if new is None else functools.partial(same, new)
-                )
-                new = new if edited is None else edited
-            return new
+        def fired(compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+            """compute: computes the point's value, if a run wants it."""
+            edited = None
+            for each in taps.values():
+                if self._is_recorded(each):
+                    new = (
+                        self._fire_at_point(each, compute)
+                        if edited is None
+                        else self.fire(each, edited)
+                    )
+                    edited = edited if new is None else new
+            return edited
 
         attention.tap(module, point, fired)
 
         def remove() -> None:
-            hooks.pop(hook.key, None)
-            if not hooks:
+            taps.pop(tap.key, None)
+            if not taps:
                 attention.untap(module, point)
 
         return remove
 
-    def fire(self, hook: HookSpec, name: str, value: Callable[[], Any]) -> Any:
+    def _is_recorded(self, tap: Tap) -> bool:
+        """Whether a run records, and this hook is one of its own."""
+        return self.recording is not None and tap.key in self.recording.active
+
+    def _fire_at_point(self, tap: Tap, compute: Callable[[], torch.Tensor]) -> Any:
+        """As fire(). A read whose value cannot be computed fails by itself."""
+        recording = self.recording
+        assert recording is not None
+        if tap.gradient or tap.hook.edit is not None:
+            return self.fire(tap, compute())
+        start = time.perf_counter()
+        try:
+            value = compute()
+        except Exception as error:
+            recording.record_failure(tap, tap.at, error)
+            return None
+        recording.seconds += time.perf_counter() - start
+        return self.fire(tap, value)
+
+    def fire(self, tap: Tap, value: Any) -> Any:
         """What takes the value's place; None leaves it as it is, bit for bit."""
-        if self.recording is None or hook.key not in self.recording.active:
+        recording = self.recording
+        if recording is None or tap.key not in recording.active:
             return None
-        if hook.gradient:
-            return self.recording.watch(hook, name, value)
-        if hook.edit is None:
-            self.recording.record(hook, name, value)
+        if tap.gradient:
+            return recording.watch(tap, value)
+        if tap.hook.edit is None:
+            recording.record(tap, tap.at, value)
             return None
-        if hook.before in hook.kept_at:
-            self.recording.record(hook, name, value, hook.before)
-        new = self.recording.edit(hook, name, value())
-        if hook.at in hook.kept_at:
-            self.recording.record(hook, name, lambda: new)
+        if tap.keeps_before:
+            recording.record(tap, tap.before, value)
+        new = recording.edit(tap, value)
+        if tap.keeps_after:
+            recording.record(tap, tap.at, new)
         return new

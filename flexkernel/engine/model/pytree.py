@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["arguments", "inputs", "leaf", "leaves", "replaced", "users_line"]
+__all__ = ["arguments", "first_leaf", "inputs", "leaf", "leaves", "replaced", "users_line"]
 
 
 def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +70,11 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def leaf(value: Any, path: str) -> torch.Tensor | None:
     """The tensor at that path, or None. A key may have dots of its own."""
     return next((tensor for found, tensor in leaves(value) if found == path), None)
+
+
+def first_leaf(value: Any) -> tuple[str, torch.Tensor | None]:
+    """(the path, the tensor) of the value's first tensor, of any shape; ("", None): it has none."""
+    return next(leaves(value), ("", None))
 
 
 def users_line(error: BaseException) -> str:

@@ -11,24 +11,28 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from flexkernel.boxes import WHOLE, Box
+from flexkernel.boxes import Box
 from flexkernel.engine.compat import all_gather_single, stage_peer
+from flexkernel.engine.place.slabs import Memory
 from flexkernel.errors import EditError, EngineError
-from flexkernel.memory.slab import PAGE, Slab, pages, size_of
+from flexkernel.memory.slab import PAGE, pages, size_of
 from flexkernel.memory.tensors import as_bytes
-from flexkernel.wire import Layout, Region, dtype_name
+from flexkernel.wire import Coordinate, Layout, Region, dtype_name
 
 __all__ = [
-    "HEADER",
     "Exchange",
+    "ExchangePlan",
+    "Headers",
+    "OtherRankFailed",
+    "exchange_headers",
     "fetched",
     "gathered",
-    "header",
     "make_groups",
     "post",
     "receive",
@@ -54,14 +58,38 @@ DTYPES = [
 ]
 
 
-def header(
-    numbers: Sequence[int], timeout_s: float, group: dist.ProcessGroup | None = None
-) -> torch.Tensor:
-    """What every rank of the group says before it goes on: (ranks, 16) int64. Every one of them
-    must call it.
+class Headers:
+    """What every rank of a group has said: headers["run"] is one number a rank, (ranks,) int64."""
+
+    def __init__(self, names: Sequence[str], numbers: torch.Tensor):
+        self._columns = {name: i for i, name in enumerate(names)}
+        self._numbers = numbers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """(ranks,) int64 on the CPU."""
+        return self._numbers[:, self._columns[name]]
+
+    def first(self, name: str) -> int:
+        """What the group's first rank has said."""
+        return int(self[name][0])
+
+    def alike(self, *names: str) -> bool:
+        """Whether all ranks have said the same under these names; under all where none is
+        named."""
+        columns = [self._columns[name] for name in names] or list(self._columns.values())
+        said = self._numbers[:, columns]
+        return bool((said == said[0]).all())
+
+
+def exchange_headers(
+    timeout_s: float, group: dist.ProcessGroup | None = None, **numbers: int
+) -> Headers:
+    """Tell all ranks of the group a few numbers, up to 16, before they go on. Every rank of it must
+    call, with the same names.
 
     EngineError when some rank has not come within timeout_s."""
-    return gathered([*numbers, *[0] * (HEADER - len(numbers))], timeout_s, group)
+    padding = [0] * (HEADER - len(numbers))
+    return Headers(list(numbers), gathered([*numbers.values(), *padding], timeout_s, group))
 
 
 def gathered(
@@ -162,54 +190,79 @@ def _finish(work: dist.Work | None, timeout_s: float) -> None:
     work.wait(timedelta(seconds=timeout_s))
 
 
+@dataclass(frozen=True)
+class ExchangePlan:
+    """Which ranks share one tensor, and this rank's part in it.
+
+    group: one of make_groups(). shape: the whole's. shard: this rank's part. takes: the part of the
+    result that it gets. gives: whether its shard goes into the whole; of copies one rank's does."""
+
+    group: str
+    shape: tuple[int, ...]
+    shard: Box
+    takes: Box
+    gives: bool
+
+
 class Exchange:
-    """Meets the other ranks of a group over one tensor. slab_of: (group, turn, bytes) → a slab
-    that they share.
+    """Brings the parts of a tensor together on one rank of a group, and the result back.
 
     On one host the parts meet in two slabs that take turns: a rank that is one exchange ahead
-    writes into the other one, and none can be two ahead. hosts: rank → host; a group that is on
-    several sends its parts."""
+    writes into the other one, and none can be two ahead. hosts: rank → host; the ranks of a group
+    that is on several send their parts. coordinate: this rank's."""
 
     def __init__(
         self,
         groups: dict[str, dist.ProcessGroup | None],
-        slab_of: Callable[[str, int, int], Slab],
+        memory: Memory,
         hosts: Sequence[str],
+        coordinate: Coordinate,
         timeout_s: float,
     ):
-        self.groups, self.slab_of, self.hosts, self.timeout_s = groups, slab_of, hosts, timeout_s
-        self.turn: dict[str, int] = {}
+        self.groups = groups
+        self.memory = memory
+        self.hosts = hosts
+        self.timeout_s = timeout_s
+        self._turns: dict[str, int] = {}
+        # what tells the slab of one group from another's of the same kind
+        self._slab_names = {
+            "world": "world",
+            "stage": f"stage-{coordinate.pp}",
+            "batch": f"batch-{coordinate.pp}",
+            "tp": f"tp-{coordinate.pp}-{coordinate.batch}",
+        }
 
     def once(
         self,
-        what: str,
-        call: int,
-        group: str,
+        plan: ExchangePlan,
+        title: str,
+        call: tuple[int, int],
         local: torch.Tensor,
-        shape: tuple[int, ...],
-        holds: Box,
-        reads: Box,
-        writes: bool,
         function: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """function(whole), run on the group's first rank; this rank's part of the result, in
-        memory of its own.
+        """function(whole), run on the group's first rank; this rank's part of the result, plan.takes
+        of the whole, in memory of its own. Every rank of the group must call.
 
-        local: this rank's part, `holds` of the whole of that shape; it gives it if `writes`, and
-        takes `reads` of the result. Every rank of the group must call. EditError on all of them if
-        the function raises on one."""
-        members = self.groups[group]
-        meeting = self._meeting(group, shape, local.dtype)
-        meeting.put(local, holds if writes else None, reads)
-        numbers = [
-            zlib.crc32(what.encode()),
-            call,
-            0,
-            DTYPES.index(local.dtype),
-            len(shape),
-            *shape,
-        ]
-        self._agree(header(numbers, self.timeout_s, members), what)
+        title, call: of the edit; ranks that come to different ones are refused. local: this rank's
+        part, plan.shard of the whole; the result has its dtype and device. EditError: the function
+        raised it on this rank; OtherRankFailed: on another one."""
+        members = self.groups[plan.group]
+        meeting = self._meeting(plan, local.dtype)
+        meeting.put(local, plan)
+        edit = {"edit": zlib.crc32(title.encode()), "call": call[0], "step": call[1]}
+        sizes = {f"size_{dim}": size for dim, size in enumerate(plan.shape)}
+        headers = exchange_headers(
+            self.timeout_s,
+            members,
+            **edit,
+            dtype=DTYPES.index(local.dtype),
+            ndim=len(plan.shape),
+            **sizes,
+        )
+        if not headers.alike():
+            raise EngineError(
+                f"the ranks are at different edits, or see different shapes; this one is at {title}"
+            )
         meeting.bring()
         problem: EditError | None = None
         if dist.get_rank(members) == 0:
@@ -218,105 +271,101 @@ class Exchange:
             except EditError as error:
                 problem = error
         try:
-            end = [zlib.crc32(what.encode()), call, int(problem is not None)]
-            said = header(end, self.timeout_s, members)
+            failed = int(problem is not None)
+            headers = exchange_headers(self.timeout_s, members, **edit, failed=failed)
         finally:
             if problem is not None:  # also if the groups are broken meanwhile: it is the cause
                 raise problem
-        if said[:, 2].any():
-            raise OtherRankFailed(f"the edit of {what} failed on another rank")
+        if headers["failed"].any():
+            raise OtherRankFailed(f"the edit of {title} failed on another rank")
         return meeting.take().to(local.device)
 
-    def _meeting(
-        self, group: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> InSlab | ByMessages:
-        members = self.groups[group]
+    def _meeting(self, plan: ExchangePlan, dtype: torch.dtype) -> InSlab | ByMessages:
+        """Where the parts of a whole of that dtype meet."""
+        members = self.groups[plan.group]
         ranks = dist.get_process_group_ranks(members)
         if len({self.hosts[rank] for rank in ranks}) > 1:
-            return ByMessages(members, ranks, shape, dtype, self.timeout_s)
-        turn = self.turn.get(group, 0)
-        self.turn[group] = 1 - turn
+            return ByMessages(members, plan.shape, dtype, self.timeout_s)
+        turn = self._turns.get(plan.group, 0)
+        self._turns[plan.group] = 1 - turn
         name = dtype_name(dtype)
-        slab = self.slab_of(group, turn, pages(size_of(shape, name)) or PAGE)
-        return InSlab(slab.tensor(Region("", 0, shape, name)))
-
-    def _agree(self, said: torch.Tensor, what: str) -> None:
-        """Every rank must be at the same edit with the same shape and dtype."""
-        if not (said == said[0]).all():
-            raise EngineError(
-                f"the ranks are at different edits, or see different shapes; this one is at {what}"
-            )
+        num_bytes = pages(size_of(plan.shape, name)) or PAGE
+        slab_name = f"exchange-{self._slab_names[plan.group]}-{turn}"
+        slab = self.memory.slab_of_size(slab_name, num_bytes)
+        return InSlab(slab.tensor(Region("", 0, plan.shape, name)))
 
 
 class InSlab:
     """Where parts meet on one host: each rank writes its own into the whole, and reads its own of
-    it."""
+    it. whole: in a slab, on the CPU."""
 
     def __init__(self, whole: torch.Tensor):
         self.whole = whole
 
-    def put(self, local: torch.Tensor, holds: Box | None, reads: Box) -> None:
-        """Before the ranks agree. holds: None to give nothing."""
-        self.reads = reads
-        if holds is not None:
-            holds.put(local, self.whole)
+    def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
+        """Give this rank's part, plan.shard of the whole, before the ranks agree."""
+        self.takes = plan.takes
+        if plan.gives:
+            plan.shard.put(local, self.whole)
 
     def bring(self) -> None:
         """After the ranks have agreed: on the first one the whole is there."""
 
     def take(self) -> torch.Tensor:
-        """After the first one has changed the whole: this rank's part of it."""
-        return self.reads.take(self.whole)
+        """After the first one has changed the whole: plan.takes of it, on the CPU."""
+        return self.takes.take(self.whole)
 
 
 class ByMessages:
     """Where parts meet if their ranks are on several hosts: each sends its own to the first rank,
-    and gets it back."""
+    and gets it back. whole: on the first rank, of that shape and dtype, on the CPU."""
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
-        ranks: Sequence[int],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         timeout_s: float,
     ):
-        self.group, self.ranks, self.shape, self.dtype, self.timeout_s = (
-            group,
-            ranks,
-            shape,
-            dtype,
-            timeout_s,
-        )
-        self.first = dist.get_rank(group) == 0
-        self.whole = torch.empty(shape if self.first else (0,), dtype=dtype)
+        self.group = group
+        self.ranks = dist.get_process_group_ranks(group)
+        self.shape = shape
+        self.dtype = dtype
+        self.timeout_s = timeout_s
+        self.is_first = dist.get_rank(group) == 0
+        self.whole = torch.empty(shape if self.is_first else (0,), dtype=dtype)
 
-    def put(self, local: torch.Tensor, holds: Box | None, reads: Box) -> None:
-        self.local, self.shard, self.reads = local, holds, reads
+    def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
+        """Keep this rank's part, plan.shard of the whole, until the ranks agree."""
+        self.local = local
+        self.plan = plan
 
     def bring(self) -> None:
-        gives = self.shard is not None
-        mine = [int(gives), *(self.shard or WHOLE).numbers(), *self.reads.numbers()]
-        said = gathered(mine, self.timeout_s, self.group).tolist()
+        """After the ranks have agreed: bring all parts to the first one."""
+        plan = self.plan
+        own = [int(plan.gives), *plan.shard.numbers(), *plan.takes.numbers()]
+        rows = gathered(own, self.timeout_s, self.group).tolist()
         end = 1 + Box.NUMBERS
-        self.given = [Box.from_numbers(row[1:end]) if row[0] else None for row in said]
-        self.taken = [Box.from_numbers(row[end:]) for row in said]
-        if not self.first:
-            if gives:
+        self.all_takes = [Box.from_numbers(row[end:]) for row in rows]
+        if not self.is_first:
+            if plan.gives:
                 post(self.local, self.ranks[0], self.group, self.timeout_s)
             return
-        for i, holds in enumerate(self.given):
-            if holds is not None:
-                holds.put(self.local if i == 0 else self._from(i, holds), self.whole)
+        for i, row in enumerate(rows):
+            if row[0]:
+                shard = Box.from_numbers(row[1:end])
+                shard.put(self.local if i == 0 else self._from(i, shard), self.whole)
 
     def take(self) -> torch.Tensor:
-        if not self.first:
-            return self._from(0, self.reads)
-        for rank, reads in zip(self.ranks[1:], self.taken[1:], strict=True):
-            post(reads.take(self.whole), rank, self.group, self.timeout_s)
-        return self.reads.take(self.whole)
+        """After the first one has changed the whole: plan.takes of it, on the CPU."""
+        if not self.is_first:
+            return self._from(0, self.plan.takes)
+        for rank, takes in zip(self.ranks[1:], self.all_takes[1:], strict=True):
+            post(takes.take(self.whole), rank, self.group, self.timeout_s)
+        return self.plan.takes.take(self.whole)
 
     def _from(self, i: int, box: Box) -> torch.Tensor:
+        """The part of the whole that rank i of the group posts, on the CPU."""
         shape = box.shape_in(self.shape)
         return fetched(shape, self.dtype, self.ranks[i], self.group, self.timeout_s)
 

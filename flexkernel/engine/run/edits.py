@@ -1,8 +1,7 @@
-"""Edits: functions that change an activation inside the forward. Each sees the whole one and runs
-once, on one rank.
+"""Edits: functions that change an activation inside the forward.
 
-The presets that treat every element by itself run where the shards lie, without a word between
-ranks.
+An edit sees the whole activation, or all of one row, and runs once, on one rank. Edits that treat
+every element by itself run where the shards lie, and send nothing.
 """
 
 from __future__ import annotations
@@ -10,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from flexkernel.boxes import WHOLE, Box
-from flexkernel.engine.model.pytree import leaf, leaves, replaced, users_line
-from flexkernel.engine.place.placements import Place, Placed, Placer
+from flexkernel.engine.model.pytree import first_leaf, leaf, replaced, users_line
+from flexkernel.engine.place.placements import Placed
 from flexkernel.engine.place.staging import digest, joined_digest
-from flexkernel.engine.ranks.gather import Exchange
+from flexkernel.engine.ranks.gather import Exchange, ExchangePlan
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.plan import check_positions
-from flexkernel.memory.slab import Slab
 from flexkernel.memory.tensors import from_blob
 from flexkernel.names import split_point
 from flexkernel.wire import (
@@ -33,464 +31,328 @@ from flexkernel.wire import (
     EditSpec,
     HookSpec,
     ModelInfo,
-    RunPlan,
     ShapeFormula,
     ShardRecord,
     SlabValue,
     dtype_name,
 )
 
-from .autograd import differentiable
+from .context import RunContext
+from .gathered import Gathering, exchange_plan, gathered
+from .presets import PRESETS, Context, EditModules, EditPart
 from .sandbox import EditRNG, sandbox
-from .tokens import TokenBuffer
 
-__all__ = ["PRESETS", "Context", "Editor"]
-
-
-@dataclass
-class Context:
-    """What an edit is told beside the activation.
-
-    module: its name. save: a dict that lives on between runs, on the rank where the edit runs.
-    step: of the generation. tokens: ids (B, S) of the positions that x has: in a generation the
-    prompt's, then at each step the newest token's; at @k and @v all so far. mask: (B, S) bool,
-    False on pads and after a row's end. positions: (B, S), of each token in its row. All on the
-    activation's device.
-    """
-
-    module: str
-    # said, since nnsight gives every object a `save`, which would be its default
-    save: dict[str, Any] = field()
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
-    step: int = 0
-    modules: Mapping[str, torch.nn.Module] = field(default_factory=dict)
-
-
-class Modules(dict):
-    """The trainable modules as an edit sees them: not from the shards, where each rank would count
-    its gradient."""
-
-    def __init__(self, modules: Mapping[str, torch.nn.Module], edit: str, per: str):
-        super().__init__(modules if per != "element" else {})
-        self.edit, self.per, self.there = edit, per, list(modules)
-
-    def __missing__(self, name: str) -> torch.nn.Module:
-        if name in self.there:
-            raise EditError(
-                f"edit {self.edit!r} is per='element', which sees no modules: make it 'whole' or 'row'"
-            )
-        raise EditError(
-            f"edit {self.edit!r} asks for the module {name!r}; there are {self.there or 'none'}"
-        )
-
-
-# --- presets --------------------------------------------------------------------------
-#
-# x is what a rank holds, or the whole; value is what the hook was given, already cut to the same part.
-
-
-def mean(x: torch.Tensor, _value: Any, at: _Part) -> torch.Tensor:
-    """The mean over rows and positions, pads left out, in every place."""
-    weight = at.formula.broadcast(at.context.mask)
-    if weight is None:
-        raise EditError(f"mean at {at.context.module}: {at.formula} has no positions")
-    weight = weight.to(x)
-    along = (at.formula.rows, at.formula.positions, at.formula.folded)
-    dims = [dim for dim in along if dim is not None]
-    return ((x * weight).sum(dims, keepdim=True) / weight.sum()).expand_as(x)
-
-
-def project_out(x: torch.Tensor, value: torch.Tensor, _at: _Part) -> torch.Tensor:
-    """Without its part along a direction of the last dim."""
-    unit = value / value.norm()
-    return x - (x @ unit)[..., None] * unit
-
-
-def noise(x: torch.Tensor, value: Any, at: _Part) -> torch.Tensor:
-    """Plus normal noise of this standard deviation, drawn for the whole, so that it does not
-    depend on the layout."""
-    drawn = (
-        at.drawn()
-        if at.generating
-        else torch.randn(at.whole, generator=torch.Generator().manual_seed(at.seed))
-    )
-    return x + (at.box.cut(drawn) * value).to(x)
-
-
-PRESETS: dict[str, tuple[str, Callable[[torch.Tensor, Any, Any], torch.Tensor]]] = {
-    "zero": ("element", lambda x, _value, _at: torch.zeros_like(x)),
-    "scale": ("element", lambda x, value, _at: x * value),
-    "add": ("element", lambda x, value, _at: x + value),
-    "set": ("element", lambda x, value, _at: torch.zeros_like(x) + value),
-    "clamp": ("element", lambda x, value, _at: x.clamp(*value)),
-    "noise": ("element", noise),
-    "patch": ("element", lambda x, value, _at: x if value is None else value.to(x)),
-    "mean": ("whole", mean),
-    "project_out": ("row", project_out),
-}
+__all__ = ["EditLibrary", "Editor"]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Which part of the whole an edit sees: its box, the whole's shape and formula, the positions
-    of the text that it has."""
+class EditLibrary:
+    """What a rank has for its edits, from one run to the next.
 
-    whole: tuple[int, ...]
-    box: Box
+    defined: name → how it came, and the function. saved: name → what it keeps between runs.
+    modules: trainable ones, beside the model."""
+
+    defined: Mapping[str, tuple[EditSpec, Callable[..., Any]]]
+    saved: dict[str, dict[str, Any]]
+    modules: Mapping[str, torch.nn.Module]
+
+    def per(self, hook: HookSpec) -> str:
+        """What the hook's edit sees: "whole", "row" or "element". HookError: this rank does not
+        know the edit."""
+        assert hook.edit is not None
+        if hook.edit not in PRESETS and hook.edit not in self.defined:
+            raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
+        if hook.of == "param":
+            return "whole"
+        if hook.edit in PRESETS:
+            return PRESETS[hook.edit][0]
+        return self.defined[hook.edit][0].per
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an edit is made of: one value of the model.
+
+    shard: this rank's part; all of it where the edit sees the whole. per: as in EditLibrary.per().
+    own_rows: the edit sees only this group's rows of the batch."""
+
+    hook: HookSpec
+    name: str
     formula: ShapeFormula
-    context: Context
-    seed: int
-    columns: range
-    generating: bool
-
-    def drawn(self) -> torch.Tensor:
-        """Normal noise of the whole's shape, for each position of the text from a seed of its own:
-        a generation then gives a position the same noise at every step that sees it."""
-        shape, dim = list(self.whole), self.formula.positions
-        folded = self.formula.folded
-        if folded is not None:
-            dim = folded + 1
-            shape[folded:dim] = [shape[folded] // len(self.columns), len(self.columns)]
-        if dim is None:
-            return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
-        each = [*shape[:dim], *shape[dim + 1 :]]
-        seeds = ((self.seed + c * 0x9E3779B97F4A7C15) & (2**63 - 1) for c in self.columns)
-        columns = [
-            torch.randn(each, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
-        return torch.stack(columns, dim).reshape(self.whole)
-
-
-# --- making them ----------------------------------------------------------------------
+    shard: Box
+    per: str
+    own_rows: bool
 
 
 class Editor:
-    """Makes the edits of one run on this rank. The ranks that hold parts of an activation reach
-    each edit together."""
+    """Makes the edits of one run on this rank. The ranks that hold parts of an activation come to
+    each edit together.
+
+    here: which positions the forward runs. edited: what was there before each edit, and after some:
+    the ranks' copies of it must be equal. exchange: None where no edit needs other ranks."""
 
     def __init__(
         self,
+        context: RunContext,
         info: ModelInfo,
-        plan: RunPlan,
-        here: Place,
-        text: TokenBuffer,
-        placer: Placer,
-        edits: Mapping[str, tuple[EditSpec, Callable]],
-        saved: dict[str, Any],
+        library: EditLibrary,
         exchange: Exchange | None,
-        open_slab: Callable[[str, int], Slab],
-        modules: Mapping[str, torch.nn.Module],
-        device: str = "cpu",
+        device: str,
     ):
+        self.context = context
+        self.here = context.here
+        self.info = info
+        self.library = library
+        self.exchange = exchange
         self.device = device
-        self.info, self.here, self.placer, self.edits = info, here, placer, edits
-        self.saved, self.exchange, self.open_slab, self.seed = saved, exchange, open_slab, plan.seed
-        self.text, self.generation, self.modules = text, plan.generation, modules
-        self.of_the_model = frozenset(placer.modules.values())
-        self.drawn = (
-            EditRNG(plan.generation.seed + here.rank + 1) if plan.generation is not None else None
-        )
-        # before each edit, and after some: of which copies must be equal
         self.edited: dict[CaptureKey, ShardRecord] = {}
+        self._model = frozenset(context.placer.modules.values())
+        generation = context.plan.generation
+        self._rng: EditRNG | None = None
+        if generation is not None:
+            self._rng = EditRNG(generation.seed + context.here.rank + 1)
 
     def edit(self, hook: HookSpec, name: str, call: int, value: Any) -> Any:
         """The value with its tensor edited. EditError: the edit raised, or returned what cannot
-        take its place."""
-        path, tensor, formula = self._find(hook, name, call, value)
-        new = self.edit_tensor(hook, name, call, path, tensor, formula)
+        take the tensor's place."""
+        path, tensor = self._tensor_in(hook, name, call, value)
+        new = self._edit_tensor(hook, name, call, path, tensor)
         return value if new is None else replaced(value, path, new)
 
     def edit_gradient(
         self, hook: HookSpec, name: str, call: int, path: str, gradient: torch.Tensor
     ) -> torch.Tensor:
-        """The gradient of the module's tensor at that path, edited: it lies as that tensor
-        does."""
-        formula = self._formula(hook, name, call, path)
-        new = self.edit_tensor(hook, name, call, path, gradient, formula)
+        """The edited gradient of the module's tensor at that path, which lies as that tensor does.
+
+        gradient: this rank's part, of any shape -> the same shape, dtype and device."""
+        new = self._edit_tensor(hook, name, call, path, gradient)
         return gradient if new is None else new
 
-    def edit_tensor(
-        self,
-        hook: HookSpec,
-        name: str,
-        call: int,
-        path: str,
-        tensor: torch.Tensor,
-        formula: ShapeFormula,
+    def edit_parameter(
+        self, hook: HookSpec, name: str, gradient: torch.Tensor, record: ShardRecord
+    ) -> torch.Tensor:
+        """This rank's part of a parameter's gradient, edited: the edit sees the whole and runs
+        once. All ranks must call.
+
+        gradient: this rank's part, which record.shard names -> the same shape, dtype and device. It
+        is what the edit sees if it was written."""
+        shape = tuple(self.info.parameters[name])
+        dtype = dtype_name(gradient.dtype)
+        formula = ShapeFormula("", tuple((size, "") for size in shape), dtype)
+        edit = EditCall(self, Target(hook, name, formula, WHOLE, "whole", own_rows=False))
+        if self.exchange is None:
+            return edit.selected(gradient)
+        plan = ExchangePlan("world", shape, record.shard, record.shard, record.written is not None)
+        title = f"{hook.key} {name}"
+        return self.exchange.once(plan, title, (0, 0), gradient, edit.selected)
+
+    def note(self, key: CaptureKey, before: ShardRecord, nan: bool) -> None:
+        """Note what was there before an edit; nan: the edit has made some."""
+        self.edited[key] = replace(before, nan=nan)
+
+    # --- one value --------------------------------------------------------------------
+
+    def _edit_tensor(
+        self, hook: HookSpec, name: str, call: int, path: str, tensor: torch.Tensor
     ) -> torch.Tensor | None:
-        """What takes the tensor's place; None: nobody wants it edited here."""
-        placed = self.placer.place(name, hook.of, tensor, formula, self.here)
+        """What takes the tensor's place, of its shape, dtype and device; None: nobody wants it
+        edited here. tensor: this rank's part of the value."""
+        formula = self._formula(hook, name, call, path)
+        placed = self.context.placer.place(name, hook.of, tensor, formula, self.here)
         if isinstance(placed.placement, Partial):
             raise PlacementError(
                 f"{name}: each rank holds an addend of a sum here; edit the module that sums it"
             )
-        per, function = self._function(hook)
+        per = self.library.per(hook)
         if per != "whole" and self.here.idle and formula.batched:
             return None  # copied rows that nobody wants
         key = CaptureKey(hook.key, name, hook.at, path, call)
-        before = self._note(key, placed, placed.local)
+        before = self._note_copy(key, placed, placed.local)
         if per == "element":
-            part = self._part(hook, name, placed.shard, formula, own_rows=True, per=per)
-            local = guarded(
-                hook,
-                name,
-                placed.local.clone(),
-                lambda x: function(x, self._cut(hook, part, x), part),
-            )
-            # it may draw at random, and copies would differ from here on
-            if hook.edit not in PRESETS:
-                self._note(replace(key, at=f"{hook.at} {EDITED}"), placed, local)
+            target = Target(hook, name, formula, placed.shard, per, own_rows=True)
+            local = EditCall(self, target)(placed.local.clone())
+            if hook.edit not in PRESETS:  # it may draw at random, and copies would differ
+                self._note_copy(replace(key, at=f"{hook.at} {EDITED}"), placed, local)
         else:
-            local = self._once(hook, name, call, placed, formula, per, function)
-        local = self._chosen(hook, name, placed, formula, local)
+            local = self._edit_whole(Target(hook, name, formula, WHOLE, per, False), call, placed)
+        local = self.selected(hook, name, placed, formula, local)
         if has_nan(local) and not has_nan(placed.local):
-            self.edited[key] = replace(before, nan=True)  # it may be meant; the run says so
-        return again_distributed(tensor, local)
+            self.note(key, before, nan=True)  # it may be meant; the run says so
+        return distributed_like(tensor, local)
 
-    def edit_parameter(
-        self, hook: HookSpec, name: str, gradient: torch.Tensor, seen: ShardRecord
-    ) -> torch.Tensor:
-        """This rank's part of a parameter's gradient, edited; the edit sees the whole and runs
-        once. All ranks.
-
-        gradient: what this rank holds of it. seen: which part that is; it counts if it was
-        written."""
-        shape = tuple(self.info.parameters[name])
-        formula = ShapeFormula("", tuple((size, "") for size in shape), dtype_name(gradient.dtype))
-        part = self._part(hook, name, WHOLE, formula, own_rows=False)
-        _, function = self._function(hook)
-
-        def run(whole: torch.Tensor) -> torch.Tensor:
-            new = guarded(
-                hook, name, whole.clone(), lambda x: function(x, self._cut(hook, part, x), part)
+    def _edit_whole(self, target: Target, call: int, placed: Placed) -> torch.Tensor:
+        """This rank's part of the value, of placed.local's shape, dtype and device, after the edit
+        has run on one of the ranks that hold parts."""
+        formula = target.formula
+        layout = self.here.layout
+        plan = exchange_plan(placed, formula, target.per, self.here)
+        own_rows = plan.group == "tp"
+        edit = EditCall(self, replace(target, own_rows=own_rows))
+        if layout.tp * (1 if own_rows else layout.batch_groups) == 1:
+            return edit(placed.local.clone())  # the edit may write into it
+        batched = bool(formula.batched)
+        split_rows = not own_rows and not batched and layout.batch_groups > 1
+        if torch.is_grad_enabled() and split_rows:
+            raise PlacementError(
+                f"{target.name}: {formula} has no rows, so that the groups of rows have parts of its "
+                "gradient"
             )
-            return self._chosen(hook, name, Placed(whole, "", Replicate(), WHOLE), formula, new)
+        assert self.exchange is not None
+        title = f"{target.hook.key} {target.name}"
+        number = (call, self.here.step)
+        copied = self.here.idle and batched
+        gathering = Gathering(self.exchange, plan, title, number, edit, no_gradient=copied)
+        return gathered(placed.local, gathering)
 
-        if self.exchange is None:
-            return run(gradient)
-        title, holds = f"{hook.key} {name}", seen.shard
-        return self.exchange.once(
-            title, 0, "world", gradient, shape, holds, holds, seen.written is not None, run
-        )
-
-    def note(self, key: CaptureKey, before: ShardRecord, nan: bool) -> None:
-        """What was there before an edit, of which copies must have been equal; nan: the edit has
-        made some."""
-        self.edited[key] = replace(before, nan=nan)
-
-    def _note(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> ShardRecord:
-        """Note a value of which all copies must be equal; in a generation after those of the steps
-        before."""
+    def _note_copy(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> ShardRecord:
+        """Note a value, of any shape, of which all copies must be equal; in a generation after
+        those of the steps before."""
         earlier = self.edited.get(key)
-        said = joined_digest(earlier.digest if earlier is not None else 0, digest(value.detach()))
-        nan = earlier is not None and earlier.nan
+        before = 0 if earlier is None else earlier.digest
         self.edited[key] = ShardRecord(
-            placed.evidence, repr(placed.placement), said, placed.shard, nan=nan
+            placed.evidence,
+            repr(placed.placement),
+            joined_digest(before, digest(value.detach())),
+            placed.shard,
+            nan=earlier is not None and earlier.nan,
         )
         return self.edited[key]
 
-    def _find(
+    def _leaves(self, hook: HookSpec, name: str, call: int) -> tuple[ShapeFormula, ...]:
+        """What the scan knows of the value at this call."""
+        calls = self.info.scan.get((name, hook.of), ())
+        return calls[call] if call < len(calls) else ()
+
+    def _tensor_in(
         self, hook: HookSpec, name: str, call: int, value: Any
-    ) -> tuple[str, torch.Tensor, ShapeFormula]:
-        known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
-        path = (
-            hook.index
-            if hook.index is not None
-            else next((f.path for f in known), next(leaves(value), ("",))[0])
-        )
+    ) -> tuple[str, torch.Tensor]:
+        """(the path of the tensor that is edited, this rank's part of it). HookError: there is
+        none."""
+        path = hook.index
+        if path is None:
+            leaves = self._leaves(hook, name, call)
+            path = leaves[0].path if leaves else first_leaf(value)[0]
         tensor = leaf(value, path)
         if tensor is None:
             raise HookError(f"{name}: there is no tensor at {path!r} to edit")
-        return path, tensor, self._formula(hook, name, call, path)
+        return path, tensor
 
     def _formula(self, hook: HookSpec, name: str, call: int, path: str) -> ShapeFormula:
-        known = next(iter(self.info.scan.get((name, hook.of), ())[call : call + 1]), ())
-        formula = next((f for f in known if f.path == path), None)
-        if formula is None or formula.dims is None:
-            raise PlacementError(
-                f"{name}: its shape or order depends on the data, so that no edit can be placed there"
-            )
-        return formula
+        for formula in self._leaves(hook, name, call):
+            if formula.path == path and formula.dims is not None:
+                return formula
+        raise PlacementError(
+            f"{name}: its shape or order depends on the data, so that no edit can be placed there"
+        )
 
-    def _function(self, hook: HookSpec) -> tuple[str, Callable]:
-        """(per, function of (x, value, part))."""
-        assert hook.edit is not None
-        if hook.edit in PRESETS:
-            return PRESETS[hook.edit]
-        if hook.edit not in self.edits:
-            raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
-        spec, function = self.edits[hook.edit]
+    # --- what an edit gets ------------------------------------------------------------
 
-        def users(x: torch.Tensor, _value: Any, part: _Part) -> Any:
-            apart = contextlib.nullcontext() if self.drawn is None else self.drawn.active()
-            with apart, sandbox(self.of_the_model):
+    def run(self, target: Target, x: torch.Tensor) -> Any:
+        """What the edit's function returns for x, a part of the value or the whole of it."""
+        hook = target.hook
+        part = self._part(target)
+        try:
+            if hook.edit in PRESETS:
+                return PRESETS[hook.edit][1](x, self._value(hook, part, x), part)
+            _, function = self.library.defined[hook.edit or ""]
+            own_numbers = contextlib.nullcontext() if self._rng is None else self._rng.active()
+            with own_numbers, sandbox(self._model):
                 return function(x, part.context)
+        except EditError:
+            raise
+        except BaseException as error:  # SystemExit, too: the engine is not the edit's to end
+            raise EditError(
+                f"edit {hook.edit!r} at {target.name} raised {type(error).__name__}: "
+                f"{error}{users_line(error)}"
+            ) from error
 
-        return spec.per, users
-
-    def _part(
-        self,
-        hook: HookSpec,
-        name: str,
-        box: Box,
-        formula: ShapeFormula,
-        own_rows: bool,
-        per: str = "",
-    ) -> _Part:
-        """What an edit is told. own_rows: it sees this group's rows of the batch only."""
-        rows = slice(*self.here.rows) if own_rows else slice(None)
-        saved = self.saved.setdefault(hook.edit or "", {})
-        whole, dim = self.here.whole(formula), formula.positions
+    def _part(self, target: Target) -> EditPart:
+        """What the edit gets beside x. In a generation the other ranks' tokens are there only once
+        all ranks have come to the edit."""
+        hook = target.hook
+        tokens = self.context.tokens
+        whole = self.here.whole(target.formula)
+        dim = target.formula.positions
         columns = self.here.columns(self.here.S if dim is None else whole[dim])
-        text = (self.text.ids(columns), self.text.mask(columns), self.text.positions(columns))
-        ids, mask, positions = (of_text[rows].to(self.device) for of_text in text)
-        modules = Modules(self.modules, hook.edit or "", per)
-        context = Context(name, saved, ids, mask, positions, step=self.here.step, modules=modules)
-        seed = (self.seed << 32) ^ zlib.crc32(f"{hook.key} {name}".encode())
-        return _Part(whole, box, formula, context, seed, columns, self.generation is not None)
+        rows = slice(*self.here.rows) if target.own_rows else slice(None)
+        edit = hook.edit or ""
+        context = Context(
+            module=target.name,
+            save=self.library.saved.setdefault(edit, {}),
+            tokens=tokens.ids(columns)[rows].to(self.device),
+            mask=tokens.mask(columns)[rows].to(self.device),
+            positions=tokens.positions(columns)[rows].to(self.device),
+            step=self.here.step,
+            modules=EditModules(self.library.modules, edit, target.per),
+        )
+        seed = (self.context.plan.seed << 32) ^ zlib.crc32(f"{hook.key} {target.name}".encode())
+        generating = self.context.plan.generation is not None
+        return EditPart(whole, target.shard, target.formula, context, seed, columns, generating)
 
-    def _cut(self, hook: HookSpec, part: _Part, x: torch.Tensor) -> Any:
-        """The hook's value as the preset takes it: a number, or the tensor's part that belongs to
-        this part."""
-        given = hook.value
-        if isinstance(given, Blob):
-            tensor = from_blob(given)
-        elif isinstance(given, SlabValue):
-            tensor = self.open_slab(given.region.slab, given.slab_bytes).tensor(given.region)
-        else:
-            return given
+    def _value(self, hook: HookSpec, part: EditPart, x: torch.Tensor) -> Any:
+        """The hook's value as the preset takes it: a number, or a tensor cut to the part of x, of
+        x's dtype and device; project_out gets its direction (D,)."""
+        tensor = self._tensor_of(hook.value)
+        if tensor is None:
+            return hook.value
         if hook.edit == "project_out":
             return tensor.to(x)
-        if hook.edit == "patch" and part.generating:
-            tensor = self._patched(tensor, part)
-            if tensor is None:
+        if hook.edit == "patch":
+            source = source_now(tensor, part)
+            if source is None:
                 return None
-        if hook.edit == "patch" and tuple(tensor.shape) != part.whole:
-            raise EditError(
-                f"patch at {part.context.module}: the source has shape {tuple(tensor.shape)}, not {part.whole}"
-            )
+            tensor = source
+            if tuple(tensor.shape) != part.whole:
+                raise EditError(
+                    f"patch at {part.context.module}: the source has shape "
+                    f"{tuple(tensor.shape)}, not {part.whole}"
+                )
         return part.box.cut(tensor.expand(part.whole)).to(x)
 
-    def _patched(self, source: torch.Tensor, part: _Part) -> torch.Tensor | None:
-        """What a source that covers the text up to some position has for this forward; None after
-        its end."""
-        dim = part.formula.positions
-        if dim is None or source.dim() != len(part.whole):
-            return source
-        if part.columns.start >= source.shape[dim]:
-            return None
-        return source[(slice(None),) * dim + (slice(part.columns.start, part.columns.stop),)]
+    def _tensor_of(self, value: Any) -> torch.Tensor | None:
+        """The tensor that a hook's value is, on the CPU, of its own shape; None: it is none."""
+        if isinstance(value, Blob):
+            return from_blob(value)
+        if isinstance(value, SlabValue):
+            slab = self.context.memory.slab(value.region.slab, value.slab_bytes)
+            return slab.tensor(value.region)
+        return None
 
-    def _once(
-        self,
-        hook: HookSpec,
-        name: str,
-        call: int,
-        placed: Placed,
-        formula: ShapeFormula,
-        per: str,
-        function: Callable,
-    ) -> torch.Tensor:
-        """The edit run on one rank of those that hold a part, on the whole of it; this rank's part
-        of the result."""
-        layout = self.here.layout
-        batched = formula.batched
-        group = "tp" if per == "row" and batched else "stage"
-        part = self._part(hook, name, WHOLE, formula, own_rows=group == "tp")
+    # --- where it is made -------------------------------------------------------------
 
-        def run(x: torch.Tensor) -> torch.Tensor:
-            now = self._part(
-                hook, name, WHOLE, formula, own_rows=group == "tp"
-            )  # once more: now all rows' tokens are there
-            return guarded(hook, name, x, lambda y: function(y, self._cut(hook, now, y), now))
-
-        size = layout.tp if group == "tp" else layout.tp * layout.batch_groups
-        if size == 1:
-            return run(placed.local.clone())  # the edit may write into it
-        assert self.exchange is not None
-        if torch.is_grad_enabled() and group == "stage" and not batched and layout.batch_groups > 1:
-            raise PlacementError(
-                f"{name}: {formula} has no rows, so that the groups of rows have parts of its gradient"
-            )
-        mine = placed.shard
-        # the rows of this group are all that it sees
-        if group == "tp" and layout.batch_groups > 1:
-            mine = placed.shard.only(placed.shard.dims.difference(batched))
-            shape = self.here.own(formula)
-        else:
-            shape = part.whole
-        writes = self._writes(placed, group) and not (
-            self.here.idle and batched and group == "stage"
-        )
-        # a copied row: give it the first one
-        fallback = self.here.idle and batched and group == "stage"
-        reads = mine
-        if fallback:
-            reads = Box((d, 0, 1) if d in batched else (d, a, b) for d, a, b in mine)
-        call |= self.here.step << 16
-
-        def meet(
-            part: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor], what: str
-        ) -> torch.Tensor:
-            assert self.exchange is not None
-            title = f"{hook.key} {name}{what}"
-            got = self.exchange.once(title, call, group, part, shape, mine, reads, writes, function)
-            # a copied row has no gradient
-            return torch.zeros_like(got) if what and self.here.idle and batched else got
-
-        return differentiable(placed.local, meet, run)
-
-    def _writes(self, placed: Placed, group: str) -> bool:
-        """Of ranks that hold the same part the first writes it."""
-        where = self.here.coordinate
-        copies_tp = isinstance(placed.placement, Replicate) and where.tp > 0
-        return not copies_tp
-
-    def _chosen(
+    def selected(
         self, hook: HookSpec, name: str, placed: Placed, formula: ShapeFormula, new: torch.Tensor
     ) -> torch.Tensor:
         """The edited values where the hook's positions, heads and neurons are, the old ones
-        elsewhere."""
-        old = placed.local
+        elsewhere. new: of placed.local's shape, dtype and device, as is the result."""
         if hook.positions is None and hook.heads is None and hook.neurons is None:
             return new
-        chosen = torch.ones((), dtype=torch.bool, device=old.device)
-        for what, dim in self._dims(hook, name, formula, old.dim()):
+        old = placed.local
+        selection = torch.ones((), dtype=torch.bool, device=old.device)
+        for indices, dim in self._indices(hook, name, formula):
             total = self.here.whole(formula)[dim]
-            if what is hook.positions and self.generation is not None:
-                what = self._of_this_forward(hook, total)
-            outside = [i for i in what if not -total <= i < total]
+            outside = [i for i in indices if not -total <= i < total]
             if outside:
                 raise HookError(f"{hook.key}: index {outside[0]} is outside the {total} of {name}")
-            mask = torch.zeros(total, dtype=torch.bool, device=old.device)
-            mask[list(what)] = True
-            mask = mask[slice(*placed.shard.span(dim, total))]
-            chosen = chosen & mask.view([-1 if d == dim else 1 for d in range(old.dim())])
-        return torch.where(chosen, new, old)
+            chosen = torch.zeros(total, dtype=torch.bool, device=old.device)
+            chosen[list(indices)] = True
+            chosen = chosen[slice(*placed.shard.span(dim, total))]
+            selection = selection & chosen.view([-1 if d == dim else 1 for d in range(old.dim())])
+        return torch.where(selection, new, old)
 
-    def _of_this_forward(self, hook: HookSpec, total: int) -> tuple[int, ...]:
-        """The hook's positions, which are the whole text's, as indices of what this forward has.
-        Negative ones count from the end of the text as it is now: -1 is each forward's newest
-        token."""
-        assert hook.positions is not None and self.generation is not None
-        check_positions(hook, self.text.S, self.generation.max_new_tokens)
-        columns = self.here.columns(total)
-        absolute = (p if p >= 0 else columns.stop + p for p in hook.positions)
-        return tuple(p - columns.start for p in absolute if p in columns)
-
-    def _dims(
-        self, hook: HookSpec, name: str, formula: ShapeFormula, ndim: int
+    def _indices(
+        self, hook: HookSpec, name: str, formula: ShapeFormula
     ) -> list[tuple[tuple[int, ...], int]]:
-        """(chosen indices, the dim they count along)."""
+        """(chosen indices, the dim they count along) of the hook's positions, heads, neurons."""
+        dims = formula.dims or ()
         found: list[tuple[tuple[int, ...], int]] = []
         if hook.positions is not None:
-            if formula.positions is None:
+            along = formula.positions
+            if along is None:
                 raise HookError(
                     f"{hook.key}: {name} is {formula}, it has no dim of positions alone"
                 )
-            found.append((hook.positions, formula.positions))
+            found.append((self._positions(hook, self.here.whole(formula)[along]), along))
         if hook.heads is not None:
             point = split_point(name)[1]
             if not point:
@@ -499,51 +361,87 @@ class Editor:
                 )
             found.append((hook.heads, 2 if point == "z" else 1))
         if hook.neurons is not None:
-            found.append((hook.neurons, ndim - 1))
+            found.append((hook.neurons, len(dims) - 1))
         return found
 
+    def _positions(self, hook: HookSpec, total: int) -> tuple[int, ...]:
+        """The hook's positions as indices of this forward's `total`. In a generation they are the
+        whole text's; negative ones count from the end of the text as it is now: -1 is each
+        forward's newest token."""
+        assert hook.positions is not None
+        generation = self.context.plan.generation
+        if generation is None:
+            return hook.positions
+        check_positions(hook, self.context.tokens.S, generation.max_new_tokens)
+        columns = self.here.columns(total)
+        absolute = (p if p >= 0 else columns.stop + p for p in hook.positions)
+        return tuple(p - columns.start for p in absolute if p in columns)
 
-def guarded(
-    hook: HookSpec, name: str, x: torch.Tensor, function: Callable[[torch.Tensor], Any]
-) -> torch.Tensor:
-    """What the function makes of x, which must be able to take its place. EditError names the edit
-    and its line."""
-    shape, dtype, device = x.shape, x.dtype, x.device
-    try:
-        new = function(x)
-    except EditError:
-        raise
-    except (
-        BaseException
-    ) as error:  # SystemExit and KeyboardInterrupt in it too: the engine is not the edit's to end
-        raise EditError(
-            f"edit {hook.edit!r} at {name} raised {type(error).__name__}: {error}{users_line(error)}"
-        ) from error
-    if not isinstance(new, torch.Tensor):
-        raise EditError(
-            f"edit {hook.edit!r} at {name} returned {type(new).__name__}; it has to return a tensor like x"
-        )
-    if new.shape != shape or new.dtype != dtype or new.device != device:
-        raise EditError(
-            f"edit {hook.edit!r} at {name} returned {tuple(new.shape)} {new.dtype} on {new.device}; "
-            f"x is {tuple(shape)} {dtype} on {device}"
-        )
-    return new
+
+@dataclass(frozen=True)
+class EditCall:
+    """One edit of one value, as a function of what it sees."""
+
+    editor: Editor
+    target: Target
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The edited x: a part of the value, or the whole of it -> the same shape, dtype and
+        device. x may be written into. EditError names the edit, and its line."""
+        shape = x.shape
+        dtype = x.dtype
+        device = x.device
+        new = self.editor.run(self.target, x)
+        edit = f"edit {self.target.hook.edit!r} at {self.target.name}"
+        if not isinstance(new, torch.Tensor):
+            raise EditError(
+                f"{edit} returned {type(new).__name__}; it has to return a tensor like x"
+            )
+        if new.shape != shape or new.dtype != dtype or new.device != device:
+            raise EditError(
+                f"{edit} returned {tuple(new.shape)} {new.dtype} on {new.device}; "
+                f"x is {tuple(shape)} {dtype} on {device}"
+            )
+        return new
+
+    def selected(self, whole: torch.Tensor) -> torch.Tensor:
+        """The whole value with the edit where the hook's positions, heads and neurons are: the
+        same shape, dtype and device."""
+        new = self(whole.clone())
+        placed = Placed(whole, "", Replicate(), WHOLE)
+        target = self.target
+        return self.editor.selected(target.hook, target.name, placed, target.formula, new)
+
+
+def source_now(source: torch.Tensor, part: EditPart) -> torch.Tensor | None:
+    """What a patch's source has for this forward. None: a generation has come to its end.
+
+    source: of the whole text up to some position, (..., T, ...) -> (..., n, ...)."""
+    dim = part.formula.positions
+    if not part.generating or dim is None or source.dim() != len(part.whole):
+        return source
+    if part.columns.start >= source.shape[dim]:
+        return None
+    stop = min(part.columns.stop, source.shape[dim])
+    return source.narrow(dim, part.columns.start, stop - part.columns.start)
 
 
 def has_nan(value: torch.Tensor) -> bool:
-    """One look at each number where their sum is one, as nearly always; infinities may make NaN of
-    it, too.
+    """Whether a tensor of any shape has a NaN. Its sum says so in one pass, nearly always;
+    infinities may make NaN of it, too.
 
-    >>> has_nan(torch.tensor([1.0, float("nan")])), has_nan(torch.tensor([float("inf"), -float("inf")]))
-    (True, False)
+    >>> has_nan(torch.tensor([1.0, float("nan")]))
+    True
+    >>> has_nan(torch.tensor([float("inf"), -float("inf")]))
+    False
     """
     value = value.detach()
     return bool(value.sum().isnan()) and bool(value.isnan().any())
 
 
-def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """A DTensor again, where the module put one out."""
+def distributed_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A DTensor of these local values where the module put one out, else the values themselves.
+    local: the shape of old's local part."""
     if not isinstance(old, DTensor):
         return local
     return DTensor.from_local(
@@ -554,14 +452,3 @@ def again_distributed(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         shape=old.shape,
         stride=old.stride(),
     )
-
-
-def seen_by(hook: HookSpec, edits: Mapping[str, tuple[EditSpec, Callable]]) -> str:
-    """What the hook's edit is per: "whole", "row" or "element". HookError: it is not known
-    here."""
-    assert hook.edit is not None
-    if hook.edit not in PRESETS and hook.edit not in edits:
-        raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
-    if hook.of == "param":
-        return "whole"
-    return PRESETS[hook.edit][0] if hook.edit in PRESETS else edits[hook.edit][0].per

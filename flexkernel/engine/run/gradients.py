@@ -1,14 +1,16 @@
-"""The gradients of parameters: summed so that they are the unsharded model's, read, edited, and
-let go.
+"""The gradients of a run, from the loss to the last edit.
 
-A parameter's gradient lies as the parameter does. Every rank must come to each of these functions
-that says so, also one that does not hold the parameter.
+The loss is computed once, on rank 0, and its gradients of the captures go to the ranks that hold
+these; each rank makes one backward from what it holds. Over tp, if every rank has all of a value,
+every rank gets all of its gradient; over dp and fsdp each rank gets its rows'; the stages of a
+pipeline go back one after another. Nothing is averaged and nothing is scaled.
+
+A parameter's gradient lies as the parameter does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,151 +21,242 @@ from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import receive, send, wait
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, PlacementError
-from flexkernel.wire import CaptureKey, HookSpec, ShardRecord
+from flexkernel.wire import BEFORE, CaptureKey, HookSpec, ShardRecord
 
-from .parameters import owner_of, placed
+from . import train
+from .autograd import Tape, trainable
+from .edits import Editor
+from .parameters import local_shard, owned, owner_of, parameter_of
+from .recording import Recording, failure
+from .seeds import loss_and_seeds
 
-__all__ = [
-    "edit_gradients",
-    "forget_gradients",
-    "parameter_of",
-    "sum_parameters",
-    "tied",
-    "write_gradient",
-]
+__all__ = ["differentiate", "forget_gradients", "parameters_of"]
 
 
-def parameter_of(runtime: Runtime, name: str) -> torch.nn.Parameter | None:
-    """The parameter itself, sharded as it is; None where this rank has none of that name."""
-    module = owner_of(runtime, name)
-    return None if module is None else module._parameters.get(name.rpartition(".")[2])
+def differentiate(runtime: Runtime, recording: Recording, names: Sequence[str]) -> None:
+    """The loss of a run, and all gradients that its hooks and its training ask for. All ranks must
+    call.
+
+    names: the parameters that get a gradient. LossError: the loss failed; EditError: an edit of a
+    gradient did."""
+    plan = recording.context.plan
+    tape = recording.tape
+    assert tape is not None
+    for parameter in trainable(runtime.trainables.modules):
+        parameter.grad = None
+    recording.loss, seeds = loss_and_seeds(runtime, recording)
+    if tape.graph:
+        go_back(runtime, tape, seeds, plan.timeout_s)
+    sum_parameters(runtime, names, plan.timeout_s)
+    train.sum_modules(runtime, plan.timeout_s)
+    keep_parameters(runtime, recording, before=True)
+    for hook, hooked in parameter_hooks(runtime, recording):
+        if hook.edit is not None:
+            edit_gradients(runtime, recording.editor, hook, hooked)
+    keep_parameters(runtime, recording, before=False)
+    if plan.training is not None:
+        train.step(runtime, plan)
 
 
-def tied(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """These names, and every other name of a parameter that one of them is."""
-    found = dict.fromkeys(names)
-    for group in groups:
-        if set(group) & set(names):
-            found.update(dict.fromkeys(group))
-    return list(found)
+# --- the backward ---------------------------------------------------------------------
+
+
+def go_back(runtime: Runtime, tape: Tape, seeds: dict[int, torch.Tensor], timeout_s: float) -> None:
+    """This rank's backward. All ranks must call.
+
+    seeds: index of a capture → its whole gradient, of the capture's shape. A pipeline stage first
+    waits for the gradient of what it sent, then sends that of what it got: zeros where nothing
+    depends on it, since the stage before waits."""
+    ends: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for i, end in tape.ends.items():
+        if i in seeds and end.local.requires_grad:
+            gradient = end.shard.cut(seeds[i]).to(end.local.device)
+            ends.append(end.local)
+            gradients.append(gradient.clone() if end.counts else torch.zeros_like(end.local))
+    model = runtime.part.model
+    if tape.sent is not None:
+        gradient = receive(model, torch.empty_like(tape.sent), +1, timeout_s)
+        if tape.sent.requires_grad:
+            ends.append(tape.sent)
+            gradients.append(gradient)
+    if ends:
+        torch.autograd.backward(ends, gradients)
+    if tape.received is not None:
+        gradient = tape.received.grad
+        if gradient is None:
+            gradient = torch.zeros_like(tape.received)
+        send(model, gradient, -1, timeout_s)
+
+
+# --- parameters -----------------------------------------------------------------------
+
+
+def parameters_of(runtime: Runtime, recording: Recording) -> list[str]:
+    """The parameters of which a run needs the gradients: hooked or trained, and each under all of
+    its names."""
+    plan = recording.context.plan
+    hooked = [name for _, names in parameter_hooks(runtime, recording) for name in names]
+    trained = plan.training.parameters if plan.training is not None else ()
+    return with_tied([*hooked, *trained], runtime.part.info.tied)
+
+
+def parameter_hooks(
+    runtime: Runtime, recording: Recording
+) -> list[tuple[HookSpec, tuple[str, ...]]]:
+    """The run's hooks on parameters' gradients, and the parameters that each names."""
+    part = runtime.part
+    return [
+        (hook, part.planner.names(hook))
+        for hook in part.hook_set.hooks
+        if hook.of == "param" and hook.key in recording.active
+    ]
+
+
+def with_tied(names: Sequence[str], tied: Sequence[Sequence[str]]) -> list[str]:
+    """These names, and every other name of a parameter that one of them is.
+
+    >>> with_tied(["a"], [("a", "b"), ("c", "d")])
+    ['a', 'b']
+    """
+    result = dict.fromkeys(names)
+    for group in tied:
+        if not set(group).isdisjoint(names):
+            result.update(dict.fromkeys(group))
+    return list(result)
 
 
 def sum_parameters(runtime: Runtime, names: Sequence[str], timeout_s: float) -> None:
-    """Make the gradients of these parameters lie as the parameters do, and whole sums: over the
+    """Make the gradients of these parameters whole sums, which lie as the parameters do: over the
     groups of rows where nothing else has summed them, over the first and the last stage where they
     share one. All ranks must call."""
-    owned = list(
-        {id(p): p for name in names if (p := parameter_of(runtime, name)) is not None}.values()
-    )
-    for parameter in owned:
+    part = runtime.part
+    parameters = owned(runtime, names)
+    for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
-        elif runtime.part.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
+        elif part.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
             parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-            work = dist.all_reduce(
-                parameter.grad, group=runtime.part.groups["batch"], async_op=True
-            )
+            work = dist.all_reduce(parameter.grad, group=part.groups["batch"], async_op=True)
             wait(work, timeout_s, "a gradient")
-    last = runtime.part.info.layout.pp - 1
-    stage = runtime.part.info.layout.coordinate(runtime.rank).pp
-    if (
-        last
-        and stage in (0, last)
-        and any(set(group) & set(names) for group in runtime.part.info.tied)
-    ):
-        weight = runtime.part.model.get_input_embeddings().weight
-        if any(weight is parameter for parameter in owned):
-            both_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
+    last = part.info.layout.pp - 1
+    stage = part.info.layout.coordinate(runtime.rank).pp
+    if last == 0 or stage not in (0, last):
+        return
+    if any(not set(group).isdisjoint(names) for group in part.info.tied):
+        weight = part.model.get_input_embeddings().weight
+        if any(weight is parameter for parameter in parameters):
+            sum_over_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
 
 
-def both_ends(runtime: Runtime, weight: torch.nn.Parameter, step: int, timeout_s: float) -> None:
-    """Tied embeddings are two copies of one parameter, on the first stage and on the last: both
-    get the sum."""
+def sum_over_ends(
+    runtime: Runtime, weight: torch.nn.Parameter, step: int, timeout_s: float
+) -> None:
+    """Tied embeddings are two copies of one parameter, on the first stage and on the last: give
+    both the sum of their gradients. The two ranks must call.
+
+    weight: this rank's copy. step: how many stages on the other one is."""
+    model = runtime.part.model
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    mine = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    own = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
     if step > 0:
-        send(runtime.part.model, mine, step, timeout_s)
-    other = receive(runtime.part.model, torch.empty_like(mine), step, timeout_s)
+        send(model, own, step, timeout_s)
+    other = receive(model, torch.empty_like(own), step, timeout_s)
     if step < 0:
-        send(runtime.part.model, mine, step, timeout_s)
-    mine.copy_(mine + other if step > 0 else other + mine)
+        send(model, own, step, timeout_s)
+    own.copy_(own + other if step > 0 else other + own)  # in the same order on both
 
 
-def edit_gradients(runtime: Runtime, recording: Any) -> None:
-    """Make the edits of parameters' gradients, each on the whole of one, in the order of their
-    hooks. All ranks.
-
-    A parameter of several names is edited once a hook. EditError: no gradient reached it, or as an
-    edit raises."""
-    for hook, names in recording.of_parameters(runtime):
-        done: set[str] = set()
-        for name in names if hook.edit is not None else ():
-            if name not in done:
-                same = tied([name], runtime.part.info.tied)
-                done.update(same)
-                edit_gradient(runtime, recording.editor, hook, name, same)
-
-
-def edit_gradient(
-    runtime: Runtime, editor: Any, hook: HookSpec, name: str, same: Sequence[str]
-) -> None:
-    """One parameter's, which this rank may hold under another of its names, or not at all."""
-    mine = next((n for n in same if parameter_of(runtime, n) is not None), None)
-    if mine is None:
-        shape = tuple(runtime.part.info.parameters[name])
-        nothing = Box.nothing(len(shape))
-        empty = torch.empty(
-            [0] * len(shape), dtype=getattr(torch, runtime.part.info.dtype), device=runtime.device
-        )
-        editor.edit_parameter(hook, name, empty, ShardRecord("none", "none", shard=nothing))
-        return
-    gradient, seen = lying(runtime, mine)
-    new = editor.edit_parameter(hook, name, gradient, seen)
-    made_nan = bool(new.isnan().any()) and not bool(gradient.isnan().any())
-    editor.note(CaptureKey(hook.key, mine, hook.at, "", 0), seen, made_nan)
-    with torch.no_grad():
-        gradient.copy_(new)
+def keep_parameters(runtime: Runtime, recording: Recording, before: bool) -> None:
+    """Write the gradients of the hooked parameters into their places; before: those of which the
+    hook keeps what was there before its edit. Nothing is sent, and nothing is raised."""
+    for i, entry in enumerate(recording.entries):
+        if entry.hook.of != "param" or (entry.key.site.side == BEFORE) is not before:
+            continue
+        if parameter_of(runtime, entry.key.module) is None:
+            continue
+        try:
+            recording.planned[i] = write_gradient(runtime, entry.key.module, recording.place(i))
+        except Exception as error:  # the capture carries it, as that of a read does
+            recording.planned[i] = failure(error)
 
 
-def lying(runtime: Runtime, name: str) -> tuple[torch.Tensor, ShardRecord]:
-    """What this rank holds of a parameter's gradient, in its own memory, and which part of the
-    whole that is.
+def write_gradient(runtime: Runtime, name: str, whole: torch.Tensor) -> ShardRecord:
+    """Copy this rank's part of a parameter's gradient into its place. whole: the place, of the
+    parameter's shape, on the CPU.
 
-    CaptureError: the loss does not depend on it."""
-    module, parameter = owner_of(runtime, name), parameter_of(runtime, name)
-    assert module is not None and parameter is not None
-    found, _ = placed(runtime, name, module, parameter.detach())
-    gradient = parameter.grad
-    if gradient is None:
-        raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return local, ShardRecord(
-        found.evidence, found.placement, digest(local), found.shard, found.shard
-    )
-
-
-def forget_gradients(runtime: Runtime, names: Sequence[str]) -> None:
-    """Give the memory of these parameters' gradients back."""
-    for name in names:
-        parameter = parameter_of(runtime, name)
-        if parameter is not None:
-            parameter.grad = None
-
-
-def write_gradient(runtime: Runtime, name: str, whole: torch.Tensor) -> ShardRecord | None:
-    """Copy what this rank holds of a parameter's gradient into its place; None where it does not
-    hold the parameter.
-
-    CaptureError: the loss does not depend on it."""
-    if parameter_of(runtime, name) is None:
-        return None
-    gradient, seen = lying(runtime, name)
+    CaptureError: the loss does not depend on the parameter."""
+    gradient, record = local_gradient(runtime, name)
     if gradient.dtype != whole.dtype:
         raise PlacementError(
             f"{name}: its gradient is {gradient.dtype}, where {whole.dtype} was planned"
         )
     # copies write the same numbers, as their digests show
-    seen.shard.put(gradient, whole)
-    return seen
+    record.shard.put(gradient, whole)
+    return record
+
+
+def local_gradient(runtime: Runtime, name: str) -> tuple[torch.Tensor, ShardRecord]:
+    """(this rank's part of a parameter's gradient, in its own memory and of its own dtype; which
+    part of the whole that is). CaptureError: the loss does not depend on the parameter."""
+    module = owner_of(runtime, name)
+    parameter = parameter_of(runtime, name)
+    assert module is not None and parameter is not None
+    held, _ = local_shard(runtime, name, module, parameter.detach())
+    gradient = parameter.grad
+    if gradient is None:
+        raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    record = ShardRecord(held.evidence, held.placement, digest(local), held.shard, held.shard)
+    return local, record
+
+
+def edit_gradients(
+    runtime: Runtime, editor: Editor | None, hook: HookSpec, names: Sequence[str]
+) -> None:
+    """Make a hook's edit of the gradients of these parameters, each on the whole of one. A
+    parameter of several names is edited once. All ranks must call.
+
+    CaptureError: no gradient reached a parameter; EditError: the edit failed."""
+    assert editor is not None, "a run whose hooks edit has an editor"
+    done: set[str] = set()
+    for name in names:
+        if name not in done:
+            same = with_tied([name], runtime.part.info.tied)
+            done.update(same)
+            edit_gradient(runtime, editor, hook, name, same)
+
+
+def edit_gradient(
+    runtime: Runtime, editor: Editor, hook: HookSpec, name: str, same: Sequence[str]
+) -> None:
+    """One parameter's. This rank may hold it under another of its names, or not at all. All ranks
+    must call."""
+    own = next((other for other in same if parameter_of(runtime, other) is not None), None)
+    if own is None:
+        give_nothing(runtime, editor, hook, name)
+        return
+    gradient, record = local_gradient(runtime, own)
+    new = editor.edit_parameter(hook, name, gradient, record)
+    made_nan = bool(new.isnan().any()) and not bool(gradient.isnan().any())
+    editor.note(CaptureKey(hook.key, own, hook.at, "", 0), record, made_nan)
+    with torch.no_grad():
+        gradient.copy_(new)
+
+
+def give_nothing(runtime: Runtime, editor: Editor, hook: HookSpec, name: str) -> None:
+    """Come to the edit of a parameter that this rank does not hold: the other ranks wait for it."""
+    info = runtime.part.info
+    ndim = len(info.parameters[name])
+    dtype = getattr(torch, info.dtype)
+    empty = torch.empty([0] * ndim, dtype=dtype, device=runtime.device)
+    record = ShardRecord("none", "none", shard=Box.nothing(ndim))
+    editor.edit_parameter(hook, name, empty, record)
+
+
+def forget_gradients(runtime: Runtime, names: Sequence[str]) -> None:
+    """Give the memory of these parameters' gradients back."""
+    for parameter in owned(runtime, names):
+        parameter.grad = None

@@ -2,8 +2,8 @@
 the whole.
 
 A DTensor says where it lies, over any axes of any mesh. A plain tensor lies whole on every rank
-that has it, unless it was declared or its layer is known to split it. Nothing is sent, FSDP2's own
-copies are let go; but FSDP1, which keeps pieces of flattened parameters, has to gather.
+that has it, unless it was declared or its layer is known to split it. Nothing is sent, and FSDP2's
+own copies are freed. Only FSDP1, which keeps pieces of flattened parameters, has to gather.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -35,62 +36,77 @@ from flexkernel.memory.tensors import from_blob
 from flexkernel.names import match, nearest
 from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue, dtype_name
 
-__all__ = ["held", "owner_of", "placed", "put", "restore", "write"]
+__all__ = [
+    "local_shard",
+    "owned",
+    "owner_of",
+    "parameter_of",
+    "put",
+    "restore",
+    "shard_of",
+    "write",
+]
 
-Axis = tuple[Any, int, int]  # of a mesh: its placement, how many parts, which of them is here
+Value = SlabValue | tuple[Blob, ...]  # where a new value lies, or the parts of it
 
 
-def held(runtime: Runtime, name: str) -> ParameterShard | list[str]:
-    """What this rank holds of it; the nearest names there are where it holds nothing of that
-    name."""
+class Split(NamedTuple):
+    """How an axis of a mesh splits a tensor, and which part of it is here."""
+
+    placement: Any
+    num_parts: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where a parameter lies, as the evidence says. over: the placements, in words."""
+
+    evidence: str
+    shape: tuple[int, ...]
+    splits: list[Split]
+    over: str
+
+
+def shard_of(runtime: Runtime, name: str) -> ParameterShard | list[str]:
+    """What this rank holds of a parameter or buffer. The nearest names that there are, if it holds
+    nothing of that name; none of them, if it holds no part of it."""
     module, tensor = find(runtime, name)
     if module is None or tensor is None:
-        return nearest(name, list(names(runtime.part.named)))
+        return nearest(name, list(names_in(runtime.part.named)))
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # it lies on a mesh that this rank has no part in
     flat = flat_shape(runtime.part.model, module, name.rpartition(".")[2])
-    if flat is not None:  # every rank is given all of it, by all of them together
-        return ParameterShard(
-            flat,
-            dtype_name(tensor.dtype),
-            WHOLE,
-            "flat",
-            "part of a flat parameter over fsdp",
-        )
-    return placed(runtime, name, module, tensor)[0]
+    if flat is not None:  # the ranks give all of it to every rank
+        dtype = dtype_name(tensor.dtype)
+        return ParameterShard(flat, dtype, WHOLE, "flat", "part of a flat parameter over fsdp")
+    return local_shard(runtime, name, module, tensor)[0]
 
 
 def write(
     runtime: Runtime, name: str, region: Region, slab_bytes: int, writes: bool
 ) -> ShardRecord:
-    """Copy what this rank holds into its place, if it is the one that writes; its digest in any
-    case.
-
-    All ranks that hold it must call: FSDP1 gathers it."""
-    found = held(runtime, name)
-    assert isinstance(found, ParameterShard), "it was there when it was planned"
+    """Copy what this rank holds of a parameter into its place, if it is the one that writes; its
+    digest in any case. All ranks that hold it must call: FSDP1 gathers it."""
+    shard = shard_of(runtime, name)
+    assert isinstance(shard, ParameterShard), "it was there when it was planned"
     with local_part(runtime, name) as local:
         if writes:
             whole = runtime.memory.slab(region.slab, slab_bytes).tensor(region)
-            found.shard.put(local, whole)
-        return ShardRecord(
-            found.evidence,
-            found.placement,
-            digest(local),
-            found.shard,
-            found.shard if writes else None,
-        )
+            shard.shard.put(local, whole)
+        written = shard.shard if writes else None
+        return ShardRecord(shard.evidence, shard.placement, digest(local), shard.shard, written)
 
 
 @contextlib.contextmanager
 def local_part(runtime: Runtime, name: str, change: bool = False) -> Iterator[torch.Tensor]:
-    """What this rank holds of it, to be read, or with `change` to be written into, while it is
-    entered."""
+    """Within it: what this rank holds of a parameter, in its own shape, dtype and memory, to be
+    read, or with `change` to be written into. All ranks that hold it must call: FSDP1 gathers."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
     last = name.rpartition(".")[2]
     if flat_shape(runtime.part.model, module, last) is None:
-        yield placed(runtime, name, module, tensor)[1]
+        yield local_shard(runtime, name, module, tensor)[1]
         return
     runtime.breaker.busy = True  # the ranks wait for each other
     try:
@@ -103,76 +119,86 @@ def local_part(runtime: Runtime, name: str, change: bool = False) -> Iterator[to
 # --- changing it for a while ----------------------------------------------------------
 
 
-def put(
-    runtime: Runtime, whose: str, changes: Sequence[tuple[str, SlabValue | tuple[Blob, ...]]]
-) -> None:
-    """Give a parameter a new value in place, until restore(whose). All ranks that hold it must
+class Saved(NamedTuple):
+    """What a parameter had before it was changed. memory: the parameter's own, on this rank."""
+
+    name: str
+    memory: torch.Tensor
+    before: torch.Tensor
+
+
+def put(runtime: Runtime, owner: str, changes: Sequence[tuple[str, Value]]) -> None:
+    """Give parameters new values in place, until restore(owner). All ranks that hold them must
     call: FSDP1 gathers.
 
-    changes: (name, where its whole new value lies, or the parts of it that this rank holds) for
-    each of its names. HookError: it is the same parameter here as one that was changed before."""
-    if not runtime.part.changed or runtime.part.changed[-1][0] != whose:
-        runtime.part.changed.append((whose, []))
-    kept = runtime.part.changed[-1][1]
-    earlier = len(kept)
+    changes: (name, where its whole new value lies, or the parts of it that this rank holds).
+    HookError: a parameter has two of the names."""
+    changed = runtime.part.changed
+    if not changed or changed[-1][0] != owner:
+        changed.append((owner, []))
+    saved: list[Saved] = changed[-1][1]
+    num_earlier = len(saved)
     for name, value in changes:
-        found = held(runtime, name)
-        assert isinstance(found, ParameterShard), "it was there when it was read"
-        if not keep(kept, earlier, runtime, name):
+        shard = shard_of(runtime, name)
+        assert isinstance(shard, ParameterShard), "it was there when it was read"
+        if not save(runtime, name, saved, num_earlier):
             continue
         with local_part(runtime, name, change=True) as local:
-            for i, (part, piece) in enumerate(found.shard.pieces()):
-                if piece.cut(local).numel():
-                    piece.cut(local).copy_(new_part(runtime, value, part, i))
+            for i, (part, piece) in enumerate(shard.shard.pieces()):
+                target = piece.cut(local)
+                if target.numel():
+                    target.copy_(new_part(runtime, value, part, i))
 
 
-def keep(kept: list, earlier: int, runtime: Runtime, name: str) -> bool:
-    """Remember what is there before it changes, as (name, the memory, a copy); False: another name
-    has changed it.
+def save(runtime: Runtime, name: str, saved: list[Saved], num_earlier: int) -> bool:
+    """Remember what a parameter has before it changes. False: under another name it has been
+    changed already.
 
-    earlier: how many of those kept are of other parameters."""
+    num_earlier: how many of those saved are of earlier changes. HookError: this is one of them."""
     module, tensor = find(runtime, name)
     assert module is not None and tensor is not None
     flat = flat_local(runtime.part.model, module, name.rpartition(".")[2])
-    there = placed(runtime, name, module, tensor)[1] if flat is None else flat
-    same = [
-        i
-        for i, (_, other, _) in enumerate(kept)
-        if other.data_ptr() == there.data_ptr() and there.numel()
-    ]
-    if flat is not None:  # in which there are others too
-        kept += [] if same else [(name, there, there.clone())]
-        return True
-    if same and same[0] < earlier:
-        raise HookError(f"{kept[same[0]][0]} and {name} are one parameter: change one of them")
-    kept += [] if same else [(name, there, there.clone())]
-    return not same
+    memory = flat
+    if memory is None:
+        memory = local_shard(runtime, name, module, tensor)[1]
+    same = [i for i, earlier in enumerate(saved) if is_same_memory(earlier.memory, memory)]
+    if flat is None and same and same[0] < num_earlier:
+        raise HookError(f"{saved[same[0]].name} and {name} are one parameter: change one of them")
+    if not same:
+        saved.append(Saved(name, memory, memory.clone()))
+    return flat is not None or not same  # a flat parameter holds others, too
 
 
-def new_part(
-    runtime: Runtime, value: SlabValue | tuple[Blob, ...], part: Box, i: int
-) -> torch.Tensor:
+def is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of any shape begin at the same byte. Empty ones never do."""
+    return one.data_ptr() == other.data_ptr() and other.numel() > 0
+
+
+def new_part(runtime: Runtime, value: Value, part: Box, i: int) -> torch.Tensor:
+    """The new value of the part of a parameter that is number i of this rank's: the part's shape,
+    on the CPU."""
     if isinstance(value, SlabValue):
         slab = runtime.memory.slab(value.region.slab, value.slab_bytes)
         return part.cut(slab.tensor(value.region))
     return from_blob(value[i])
 
 
-def restore(runtime: Runtime, whose: str = "") -> None:
-    """Give parameters back what they had before put(whose), and before whatever was put since; "":
-    all. May be called again where it was broken off. Sends nothing."""
+def restore(runtime: Runtime, owner: str = "") -> None:
+    """Give parameters back what they had before put(owner), and before whatever was put since; "":
+    all. It may be called again where it was broken off. Sends nothing."""
     if runtime.loaded is None:
         return
-    if not any(owner == whose or not whose for owner, _ in runtime.part.changed):
+    changed = runtime.part.changed
+    if not any(other == owner or not owner for other, _ in changed):
         return
     reshard(runtime.part.model)  # what FSDP holds whole is the changed one
-    while runtime.part.changed:
-        owner, kept = runtime.part.changed[-1]
+    while changed:
+        last_owner, saved = changed[-1]
         with torch.no_grad():
-            for _, there, before in reversed(kept):
-                there.copy_(before)
-        runtime.part.changed.pop()
-        if owner == whose:
+            for each in reversed(saved):
+                each.memory.copy_(each.before)
+        changed.pop()
+        if last_owner == owner:
             return
 
 
@@ -180,20 +206,22 @@ def restore(runtime: Runtime, whose: str = "") -> None:
 
 
 def find(runtime: Runtime, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
-    """The module that owns it on this rank, and the parameter or buffer; None where another stage
-    has it.
+    """(the module that owns a parameter or buffer on this rank, the tensor itself, sharded as it
+    is); (None, None) where another stage has it.
 
     What FSDP left unsharded after a forward is sharded again, which moves nothing between
     ranks."""
-    module, last = owner_of(runtime, name), name.rpartition(".")[2]
+    module = owner_of(runtime, name)
+    last = name.rpartition(".")[2]
     if module is None:
         return None, None
-    found = module._parameters.get(last)
-    found = module._buffers.get(last) if found is None else found
-    if found is None and flat_shape(runtime.part.model, module, last) is not None:
+    tensor: torch.Tensor | None = module._parameters.get(last)
+    if tensor is None:
+        tensor = module._buffers.get(last)
+    if tensor is None and flat_shape(runtime.part.model, module, last) is not None:
         # of FSDP1's flat parameter, which has taken the place of the module's own
-        found = getattr(module, last)
-    return (module, found) if found is not None else (None, None)
+        tensor = getattr(module, last)
+    return (None, None) if tensor is None else (module, tensor)
 
 
 def owner_of(runtime: Runtime, name: str) -> torch.nn.Module | None:
@@ -204,8 +232,20 @@ def owner_of(runtime: Runtime, name: str) -> torch.nn.Module | None:
     return None if module is None or is_placeholder(module) else module
 
 
-def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
-    """The names of all parameters and buffers here, as the unsharded model has them."""
+def parameter_of(runtime: Runtime, name: str) -> torch.nn.Parameter | None:
+    """The parameter of that name, sharded as it is; None where this rank has none."""
+    module = owner_of(runtime, name)
+    return None if module is None else module._parameters.get(name.rpartition(".")[2])
+
+
+def owned(runtime: Runtime, names: Sequence[str]) -> list[torch.nn.Parameter]:
+    """Those of the named parameters that this rank has, each once."""
+    parameters = (parameter_of(runtime, name) for name in names)
+    return list({id(p): p for p in parameters if p is not None}.values())
+
+
+def names_in(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
+    """The names of all parameters and buffers of these modules, as the unsharded model has them."""
     for name, module in modules.items():
         for last, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -215,114 +255,132 @@ def names(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 # --- where it lies --------------------------------------------------------------------
 
 
-def placed(
+def local_shard(
     runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
 ) -> tuple[ParameterShard, torch.Tensor]:
-    """Which part of the whole this rank holds, and that part. PlacementError where that is not
-    known."""
-    known = runtime.part.info.parameters.get(name)
+    """(which part of a parameter this rank holds, that part as a plain tensor of its own dtype and
+    device). tensor: as the module has it. PlacementError: where it lies is not known."""
     if isinstance(tensor, DTensor):
-        evidence, shape, local = "dtensor", tuple(tensor.shape), tensor.detach().to_local()
-        axes = axes_of(tensor)
-        over = ", ".join(
-            f"{p!r} over {axis}"
-            for p, axis in zip(tensor.placements, axis_names(tensor), strict=True)
-        )
+        placing = placing_of_dtensor(tensor)
+        local = tensor.detach().to_local()
     else:
-        evidence, placement = said(runtime, name, module, tensor)
-        if evidence == "scan" and known is None:
-            evidence = "described"
-        coordinate, tp = (
-            runtime.part.info.layout.coordinate(runtime.rank),
-            runtime.part.info.layout.tp,
-        )
-        axes, local, over = [(placement, tp, coordinate.tp)], tensor.detach(), repr(placement)
-        shape = known or full_shape(tensor, placement, tp)
-    if known is not None and shape != known:
-        raise PlacementError(f"{name}: it is {shape} here, the unsharded model's is {known}")
-    indices = split(shape, axes, name)
-    if tuple(local.shape) != tuple(len(index) for index in indices):
+        placing = placing_of_plain(runtime, name, module, tensor)
+        local = tensor.detach()
+    shape = placing.shape
+    known_shape = runtime.part.info.parameters.get(name)
+    if known_shape is not None and shape != known_shape:
+        raise PlacementError(f"{name}: it is {shape} here, the unsharded model's is {known_shape}")
+    indices = indices_here(shape, placing.splits, name)
+    expected = tuple(len(index) for index in indices)
+    if tuple(local.shape) != expected:
+        declare = ""
+        if placing.evidence != "dtensor":
+            declare = f": declare it, placements={{{name!r}: 'shard:0'}}"
         raise PlacementError(
-            f"{name}: {evidence} says {over}, so rank {runtime.rank} should hold "
-            f"{tuple(len(index) for index in indices)} of {shape}; it holds {tuple(local.shape)}"
-            + ("" if evidence == "dtensor" else f": declare it, placements={{{name!r}: 'shard:0'}}")
+            f"{name}: {placing.evidence} says {placing.over}, so rank {runtime.rank} should hold "
+            f"{expected} of {shape}; it holds {tuple(local.shape)}{declare}"
         )
     dtype = dtype_name(local.dtype)
-    return ParameterShard(shape, dtype, Box.of_indices(shape, indices), evidence, over), local
+    box = Box.of_indices(shape, indices)
+    return ParameterShard(shape, dtype, box, placing.evidence, placing.over), local
 
 
-def axes_of(tensor: DTensor) -> list[Axis]:
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    return [(p, tensor.device_mesh.size(i), coordinate[i]) for i, p in enumerate(tensor.placements)]
-
-
-def axis_names(tensor: DTensor) -> Sequence[str]:
+def placing_of_dtensor(tensor: DTensor) -> Placing:
+    """tensor: of any shape, over any mesh that this rank is part of."""
     mesh = tensor.device_mesh
-    return mesh.mesh_dim_names or [f"axis {i}" for i in range(mesh.ndim)]
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    axes = mesh.mesh_dim_names or [f"axis {i}" for i in range(mesh.ndim)]
+    splits = [
+        Split(placement, mesh.size(i), coordinate[i])
+        for i, placement in enumerate(tensor.placements)
+    ]
+    pairs = zip(tensor.placements, axes, strict=True)
+    over = ", ".join(f"{placement!r} over {axis}" for placement, axis in pairs)
+    return Placing("dtensor", tuple(tensor.shape), splits, over)
 
 
-def said(
+def placing_of_plain(
+    runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
+) -> Placing:
+    """tensor: this rank's part, of any shape."""
+    info = runtime.part.info
+    tp = info.layout.tp
+    evidence, placement = placement_over_tp(runtime, name, module, tensor)
+    known_shape = info.parameters.get(name)
+    if evidence == "scan" and known_shape is None:
+        evidence = "described"
+    split = Split(placement, tp, info.layout.coordinate(runtime.rank).tp)
+    shape = known_shape or whole_shape(tensor, placement, tp)
+    return Placing(evidence, shape, [split], repr(placement))
+
+
+def placement_over_tp(
     runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
 ) -> tuple[str, Placement]:
-    """(evidence, placement over tp) of a plain tensor: as declared, as its layer splits it, else
-    whole."""
-    for glob, at, placed in runtime.part.placer.declared:
-        if at == "output" and placed.placement is not None and match(glob, name):
-            return "declared", placed.placement
+    """(evidence, placement over tp) of a plain tensor of any shape: as declared, as its layer
+    splits it, else whole."""
+    for glob, at, declared in runtime.part.placer.declared:
+        if at == "output" and declared.placement is not None and match(glob, name):
+            return "declared", declared.placement
     if runtime.part.info.layout.tp == 1:
         return "scan", Replicate()
     by_class = weight_placement(name, module, tensor)
     return ("scan", Replicate()) if by_class is None else ("class", by_class)
 
 
-def full_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int, ...]:
-    """Of the whole, where no unsharded model tells it: equal parts."""
+def whole_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int, ...]:
+    """The whole's shape where no unsharded model says it: tp parts, each of the tensor's shape."""
     shape = list(tensor.shape)
     if is_split(placement) and -len(shape) <= placement.dim < len(shape):
         shape[placement.dim] *= tp
     return tuple(shape)
 
 
-def split(shape: Sequence[int], axes: Sequence[Axis], name: str) -> list[torch.Tensor]:
-    """For each dim the indices that lie here: the axes split an index as they split the tensor,
-    from left to right.
+def indices_here(shape: Sequence[int], splits: Sequence[Split], name: str) -> list[torch.Tensor]:
+    """For each dim the indices that lie here, (n,) int64 on the CPU: the axes split an index as
+    they split the tensor, from left to right.
 
-    FSDP over TP writes that it split last as a strided shard at the left. Where parts are uneven,
-    that can say something else than what it did: then nobody knows, and it is refused."""
-    for placement, _, _ in axes:
+    FSDP over TP writes that it split last as a strided shard at the left. If parts are uneven, that
+    can say something else than what it did: then nobody knows, and it is a PlacementError."""
+    for placement, _, _ in splits:
         if not isinstance(placement, Replicate) and not is_split(placement):
             raise PlacementError(f"{name} is {placement!r}, which is no part of a whole")
         if is_split(placement) and not -len(shape) <= placement.dim < len(shape):
             raise PlacementError(
                 f"{name} is said to be {placement!r}, but it has {len(shape)} dims: {tuple(shape)}"
             )
-    ordered = [(placement, *rest) for placement, *rest in axes if is_split(placement)]
-    found, in_time = applied(shape, ordered), applied(shape, as_it_happened(ordered, len(shape)))
-    if not all(map(torch.equal, found, in_time)):
+    real = [split for split in splits if is_split(split.placement)]
+    as_written = split_indices(shape, real)
+    as_made = split_indices(shape, in_order_of_making(real, len(shape)))
+    if not all(map(torch.equal, as_written, as_made)):
+        placements = tuple(placement for placement, _, _ in splits)
         raise PlacementError(
-            f"{name}: {tuple(p for p, _, _ in axes)} splits {tuple(shape)} unevenly and in an order that is not known"
+            f"{name}: {placements} splits {tuple(shape)} unevenly and in an order that is not known"
         )
-    return found
+    return as_written
 
 
-def applied(shape: Sequence[int], axes: Sequence[Axis]) -> list[torch.Tensor]:
-    found = [torch.arange(size) for size in shape]
-    for placement, num_parts, part in axes:
-        found[placement.dim] = split_index(placement, found[placement.dim], num_parts, part)
-    return found
+def split_indices(shape: Sequence[int], splits: Sequence[Split]) -> list[torch.Tensor]:
+    """For each dim the indices, (n,) int64 on the CPU, that these splits leave here."""
+    indices = [torch.arange(size) for size in shape]
+    for placement, num_parts, part in splits:
+        dim = placement.dim
+        indices[dim] = split_index(placement, indices[dim], num_parts, part)
+    return indices
 
 
-def as_it_happened(axes: Sequence[Axis], ndim: int) -> list[Axis]:
-    """The axes in the order in which they split: one whose strides are the splits at its right
-    came after those."""
-    first: list[Axis] = []
-    last: list[Axis] = []
-    for i, (placement, num_parts, part) in enumerate(axes):
-        dim = placement.dim % ndim
-        later = math.prod(n for p, n, _ in axes[i + 1 :] if p.dim % ndim == dim)
-        if later > 1 and split_factor(placement) == later:
-            last.append((Shard(dim), num_parts, part))
+def in_order_of_making(splits: Sequence[Split], ndim: int) -> list[Split]:
+    """The splits in the order in which they were made: one whose strides are the splits at its
+    right came after those."""
+    first: list[Split] = []
+    last: list[Split] = []
+    for i, split in enumerate(splits):
+        dim = split.placement.dim % ndim
+        same_dim = [later for later in splits[i + 1 :] if later.placement.dim % ndim == dim]
+        strides = math.prod(later.num_parts for later in same_dim)
+        if strides > 1 and split_factor(split.placement) == strides:
+            last.append(Split(Shard(dim), split.num_parts, split.part))
         else:
-            first.append((placement, num_parts, part))
+            first.append(split)
     return first + last

@@ -1,14 +1,14 @@
 """Trainable modules beside the model, and one step of an optimizer after a run's backward.
 
-Every rank has a copy of each module. A module runs where its edit or the loss runs; the sum of its
-gradients over all ranks is what every copy then steps by, so that the copies stay equal.
+Every rank has a copy of each module. A module runs where its edit or the loss runs; every copy then
+steps by the sum of its gradients over all ranks, so that the copies stay equal.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +18,20 @@ from safetensors.torch import save as bytes_of
 from torch.distributed.tensor import DTensor
 
 from flexkernel.engine.place.staging import digest
-from flexkernel.engine.ranks.gather import header, wait
+from flexkernel.engine.ranks.gather import exchange_headers, wait
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, LossError
 from flexkernel.wire import RunPlan, Training
 
 from .autograd import trainable
-from .gradients import parameter_of
+from .parameters import owned
 
 __all__ = [
     "add",
-    "forget_steps",
     "gradients",
-    "held",
     "remove",
+    "reset_optimizers",
+    "save_all",
     "set_state",
     "state",
     "step",
@@ -40,117 +40,118 @@ __all__ = [
 
 
 def add(runtime: Runtime, name: str, code: bytes) -> None:
-    """Have this module (cloudpickled) under that name, instead of one that had it. All ranks."""
+    """Put this module (cloudpickled) under that name, also in the place of an earlier one. All
+    ranks must call."""
     runtime.trainables.modules[name] = pickle.loads(code).to(runtime.device)
     runtime.trainables.codes[name] = code
-    runtime.trainables.optimizers.clear()  # they hold the parameters of what was there
+    reset_optimizers(runtime)  # they hold the earlier module's parameters
 
 
 def remove(runtime: Runtime, name: str) -> None:
+    """Remove a module, if it is there. All ranks must call."""
     runtime.trainables.modules.pop(name, None)
     runtime.trainables.codes.pop(name, None)
+    reset_optimizers(runtime)
+
+
+def reset_optimizers(runtime: Runtime) -> None:
+    """Begin every optimizer anew: a rank that came back remembers nothing of its steps. All ranks
+    must call."""
     runtime.trainables.optimizers.clear()
 
 
-def held(runtime: Runtime) -> dict[str, tuple[bytes, bytes]]:
+def save_all(runtime: Runtime) -> dict[str, tuple[bytes, bytes]]:
     """Name → (the module as it came, its weights now as safetensors)."""
-    return {
-        name: (code, state(runtime, name)[0]) for name, code in runtime.trainables.codes.items()
-    }
+    codes = runtime.trainables.codes
+    return {name: (code, state(runtime, name)[0]) for name, code in codes.items()}
 
 
 def state(runtime: Runtime, name: str) -> tuple[bytes, int]:
-    """(its weights as safetensors, their digest: copies must have equal ones)."""
-    tensors = {
-        key: value.detach().cpu().contiguous()
-        for key, value in runtime.trainables.modules[name].state_dict().items()
-    }
-    return bytes_of(tensors), sum(digest(value) for value in tensors.values())
+    """(a module's weights as safetensors, their digest: all copies must have the same)."""
+    return packed(runtime.trainables.modules[name].state_dict())
 
 
 def set_state(runtime: Runtime, name: str, data: bytes) -> None:
+    """Give a module these weights, safetensors. All ranks must call."""
     runtime.trainables.modules[name].load_state_dict(tensors_of(data))
 
 
 def gradients(runtime: Runtime, name: str) -> tuple[bytes, int]:
-    """(the gradients of the last run with a loss, as safetensors; their digest)."""
-    found = {
-        key: p.grad.cpu().contiguous()
-        for key, p in runtime.trainables.modules[name].named_parameters()
-        if p.grad is not None
-    }
-    return bytes_of(found), sum(digest(value) for value in found.values())
+    """(a module's gradients of the last run with a loss, as safetensors; their digest)."""
+    parameters = runtime.trainables.modules[name].named_parameters()
+    return packed({key: p.grad for key, p in parameters if p.grad is not None})
 
 
-def forget_steps(runtime: Runtime) -> None:
-    """Begin every optimizer anew: a rank that came back remembers nothing of its steps. All
-    ranks."""
-    runtime.trainables.optimizers.clear()
+def packed(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, int]:
+    """(the tensors, of any shapes, dtypes and devices, as safetensors; the sum of their
+    digests)."""
+    on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    return bytes_of(on_cpu), sum(digest(tensor) for tensor in on_cpu.values())
 
 
 # --- in a run -------------------------------------------------------------------------
 
 
 def sum_modules(runtime: Runtime, timeout_s: float) -> None:
-    """Give every copy the sum of its gradients over all ranks, zeros where it did not run. All
-    ranks."""
+    """Give every copy of a module the sum of its gradients over all ranks, zeros where it did not
+    run. All ranks must call."""
     for parameter in trainable(runtime.trainables.modules):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if runtime.world > 1:
-            wait(
-                dist.all_reduce(parameter.grad, async_op=True),
-                timeout_s,
-                "the gradients of modules",
-            )
+            work = dist.all_reduce(parameter.grad, async_op=True)
+            wait(work, timeout_s, "the gradients of modules")
 
 
 def step(runtime: Runtime, plan: RunPlan) -> None:
-    """Step the plan's optimizer, after every rank has its gradients. All ranks."""
+    """Step the plan's optimizer, after every rank has its gradients. All ranks must call."""
     assert plan.training is not None
     if runtime.world > 1:
-        # a rank that failed is not here, and then no copy steps
-        header([plan.run, 1], plan.timeout_s)
-    for optimizer in optimizers(runtime, plan.training):
+        # a rank that failed does not come here, and then no copy steps
+        exchange_headers(plan.timeout_s, run=plan.run, steps=1)
+    for optimizer in optimizers_of(runtime, plan.training):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def optimizers(runtime: Runtime, training: Training) -> Sequence[torch.optim.Optimizer]:
+def optimizers_of(runtime: Runtime, training: Training) -> Sequence[torch.optim.Optimizer]:
     """The optimizers of this training, with what they remember of its steps. Sharded parameters
-    have one of their own: torch does not mix them with plain ones in one update."""
-    key = hashlib.sha256(
-        repr((training.optimizer, training.parameters, training.modules)).encode()
-    ).hexdigest()
-    if key not in runtime.trainables.optimizers:
-        wanted = {name: runtime.trainables.modules[name] for name in training.modules}
-        owned = {
-            id(p): p for n in training.parameters if (p := parameter_of(runtime, n)) is not None
-        }
-        every = [*trainable(wanted), *owned.values()]
-        kinds = [
-            [p for p in every if isinstance(p, DTensor) is sharded] for sharded in (False, True)
-        ]
+    have one of their own: torch does not mix them with plain ones in one update.
+
+    LossError: the user's function raised; HookError: it returned no optimizer."""
+    text = repr((training.optimizer, training.parameters, training.modules))
+    key = hashlib.sha256(text.encode()).hexdigest()
+    optimizers = runtime.trainables.optimizers
+    if key not in optimizers:
+        modules = {name: runtime.trainables.modules[name] for name in training.modules}
+        trained = [*trainable(modules), *owned(runtime, training.parameters)]
+        plain = [p for p in trained if not isinstance(p, DTensor)]
+        sharded = [p for p in trained if isinstance(p, DTensor)]
         make = pickle.loads(training.optimizer) if training.optimizer is not None else adamw
-        runtime.trainables.optimizers[key] = [
-            made(make, parameters) for parameters in kinds if parameters
+        optimizers[key] = [
+            make_optimizer(make, parameters) for parameters in (plain, sharded) if parameters
         ]
-    return runtime.trainables.optimizers[key]
+    return optimizers[key]
 
 
-def adamw(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+def adamw(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-def made(make: Any, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(
+    make: Callable[[Sequence[torch.nn.Parameter]], Any], parameters: Sequence[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """What a user's function makes of these parameters. LossError: it raised; HookError: it
+    returned no optimizer."""
     try:
-        found = make(parameters)
+        optimizer = make(parameters)
     except Exception as error:
         raise LossError(
             f"the optimizer could not be made: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(found, torch.optim.Optimizer):
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise HookError(
-            f"optimizer= is a function (parameters) that returns a torch optimizer, not {type(found).__name__}"
+            "optimizer= is a function (parameters) that returns a torch optimizer, not "
+            f"{type(optimizer).__name__}"
         )
-    return found
+    return optimizer

@@ -7,6 +7,7 @@ What the engines themselves make of real layouts is in test_parity.py and test_e
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from flexkernel.boxes import chunk, share
+from flexkernel.engine.model.hooks import Tap
 from flexkernel.engine.place import placements
 from flexkernel.engine.place.placements import Declared, Place, Placer, parse
-from flexkernel.engine.place.staging import digest
-from flexkernel.engine.run.hooks import Recording, failed
+from flexkernel.engine.place.staging import Copies, digest
+from flexkernel.engine.run.context import RunContext
+from flexkernel.engine.run.recording import ForwardRecording, failure
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
@@ -41,6 +44,20 @@ class Home:
         if name not in self.slabs:
             self.slabs[name] = Slab(self.folder / name, num_bytes)
         return self.slabs[name]
+
+
+class RankMemory:
+    """One rank's slabs on that host."""
+
+    def __init__(self, home: Home, rank: int):
+        self.home, self.rank = home, rank
+
+    def slab(self, name: str, num_bytes: int) -> Slab:
+        return self.home.slab(name, num_bytes)
+
+    def extra(self, run: int, num_bytes: int) -> tuple[Slab, str]:
+        name = f"extra-{self.rank}.slab"
+        return self.home.slab(name, max(pages(num_bytes), PAGE)), name
 
 
 class Ranks:
@@ -73,37 +90,21 @@ class Ranks:
         rows = share(self.B, self.layout.batch_groups, self.layout.coordinate(rank).batch)
         return Place(self.layout, rank, self.B, self.S, rows)
 
-    def spill(self, rank: int):
-        def keep(tensor: torch.Tensor) -> Region:
-            region = Region(
-                f"extra-{rank}.slab",
-                0,
-                tuple(tensor.shape),
-                str(tensor.dtype).removeprefix("torch."),
-            )
-            self.home.slab(
-                region.slab, max(pages(size_of(region.shape, region.dtype)), PAGE)
-            ).tensor(region).copy_(tensor)
-            return region
-
-        return keep
-
     def capture(self, locals_: dict[int, torch.Tensor]) -> Capture:
+        run = SimpleNamespace(run=1, slab="planned.slab", slab_bytes=self.num_bytes, base=0)
         seen = {}
         for rank, local in locals_.items():
-            active = frozenset({self.hook.key})
-            slab = self.home.slab("planned.slab", self.num_bytes)
-            recording = Recording(
-                self.plan,
-                active,
-                slab,
-                lambda _: self.region,
-                self.placer,
-                self.place(rank),
-                self.spill(rank),
-                None,
+            context = RunContext(
+                plan=run,
+                captures=self.plan,
+                here=self.place(rank),
+                tokens=None,
+                placer=self.placer,
+                copies=Copies(),
+                memory=RankMemory(self.home, rank),
             )
-            recording.record(self.hook, self.hook.glob, lambda local=local: local)
+            recording = ForwardRecording(context, frozenset({self.hook.key}))
+            recording.record(Tap.of(self.hook, self.hook.glob), self.hook.at, local)
             seen[rank] = recording.planned[0]
         dtype = getattr(torch, self.formula.dtype)
         return Capture(
@@ -523,5 +524,5 @@ def test_rows_in_another_order_have_another_digest():
 
 
 def test_a_failure_keeps_its_type_and_text():
-    seen = failed(HookError("so"))
+    seen = failure(HookError("so"))
     assert seen.error == ("HookError", "so") and seen.written is None

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexkernel as fk
+from flexkernel.engine.place.placements import Place
 from flexkernel.engine.place.staging import (
     Copies,
     Lane,
@@ -22,11 +23,12 @@ from flexkernel.engine.place.staging import (
     joined_digest,
     with_landed_digests,
 )
-from flexkernel.engine.run.hooks import Recording
+from flexkernel.engine.run.context import RunContext
+from flexkernel.engine.run.recording import ForwardRecording
 from flexkernel.errors import FlexError
 from flexkernel.memory.plan import Plan
 from flexkernel.memory.slab import Slab
-from flexkernel.wire import CaptureKey, Region, ShardRecord
+from flexkernel.wire import CaptureKey, Layout, Region, ShardRecord
 from tests.support.models import ids_and_mask
 
 IDS = [[5, 6, 7, 8, 9], [3, 4, 5, 6, 2]]
@@ -264,13 +266,12 @@ def test_digests_in_flight_are_the_digests():
 
 
 def test_a_recording_that_has_landed_tells_numbers():
-    value, text = torch.randn(9, 33), SimpleNamespace()
-    recording = Recording(Plan((), 0, (), False), frozenset(), None, None, None, None, None, text)
-    recording.copies = Staged(Delayed())
-    recording.planned = {0: ShardRecord("scan", "whole", recording.copies.digest(value))}
-    recording.others = {
-        CaptureKey("h", "m"): ShardRecord("scan", "whole", recording.copies.digest(value))
-    }
+    value, copies = torch.randn(9, 33), Staged(Delayed())
+    captures, here = Plan((), 0, (), False), Place(Layout(), 0, 1, 1, (0, 1))
+    context = RunContext(SimpleNamespace(), captures, here, None, None, copies, None)
+    recording = ForwardRecording(context, frozenset())
+    recording.planned = {0: ShardRecord("scan", "whole", copies.digest(value))}
+    recording.others = {CaptureKey("h", "m"): ShardRecord("scan", "whole", copies.digest(value))}
     recording.land()
     assert [one.digest for one in (*recording.planned.values(), *recording.others.values())] == [
         digest(value)

@@ -159,7 +159,7 @@ def test_nothing_is_sent(session, tiny, layout):
 
     def sent(name: str) -> tuple[list[str], bool]:
         with on_engines.counting() as counted:
-            held = on_rank.held(on_engines.runtime(), name)
+            held = on_rank.shard_of(on_engines.runtime(), name)
         return list(counted), isinstance(held, ParameterShard)
 
     for name in (GATE, "model.embed_tokens.weight", "lm_head.weight", NORM):
@@ -699,7 +699,8 @@ def test_reading_again_and_again_takes_no_more(loaded):
 
 
 def indices(shape, *axes):
-    return [index.tolist() for index in on_rank.split(shape, axes, "w")]
+    splits = [on_rank.Split(*axis) for axis in axes]
+    return [index.tolist() for index in on_rank.indices_here(shape, splits, "w")]
 
 
 def test_axes_split_from_left_to_right():
