@@ -294,3 +294,10 @@ def test_all_lists_every_offender_of_one_measure(build: Build, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         house.main(["--root", str(root), "--all", "nothing"])
     assert "is not one of units, arrows" in capsys.readouterr().err
+
+
+def test_it_reads_this_checkout_and_its_order():
+    project = house.read(TOOL.parent.parent)
+    assert len(project.sources) > 50
+    assert project.order
+    assert project.exceptions
