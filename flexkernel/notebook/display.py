@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import html
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from IPython.display import display
@@ -62,7 +63,6 @@ class Progress:
         stage: str = "preparing",
         stays: bool = False,
         after_s: float = 0.0,
-        on_interrupt: Callable[[BaseException], None] | None = None,
     ):
         self.name = name
         self.total = total
@@ -71,7 +71,6 @@ class Progress:
         self.done = 0
         self.stays = stays
         self.after_s = after_s
-        self.on_interrupt = on_interrupt
         self._output = LiveOutput(shell)
         self._began = time.perf_counter()
         self._ended = threading.Event()
@@ -92,9 +91,7 @@ class Progress:
         if self.seconds() >= self.after_s:
             self._draw()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *_: Any
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._ended.set()
         if kind is not None or not self.stays:
             # The error, or the result, says it all: a bar beside it would be a second block.
@@ -104,8 +101,6 @@ class Progress:
                 self._output.draw(self)
         if self._output.drawn and not self._output.in_notebook and sys.stderr.isatty():
             sys.stderr.write("\n" if self.stage else "\r")
-        if isinstance(error, KeyboardInterrupt) and self.on_interrupt is not None:
-            self.on_interrupt(error)
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began
@@ -154,54 +149,78 @@ class Progress:
 class Bars:
     """The bars of a session in a notebook: session.bar(name, total, unit) is a context manager.
 
-    Runs and steps of training share one bar a cell, so that a loop over them has one, too.
+    Runs and steps of training share one bar a cell, so that a loop over them has one, too. They
+    have none within another call's bar, or where their text grows.
     """
 
     def __init__(self, shell: Any, on_interrupt: Callable[[BaseException], None]):
         self.shell = shell
         self.on_interrupt = on_interrupt
+        self._open = 0  # bars of calls that make runs of their own
         self._repeated: Repeated | None = None
 
-    def __call__(self, name: str, total: int = 0, unit: str = "engine", **options: Any) -> Any:
-        if unit not in REPEATED:
-            options = {"on_interrupt": self.on_interrupt, **options}
-            return Progress(self.shell, name, total, unit, **options)
+    @contextlib.contextmanager
+    def __call__(
+        self, name: str, total: int = 0, unit: str = "", stage: str = "preparing"
+    ) -> Iterator[Callable[[str, int, int], None]]:
+        """A bar for a call that takes its time. That of a load (unit "engine") stays."""
+        try:
+            if unit == "text" or (unit in REPEATED and self._open):
+                yield nobody
+            elif unit in REPEATED:
+                yield self._of_cell(unit)
+            else:
+                with self._own(name, total, unit, stage) as progress:
+                    yield progress
+        except KeyboardInterrupt as error:
+            self.on_interrupt(error)
+            raise
+
+    @contextlib.contextmanager
+    def _own(self, name: str, total: int, unit: str, stage: str) -> Iterator[Progress]:
+        self._open += 1
+        try:
+            with Progress(self.shell, name, total, unit, stage, stays=unit == "engine") as progress:
+                yield progress
+        finally:
+            self._open -= 1
+
+    def _of_cell(self, unit: str) -> Callable[[str, int, int], None]:
         if self._repeated is None or self._repeated.over or self._repeated.unit != unit:
-            self._repeated = Repeated(self.shell, unit, self.on_interrupt)
-        return self._repeated
+            self._repeated = Repeated(self.shell, unit)
+        self._repeated.add()
+        return nobody
 
 
 class Repeated:
     """The bar of all runs of one cell. It appears after two seconds and goes with the cell's end.
 
-    Enter it for each run.
+    count: how many there were.
     """
 
-    def __init__(self, shell: Any, unit: str, on_interrupt: Callable[[BaseException], None]):
-        self.shell = shell
+    def __init__(self, shell: Any, unit: str):
         self.unit = unit
-        self.over = False
         self.count = 0
-        self._on_interrupt = on_interrupt
+        self.over = False
+        self._shell = shell
         self._bar = Progress(shell, "", stage=REPEATED[unit], after_s=PATIENCE_S)
+        self._bar.__enter__()
+        shell.events.register("post_run_cell", self._end)
 
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        if self.count == 0:
-            self._bar.__enter__()
-            self.shell.events.register("post_run_cell", self._end)
+    def add(self) -> None:
+        """One more run begins."""
         self.count += 1
         if self.count > 1:
             self._bar.name = f"{self.unit} {self.count}"
-        return lambda *_stage: None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, *_: Any) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self._on_interrupt(error)
 
     def _end(self, _result: Any = None) -> None:
         self.over = True
-        self.shell.events.unregister("post_run_cell", self._end)
-        self._bar.__exit__(None, None)
+        self._shell.events.unregister("post_run_cell", self._end)
+        self._bar.__exit__(None)
+
+
+def nobody(_stage: str, _done: int, _total: int) -> None:
+    """Report to nobody."""
 
 
 class Growing:

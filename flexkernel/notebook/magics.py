@@ -206,9 +206,7 @@ class FlexMagics(Magics):
         if args.timeout is not None:
             session.engines.timeout_s = args.timeout
         options = options_given(args, "tp", "pp", "dp", "fsdp", "dtype", "device", "attn")
-        name = args.path.rstrip("/").rpartition("/")[2]
-        with self.current.bar(name, session.engines.size, stays=True) as progress:
-            return session.load(args.path, progress=progress, **options)
+        return session.load(args.path, **options)
 
     @magic_arguments()
     @argument("glob", nargs="?", default="**", metavar="GLOB", help="which modules (default: all)")

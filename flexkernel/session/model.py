@@ -109,8 +109,8 @@ def load(
     info = merged(info, parts, foreign=source.builder is not None)
     if source.builder is None:
         check_sharded(info)
+    progress("describing", layout.world, layout.world)
     cluster.call("adopt", info)
-    progress("loaded", layout.world, layout.world)
     return info
 
 

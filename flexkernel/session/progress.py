@@ -14,7 +14,7 @@ Bar = Callable[[str, int, str], AbstractContextManager[Progress]]  # (name, of h
 
 @contextlib.contextmanager
 def reporting(
-    bar: Bar | None, progress: Progress | None, name: str, unit: str
+    bar: Bar | None, progress: Progress | None, name: str, unit: str, total: int = 1
 ) -> Iterator[Progress]:
     """Whom to tell how far something is: the given function, else the notebook's bar, else
     nobody."""
@@ -23,7 +23,7 @@ def reporting(
     elif bar is None:
         yield nobody
     else:
-        with bar(name, 1, unit) as shown:
+        with bar(name, total, unit) as shown:
             yield shown
 
 

@@ -22,7 +22,7 @@ from .edits import Edit
 from .hooks import Hook, HookBook
 from .model import Loaded
 from .modules import Modules
-from .progress import Bar, Progress
+from .progress import Bar, Progress, reporting
 from .readonly import OthersStore
 from .run import Run, Store
 from .status import Status
@@ -221,16 +221,18 @@ class Session:
         layout = Layout(pp, dp, fsdp, tp)
         model.check_world(layout, self.engines.size)
         where = model.source(source, pack, reference=reference, forward=forward, names=names)
-        self.engines.ready(device or self.engines.best_device())
-        report = progress or (lambda *_: None)
         kind = dtype_name(dtype)
-        info = model.inspect(
-            self.engines, where, layout, kind, attn, dict(placements or {}), report
-        )
-        self._forget()  # only now: what is refused leaves the loaded model as it is
-        self.engines.renew()
-        info = model.load(self.engines, where, info, report)
-        self._begin(Loaded.of(info, where))
+        name = where.path.rstrip("/").rpartition("/")[2]
+        with reporting(self.bar, progress, name, "engine", layout.world) as report:
+            self.engines.ready(device or self.engines.best_device())
+            info = model.inspect(
+                self.engines, where, layout, kind, attn, dict(placements or {}), report
+            )
+            self._forget()  # only now: what is refused leaves the loaded model as it is
+            self.engines.renew()
+            info = model.load(self.engines, where, info, report)
+            self._begin(Loaded.of(info, where))
+            report("loaded", layout.world, layout.world)
         return info
 
     def _begin(self, loaded: Loaded) -> None:
@@ -502,7 +504,11 @@ class Session:
     ) -> Run:
         self._revive()
         self.hooks.send()
-        return self.store.run(batch, where, self.tokenizer, wanted, on_token)
+        unit = "step" if wanted.get("training") else "run"
+        if on_token is not None:
+            unit = "text"  # which shows by itself that it goes on
+        with reporting(self.bar, None, "", unit):
+            return self.store.run(batch, where, self.tokenizer, wanted, on_token)
 
     # --- experiments: many runs over this session -------------------------------------
 

@@ -59,8 +59,8 @@ class Notebook:
             raise done.error_before_exec or done.error_in_exec
         return done.result
 
-    def fails(self, code: str) -> Exception:
-        with pytest.raises(Exception) as caught:
+    def fails(self, code: str) -> BaseException:
+        with pytest.raises(BaseException) as caught:
             self.do(code)
         return caught.value
 
@@ -617,6 +617,34 @@ def test_stop_at_ends_the_run_there(loaded):
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
+
+
+def test_an_interrupt_is_one_line_that_says_what_it_left(loaded, monkeypatch):
+    def interrupt(self, row, text):
+        self.rows[row] = self.rows.get(row, "") + text
+        if len(self.rows[row]) > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(display.Growing, "__call__", interrupt)
+    loaded.do(f"%flex_hook {MLP}")
+    error = loaded.fails("%flex_run --generate 30 The capital of France is")
+    assert type(error) is KeyboardInterrupt
+    last = loaded.do("flex.last")
+    assert last.partial and 0 < len(last.new_ids[0]) < 30
+    loaded.fails("%flex_run --generate 30 The capital of France is")
+    tokens = len(loaded.do("flex.last").new_ids[0])
+    loaded.fails("%flex_run --generate 30 The capital of France is")
+    kept = f"interrupted after {tokens} tokens; what was captured is flex.last"
+    assert loaded.shown.strip() == f"KeyboardInterrupt: {kept}"
+
+
+def test_an_interrupt_before_anything_was_whole_is_one_line_too(loaded, monkeypatch):
+    def interrupt(*_args, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loaded.magics.session.store, "run", interrupt)
+    loaded.fails("flex.run('abc')")
+    assert loaded.shown.strip() == "KeyboardInterrupt: interrupted"
 
 
 # Show
