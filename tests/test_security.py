@@ -100,7 +100,7 @@ def served(session, tiny):
     address, token = session.engines.call("serve", "a-token-of-this-test", "127.0.0.1", ranks=[0])[
         0
     ]
-    region = run["model.layers.1.mlp"]._region
+    region = run["model.layers.1.mlp"]._lies.region
     return session, address, token, region
 
 

@@ -437,7 +437,7 @@ def planned(session: Session, run: Run) -> dict[tuple[int, Entry], Capture]:
 def by_ranks(capture: Capture, entry: Entry) -> bool:
     """Whether the ranks' parts in the slab are the value itself: not if they are addends, or parts
     of a reduction."""
-    return entry.hook.reduce is None and not capture._is_partial()
+    return entry.hook.reduce is None and not capture.is_partial
 
 
 def digest(batch: Any) -> str:

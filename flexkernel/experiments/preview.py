@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from flexkernel.boxes import share
 from flexkernel.memory.plan import Entry, Plan
-from flexkernel.session.run import costliest
+from flexkernel.session.store import costliest
 from flexkernel.views.table import Table
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo
 
 if TYPE_CHECKING:
-    from flexkernel.session.run import Store
     from flexkernel.session.session import Session
+    from flexkernel.session.store import Store
 
 __all__ = ["Preview", "preview"]
 

@@ -146,7 +146,7 @@ class Sweep:
         captures = [self._value] if isinstance(self._value, Capture) else []
         if isinstance(self._value, Run):
             captures = list(self._sources().values())
-        let_go = [capture.hold() for capture in captures]
+        let_go = [capture.pin() for capture in captures]
         try:
             yield
         finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import html
 import math
 import re
@@ -24,9 +23,10 @@ from flexkernel.memory.drift import drift, real_part
 from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
 from flexkernel.names import display_name
-from flexkernel.session.capture import Capture
+from flexkernel.session.capture import Capture, Location, Value
 from flexkernel.session.progress import Progress, reporting
-from flexkernel.session.run import Run, Store
+from flexkernel.session.run import Run
+from flexkernel.session.store import Store
 from flexkernel.views.table import Table
 from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, ShardRecord, Unsharded
 
@@ -310,10 +310,8 @@ def specs_of(
 def truth_of(where: Plan, entry: Entry, extent: Extent, store: Store) -> Capture:
     """What rank 0 has written for an entry of the plan."""
     region = where.region(entry, extent.slab, extent.base)
-    seen = {0: ShardRecord("unsharded", "whole")}
-    dtype = getattr(torch, entry.formula.dtype)
-    looked = functools.partial(store.pool.pin, extent)
-    return Capture(entry.key, entry.shape, dtype, seen, region, store, extent.slab_bytes, looked)
+    of = Value(entry.key, entry.shape, getattr(torch, entry.formula.dtype))
+    return Capture(of, Location(store, region, extent), {0: ShardRecord("unsharded", "whole")})
 
 
 def compared(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .slab import PAGE, pages
 
@@ -16,14 +16,30 @@ SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
 
 @dataclasses.dataclass
 class Extent:
-    """A run's bytes in a slab. tensors: how many live tensors look into it."""
+    """A run's bytes in a slab. They are not used again while they are pinned."""
 
     slab: str
     slab_bytes: int
     base: int
     num_bytes: int
-    tensors: int = 0
     released: bool = False
+    _pins: int = 0
+    # finalizers, which run in any thread, only append here
+    _dead: collections.deque[None] = dataclasses.field(default_factory=collections.deque)
+
+    @property
+    def tensors(self) -> int:
+        """How many live tensors look into it."""
+        return self._pins - len(self._dead)
+
+    def pin(self) -> Callable[[], None]:
+        """Count a tensor made from it; call the result when that has died, from any thread, even a
+        finalizer."""
+        while self._dead:
+            self._dead.popleft()
+            self._pins -= 1
+        self._pins += 1
+        return functools.partial(self._dead.append, None)
 
 
 class Pool:
@@ -34,7 +50,6 @@ class Pool:
         self._prefix, self._smallest, self._count = prefix, smallest, 0
         self._sizes: dict[str, int] = {}
         self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
-        self._dead: collections.deque[Extent] = collections.deque()  # finalizers only append here
 
     def lease(self, num_bytes: int) -> Extent:
         """An extent for a run: in the first slab with a gap, else in a new one."""
@@ -70,12 +85,6 @@ class Pool:
         self._extents.setdefault(extent.slab, []).append(extent)
         self._extents[extent.slab].sort(key=lambda e: e.base)
 
-    def pin(self, extent: Extent):
-        """Count a tensor made from the extent; call the result when it has died (from any thread,
-        even a finalizer)."""
-        extent.tensors += 1
-        return functools.partial(self._dead.append, extent)
-
     def release(self, extent: Extent) -> None:
         """The run is done with it; reused once no tensor looks into it."""
         extent.released = True
@@ -88,8 +97,7 @@ class Pool:
             del self._extents[extent.slab], self._sizes[extent.slab]
 
     def drain(self) -> None:
-        while self._dead:
-            self._dead.popleft().tensors -= 1
+        """Take back what is released and not pinned any more."""
         for slab, extents in self._extents.items():
             self._extents[slab] = [e for e in extents if not (e.released and e.tensors <= 0)]
 

@@ -4,7 +4,6 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,20 +12,20 @@ from typing import Any, Protocol
 
 import torch
 
-from flexkernel import errors
-from flexkernel.boxes import Box
-from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
+from flexkernel.errors import CaptureError, CaptureExpired
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry
+from flexkernel.memory.pool import Extent
 from flexkernel.memory.slab import Slab, pages, size_of
-from flexkernel.wire import CaptureKey, Layout, Region, ShardRecord, SlabValue, dtype_name
+from flexkernel.wire import CaptureKey, Region, ShardRecord, SlabValue, dtype_name
 
+from .failures import failure
 from .files import whole_file
+from .tensorlike import TensorLike
 
-__all__ = ["Capture", "Home", "Reduced", "draw"]
+__all__ = ["Capture", "Home", "Location", "Value", "draw", "ranks_text"]
 
-
-NOTHING_SEEN: Mapping[int, ShardRecord] = MappingProxyType({})
+NO_RECORDS: Mapping[int, ShardRecord] = MappingProxyType({})
+Dims = int | Sequence[int] | None
 
 
 class Home(Protocol):
@@ -39,52 +38,79 @@ class Home(Protocol):
     def client(self, host: str) -> Any: ...
 
 
-class Capture:
-    """One activation, behaving as if the model were on one device.
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Which value a capture is: its key, and its whole shape and dtype.
+
+    tokens: each row's, as text. mask: (B, positions) bool, which of a run's positions are real:
+    False on pads, and in a generation after the token before a row's last one; None where the
+    value has no positions."""
+
+    key: CaptureKey
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tokens: list[list[str]] | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where a capture's bytes are.
+
+    region: its planned place; None: each rank keeps its part in a file of its own. extent: the
+    run's bytes, which are not used again while a tensor looks into them. cut: takes what there is
+    out of what was planned. covers: the shape that the ranks' parts make together, where it is not
+    the value's own."""
+
+    home: Home
+    region: Region | None = None
+    extent: Extent | None = None
+    cut: Callable[[torch.Tensor], torch.Tensor] | None = None
+    covers: tuple[int, ...] | None = None
+
+    def pin(self) -> Callable[[], None]:
+        """Keep the bytes from being used again; call the result to let go."""
+        return nothing if self.extent is None else self.extent.pin()
+
+    def slab(self) -> Slab:
+        """The slab of this host in which the region lies."""
+        assert self.region is not None
+        num_bytes = own_bytes(self.region) if self.extent is None else self.extent.slab_bytes
+        return self.home.slab(self.region.slab, num_bytes)
+
+    def shown(self, planned: torch.Tensor) -> torch.Tensor:
+        """What there is of what was planned."""
+        return planned if self.cut is None else self.cut(planned)
+
+
+class Capture(TensorLike):
+    """One activation, behaving as if the model were on one device. It behaves like a tensor, too:
+    `a - b`, `torch.softmax(a, -1)`, `a[0, -1]`; what is read of it is a plain tensor of yours.
 
     key: which module, where, which leaf and call. shape, dtype: of the whole. evidence: how its
-    placement is known. seen: rank → what that rank saw. region: its planned place, None where it
-    has none. tokens: each row's, as text. mask: (B, positions) bool, which of a run's positions
-    are real: False on pads, and in a generation after the token before a row's last one; None
-    where the value has no positions. cut: what of the planned whole there is. covers: the shape
-    that the ranks' parts make together, where it is not its own.
+    placement is known. records: rank → what that rank reported. tokens, mask: see Value. error:
+    why it cannot be read, None if it can.
     """
 
-    def __init__(
-        self,
-        key: CaptureKey,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        seen: Mapping[int, ShardRecord],
-        region: Region | None,
-        home: Home,
-        slab_bytes: int = 0,
-        looked_into: Callable[[], Callable[[], None]] | None = None,
-        tokens: list[list[str]] | None = None,
-        mask: torch.Tensor | None = None,
-        cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        covers: tuple[int, ...] | None = None,
-    ):
-        self.key, self.shape, self.dtype = key, tuple(shape), dtype
-        self.seen: Mapping[int, ShardRecord] = dict(seen)
-        self.tokens, self.mask, self._cut = tokens, mask, cut
-        self._region, self._home, self._slab_bytes = region, home, slab_bytes
-        self._looked_into = looked_into or not_counted
-        self._expired = ""
-        self._said: tuple[str, str] | None = None  # (placement, evidence), once it has expired
+    def __init__(self, of: Value, lies: Location, records: Mapping[int, ShardRecord]):
+        self.key = of.key
+        self.shape = tuple(of.shape)
+        self.dtype = of.dtype
+        self.tokens = of.tokens
+        self.mask = of.mask
+        self.records: Mapping[int, ShardRecord] = dict(records)
         self.verified = False
         self.give_back: Callable[[], None] | None = None  # of a capture that belongs to no run
-        self.error = _failure(key, self.seen, self.shape if covers is None else covers)
+        self._lies = lies
+        self._expired = ""
+        self._summary: tuple[str, str] | None = None  # (placement, evidence), once it has expired
+        self.error = failure(of.key, self.records, lies.covers or self.shape)
 
     # --- what it is -------------------------------------------------------------------
 
     @property
     def name(self) -> str:
         return str(self.key)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -97,9 +123,9 @@ class Capture:
 
         verified: this value of this model was compared with the unsharded one's, and equal
         (session.verify())."""
-        kinds = sorted({seen.evidence for seen in self.seen.values() if seen.error is None})
-        if self._said is not None:
-            return self._said[1]
+        if self._summary is not None:
+            return self._summary[1]
+        kinds = sorted({record.evidence for record in self._good_records()})
         if self.verified and kinds:
             return "verified"
         return "/".join("scan+digest" if kind == "scan" else kind for kind in kinds) or "none"
@@ -107,39 +133,41 @@ class Capture:
     @property
     def placement(self) -> str:
         """Over the tp axis, in torch's words."""
-        if self._said is not None:
-            return self._said[0]
-        return (
-            "/".join(sorted({seen.placement for seen in self.seen.values() if seen.error is None}))
-            or "unknown"
-        )
+        if self._summary is not None:
+            return self._summary[0]
+        return "/".join(sorted({record.placement for record in self._good_records()})) or "unknown"
+
+    def _good_records(self) -> list[ShardRecord]:
+        return [record for record in self.records.values() if record.error is None]
 
     @property
     def shards(self) -> list[tuple[int, list[int], list[str]]]:
         """For each dim that is split over ranks: (dim, where the parts end, which ranks hold
         each)."""
-        found: dict[int, dict[tuple[int, int], list[int]]] = {}
-        for rank, seen in sorted(self.seen.items()):
-            for dim, start, stop in seen.shard if seen.error is None else ():
+        by_dim: dict[int, dict[tuple[int, int], list[int]]] = {}
+        for rank, record in sorted(self.records.items()):
+            if record.error is not None:
+                continue
+            for dim, start, stop in record.shard:
                 if stop > start:
-                    found.setdefault(dim, {}).setdefault((start, stop), []).append(rank)
-        return [
-            (
-                dim,
-                [stop for _, stop in sorted(parts)],
-                [ranks_text(parts[part]) for part in sorted(parts)],
-            )
-            for dim, parts in sorted(found.items())
-            if len(parts) > 1
-        ]
+                    by_dim.setdefault(dim, {}).setdefault((start, stop), []).append(rank)
+        found = []
+        for dim, parts in sorted(by_dim.items()):
+            if len(parts) > 1:
+                ends = [stop for _, stop in sorted(parts)]
+                found.append((dim, ends, [ranks_text(parts[part]) for part in sorted(parts)]))
+        return found
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the ranks hold addends of it, kept apart and summed when it is read."""
+        return any(record.partial for record in self.records.values())
 
     def __repr__(self) -> str:
         if self.error is not None:
             return f"<Capture {self.name}: {type(self.error).__name__}>"
         kind = dtype_name(self.dtype)
-        return (
-            f"<Capture {self.name} {tuple(self.shape)} {kind}, {self.placement} by {self.evidence}>"
-        )
+        return f"<Capture {self.name} {self.shape} {kind}, {self.placement} by {self.evidence}>"
 
     # --- looking ----------------------------------------------------------------------
 
@@ -149,41 +177,43 @@ class Capture:
 
         CaptureExpired: the run was freed. PlacementError: where the shards lie is not known."""
         self._check()
-        if self._is_view():
-            region, slab = self._place()
-            return self._there(slab.private(region, self._looked_into()))
-        return self._assemble()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """For numpy and what draws with it; bfloat16, which numpy has not, as float32."""
-        whole = self.tensor()
-        array = (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy()
-        return array if dtype is None else array.astype(dtype)
+        if not self._is_view():
+            return self._assemble()
+        lies = self._view()
+        assert lies.region is not None
+        return lies.shown(lies.slab().private(lies.region, lies.pin()))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A slice, in memory of its own."""
         self._check()
         if self._is_view():
             return self._shared()[index].clone()
-        host = self._one_host()
-        if host is not None and self._region is not None:
-            return self._home.client(host).slice(self._region, index)
+        client = self._client()
+        if client is not None:
+            return client.slice(self._lies.region, index)
         return self._assemble()[index].clone()
 
-    def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    def sum(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The sum over `dim` (all dims by default), in float32 or the tensor's float64."""
+        return self._reduced("sum", dim, keepdim)
+
+    def mean(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
         return self._reduced("mean", dim, keepdim)
 
-    def norm(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    def norm(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
         """The 2-norm over `dim` (all dims by default), in float32 or the tensor's float64."""
         return self._reduced("norm", dim, keepdim)
 
-    def var(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    def var(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
         return self._reduced("var", dim, keepdim)
 
-    def amax(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    def std(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        return self._reduced("std", dim, keepdim)
+
+    def amax(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
         return self._reduced("amax", dim, keepdim)
 
-    def amin(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> torch.Tensor:
+    def amin(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
         return self._reduced("amin", dim, keepdim)
 
     def topk(
@@ -209,14 +239,6 @@ class Capture:
     def count_nan(self, rows=None, cols=None) -> int:
         return self._tiled("count_nan", rows=rows, cols=cols)
 
-    def _tiled(self, op: str, **options: Any) -> Any:
-        """One of the reductions for pictures, made where the bytes are."""
-        self._check()
-        host = None if self._is_view() else self._one_host()
-        if host is not None and self._region is not None:
-            return getattr(self._home.client(host), op)(self._region, **options)
-        return getattr(reduce, op)(self._matrix(), **options)
-
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as a safetensors file, under its name; the file appears whole or not at all.
         CaptureError: it could not be written."""
@@ -232,6 +254,8 @@ class Capture:
         self._check()
         return draw(self, as_, **options)
 
+    # --- its memory -------------------------------------------------------------------
+
     def free(self) -> None:
         """Give a parameter's memory back now. Tensors that were read stay as they are."""
         if self.give_back is None:
@@ -245,36 +269,39 @@ class Capture:
         """Where it lies, for an edit that patches it in. CaptureError: on another host, or in
         several places."""
         self._check()
-        if not self._is_view() or self._cut is not None:
+        if not self._is_view() or self._lies.cut is not None:
             raise CaptureError(
                 f"{self.name} does not lie in one piece of a slab of this host; give its .tensor()"
             )
-        region, _ = self._place()
+        lies = self._view()
+        assert lies.region is not None
+        extent = lies.extent
         return SlabValue(
-            region, self._slab_bytes or max(pages(size_of(region.shape, region.dtype)), pages(1))
+            lies.region, own_bytes(lies.region) if extent is None else extent.slab_bytes
         )
 
-    def hold(self) -> Callable[[], None]:
+    def pin(self) -> Callable[[], None]:
         """Keep its memory from being used again; call the result to let go."""
-        return self._looked_into()
+        return self._lies.pin()
 
-    def move(
-        self, slab: str, slab_bytes: int, base: int, looked_into: Callable[[], Callable[[], None]]
-    ) -> None:
-        """Its bytes lie elsewhere from now on, `base` bytes before where they lay; what was read
-        before stays."""
-        if self._region is not None:
-            self._region = dataclasses.replace(
-                self._region, slab=slab, offset=self._region.offset - base
-            )
-            self._slab_bytes, self._looked_into = slab_bytes, looked_into
+    def move(self, extent: Extent, base: int) -> None:
+        """Its bytes lie in another slab from now on, `base` bytes before where they lay; what was
+        read before stays."""
+        region = self._lies.region
+        if region is not None:
+            region = dataclasses.replace(region, slab=extent.slab, offset=region.offset - base)
+            self._lies = dataclasses.replace(self._lies, region=region, extent=extent)
 
     def expire(self, why: str) -> None:
-        """The store takes the memory back; what was read before stays readable. A notebook's Out[]
-        keeps it for ever: it keeps what its repr says, and nothing of what each rank saw."""
-        self._expired, self._said = why, (self.placement, self.evidence)
-        self.seen, self.mask, self._region, self._cut = NOTHING_SEEN, None, None, None
-        self._looked_into = not_counted
+        """The store takes the memory back; what was read before stays readable.
+
+        A notebook's Out[] keeps a capture for ever: it keeps what its repr says, and nothing of
+        what each rank reported."""
+        self._summary = self.placement, self.evidence
+        self._expired = why
+        self.records = NO_RECORDS
+        self.mask = None
+        self._lies = Location(self._lies.home)
 
     # --- inside -----------------------------------------------------------------------
 
@@ -285,60 +312,59 @@ class Capture:
             raise CaptureExpired(f"{self.name}: {self._expired}")
 
     def _reduced(self, op: str, dim: Any, keepdim: bool, **more: Any) -> Any:
+        """One of the reductions of memory/reduce.py, made where the bytes are."""
         self._check()
-        host = None if self._is_view() else self._one_host()
-        if host is not None and self._region is not None:
-            return self._home.client(host).reduce(self._region, op, dim, keepdim, **more)
+        client = None if self._is_view() else self._client()
+        if client is not None:
+            return client.reduce(self._lies.region, op, dim, keepdim, **more)
         return reduce.partial(op, self._whole(), dim, keepdim, **more).value()
+
+    def _tiled(self, op: str, **options: Any) -> Any:
+        """One of the reductions for pictures, made where the bytes are."""
+        self._check()
+        client = None if self._is_view() else self._client()
+        if client is not None:
+            return getattr(client, op)(self._lies.region, **options)
+        return getattr(reduce, op)(self._matrix(), **options)
 
     def _hosts(self) -> set[str]:
         """The hosts whose ranks wrote a part of it."""
+        hosts = self._lies.home.hosts
         return {
-            self._home.hosts[r]
-            for r, s in self.seen.items()
-            if s.written is not None or s.region is not None
+            hosts[rank]
+            for rank, record in self.records.items()
+            if record.written is not None or record.region is not None
         }
 
-    def _one_host(self) -> str | None:
+    def _client(self) -> Any:
+        """Who reads it on the one other host where all of it lies, side by side; None: it does not
+        lie so."""
         hosts = self._hosts()
-        return (
-            hosts.pop()
-            if len(hosts) == 1 and not self._is_partial() and self._cut is None
-            else None
-        )
-
-    def _is_partial(self) -> bool:
-        return any(seen.partial for seen in self.seen.values())
+        lies = self._lies
+        apart = self.is_partial or lies.cut is not None or lies.region is None
+        if apart or len(hosts) != 1 or hosts == {lies.home.here}:
+            return None
+        return lies.home.client(hosts.pop())
 
     def _is_view(self) -> bool:
         """Whether all of it lies in one region of a slab that this process can map."""
-        pieces = sum(seen.region is not None for seen in self.seen.values())
-        return not self._is_partial() and self._hosts() <= {self._home.here} and pieces <= 1
+        pieces = sum(record.region is not None for record in self.records.values())
+        here = {self._lies.home.here}
+        return not self.is_partial and self._hosts() <= here and pieces <= 1
 
-    def _place(self) -> tuple[Region, Slab]:
-        if self._region is not None:
-            return self._region, self._home.slab(self._region.slab, self._slab_bytes)
-        region = next(s.region for s in self.seen.values() if s.region is not None)
-        return region, self._own_slab(region)
-
-    def _own_slab(self, region: Region) -> Slab:
-        """The file a rank keeps a value in that had no planned place."""
-        return self._home.slab(
-            region.slab, max(pages(size_of(region.shape, region.dtype)), pages(1))
-        )
+    def _view(self) -> Location:
+        """The one region in which all of it lies."""
+        if self._lies.region is not None:
+            return self._lies
+        regions = (record.region for record in self.records.values())
+        region = next(region for region in regions if region is not None)
+        return dataclasses.replace(self._lies, region=region, extent=None)
 
     def _shared(self) -> torch.Tensor:
         """The shared map: to be read here, never handed out."""
-        return self._there(self._planned())
-
-    def _planned(self) -> torch.Tensor:
-        """All that was planned, of which a generation that ended early has not run the last
-        positions."""
-        region, slab = self._place()
-        return slab.tensor(region)
-
-    def _there(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole if self._cut is None else self._cut(whole)
+        lies = self._view()
+        assert lies.region is not None
+        return lies.shown(lies.slab().tensor(lies.region))
 
     def _whole(self) -> torch.Tensor:
         return self._shared() if self._is_view() else self._assemble()
@@ -349,88 +375,49 @@ class Capture:
 
     def _assemble(self) -> torch.Tensor:
         """The whole in memory of its own, from each host's part, or as the sum of its addends."""
-        if self._is_partial():
+        if self.is_partial:
             return self._sum()
-        host = self._one_host()
-        if host not in (None, self._home.here) and self._region is not None:
-            return self._home.client(host).read(self._region)  # the parts lie there side by side
-        planned = self.shape if self._cut is None or self._region is None else self._region.shape
+        client = self._client()
+        if client is not None:
+            return client.read(self._lies.region)
+        region = self._lies.region
+        planned = self.shape if region is None or self._lies.cut is None else region.shape
         whole = torch.empty(planned, dtype=self.dtype)
-        for rank, seen in self.seen.items():
-            if seen.written is not None:
-                for part in seen.written.parts():
+        for rank, record in self.records.items():
+            if record.written is not None:
+                for part in record.written.parts():
                     index = part.slices(self.ndim)
                     whole[index] = self._part(rank, index)
-            elif seen.region is not None:
-                whole[seen.shard.slices(self.ndim)] = self._own_part(rank, seen.region)
-        return self._there(whole)
+            elif record.region is not None:
+                whole[record.shard.slices(self.ndim)] = self._own_part(rank, record.region)
+        return self._lies.shown(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
         """What a rank keeps in a region of its own."""
-        host = self._home.hosts[rank]
-        if host == self._home.here:
-            return self._own_slab(region).tensor(region)
-        return self._home.client(host).read(region)
+        home = self._lies.home
+        host = home.hosts[rank]
+        if host == home.here:
+            return home.slab(region.slab, own_bytes(region)).tensor(region)
+        return home.client(host).read(region)
 
     def _part(self, rank: int, index: tuple) -> torch.Tensor:
-        assert self._region is not None
-        host = self._home.hosts[rank]
-        if host == self._home.here:
-            return self._planned()[index]
-        return self._home.client(host).slice(self._region, index)
+        """What a rank wrote into the planned region."""
+        lies = self._lies
+        assert lies.region is not None
+        host = lies.home.hosts[rank]
+        if host == lies.home.here:
+            return lies.slab().tensor(lies.region)[index]
+        return lies.home.client(host).slice(lies.region, index)
 
     def _sum(self) -> torch.Tensor:
         """Addends are kept apart by the ranks and summed here in float32."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         whole = torch.zeros(self.shape, dtype=exact)
-        for rank, seen in self.seen.items():
-            if seen.region is not None:
-                addend = self._own_part(rank, seen.region)
-                whole[seen.shard.slices(self.ndim)] += addend.to(exact)
+        for rank, record in self.records.items():
+            if record.region is not None:
+                addend = self._own_part(rank, record.region)
+                whole[record.shard.slices(self.ndim)] += addend.to(exact)
         return whole.to(self.dtype)
-
-
-class Reduced(Capture):
-    """What was kept instead of an activation. In its place lies what each rank's part said of it,
-    (statistics, slots, what is kept), of which every look makes the whole.
-
-    entry: the planned capture. layout: whose ranks they are. Its shape and dtype are the reduced
-    value's."""
-
-    def __init__(self, entry: Entry, layout: Layout, *args: Any):
-        self.entry, self.layout = entry, layout
-        super().__init__(*args)
-
-    def _is_view(self) -> bool:
-        return False
-
-    def _one_host(self) -> None:
-        return None
-
-    def _assemble(self) -> torch.Tensor:
-        assert self.entry.hook.reduce is not None and self._region is not None
-        op, dtype = self.entry.hook.reduce.op, getattr(torch, self.entry.formula.dtype)
-        whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
-        for rank, seen in sorted(self.seen.items()):
-            if seen.written is not None:
-                into = whole[(slice(None), *self._kept_index(seen.written))]
-                both = [
-                    reduce.Partial(op, tuple(parts), dtype)
-                    for parts in (into, self._said_by(rank, seen.written))
-                ]
-                into.copy_(torch.stack(reduce.combine(both).parts))
-        value = reduce.Partial(op, tuple(whole), dtype).value()
-        assert isinstance(value, torch.Tensor)
-        return self._there(value)
-
-    def _said_by(self, rank: int, box: Box) -> torch.Tensor:
-        """A rank's statistics of its part."""
-        slot = self.entry.slot(self.layout, rank)
-        return self._part(rank, (slice(None), slot, *self._kept_index(box)))
-
-    def _kept_index(self, box: Box) -> tuple[slice, ...]:
-        """What indexes a part of the whole in what is left of it."""
-        return box.without(self.entry.over).slices(len(self.entry.kept))
 
 
 def draw(source: Any, as_: str = "map", **options: Any) -> Any:
@@ -440,78 +427,22 @@ def draw(source: Any, as_: str = "map", **options: Any) -> Any:
     return show(source, as_, **options)
 
 
-def not_counted() -> Callable[[], None]:
-    """What is counted where nobody counts the tensors that look into a capture, and called when
-    one has died."""
-    return nothing
+def own_bytes(region: Region) -> int:
+    """The bytes of a file that holds this region alone."""
+    return max(pages(size_of(region.shape, region.dtype)), pages(1))
 
 
 def nothing() -> None:
-    """There is nothing to do."""
+    """There is nothing to let go of."""
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks in words.
+
+    >>> ranks_text([0, 2]), ranks_text(range(8))
+    ('rank 0, 2', 'ranks 0 to 7')
+    """
     in_a_row = list(ranks) == list(range(ranks[0], ranks[0] + len(ranks)))
-    return (
-        f"ranks {ranks[0]} to {ranks[-1]}"
-        if in_a_row and len(ranks) > 4
-        else "rank " + ", ".join(map(str, ranks))
-    )
-
-
-def _failure(
-    key: CaptureKey, seen: Mapping[int, ShardRecord], shape: tuple[int, ...]
-) -> Exception | None:
-    """Why this capture is not to be read: a rank failed, copies differ, or a part is missing."""
-    for rank, one in sorted(seen.items()):
-        if one.error is not None:
-            kind, message = one.error
-            message = message if key.module in message else f"{key}: {message}"
-            return errors.named(kind)(
-                f"{message} (rank {rank})" if "rank" not in message else message
-            )
-    return differing(key, seen) or _missing(key, seen, shape)
-
-
-def differing(key: CaptureKey, seen: Mapping[int, ShardRecord]) -> Exception | None:
-    """Ranks that hold the same part must hold the same numbers."""
-    first: dict[Box, tuple[int, int]] = {}
-    for rank, one in sorted(seen.items()):
-        if one.partial or one.shard.is_empty:
-            continue
-        other, digest = first.setdefault(one.shard, (rank, one.digest))
-        if digest != one.digest:
-            declared = key.module + (" input" if key.site.kind == "input" else "")
-            return PlacementError(
-                f"{key}: ranks {other} and {rank} hold the same part of it with different numbers: it is a partial "
-                f"sum, or these ranks have diverged. If it is a sum, declare it, "
-                f"placements={{{declared!r}: 'partial'}}"
-            )
-    return None
-
-
-def _missing(
-    key: CaptureKey, seen: Mapping[int, ShardRecord], shape: tuple[int, ...]
-) -> Exception | None:
-    """The parts that were written must be the whole: counted, since no two ranks write the same
-    element."""
-    total = math.prod(shape)
-    addends = max((one.partial for one in seen.values()), default=0)
-    parts = [one.written for one in seen.values() if one.written is not None]
-    kept = [one.shard for one in seen.values() if one.region is not None]
-    if not addends:
-        parts = list(dict.fromkeys(parts))
-    written = sum(part.volume(shape) for part in (*parts, *kept))
-    if written == total * (addends or 1):
-        return None
-    if addends:
-        return CaptureError(
-            f"{key}: a sum of {addends} addends, of which {written:,} of {total * addends:,} elements came"
-        )
-    silent = (
-        "no gradient reached it, the loss does not depend on it"
-        if key.site.gradient
-        else "it did not fire in this run"
-    )
-    what = silent if not seen else f"{written:,} of {total:,} elements were written"
-    return CaptureError(f"{key}: {what}")
+    if in_a_row and len(ranks) > 4:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return "rank " + ", ".join(map(str, ranks))

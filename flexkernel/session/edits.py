@@ -56,7 +56,7 @@ class Pins:
         """For the hook of that key, instead of what it had."""
         before = self._let_go.pop(key, None)
         if isinstance(value, Capture):
-            self._let_go[key] = value.hold()
+            self._let_go[key] = value.pin()
         if before is not None:
             before()
 

@@ -14,7 +14,6 @@ from typing import Any
 from flexkernel.cluster.interrupts import SignalMask
 from flexkernel.cluster.packing import pack
 from flexkernel.errors import EngineDied, HookError, LoadError
-from flexkernel.names import display_name
 from flexkernel.views.table import Table
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
@@ -23,6 +22,7 @@ from .edits import PRESETS, Edit, Pins, defined, value_of
 from .groups import check_groups, regrouped, selected
 from .model import NONE_LOADED, Loaded
 from .spec import check, spec_of
+from .text import some
 
 __all__ = ["Hook", "HookBook", "HookTable"]
 
@@ -314,11 +314,3 @@ def names_for(edit: Edit) -> Iterator[str]:
         yield name
     for number in itertools.count(2):
         yield f"{name}_{number}"
-
-
-def some(names: Sequence[str], limit: int = 3) -> str:
-    """A few of the names, and how many more there are."""
-    shown = [display_name(name) for name in names]
-    if len(shown) > limit:
-        shown = [*shown[: limit - 1], "...", shown[-1]]
-    return ", ".join(shown)

@@ -31,12 +31,12 @@ from flexkernel.wire import (
     dtype_name,
 )
 
-from .capture import Capture, ranks_text
+from .capture import Capture, Location, Value, ranks_text
 
 if TYPE_CHECKING:
     from flexkernel.cluster.cluster import Cluster
 
-    from .run import Store
+    from .store import Store
 
 __all__ = ["edited", "read", "shapes"]
 
@@ -75,16 +75,8 @@ def read(store: Store, info: ModelInfo, name: str) -> Capture:
             zip(held, engines.call("parameters.write", ranks=list(held), each=each), strict=True)
         )
         check_copies(name, held, seen)
-        whole = Capture(
-            CaptureKey("parameter", name),
-            shape,
-            getattr(torch, dtype),
-            seen,
-            region,
-            store,
-            extent.slab_bytes,
-            lambda: store.pool.pin(extent),
-        )
+        of = Value(CaptureKey("parameter", name), shape, getattr(torch, dtype))
+        whole = Capture(of, Location(store, region, extent), seen)
         assert whole.error is None, "checked before"
         store.lend(whole, extent)
     return whole

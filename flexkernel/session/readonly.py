@@ -13,7 +13,8 @@ from flexkernel.memory.pool import Extent
 from flexkernel.memory.slab import Slab, on_disk
 from flexkernel.wire import Region
 
-from .run import Run, Store
+from .run import Run
+from .store import Store
 
 __all__ = ["OthersStore"]
 
@@ -58,7 +59,7 @@ class OthersStore(Store):
             (n, s.region)
             for n, run in self.runs.items()
             for c in run.captures.values()
-            for s in c.seen.values()
+            for s in c.records.values()
         )
         # a file of its own
         return next(n for n, lies in seen if lies is not None and lies.slab == region.slab)

@@ -24,8 +24,10 @@ from .model import Loaded
 from .modules import Modules
 from .progress import Bar, Progress, reporting
 from .readonly import OthersStore
-from .run import Run, Store
+from .run import Run
+from .runner import Runner
 from .status import Status
+from .store import Store
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -507,8 +509,9 @@ class Session:
         unit = "step" if wanted.get("training") else "run"
         if on_token is not None:
             unit = "text"  # which shows by itself that it goes on
+        runner = Runner(self.engines, self.store, self.tokenizer)
         with reporting(self.bar, None, "", unit):
-            return self.store.run(batch, where, self.tokenizer, wanted, on_token)
+            return runner.run(batch, where, wanted, on_token=on_token)
 
     # --- experiments: many runs over this session -------------------------------------
 

@@ -10,7 +10,7 @@ from flexkernel.views.table import Table
 
 from .hooks import HookBook
 from .model import Loaded
-from .run import Store
+from .store import Store
 
 __all__ = ["Status"]
 

@@ -19,7 +19,7 @@ def written(run, world: int) -> list[int]:
     total = [0] * world
     for capture in run.captures.values():
         assert capture.error is None
-        for rank, seen in capture.seen.items():
+        for rank, seen in capture.records.items():
             if seen.written is not None:
                 total[rank] += seen.written.volume(capture.shape) * capture.dtype.itemsize
     return total

@@ -427,7 +427,7 @@ def test_an_extent_is_not_used_again_while_a_tensor_of_it_is_alive(folder):
     slab = Slab(folder / extent.slab, extent.slab_bytes)
     region = Region(extent.slab, extent.base, (4,), "float32")
     value = put(slab, region)
-    held = slab.private(region, pool.pin(extent))[1:]
+    held = slab.private(region, extent.pin())[1:]
     pool.release(extent)
     other = pool.lease(PAGE)
     assert other.base != extent.base and torch.equal(held, value[1:])
@@ -439,7 +439,7 @@ def test_an_extent_is_not_used_again_while_a_tensor_of_it_is_alive(folder):
 def test_a_released_extent_waits_for_every_tensor():
     pool = Pool("p")
     extent = pool.lease(PAGE)
-    died = [pool.pin(extent) for _ in range(3)]
+    died = [extent.pin() for _ in range(3)]
     pool.release(extent)
     for one in died:
         assert pool.lease(PAGE).base != extent.base
@@ -450,7 +450,7 @@ def test_a_released_extent_waits_for_every_tensor():
 def test_an_extent_is_kept_by_its_run_although_its_tensors_died():
     pool = Pool("p")
     extent = pool.lease(PAGE)
-    pool.pin(extent)()
+    extent.pin()()
     assert pool.lease(PAGE).base != extent.base
 
 
@@ -487,7 +487,7 @@ def test_whatever_comes_and_goes_no_two_live_extents_overlap(steps):
         assert extent.num_bytes >= max(num_bytes, 1) and extent.base % PAGE == 0
         assert extent.base + extent.num_bytes <= extent.slab_bytes == pool.slabs[extent.slab]
         if looks:
-            watched.append(pool.pin(extent))
+            watched.append(extent.pin())
         live.append(extent)
         if goes:
             pool.release(live.pop(0))

@@ -682,7 +682,9 @@ def test_show_draws_several_by_their_names_or_a_glob(drawn):
     ]
     layers = [(f"model.layers.{i}.mlp", "map") for i in range(4)]
     assert drawn.do("%flex_show 'model.layers.*.mlp' output --as map") == layers
-    assert "captured nothing at ('nothing',)" in str(drawn.fails(f"%flex_show {a} nothing"))
+    assert "captured nothing at 'nothing': hook it first" in str(
+        drawn.fails(f"%flex_show {a} nothing")
+    )
 
 
 def test_show_of_too_many_draws_none(drawn, monkeypatch):
@@ -1203,7 +1205,7 @@ def test_a_restarted_notebook_attaches_again_and_finds_model_hooks_and_runs(smol
         assert "red (off)" in k.do("%flex_hook")
         assert (
             k.do("len(flex.runs), flex.runs[0].text, len(flex.runs[0])")
-            == "(1, 'The capital of France is', 31)"
+            == "(1, ['The capital of France is'], 31)"
         )
         assert k.do("float(flex.runs[0]['model.layers.20.mlp'].tensor().double().sum())") == first
         assert (

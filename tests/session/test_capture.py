@@ -16,7 +16,7 @@ from flexkernel.boxes import WHOLE, Box
 from flexkernel.errors import CaptureError, CaptureExpired, PlacementError
 from flexkernel.memory.pool import Pool
 from flexkernel.memory.slab import PAGE, Slab, pages
-from flexkernel.session.capture import Capture
+from flexkernel.session.capture import Capture, Location, Value
 from flexkernel.wire import CaptureKey, Region, ShardRecord
 
 KEY = CaptureKey("m", "m")
@@ -66,6 +66,10 @@ class Home:
         return self.clients[host]
 
 
+def value_of(whole: torch.Tensor) -> Value:
+    return Value(KEY, tuple(whole.shape), whole.dtype)
+
+
 def written(
     tmp_path, whole: torch.Tensor, hosts: str, *runs: tuple | None, holds=None, digests=None, **more
 ) -> Capture:
@@ -85,7 +89,7 @@ def written(
         seen[rank] = ShardRecord(
             "scan", "Replicate()", (digests or [0] * len(boxes))[rank], mine, box
         )
-    return Capture(KEY, tuple(whole.shape), whole.dtype, seen, region, home, 16 * PAGE, **more)
+    return Capture(value_of(whole), Location(home, region, **more), seen)
 
 
 @pytest.fixture
@@ -212,7 +216,7 @@ def test_changing_a_slice_changes_nothing_else(tmp_path, whole):
 def test_a_tensor_is_read_for_as_long_as_it_lives_and_the_slab_is_not_reused(tmp_path, whole):
     pool = Pool("p")
     extent = pool.lease(PAGE)
-    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.pin(extent))
+    capture = written(tmp_path, whole, "a", (), extent=extent)
     held = capture.tensor()[1]
     capture.expire("it was freed")
     pool.release(extent)
@@ -226,7 +230,7 @@ def test_a_tensor_is_read_for_as_long_as_it_lives_and_the_slab_is_not_reused(tmp
 def test_slices_and_reductions_hold_nothing(tmp_path, whole):
     pool = Pool("p")
     extent = pool.lease(PAGE)
-    capture = written(tmp_path, whole, "a", (), looked_into=lambda: pool.pin(extent))
+    capture = written(tmp_path, whole, "a", (), extent=extent)
     kept = [capture[0], capture.mean(dim=-1), capture.topk(2), capture.tiles(), capture.amax()]
     pool.release(extent)
     assert kept and pool.lease(PAGE).base == extent.base
@@ -278,13 +282,13 @@ def test_parts_on_two_hosts_are_put_together(tmp_path, whole):
 
 def test_nothing_is_fetched_from_ranks_that_wrote_nothing(tmp_path, whole):
     capture = written(tmp_path, whole, "ab", (), None, holds=[(), ()])
-    assert torch.equal(capture.tensor(), whole) and capture._home.clients["b"].asked == []
+    assert torch.equal(capture.tensor(), whole) and capture._lies.home.clients["b"].asked == []
 
 
 def test_what_lies_on_one_other_host_is_reduced_there(tmp_path, whole):
     capture = written(tmp_path, whole, "b", ())
     torch.testing.assert_close(capture.amax(dim=-1), whole.amax(-1))
-    assert torch.equal(capture[0], whole[0]) and capture._home.clients["b"].asked == [
+    assert torch.equal(capture[0], whole[0]) and capture._lies.home.clients["b"].asked == [
         "amax",
         "slice",
     ]
@@ -305,7 +309,7 @@ def test_addends_of_two_hosts_are_summed(tmp_path, whole):
         0: own_part(home, 0, whole - 1, partial=2),
         1: own_part(home, 1, torch.ones(3, 5, 8), partial=2),
     }
-    capture = Capture(KEY, (3, 5, 8), torch.float32, seen, None, home)
+    capture = Capture(Value(KEY, (3, 5, 8), torch.float32), Location(home), seen)
     torch.testing.assert_close(capture.tensor(), whole)
     torch.testing.assert_close(capture[0, 1], whole[0, 1])
     torch.testing.assert_close(capture.norm(dim=-1), whole.norm(dim=-1))
@@ -316,7 +320,7 @@ def test_addends_of_half_precision_are_summed_in_float32(tmp_path):
     home = Home(tmp_path, "aaa")
     values = [torch.full((2,), v, dtype=torch.bfloat16) for v in (256.0, 1.0, 1.0)]
     seen = {rank: own_part(home, rank, value, partial=3) for rank, value in enumerate(values)}
-    capture = Capture(KEY, (2,), torch.bfloat16, seen, None, home)
+    capture = Capture(Value(KEY, (2,), torch.bfloat16), Location(home), seen)
     assert capture.tensor().tolist() == [258.0, 258.0] and capture.tensor().dtype == torch.bfloat16
 
 
@@ -326,14 +330,16 @@ def test_parts_without_a_planned_place_are_put_together(tmp_path, whole):
         r: own_part(home, r, part, ((2, 4 * r, 4 * r + 4),))
         for r, part in enumerate(whole.chunk(2, -1))
     }
-    capture = Capture(KEY, (3, 5, 8), torch.float32, seen, None, home)
+    capture = Capture(Value(KEY, (3, 5, 8), torch.float32), Location(home), seen)
     assert torch.equal(capture.tensor(), whole)
     torch.testing.assert_close(capture.mean(dim=0), whole.mean(0))
 
 
 def test_a_value_that_one_rank_has_in_a_file_of_its_own_is_a_view(tmp_path, whole):
     home = Home(tmp_path, "a")
-    capture = Capture(KEY, (3, 5, 8), torch.float32, {0: own_part(home, 0, whole)}, None, home)
+    capture = Capture(
+        Value(KEY, (3, 5, 8), torch.float32), Location(home), {0: own_part(home, 0, whole)}
+    )
     assert torch.equal(capture.tensor(), whole) and capture.num_bytes <= pages(1)
 
 
@@ -442,18 +448,22 @@ def test_a_sum_without_one_of_its_addends_is_not_shown(tmp_path, whole):
     home = Home(tmp_path, "aaaa")
     part = torch.ones(1, 4)
     seen = {r: own_part(home, r, part, ((0, r // 2, r // 2 + 1),), partial=2) for r in range(3)}
-    refuses(Capture(KEY, (2, 4), torch.float32, seen, None, home), CaptureError, "m: .* addends")
+    refuses(
+        Capture(Value(KEY, (2, 4), torch.float32), Location(home), seen),
+        CaptureError,
+        "m: .* addends",
+    )
 
 
 def test_an_error_of_one_rank_is_the_captures(tmp_path, whole):
     ok = written(tmp_path, whole, "aa", (), None, holds=[(), ()])
     seen = {
-        **ok.seen,
+        **ok.records,
         1: ShardRecord(
             "none", "unknown", written=None, error=("PlacementError", "it has no tensor")
         ),
     }
-    capture = Capture(KEY, ok.shape, ok.dtype, seen, ok._region, ok._home, 16 * PAGE)
+    capture = Capture(value_of(whole), ok._lies, seen)
     refuses(capture, PlacementError, r"it has no tensor \(rank 1\)")
 
 

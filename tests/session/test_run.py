@@ -20,7 +20,9 @@ from flexkernel.errors import (
     PlacementError,
 )
 from flexkernel.memory.slab import PAGE
-from flexkernel.session.run import Run, Store, described
+from flexkernel.session.reports import described
+from flexkernel.session.run import Run
+from flexkernel.session.store import Store
 from flexkernel.wire import CaptureKey, Region, RunPlan, ShardRecord
 
 IDS = [[5, 6, 7, 8]]
@@ -262,7 +264,7 @@ def test_hidden_states_are_not_called_logits(reference, session):
 
 def test_text_is_the_prompt(session, tiny):
     session.load(tiny("llama"))
-    assert session.run(IDS).text == "".join(session.run(IDS).tokens[0])
+    assert session.run(IDS).text == [" ".join(session.run(IDS).tokens[0])]
     assert len(session.run([[5, 6], [7]]).text) == 2
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flexkernel.errors import CaptureError, CaptureExpired, MemoryBudgetError
-from flexkernel.session.run import Store
+from flexkernel.session.store import Store
 
 IDS = [[5, 6, 7, 8]]
 MLP, LAYER = "model.layers.1.mlp", "model.layers.2"

@@ -24,8 +24,9 @@ from flexkernel.engine.run.context import RunContext
 from flexkernel.engine.run.recording import ForwardRecording, failure
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.plan import Entry, Plan
+from flexkernel.memory.pool import Extent
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
-from flexkernel.session.capture import Capture
+from flexkernel.session.capture import Capture, Location, Value
 from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula
 
 TERMS = ("", "B", "S", "B*S", "P+S")
@@ -107,9 +108,9 @@ class Ranks:
             recording.record(Tap.of(self.hook, self.hook.glob), self.hook.at, local)
             seen[rank] = recording.planned[0]
         dtype = getattr(torch, self.formula.dtype)
-        return Capture(
-            self.entry.key, self.entry.shape, dtype, seen, self.region, self.home, self.num_bytes
-        )
+        extent = Extent(self.region.slab, self.num_bytes, 0, self.num_bytes)
+        of = Value(self.entry.key, self.entry.shape, dtype)
+        return Capture(of, Location(self.home, self.region, extent), seen)
 
 
 def rows_of(whole: torch.Tensor, formula: ShapeFormula, here: Place) -> torch.Tensor:
@@ -166,7 +167,7 @@ def test_the_pieces_of_any_layout_are_the_whole_written_once(
     capture = ranks.capture(locals_)
     assert capture.error is None and torch.equal(capture.tensor(), whole)
     written = torch.zeros(whole.shape, dtype=torch.int64)
-    for seen in capture.seen.values():
+    for seen in capture.records.values():
         if seen.written is not None:
             written[seen.written.slices(whole.dim())] += 1
     assert (written == 1).all()

@@ -316,7 +316,7 @@ def test_a_run_whose_copies_travel_is_the_run(delayed, what):
     assert len(there) > 6 and travelled.loss == at_once.loss
     for key in there:
         assert torch.equal(travelled.captures[key].tensor(), at_once.captures[key].tensor()), key
-        assert all(isinstance(one.digest, int) for one in travelled.captures[key].seen.values())
+        assert all(isinstance(one.digest, int) for one in travelled.captures[key].records.values())
 
 
 def test_a_step_adds_to_what_the_step_before_it_wrote(delayed):

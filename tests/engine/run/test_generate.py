@@ -31,7 +31,7 @@ from flexkernel.errors import (
 )
 from flexkernel.memory import plan
 from flexkernel.session.generation import Detokenizer, generated
-from flexkernel.session.run import Store
+from flexkernel.session.store import Store
 from flexkernel.wire import RunReport
 from tests.support import layouts, models, on_engines, reference, unsharded
 
@@ -428,8 +428,8 @@ def test_large_logits_are_kept_of_the_last_forward_only(session, tiny, monkeypat
         )
     finally:
         session.on_ranks(on_engines.limit_logits, 64 << 20)
-    assert small.logits.shape == (3, 3, 256) and not small.logits_are_last_only
-    assert large.logits.shape == (3, 1, 256) and large.logits_are_last_only
+    assert small.logits.shape == (3, 3, 256) and not small.plan.logits_last
+    assert large.logits.shape == (3, 1, 256) and large.plan.logits_last
     assert large.logits[:, 0].argmax(-1).tolist() == [row[-1] for row in large.new_ids]
 
 
@@ -699,7 +699,9 @@ def test_the_magic_generates_and_is_its_twin(shell, session):
         shell.run_line_magic("flex_run", "--generate 6 abc"),
         session.generate("abc", max_new_tokens=6),
     )
-    assert run.new_ids == twin.new_ids and len(run.new_ids[0]) == 6 and run.text.startswith("abc")
+    assert (
+        run.new_ids == twin.new_ids and len(run.new_ids[0]) == 6 and run.text[0].startswith("abc")
+    )
     assert torch.equal(run["model.layers.1.mlp"].tensor(), twin["model.layers.1.mlp"].tensor())
     drawn = shell.run_line_magic(
         "flex_run", "--generate 6 --sample --temperature 3 --top-k 50 --seed 5 abc"
@@ -730,7 +732,7 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
             "%flex_cluster local",
             f"%flex_load {told_model}",
             "run = %flex_run --generate 200 abc",
-            "print(ascii(run.generated))",
+            "print(ascii(run.generated[0]))",
         ):
             outputs = seen.setdefault(code.split()[0], [])
             reply = client.execute_interactive(code, output_hook=outputs.append, timeout=240)[
@@ -751,7 +753,7 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
     assert len({content["transient"]["display_id"] for content in shown}) == 1, "in one place"
     printed = "".join(
         m["content"]["text"]
-        for m in seen["print(ascii(run.generated))"]
+        for m in seen["print(ascii(run.generated[0]))"]
         if m["msg_type"] == "stream"
     )
     assert printed.strip() == ascii(texts[-1])

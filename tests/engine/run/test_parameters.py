@@ -147,7 +147,7 @@ def test_strides_are_told(session, tiny):
     """gate and up lie one after the other in a rank's part: two runs of rows in the whole."""
     session.load(tiny("mixtral"), tp=2)
     packed = session.parameter("model.layers.0.mlp.experts.gate_up_proj")
-    assert packed.seen[1].shard == ((1, 88, 176), (1, 264, 352))
+    assert packed.records[1].shard == ((1, 88, 176), (1, 264, 352))
     assert [len(ends) for _, ends, _ in packed.shards] == [4]
 
 
