@@ -11,6 +11,7 @@ FlexError
 ├── PlacementError        where a shard lies in the whole tensor is not known
 ├── CaptureError          an activation that is not there
 │   └── CaptureExpired    it was there, and the store of runs has given its memory back
+├── ViewError             a view that is not there
 ├── MemoryBudgetError     the bytes would not fit; refused before the forward
 └── EngineError           code on an engine raised; carries the rank and the engine's traceback
     ├── EditError         a user's edit raised, or returned what cannot take the activation's place
@@ -18,6 +19,9 @@ FlexError
 """
 
 from __future__ import annotations
+
+import os
+import re
 
 __all__ = [
     "CaptureError",
@@ -35,11 +39,14 @@ __all__ = [
     "MemoryBudgetError",
     "PlacementError",
     "PromptError",
+    "ViewError",
     "named",
 ]
 
 
 MOST = 8000  # characters of a message
+FRAME = re.compile(r'^  File ".*\n(?:    .*\n)*', re.MULTILINE)
+LIBRARIES = ("/site-packages/", "/lib/python", f"{os.path.dirname(__file__)}{os.sep}")
 
 
 class FlexError(Exception):
@@ -99,6 +106,10 @@ class CaptureExpired(CaptureError):
     pass
 
 
+class ViewError(FlexError, ValueError):
+    pass
+
+
 class MemoryBudgetError(FlexError):
     pass
 
@@ -117,17 +128,34 @@ class EngineError(FlexError):
 
     def _render_traceback_(self) -> list[str]:
         block = super()._render_traceback_()
-        if self.remote_traceback:
-            block += [f"--- traceback of rank {self.rank} ---", self.remote_traceback.rstrip()]
+        if shown := self._shown_traceback():
+            block += [f"--- traceback of rank {self.rank} ---", shown]
         return block
+
+    def _shown_traceback(self) -> str:
+        return self.remote_traceback.rstrip()
+
+
+def users_frames(error: EngineError) -> str:
+    """The frames of the user's own files, where a function of the user called others of theirs.
+
+    The message names the line; the frames of ours and of torch say nothing about it."""
+    frames = [frame for frame in FRAME.findall(error.remote_traceback) if is_users(frame)]
+    return "".join(frames).rstrip() if len(frames) > 1 else ""
 
 
 class EditError(EngineError):
-    pass
+    _shown_traceback = users_frames
 
 
 class LossError(EngineError):
-    pass
+    _shown_traceback = users_frames
+
+
+def is_users(frame: str) -> bool:
+    """Whether a frame of a traceback is of a user's file or cell."""
+    path = frame.partition('"')[2].partition('"')[0]
+    return not any(part in path for part in LIBRARIES)
 
 
 def shortened(text: str, most: int = MOST) -> str:

@@ -66,6 +66,34 @@ def test_an_engines_error_shows_its_rank_and_its_own_traceback():
     ]
 
 
+INSIDES = f"""Traceback (most recent call last):
+  File "{errors.__file__.replace("errors.py", "engine/run/edits.py")}", line 260, in run
+    return function(x, part.context)
+           ^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "<edit mine>", line 2, in mine
+    y = x.foo
+        ^^^^^
+"""
+OWN = """  File "/home/me/probes.py", line 7, in helper
+    return x.foo
+"""
+BELOW = """  File "/venv/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1, in _call
+    result = hook(self, args, result)
+AttributeError: 'Tensor' object has no attribute 'foo'
+"""
+
+
+@pytest.mark.parametrize("name", ["EditError", "LossError"])
+def test_an_error_in_a_users_function_shows_the_users_frames_only(name):
+    message = "edit 'mine' raised AttributeError (line 2: y = x.foo)"
+    one = CLASSES[name](message, 0, INSIDES + BELOW)
+    assert one._render_traceback_() == [f"{name}: {message}"]
+    _, head, frames = CLASSES[name](message, 1, INSIDES + OWN + BELOW)._render_traceback_()
+    assert head == "--- traceback of rank 1 ---"
+    assert '"<edit mine>", line 2' in frames and '"/home/me/probes.py", line 7' in frames
+    assert "edits.py" not in frames and "torch" not in frames
+
+
 def test_an_engines_error_without_a_traceback_shows_its_sentence_only():
     error = EngineError("rank 0 did not answer", 0)
     assert error.rank == 0 and error.remote_traceback == ""

@@ -605,7 +605,7 @@ def check_view(name: str | None) -> None:
     from flexkernel.views import VIEWS
 
     if name not in (None, *VIEWS):
-        raise UsageError(f"--as {name}: there is no such view; there are {', '.join(VIEWS)}")
+        raise UsageError(f"--as {name}: there is no such view; views: {', '.join(VIEWS)}")
 
 
 def find_captures(run: Run, words: Sequence[str]) -> Capture | list[Capture]:

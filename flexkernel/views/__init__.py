@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flexkernel.errors import ViewError
+
 if TYPE_CHECKING:
     from .tensormap import TensorMap, freeze_all, tensor_map
     from .tree import ModelTree, ModuleRow
@@ -41,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 def show(source: Any, as_: str = "map", **options: Any) -> Any:
     """The view of that name. source: a Capture, a torch tensor, a numpy array; options: those of
-    the view. ValueError: there is no such view."""
+    the view. ViewError: there is no such view."""
     if as_ not in VIEWS:
-        raise ValueError(f"no view {as_!r}; there are {', '.join(VIEWS)}")
+        raise ViewError(f"there is no view {as_!r}; views: {', '.join(VIEWS)}")
     return __getattr__(VIEWS[as_])(source, **options)

@@ -827,7 +827,7 @@ def test_bad_input_is_one_block_and_the_session_goes_on(loaded, code, kind, says
         ("%flex_run --var nothing_there", "--var nothing_there: there is no variable of that name"),
         ("%flex_run --var x abc", "the prompt is given twice: in --var and in the line"),
         ("%%flex_run abc\nabc", "the prompt is given twice: in the line and in the lines below"),
-        ("%flex_show lm_head --as nothing", "--as nothing: there is no such view; there are map"),
+        ("%flex_show lm_head --as nothing", "--as nothing: there is no such view; views: map"),
         ("%flex_show", "the following arguments are required: NAME"),
         ("%flex_freeze all", "unrecognized arguments: all"),
     ],

@@ -393,7 +393,7 @@ def test_questions_from_several_threads_are_answered_one_by_one(wire):
 
 def test_show_finds_a_view_by_name():
     assert isinstance(widgets.show(torch.randn(3, 4), "map", title="x"), widgets.TensorMap)
-    with pytest.raises(ValueError, match="no view 'mpa'; there are map"):
+    with pytest.raises(ValueError, match="there is no view 'mpa'; views: map"):
         widgets.show(torch.randn(3, 4), "mpa")
 
 
