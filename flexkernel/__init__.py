@@ -17,7 +17,10 @@ from ._version import __version__ as __version__
 from .errors import FlexError
 
 if TYPE_CHECKING:
-    from flexkernel.experiments.dataset import open_dataset
+    from flexkernel.experiments.dataset import collect, open_dataset
+    from flexkernel.experiments.preview import preview
+    from flexkernel.experiments.sweep import sweep
+    from flexkernel.experiments.verify import verify
     from flexkernel.session.capture import Capture
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session, attach, local
@@ -31,11 +34,15 @@ __all__ = [
     "Run",
     "Session",
     "attach",
+    "collect",
     "demo",
     "errors",
     "local",
     "open_dataset",
+    "preview",
     "start",
+    "sweep",
+    "verify",
 ]
 
 # The door is light: torch, ipyparallel and the widgets are imported when one of these names is
@@ -45,9 +52,13 @@ _HOMES = {
     "Run": "session.run",
     "Session": "session.session",
     "attach": "session.session",
+    "collect": "experiments",
     "local": "session.session",
-    "open_dataset": "experiments.dataset",
+    "open_dataset": "experiments",
+    "preview": "experiments",
     "start": "session.start",
+    "sweep": "experiments",
+    "verify": "experiments",
 }
 
 

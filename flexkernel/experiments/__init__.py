@@ -1,1 +1,18 @@
-"""Many runs over one session."""
+"""Many runs over one session: functions that take it, and what they return."""
+
+from .dataset import Dataset, collect, open_dataset
+from .preview import Preview, preview
+from .sweep import Sweep, sweep
+from .verify import Verification, verify
+
+__all__ = [
+    "Dataset",
+    "Preview",
+    "Sweep",
+    "Verification",
+    "collect",
+    "open_dataset",
+    "preview",
+    "sweep",
+    "verify",
+]

@@ -44,8 +44,7 @@ from .lines import (
 )
 
 if TYPE_CHECKING:
-    from flexkernel.experiments.preview import Preview
-    from flexkernel.experiments.verify import Verification
+    from flexkernel.experiments import Preview, Verification
     from flexkernel.session.capture import Capture
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session

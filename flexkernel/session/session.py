@@ -33,10 +33,7 @@ from .tree import Tree
 if TYPE_CHECKING:
     import torch
 
-    from flexkernel.experiments.dataset import Dataset
-    from flexkernel.experiments.preview import Preview
-    from flexkernel.experiments.sweep import Sweep
-    from flexkernel.experiments.verify import Verification
+    from flexkernel.experiments import Dataset, Preview, Sweep, Verification
 
 __all__ = ["Session", "attach", "local"]
 
@@ -531,10 +528,10 @@ class Session:
         max_new_tokens: of a generation. loss: the run has one, so that there are gradients.
         bandwidth: bytes a second, if not those of the last run. HookError, PromptError: as run()
         refuses."""
-        from flexkernel.experiments import preview
+        from flexkernel import experiments
 
         how = (groups, complement, chat, max_new_tokens, loss, bandwidth)
-        return preview.preview(self, prompts_or_ids, *how)
+        return experiments.preview(self, prompts_or_ids, *how)
 
     def verify(
         self,
@@ -549,9 +546,9 @@ class Session:
         out of it. What is equal has the evidence "verified" in later runs. In half precision the
         drift is measured by the unsharded model's own from float32. stream: run the unsharded
         model one layer at a time; None: where it does not fit."""
-        from flexkernel.experiments import verify
+        from flexkernel import experiments
 
-        return verify.verify(self, prompt, hooks, stream, progress)
+        return experiments.verify(self, prompt, hooks, stream, progress)
 
     def sweep(
         self,
@@ -560,7 +557,7 @@ class Session:
         positions: Sequence[int] | None = None,
         *,
         metric: Callable[[Run], Any],
-        edit: str,
+        edit: str | Edit,
         value: Any = None,
         at: str = "output",
         progress: Progress | None = None,
@@ -572,7 +569,7 @@ class Session:
         modules hooked. positions: columns of the batch, all by default. Each run is freed when the
         metric has seen it. Ctrl-C ends it with what there is so far, and sweep.resume() goes on.
         HookError, CaptureError: refused before anything runs."""
-        from flexkernel.experiments import sweep
+        from flexkernel import experiments
 
         how: dict[str, Any] = {
             "metric": metric,
@@ -581,7 +578,7 @@ class Session:
             "at": at,
             "progress": progress,
         }
-        return sweep.sweep(self, prompt, modules, positions, **how)
+        return experiments.sweep(self, prompt, modules, positions, **how)
 
     def collect(
         self,
@@ -603,11 +600,11 @@ class Session:
         these at=, positions= and reduce=; None: your own hooks. Each rank writes its own shard.
         Ctrl-C or a kill ends it with what there is so far; the same call again goes on, under
         another layout too. HookError, CaptureError: refused."""
-        from flexkernel.experiments import dataset
+        from flexkernel import experiments
 
         how: dict[str, Any] = {"at": at, "positions": positions, "reduce": reduce}
         how |= {"batch_size": batch_size, "chat": chat, "progress": progress}
-        return dataset.collect(self, prompts, hooks, path, **how)
+        return experiments.collect(self, prompts, hooks, path, **how)
 
     # --- names of an earlier version --------------------------------------------------
 

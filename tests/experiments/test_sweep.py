@@ -98,7 +98,7 @@ def test_any_edit_at_some_positions_of_a_padded_batch(session, tiny):
     assert swept.values[0, 1] != pytest.approx(swept.baseline)
 
 
-def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny):
+def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny, capsys):
     session.load(tiny("llama"))
     calls = []
 
@@ -117,6 +117,7 @@ def test_an_interrupted_sweep_has_what_was_done_and_goes_on(session, tiny):
         and not np.isnan(swept.values[:2]).any()
     )
     assert "4 left: sweep.resume()" in repr(swept) and ">–</td>" in swept._repr_html_()
+    assert "4 of 8 done: sweep.resume()" in capsys.readouterr().err
     assert session.hooks.hook_set.hooks == () and session.runs == []
     swept.resume()
     whole = session.sweep(
@@ -147,6 +148,21 @@ def test_it_is_shown_with_its_modules_and_tokens(session, tiny):
     assert "image/png" in data and "sweep of zero  (4, 2)" in data["text/plain"]
     assert view._grid.row_label(1) == "1 model.layers.1"
     assert [text for _, text in view._grid.col_axis((0, 2), 10).ticks] == ["1 '6'", "-1 '10'"]
+    content = view._draw_still()["text/plain"]
+    assert f"farthest from {swept.baseline:.3g}: " in content and "at row" in content
+    assert "10'" in content and "column" not in content.partition("farthest")[2]
+    view.close()
+
+
+def test_its_map_is_white_where_nothing_changes(session, tiny):
+    session.load(tiny("llama"))
+    swept = session.sweep(CLEAN, "model.layers.*", metric=metric, edit="scale", value=1.0)
+    assert np.allclose(swept.values, swept.baseline) and swept.baseline != 0
+    view = swept.show()
+    overview = view._overview()
+    assert overview.middle == swept.baseline and overview.range(view._grid, "extreme") is not None
+    lo, hi = overview.range(view._grid, "extreme")
+    assert (lo + hi) / 2 == pytest.approx(swept.baseline)
     view.close()
 
 
