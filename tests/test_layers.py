@@ -235,7 +235,8 @@ def typed_only(item: Import) -> bool:
     """Whether the door imports it for the type checker: those lines come before any other."""
     source = sources().get("", "").splitlines()
     before = source[: item.line - 1]
-    return any(line == "if TYPE_CHECKING:" for line in before[-8:])
+    outside = [line for line in before if line and not line.startswith(" ")]
+    return outside[-1:] == ["if TYPE_CHECKING:"]
 
 
 def engine_has_a_door(item: Import) -> str | None:
