@@ -114,6 +114,7 @@ class Capture(TensorLike):
 
     @property
     def num_bytes(self) -> int:
+        """Of the whole tensor."""
         return size_of(self.shape, dtype_name(self.dtype))
 
     @property
@@ -237,6 +238,7 @@ class Capture(TensorLike):
         return self._tiled("bounds", rows=rows, cols=cols, height=height, width=width)
 
     def count_nan(self, rows=None, cols=None) -> int:
+        """How many NaNs there are in these rows and columns, by default in all."""
         return self._tiled("count_nan", rows=rows, cols=cols)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
