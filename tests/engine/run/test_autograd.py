@@ -319,7 +319,7 @@ def test_a_loss_has_to_say_which_of_several_captures(session, tiny):
 def test_what_a_gradient_hook_cannot_have_is_said(session, tiny):
     session.load(tiny("llama"))
     for how, message in [
-        ({"at": "grads"}, "a hook is at output"),
+        ({"at": "grads"}, "is not one of output"),
         ({"at": "param_grad", "edit": "mean"}, "no rows, positions or heads"),
         ({"at": "param_grad", "positions": 0}, "no rows, positions or heads"),
     ]:
