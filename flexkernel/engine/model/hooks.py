@@ -129,10 +129,12 @@ class ModuleHooks:
             def before(
                 _module: torch.nn.Module, args: tuple, kwargs: dict
             ) -> tuple[tuple, dict] | None:
-                if not self._is_recorded(tap):
+                if self.recording is None:
                     return None
                 new = self.fire(tap, inputs(args, kwargs))
-                return None if new is None else arguments(new, len(args))
+                if new is None:
+                    return None
+                return arguments(new, len(args))
 
             return module.register_forward_pre_hook(before, with_kwargs=True).remove
         if hook.of == "output":
@@ -154,13 +156,12 @@ class ModuleHooks:
             """compute: computes the point's value, if a run wants it."""
             edited = None
             for each in taps.values():
-                if self._is_recorded(each):
-                    new = (
-                        self._fire_at_point(each, compute)
-                        if edited is None
-                        else self.fire(each, edited)
-                    )
-                    edited = edited if new is None else new
+                if edited is None:
+                    edited = self._fire_at_point(each, compute)
+                    continue
+                new = self.fire(each, edited)
+                if new is not None:
+                    edited = new
             return edited
 
         attention.tap(module, point, fired)
@@ -172,14 +173,11 @@ class ModuleHooks:
 
         return remove
 
-    def _is_recorded(self, tap: Tap) -> bool:
-        """Whether a run records, and this hook is one of its own."""
-        return self.recording is not None and tap.key in self.recording.active
-
     def _fire_at_point(self, tap: Tap, compute: Callable[[], torch.Tensor]) -> Any:
         """As fire(). A read whose value cannot be computed fails by itself."""
         recording = self.recording
-        assert recording is not None
+        if recording is None or tap.key not in recording.active:
+            return None
         if tap.gradient or tap.hook.edit is not None:
             return self.fire(tap, compute())
         start = time.perf_counter()

@@ -83,8 +83,9 @@ def watched(
     HookError: the tensor can have no gradient."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise HookError(f"a value of {tensor.dtype} has no gradient")
-    source = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-    view = source.view_as(source)
+    if not tensor.requires_grad:
+        tensor = tensor.detach().requires_grad_()
+    view = tensor.view_as(tensor)
     view.register_hook(arrived)
     return view
 

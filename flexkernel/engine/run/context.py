@@ -43,11 +43,13 @@ class RunContext:
     def open_places(self) -> list[torch.Tensor | None]:
         """For each planned capture its place, as open_place() has it; None where another pipeline
         stage writes it."""
-        rank = self.here.rank
-        return [
-            None if entry.ranks and rank not in entry.ranks else self.open_place(i)
-            for i, entry in enumerate(self.captures.entries)
-        ]
+        places: list[torch.Tensor | None] = []
+        for i, entry in enumerate(self.captures.entries):
+            if entry.ranks and self.here.rank not in entry.ranks:
+                places.append(None)
+            else:
+                places.append(self.open_place(i))
+        return places
 
     def keep_apart(self, tensor: torch.Tensor) -> Region:
         """Copy a tensor, of any shape, into a file of this rank's own; where it lies there."""

@@ -7,6 +7,7 @@ every element by itself run where the shards lie, and send nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ from .sandbox import EditRNG, sandbox
 
 __all__ = ["EditLibrary", "Editor"]
 
+HEAD_DIMS = {"q": 1, "k": 1, "v": 1, "pattern": 1, "z": 2}  # virtual point → the dim of the heads
+
 
 @dataclass(frozen=True)
 class EditLibrary:
@@ -59,14 +62,14 @@ class EditLibrary:
     def per(self, hook: HookSpec) -> str:
         """What the hook's edit sees: "whole", "row" or "element". HookError: this rank does not
         know the edit."""
-        assert hook.edit is not None
-        if hook.edit not in PRESETS and hook.edit not in self.defined:
-            raise HookError(f"no edit is called {hook.edit!r} on this rank; define it again")
+        name = hook.edit or ""
+        if name not in PRESETS and name not in self.defined:
+            raise HookError(f"no edit is called {name!r} on this rank; define it again")
         if hook.of == "param":
             return "whole"
-        if hook.edit in PRESETS:
-            return PRESETS[hook.edit][0]
-        return self.defined[hook.edit][0].per
+        if name in PRESETS:
+            return PRESETS[name][0]
+        return self.defined[name][0].per
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,6 @@ class Editor:
         self.exchange = exchange
         self.device = device
         self.edited: dict[CaptureKey, ShardRecord] = {}
-        self._model = frozenset(context.placer.modules.values())
         generation = context.plan.generation
         self._rng: EditRNG | None = None
         if generation is not None:
@@ -117,7 +119,9 @@ class Editor:
         take the tensor's place."""
         path, tensor = self._tensor_in(hook, name, call, value)
         new = self._edit_tensor(hook, name, call, path, tensor)
-        return value if new is None else replaced(value, path, new)
+        if new is None:
+            return value
+        return replaced(value, path, new)
 
     def edit_gradient(
         self, hook: HookSpec, name: str, call: int, path: str, gradient: torch.Tensor
@@ -126,7 +130,9 @@ class Editor:
 
         gradient: this rank's part, of any shape -> the same shape, dtype and device."""
         new = self._edit_tensor(hook, name, call, path, gradient)
-        return gradient if new is None else new
+        if new is None:
+            return gradient
+        return new
 
     def edit_parameter(
         self, hook: HookSpec, name: str, gradient: torch.Tensor, record: ShardRecord
@@ -188,7 +194,8 @@ class Editor:
         plan = exchange_plan(placed, formula, target.per, self.here)
         own_rows = plan.group == "tp"
         edit = EditCall(self, replace(target, own_rows=own_rows))
-        if layout.tp * (1 if own_rows else layout.batch_groups) == 1:
+        is_alone = layout.tp == 1 and (own_rows or layout.batch_groups == 1)
+        if self.exchange is None or is_alone:
             return edit(placed.local.clone())  # the edit may write into it
         batched = bool(formula.batched)
         split_rows = not own_rows and not batched and layout.batch_groups > 1
@@ -197,7 +204,6 @@ class Editor:
                 f"{target.name}: {formula} has no rows, so that the groups of rows have parts of its "
                 "gradient"
             )
-        assert self.exchange is not None
         title = f"{target.hook.key} {target.name}"
         number = (call, self.here.step)
         copied = self.here.idle and batched
@@ -207,21 +213,22 @@ class Editor:
     def _note_copy(self, key: CaptureKey, placed: Placed, value: torch.Tensor) -> ShardRecord:
         """Note a value, of any shape, of which all copies must be equal; in a generation after
         those of the steps before."""
-        earlier = self.edited.get(key)
-        before = 0 if earlier is None else earlier.digest
-        self.edited[key] = ShardRecord(
-            placed.evidence,
-            repr(placed.placement),
-            joined_digest(before, digest(value.detach())),
-            placed.shard,
-            nan=earlier is not None and earlier.nan,
+        record = ShardRecord(
+            placed.evidence, repr(placed.placement), digest(value.detach()), placed.shard
         )
-        return self.edited[key]
+        earlier = self.edited.get(key)
+        if earlier is not None:
+            joined = joined_digest(earlier.digest, record.digest)
+            record = replace(record, digest=joined, nan=earlier.nan)
+        self.edited[key] = record
+        return record
 
     def _leaves(self, hook: HookSpec, name: str, call: int) -> tuple[ShapeFormula, ...]:
         """What the scan knows of the value at this call."""
         calls = self.info.scan.get((name, hook.of), ())
-        return calls[call] if call < len(calls) else ()
+        if call >= len(calls):
+            return ()
+        return calls[call]
 
     def _tensor_in(
         self, hook: HookSpec, name: str, call: int, value: Any
@@ -231,7 +238,10 @@ class Editor:
         path = hook.index
         if path is None:
             leaves = self._leaves(hook, name, call)
-            path = leaves[0].path if leaves else first_leaf(value)[0]
+            if leaves:
+                path = leaves[0].path
+            else:
+                path = first_leaf(value)[0]
         tensor = leaf(value, path)
         if tensor is None:
             raise HookError(f"{name}: there is no tensor at {path!r} to edit")
@@ -255,8 +265,7 @@ class Editor:
             if hook.edit in PRESETS:
                 return PRESETS[hook.edit][1](x, self._value(hook, part, x), part)
             _, function = self.library.defined[hook.edit or ""]
-            own_numbers = contextlib.nullcontext() if self._rng is None else self._rng.active()
-            with own_numbers, sandbox(self._model):
+            with self._own_numbers(), sandbox(self.model):
                 return function(x, part.context)
         except EditError:
             raise
@@ -266,15 +275,30 @@ class Editor:
                 f"{error}{users_line(error)}"
             ) from error
 
+    @functools.cached_property
+    def model(self) -> frozenset[torch.nn.Module]:
+        """The model's modules, which an edit may not call."""
+        return frozenset(self.context.placer.modules.values())
+
+    def _own_numbers(self) -> contextlib.AbstractContextManager[None]:
+        """Within it an edit draws: in a generation apart from what draws the tokens."""
+        if self._rng is None:
+            return contextlib.nullcontext()
+        return self._rng.active()
+
     def _part(self, target: Target) -> EditPart:
         """What the edit gets beside x. In a generation the other ranks' tokens are there only once
         all ranks have come to the edit."""
         hook = target.hook
         tokens = self.context.tokens
         whole = self.here.whole(target.formula)
-        dim = target.formula.positions
-        columns = self.here.columns(self.here.S if dim is None else whole[dim])
-        rows = slice(*self.here.rows) if target.own_rows else slice(None)
+        num_columns = self.here.S
+        if target.formula.positions is not None:
+            num_columns = whole[target.formula.positions]
+        columns = self.here.columns(num_columns)
+        rows = slice(None)
+        if target.own_rows:
+            rows = slice(*self.here.rows)
         edit = hook.edit or ""
         context = Context(
             module=target.name,
@@ -337,7 +361,9 @@ class Editor:
             chosen = torch.zeros(total, dtype=torch.bool, device=old.device)
             chosen[list(indices)] = True
             chosen = chosen[slice(*placed.shard.span(dim, total))]
-            selection = selection & chosen.view([-1 if d == dim else 1 for d in range(old.dim())])
+            shape = [1] * old.dim()
+            shape[dim] = -1
+            selection = selection & chosen.view(shape)
         return torch.where(selection, new, old)
 
     def _indices(
@@ -352,30 +378,30 @@ class Editor:
                 raise HookError(
                     f"{hook.key}: {name} is {formula}, it has no dim of positions alone"
                 )
-            found.append((self._positions(hook, self.here.whole(formula)[along]), along))
+            total = self.here.whole(formula)[along]
+            found.append((self._positions(hook, hook.positions, total), along))
         if hook.heads is not None:
             point = split_point(name)[1]
             if not point:
                 raise HookError(
                     f"{hook.key}: heads are there at @q, @k, @v, @pattern and @z, not at {name}"
                 )
-            found.append((hook.heads, 2 if point == "z" else 1))
+            found.append((hook.heads, HEAD_DIMS[point]))
         if hook.neurons is not None:
             found.append((hook.neurons, len(dims) - 1))
         return found
 
-    def _positions(self, hook: HookSpec, total: int) -> tuple[int, ...]:
+    def _positions(self, hook: HookSpec, positions: tuple[int, ...], total: int) -> tuple[int, ...]:
         """The hook's positions as indices of this forward's `total`. In a generation they are the
         whole text's; negative ones count from the end of the text as it is now: -1 is each
         forward's newest token."""
-        assert hook.positions is not None
         generation = self.context.plan.generation
         if generation is None:
-            return hook.positions
+            return positions
         check_positions(hook, self.context.tokens.S, generation.max_new_tokens)
         columns = self.here.columns(total)
-        absolute = (p if p >= 0 else columns.stop + p for p in hook.positions)
-        return tuple(p - columns.start for p in absolute if p in columns)
+        absolute = [from_start(position, columns.stop) for position in positions]
+        return tuple(column - columns.start for column in absolute if column in columns)
 
 
 @dataclass(frozen=True)
@@ -411,6 +437,14 @@ class EditCall:
         placed = Placed(whole, "", Replicate(), WHOLE)
         target = self.target
         return self.editor.selected(target.hook, target.name, placed, target.formula, new)
+
+
+def from_start(position: int, length: int) -> int:
+    """A position of a text of that length, counted from its start; negative ones count from its
+    end."""
+    if position < 0:
+        return length + position
+    return position
 
 
 def source_now(source: torch.Tensor, part: EditPart) -> torch.Tensor | None:

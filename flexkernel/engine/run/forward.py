@@ -54,15 +54,13 @@ def run(runtime: Runtime, plan: RunPlan) -> RunReport:
     on all ranks."""
     start = time.perf_counter()
     runtime.memory.forget(plan.freed)
-    prepared: Prepared | None = None
-    problem: Exception | None = None
+    prepared: Prepared | Exception
     try:
         prepared = prepare(runtime, plan)
     except Exception as error:  # the header tells all ranks, and it is raised there
-        problem = error
+        prepared = error
     with runtime.watch.over(plan.timeout_s):
-        agree(runtime, plan, problem)
-        assert prepared is not None
+        prepared = agree(runtime, plan, prepared)
         recording = prepared.recording
         ready = time.perf_counter()
         stopped = go(runtime, prepared)
@@ -79,7 +77,7 @@ def run(runtime: Runtime, plan: RunPlan) -> RunReport:
         seconds=seconds,
         stopped=stopped,
         loss=recording.loss,
-        edited=recording.editor.edited if recording.editor is not None else {},
+        edited=recording.editor.edited,
         forwards=recording.forwards,
         generated=recording.context.tokens.new,
         note=runtime.part.copies.note,
@@ -107,7 +105,7 @@ def prepare(runtime: Runtime, plan: RunPlan) -> Prepared:
     if plan.generation is None:
         recording = ForwardRecording(context, keys, editor, tape_of(runtime, plan, active))
     else:
-        recording = GenerationRecording(context, keys, editor)
+        recording = GenerationRecording(context, keys, editor, plan.generation)
     return Prepared(recording, batch_of(plan, context.here.rows, runtime.device))
 
 
@@ -117,7 +115,9 @@ def context_of(runtime: Runtime, plan: RunPlan, active: list[HookSpec]) -> RunCo
     layout = part.info.layout
     B = len(plan.ids)
     S = len(plan.ids[0])
-    num_new = plan.generation.max_new_tokens if plan.generation is not None else 0
+    num_new = 0
+    if plan.generation is not None:
+        num_new = plan.generation.max_new_tokens
     captures = part.planner.plan(active, B, S, num_new, plan.loss is not None)
     assert captures.num_bytes == plan.num_bytes, "driver and engine plan the same bytes"
     slab = runtime.memory.slab(plan.slab, plan.slab_bytes)
@@ -140,10 +140,10 @@ def tape_of(runtime: Runtime, plan: RunPlan, active: list[HookSpec]) -> Tape | N
     trained = plan.training is not None and bool(plan.training.parameters)
     hooked = [hook.key for hook in active if hook.of == "param"]
     if (hooked or trained) and in_fsdp1(runtime.part.model):
-        unhook = f", or unhook {hooked[0]!r}" if hooked else ""
+        instead = ["use fully_shard(module)", *(f"unhook {key!r}" for key in hooked[:1])]
         raise PlacementError(
             "FSDP1 flattens parameters and averages their gradients: those are not read or trained "
-            f"here; use fully_shard(module){unhook}"
+            f"here; {', or '.join(instead)}"
         )
     own_edits = any(hook.edit is not None and hook.edit not in PRESETS for hook in active)
     modules_in_edits = bool(runtime.trainables.modules) and own_edits
@@ -151,11 +151,9 @@ def tape_of(runtime: Runtime, plan: RunPlan, active: list[HookSpec]) -> Tape | N
     return Tape(graph=modules_in_edits or trained or gradients)
 
 
-def editor_of(runtime: Runtime, context: RunContext, active: list[HookSpec]) -> Editor | None:
-    """What makes this run's edits; None if it has none. HookError: they cannot be made."""
+def editor_of(runtime: Runtime, context: RunContext, active: list[HookSpec]) -> Editor:
+    """What makes this run's edits. HookError: they cannot be made."""
     editing = [hook for hook in active if hook.edit is not None]
-    if not editing:
-        return None
     library = EditLibrary(runtime.edits, runtime.saved, runtime.trainables.modules)
     per = {hook.key: library.per(hook) for hook in editing}
     exchange = None
@@ -187,7 +185,9 @@ def check_rows_on_one_host(runtime: Runtime, hook: str) -> None:
 def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> Batch:
     """This rank's rows: input_ids, attention_mask and position_ids, (rows, S) int64 on the device.
     One copied row where it has none, since it must run the model's collectives all the same."""
-    own = slice(*rows) if rows[1] > rows[0] else slice(0, 1)
+    own = slice(*rows)
+    if rows[0] == rows[1]:
+        own = slice(0, 1)
 
     def tensor(of_all_rows: list[list[int]]) -> torch.Tensor:
         """(rows, S) int64 on the device."""
@@ -200,20 +200,26 @@ def batch_of(plan: RunPlan, rows: tuple[int, int], device: str) -> Batch:
     }
 
 
-def agree(runtime: Runtime, plan: RunPlan, problem: Exception | None) -> None:
+def agree(runtime: Runtime, plan: RunPlan, prepared: Prepared | Exception) -> Prepared:
     """Go on only if every rank can. Raises this rank's own problem, or that another rank has one.
     All ranks must call."""
-    if runtime.world == 1:
-        if problem is not None:
-            raise problem
-        return
+    if runtime.world > 1:
+        agree_with_others(runtime, plan, prepared)
+    if isinstance(prepared, Exception):
+        raise prepared
+    return prepared
+
+
+def agree_with_others(runtime: Runtime, plan: RunPlan, prepared: Prepared | Exception) -> None:
+    """Tell the other ranks whether this one is ready, and raise if they are not. All ranks must
+    call."""
     runtime.breaker.busy = True
     try:
         headers = exchange_headers(
             plan.timeout_s,
             run=plan.run,
             hooks=plan.hooks,
-            not_ready=int(problem is not None),
+            not_ready=int(isinstance(prepared, Exception)),
             num_bytes=plan.num_bytes,
         )
     except BaseException as failure:
@@ -221,8 +227,8 @@ def agree(runtime: Runtime, plan: RunPlan, problem: Exception | None) -> None:
         raise
     finally:
         runtime.breaker.busy = False
-    if problem is not None:
-        raise problem
+    if isinstance(prepared, Exception):
+        return  # this rank raises its own problem
     not_ready = headers["not_ready"].nonzero().flatten().tolist()
     if not_ready:
         error = EngineError(f"rank {not_ready[0]} was not ready for the run", not_ready[0])
@@ -251,7 +257,7 @@ def go(runtime: Runtime, prepared: Prepared) -> bool:
             stopped = enters and forward(runtime, prepared)
             land(runtime, recording)
             if tape is not None and not stopped:
-                differentiate(runtime, recording, names)
+                differentiate(runtime, recording, tape, names)
                 land(runtime, recording)
         return stopped
     except BaseException as error:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Replicate
 
-from flexkernel.boxes import Box
 from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.ranks.gather import Exchange, ExchangePlan
 from flexkernel.wire import ShapeFormula
@@ -43,13 +42,19 @@ def exchange_plan(placed: Placed, formula: ShapeFormula, per: str, here: Place) 
     if here.idle and batched and group == "stage":
         # this rank's row is a copy that nobody wants: it gives nothing and takes the first row
         gives = False
-        takes = Box((d, 0, 1) if d in batched else (d, a, b) for d, a, b in shard)
+        takes = shard.only(shard.dims.difference(batched))
+        for dim in shard.dims.intersection(batched):
+            takes = takes.plus(dim, 0, 1)
     return ExchangePlan(group, shape, shard, takes, gives)
 
 
 class Gathering:
     """One edit whose parts are gathered. edit: changes the whole, on one rank. no_gradient: this
     rank's row is a copy, which has none."""
+
+    # the edit's graph, on the rank that edits, between the forward and the backward
+    _before: torch.Tensor
+    _after: torch.Tensor
 
     def __init__(
         self,
@@ -66,8 +71,6 @@ class Gathering:
         self.call = call
         self.edit = edit
         self.no_gradient = no_gradient
-        self._before: torch.Tensor | None = None
-        self._after: torch.Tensor | None = None
 
     def forward(self, local: torch.Tensor) -> torch.Tensor:
         """This rank's part of the edited whole. local: its part, without a graph; the result has
@@ -90,12 +93,13 @@ class Gathering:
         part's shape and dtype. Every rank of the group must call."""
         title = f"{self.title} backward"
         product = self.exchange.once(self.plan, title, self.call, gradient, self._product)
-        return torch.zeros_like(product) if self.no_gradient else product
+        if self.no_gradient:
+            return torch.zeros_like(product)
+        return product
 
     def _product(self, gradient: torch.Tensor) -> torch.Tensor:
         """The edit's vector-Jacobian product: the whole's shape -> the same. Modules in the edit
         get their gradients here."""
-        assert self._before is not None and self._after is not None
         if not self._after.requires_grad:
             return torch.zeros_like(self._before)
         torch.autograd.backward([self._after], [gradient.clone()])

@@ -30,6 +30,7 @@ __all__ = ["StepCounter", "check", "end_tokens", "generate"]
 class StepCounter(Protocol):
     """What counts the forwards of a generation. active: the keys of the run's hooks."""
 
+    generation: Generation
     context: RunContext
     active: frozenset[str]
 
@@ -56,7 +57,9 @@ def end_tokens(part: Part, generation: Generation) -> list[int]:
     tokens = dict(generation.options).get("eos_token_id", configured)
     if tokens is None:
         return []
-    return [tokens] if isinstance(tokens, int) else list(tokens)
+    if isinstance(tokens, int):
+        return [tokens]
+    return list(tokens)
 
 
 def generate(runtime: Runtime, counter: StepCounter, batch: dict[str, torch.Tensor]) -> None:
@@ -66,8 +69,7 @@ def generate(runtime: Runtime, counter: StepCounter, batch: dict[str, torch.Tens
     batch: input_ids and attention_mask, (rows, S) int64 on the model's device."""
     part = runtime.part
     context = counter.context
-    generation = context.plan.generation
-    assert generation is not None
+    generation = counter.generation
     layout = part.info.layout
     options = dict(generation.options)
     if layout.pp > 1:
@@ -111,7 +113,9 @@ def counted(root: torch.nn.Module, counter: StepCounter) -> Iterator[None]:
     runs."""
 
     def before(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = args[0]
         counter.begin(ids.shape[1])
 
     handle = root.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
@@ -125,8 +129,12 @@ def counted(root: torch.nn.Module, counter: StepCounter) -> Iterator[None]:
 def seeded(seed: int, here: Place, device: str) -> Iterator[None]:
     """Within it ranks that share rows draw alike, and others do not. Where the batch is not split
     they draw as one process with this seed would."""
-    group = 0 if here.idle else here.layout.coordinate(here.rank).batch
-    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    group = here.coordinate.batch
+    if here.idle:
+        group = 0
+    devices = []
+    if device == "cuda":
+        devices = [torch.cuda.current_device()]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed + group * 0x9E3779B97F4A7C15) % (1 << 63))
         yield

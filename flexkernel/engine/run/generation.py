@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import Partial
@@ -14,20 +14,19 @@ from flexkernel.boxes import WHOLE, Box, share_of
 from flexkernel.engine.model.hooks import Tap
 from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.place.staging import Copies, joined_digest
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, PlacementError
 from flexkernel.memory import reduce
 from flexkernel.memory.plan import Entry, kept_columns
 from flexkernel.names import display_name
-from flexkernel.wire import ShapeFormula, ShardRecord
+from flexkernel.wire import Generation, ShapeFormula, ShardRecord
 
 from .context import RunContext
 from .edits import Editor
 from .generate import generate
-from .recording import Batch, Recording, copies_of, failure, tensor_in
+from .recording import Batch, Recording, failure, tensor_in
 from .reductions import padding_mask, statistics_of, write_statistics
-
-if TYPE_CHECKING:
-    from flexkernel.engine.runtime import Runtime
+from .routes import copies_of, placement_text
 
 __all__ = ["GenerationRecording"]
 
@@ -37,8 +36,15 @@ class GenerationRecording(Recording):
 
     forwards: how many have begun. A capture is whole if it came in each of them."""
 
-    def __init__(self, context: RunContext, active: frozenset[str], editor: Editor | None):
+    def __init__(
+        self,
+        context: RunContext,
+        active: frozenset[str],
+        editor: Editor,
+        generation: Generation,
+    ):
         super().__init__(context, active, editor)
+        self.generation = generation
         self.forwards = 0
         # of the last two forwards: ranks are at most one forward apart
         self._whole: dict[int, dict[int, ShardRecord]] = {}
@@ -64,8 +70,7 @@ class GenerationRecording(Recording):
         )
         self.forwards += 1
         self.begin_forward()
-        if self.editor is not None:
-            self.editor.here = self.here
+        self.editor.here = self.here
 
     def _whole_now(self) -> dict[int, ShardRecord]:
         """The records of what came in every forward so far, each in a place of its own."""
@@ -99,7 +104,9 @@ class GenerationRecording(Recording):
             return earlier  # one forward of it is missing: it stays so
         entry = self.entries[i]
         tensor = tensor_in(value, entry).detach()
-        here = self._logits_place(tensor) if entry.hook.name == "logits" else self.here
+        here = self.here
+        if entry.hook.name == "logits":
+            here = self._logits_place(tensor)
         placed = self.locate(entry, tensor, here)
         if isinstance(placed.placement, Partial):
             raise PlacementError(
@@ -108,11 +115,15 @@ class GenerationRecording(Recording):
         self._times_written[i] += 1
         step = Step(entry, placed, here, self._kept_of(entry))
         copies, index = copies_of(placed, entry.formula, here)
-        digest = self.context.copies.digest(step.local) if copies > 1 else 0
+        digest: Any = 0
+        if copies > 1:
+            digest = self.context.copies.digest(step.local)
+        if earlier is not None:
+            digest = joined_digest(earlier.digest, digest)
         return ShardRecord(
             placed.evidence,
-            repr(placed.placement) if here.layout.tp > 1 else "whole",
-            joined_digest(earlier.digest if earlier is not None else 0, digest),
+            placement_text(placed, here),
+            digest,
             step.box_in(self.place(i), step.shard),
             self._put(i, step, copies, index),
         )
@@ -120,17 +131,17 @@ class GenerationRecording(Recording):
     def _logits_place(self, logits: torch.Tensor) -> Place:
         """transformers computes the logits of the newest positions only, if nobody asks for more.
         logits: (B, n, V), or a shape in which n is not known."""
-        n = logits.shape[1] if logits.dim() == 3 else self.here.S
+        if logits.dim() != 3:
+            return self.here
+        n = logits.shape[1]
         return dataclasses.replace(self.here, S=n, past=self.here.past + self.here.S - n)
 
     def _kept_of(self, entry: Entry) -> KeptColumns:
         """Which columns of the text the capture keeps; worked out once."""
         positions = entry.hook.kept_positions
         if positions not in self._kept:
-            generation = self.context.plan.generation
-            assert generation is not None
             S = self.context.here.S
-            self._kept[positions] = KeptColumns(positions, S, generation.max_new_tokens)
+            self._kept[positions] = KeptColumns(positions, S, self.generation.max_new_tokens)
         return self._kept[positions]
 
     def _put(self, i: int, step: Step, copies: int, index: int) -> Box | None:
@@ -180,7 +191,9 @@ class GenerationRecording(Recording):
         past = step.here.past
         mask = self.context.tokens.mask(range(past, past + step.here.S))
         mask = mask[:, [column - past for column in step.columns]]
-        return None if mask.all() else mask
+        if mask.all():
+            return None
+        return mask
 
     def _added(
         self, statistics: reduce.Partial, entry: Entry, slot: torch.Tensor, box: Box
@@ -228,7 +241,9 @@ class Step:
             self._unfold(self.folded)
         self._check(entry.formula)
         self.columns = kept.columns[here.step]
-        start = 0 if entry.newest else kept.starts[here.step]
+        start = kept.starts[here.step]
+        if entry.newest:
+            start = 0  # each forward writes over the one before
         self.span = start, start + len(self.columns)
         if self.dim is not None:
             first = here.columns(self.local.shape[self.dim]).start
@@ -240,7 +255,9 @@ class Step:
         self.dim = dim + 1
         self.local = self.local.unflatten(dim, (here.local_rows, here.S))
         later = Box((d + (d > dim), a, b) for d, a, b in self.shard if d != dim)
-        self.shard = later.plus(dim, *here.rows) if here.layout.batch_groups > 1 else later
+        if here.layout.batch_groups > 1:
+            later = later.plus(dim, *here.rows)
+        self.shard = later
 
     def _check(self, formula: ShapeFormula) -> None:
         """PlacementError: the value's positions cannot be told apart."""
@@ -287,18 +304,17 @@ class Step:
         target = piece.cut(self.shard.cut(target))
         local = piece.cut(self.local)
         if self.keys is not None:
-            target = self._of_keys(target, local.shape[self.keys])
+            target = self._keys_in(target, self.keys, local.shape[self.keys])
         copies.write(target, local)
 
-    def _of_keys(self, target: torch.Tensor, num_keys: int) -> torch.Tensor:
+    def _keys_in(self, target: torch.Tensor, dim: int, num_keys: int) -> torch.Tensor:
         """The part of a pattern (B, H, n, T) that its queries have keys for, (B, H, n, num_keys).
         The rest becomes zeros."""
-        assert self.keys is not None
         keys = self.here.columns(num_keys)
-        after = target.shape[self.keys] - keys.stop
-        target.narrow(self.keys, 0, keys.start).zero_()
-        target.narrow(self.keys, keys.stop, after).zero_()
-        return target.narrow(self.keys, keys.start, num_keys)
+        after = target.shape[dim] - keys.stop
+        target.narrow(dim, 0, keys.start).zero_()
+        target.narrow(dim, keys.stop, after).zero_()
+        return target.narrow(dim, keys.start, num_keys)
 
     def box_in(self, place: torch.Tensor, box: Box) -> Box:
         """A box of the value with its own dims as one of the capture's place, of the whole text's

@@ -26,22 +26,20 @@ from flexkernel.wire import BEFORE, CaptureKey, HookSpec, ShardRecord
 from . import train
 from .autograd import Tape, trainable
 from .edits import Editor
-from .parameters import local_shard, owned, owner_of, parameter_of
+from .parameters import get, local_shard, owned, parameter_of
 from .recording import Recording, failure
 from .seeds import loss_and_seeds
 
 __all__ = ["differentiate", "forget_gradients", "parameters_of"]
 
 
-def differentiate(runtime: Runtime, recording: Recording, names: Sequence[str]) -> None:
+def differentiate(runtime: Runtime, recording: Recording, tape: Tape, names: Sequence[str]) -> None:
     """The loss of a run, and all gradients that its hooks and its training ask for. All ranks must
     call.
 
-    names: the parameters that get a gradient. LossError: the loss failed; EditError: an edit of a
+    tape: of the forward. names: the parameters that get a gradient. LossError: the loss failed; EditError: an edit of a
     gradient did."""
     plan = recording.context.plan
-    tape = recording.tape
-    assert tape is not None
     for parameter in trainable(runtime.trainables.modules):
         parameter.grad = None
     recording.loss, seeds = loss_and_seeds(runtime, recording)
@@ -55,7 +53,7 @@ def differentiate(runtime: Runtime, recording: Recording, names: Sequence[str]) 
             edit_gradients(runtime, recording.editor, hook, hooked)
     keep_parameters(runtime, recording, before=False)
     if plan.training is not None:
-        train.step(runtime, plan)
+        train.step(runtime, plan, plan.training)
 
 
 # --- the backward ---------------------------------------------------------------------
@@ -72,8 +70,11 @@ def go_back(runtime: Runtime, tape: Tape, seeds: dict[int, torch.Tensor], timeou
     for i, end in tape.ends.items():
         if i in seeds and end.local.requires_grad:
             gradient = end.shard.cut(seeds[i]).to(end.local.device)
+            gradient = gradient.clone()
+            if not end.counts:
+                gradient = torch.zeros_like(end.local)
             ends.append(end.local)
-            gradients.append(gradient.clone() if end.counts else torch.zeros_like(end.local))
+            gradients.append(gradient)
     model = runtime.part.model
     if tape.sent is not None:
         gradient = receive(model, torch.empty_like(tape.sent), +1, timeout_s)
@@ -83,10 +84,10 @@ def go_back(runtime: Runtime, tape: Tape, seeds: dict[int, torch.Tensor], timeou
     if ends:
         torch.autograd.backward(ends, gradients)
     if tape.received is not None:
-        gradient = tape.received.grad
-        if gradient is None:
-            gradient = torch.zeros_like(tape.received)
-        send(model, gradient, -1, timeout_s)
+        received = tape.received.grad
+        if received is None:
+            received = torch.zeros_like(tape.received)
+        send(model, received, -1, timeout_s)
 
 
 # --- parameters -----------------------------------------------------------------------
@@ -97,8 +98,9 @@ def parameters_of(runtime: Runtime, recording: Recording) -> list[str]:
     its names."""
     plan = recording.context.plan
     hooked = [name for _, names in parameter_hooks(runtime, recording) for name in names]
-    trained = plan.training.parameters if plan.training is not None else ()
-    return with_tied([*hooked, *trained], runtime.part.info.tied)
+    if plan.training is not None:
+        hooked.extend(plan.training.parameters)
+    return with_tied(hooked, runtime.part.info.tied)
 
 
 def parameter_hooks(
@@ -137,7 +139,8 @@ def sum_parameters(runtime: Runtime, names: Sequence[str], timeout_s: float) -> 
         if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
         elif part.info.layout.batch_groups > 1 and not isinstance(parameter, DTensor):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            if gradient is None:
+                parameter.grad = torch.zeros_like(parameter)
             work = dist.all_reduce(parameter.grad, group=part.groups["batch"], async_op=True)
             wait(work, timeout_s, "a gradient")
     last = part.info.layout.pp - 1
@@ -147,7 +150,7 @@ def sum_parameters(runtime: Runtime, names: Sequence[str], timeout_s: float) -> 
     if any(not set(group).isdisjoint(names) for group in part.info.tied):
         weight = part.model.get_input_embeddings().weight
         if any(weight is parameter for parameter in parameters):
-            sum_over_ends(runtime, weight, last if stage == 0 else -last, timeout_s)
+            sum_over_ends(runtime, weight, last - 2 * stage, timeout_s)
 
 
 def sum_over_ends(
@@ -160,13 +163,13 @@ def sum_over_ends(
     model = runtime.part.model
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    own = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    own = local_of(weight.grad)
     if step > 0:
         send(model, own, step, timeout_s)
     other = receive(model, torch.empty_like(own), step, timeout_s)
     if step < 0:
         send(model, own, step, timeout_s)
-    own.copy_(own + other if step > 0 else other + own)  # in the same order on both
+    own.add_(other)
 
 
 def keep_parameters(runtime: Runtime, recording: Recording, before: bool) -> None:
@@ -201,26 +204,26 @@ def write_gradient(runtime: Runtime, name: str, whole: torch.Tensor) -> ShardRec
 def local_gradient(runtime: Runtime, name: str) -> tuple[torch.Tensor, ShardRecord]:
     """(this rank's part of a parameter's gradient, in its own memory and of its own dtype; which
     part of the whole that is). CaptureError: the loss does not depend on the parameter."""
-    module = owner_of(runtime, name)
-    parameter = parameter_of(runtime, name)
-    assert module is not None and parameter is not None
-    held, _ = local_shard(runtime, name, module, parameter.detach())
-    gradient = parameter.grad
+    owned_here = get(runtime, name)
+    held, _ = local_shard(runtime, owned_here)
+    gradient = owned_here.tensor.grad
     if gradient is None:
         raise CaptureError(f"{name}: no gradient reached it, the loss does not depend on it")
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    local = local_of(gradient)
     record = ShardRecord(held.evidence, held.placement, digest(local), held.shard, held.shard)
     return local, record
 
 
-def edit_gradients(
-    runtime: Runtime, editor: Editor | None, hook: HookSpec, names: Sequence[str]
-) -> None:
+def local_of(gradient: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient of any shape, in its own memory."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def edit_gradients(runtime: Runtime, editor: Editor, hook: HookSpec, names: Sequence[str]) -> None:
     """Make a hook's edit of the gradients of these parameters, each on the whole of one. A
     parameter of several names is edited once. All ranks must call.
 
     CaptureError: no gradient reached a parameter; EditError: the edit failed."""
-    assert editor is not None, "a run whose hooks edit has an editor"
     done: set[str] = set()
     for name in names:
         if name not in done:

@@ -9,7 +9,7 @@ import math
 import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,16 +56,18 @@ class CaptureState:
         record = recording.planned.get(i)
         if record is None:
             return cls()
-        empty = record.shard.is_empty
-        written = None if empty else record.written
-        return cls(
+        state = cls(
             missing=False,
             failed=record.error is not None or bool(record.partial),
             digest=(record.digest + (1 << 63)) % (1 << 64) - (1 << 63),
-            shard=UNSHARED if empty else zlib.crc32(repr(record.shard).encode()),
-            size=0 if written is None else written.volume(recording.entries[i].shape),
-            written=WHOLE if written is None else written,
         )
+        if record.shard.is_empty:
+            return state
+        state = replace(state, shard=zlib.crc32(repr(record.shard).encode()))
+        if record.written is None:
+            return state
+        size = record.written.volume(recording.entries[i].shape)
+        return replace(state, size=size, written=record.written)
 
     @property
     def is_written(self) -> bool:
@@ -168,8 +170,10 @@ class LossCaptures(Mapping[Any, torch.Tensor]):
         """The whole capture of a module name or (module, at, index, call), or of a hook's name; of
         its own shape. HookError: there is none, or several."""
         own = {i: k for i, k in self._keys.items() if k.hook != "logits"}
-        asked = key if isinstance(key, tuple) else (key,)
-        matches = [i for i, k in own.items() if parts(k)[: len(asked)] == asked]
+        first = (key,)
+        if isinstance(key, tuple):
+            first = key
+        matches = [i for i, k in own.items() if parts(k)[: len(first)] == first]
         matches = matches or [i for i, k in own.items() if k.hook == key]
         if not matches:
             raise HookError(
@@ -234,7 +238,6 @@ def evaluate(
         captures=captures,
         modules=modules,
     )
-    assert plan.loss is not None
     with torch.enable_grad():
         value = compute(plan.loss, captures.logits(), batch)
         trained = trainable(modules)
@@ -249,15 +252,23 @@ def evaluate(
     return float(value.detach()), {i: g for i, g in of_captures if g is not None}
 
 
-def compute(loss: bytes | str, logits: torch.Tensor | None, batch: LossBatch) -> torch.Tensor:
+def compute(
+    loss: bytes | str | None, logits: torch.Tensor | None, batch: LossBatch
+) -> torch.Tensor:
     """What the loss makes of the logits (B, S, V): a scalar with a graph.
 
     LossError names the user's line, or says what the loss should have returned."""
-    function = LOSSES[loss] if isinstance(loss, str) else pickle.loads(loss)
+    if isinstance(loss, str):
+        function = LOSSES[loss]
+    else:
+        function = pickle.loads(loss or b"")
     try:
-        num_arguments = len(inspect.signature(function).parameters)
+        takes_logits_only = len(inspect.signature(function).parameters) == 1
         with restored_defaults():
-            value = function(logits) if num_arguments == 1 else function(logits, batch)
+            if takes_logits_only:
+                value = function(logits)
+            else:
+                value = function(logits, batch)
     except HookError as error:
         raise LossError(str(error)) from error
     except LossError:

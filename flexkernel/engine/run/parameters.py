@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from flexkernel.names import match, nearest
 from flexkernel.wire import Blob, ParameterShard, Region, ShardRecord, SlabValue, dtype_name
 
 __all__ = [
+    "get",
     "local_shard",
     "owned",
     "owner_of",
@@ -48,6 +49,19 @@ __all__ = [
 ]
 
 Value = SlabValue | tuple[Blob, ...]  # where a new value lies, or the parts of it
+
+
+class Owned(NamedTuple):
+    """A parameter or buffer as its module has it, sharded as it is."""
+
+    name: str
+    module: torch.nn.Module
+    tensor: torch.Tensor
+
+    @property
+    def last(self) -> str:
+        """Its name within the module."""
+        return self.name.rpartition(".")[2]
 
 
 class Split(NamedTuple):
@@ -71,16 +85,17 @@ class Placing:
 def shard_of(runtime: Runtime, name: str) -> ParameterShard | list[str]:
     """What this rank holds of a parameter or buffer. The nearest names that there are, if it holds
     nothing of that name; none of them, if it holds no part of it."""
-    module, tensor = find(runtime, name)
-    if module is None or tensor is None:
+    owned_here = find(runtime, name)
+    if owned_here is None:
         return nearest(name, list(names_in(runtime.part.named)))
+    tensor = owned_here.tensor
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # it lies on a mesh that this rank has no part in
-    flat = flat_shape(runtime.part.model, module, name.rpartition(".")[2])
+    flat = flat_shape(runtime.part.model, owned_here.module, owned_here.last)
     if flat is not None:  # the ranks give all of it to every rank
         dtype = dtype_name(tensor.dtype)
         return ParameterShard(flat, dtype, WHOLE, "flat", "part of a flat parameter over fsdp")
-    return local_shard(runtime, name, module, tensor)[0]
+    return local_shard(runtime, owned_here)[0]
 
 
 def write(
@@ -94,19 +109,20 @@ def write(
         if writes:
             whole = runtime.memory.slab(region.slab, slab_bytes).tensor(region)
             shard.shard.put(local, whole)
-        written = shard.shard if writes else None
-        return ShardRecord(shard.evidence, shard.placement, digest(local), shard.shard, written)
+        record = ShardRecord(shard.evidence, shard.placement, digest(local), shard.shard, None)
+        if writes:
+            record = replace(record, written=shard.shard)
+        return record
 
 
 @contextlib.contextmanager
 def local_part(runtime: Runtime, name: str, change: bool = False) -> Iterator[torch.Tensor]:
     """Within it: what this rank holds of a parameter, in its own shape, dtype and memory, to be
     read, or with `change` to be written into. All ranks that hold it must call: FSDP1 gathers."""
-    module, tensor = find(runtime, name)
-    assert module is not None and tensor is not None
-    last = name.rpartition(".")[2]
+    name, module, _ = owned_here = get(runtime, name)
+    last = owned_here.last
     if flat_shape(runtime.part.model, module, last) is None:
-        yield local_shard(runtime, name, module, tensor)[1]
+        yield local_shard(runtime, owned_here)[1]
         return
     runtime.breaker.busy = True  # the ranks wait for each other
     try:
@@ -155,12 +171,11 @@ def save(runtime: Runtime, name: str, saved: list[Saved], num_earlier: int) -> b
     changed already.
 
     num_earlier: how many of those saved are of earlier changes. HookError: this is one of them."""
-    module, tensor = find(runtime, name)
-    assert module is not None and tensor is not None
-    flat = flat_local(runtime.part.model, module, name.rpartition(".")[2])
+    owned_here = get(runtime, name)
+    flat = flat_local(runtime.part.model, owned_here.module, owned_here.last)
     memory = flat
     if memory is None:
-        memory = local_shard(runtime, name, module, tensor)[1]
+        memory = local_shard(runtime, owned_here)[1]
     same = [i for i, earlier in enumerate(saved) if is_same_memory(earlier.memory, memory)]
     if flat is None and same and same[0] < num_earlier:
         raise HookError(f"{saved[same[0]].name} and {name} are one parameter: change one of them")
@@ -205,23 +220,32 @@ def restore(runtime: Runtime, owner: str = "") -> None:
 # --- finding it -----------------------------------------------------------------------
 
 
-def find(runtime: Runtime, name: str) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
-    """(the module that owns a parameter or buffer on this rank, the tensor itself, sharded as it
-    is); (None, None) where another stage has it.
+def get(runtime: Runtime, name: str) -> Owned:
+    """The parameter or buffer of that name, as find() returns it. KeyError: this rank has none."""
+    owned_here = find(runtime, name)
+    if owned_here is None:
+        raise KeyError(name)
+    return owned_here
+
+
+def find(runtime: Runtime, name: str) -> Owned | None:
+    """The parameter or buffer of that name on this rank; None where another stage has it.
 
     What FSDP left unsharded after a forward is sharded again, which moves nothing between
     ranks."""
     module = owner_of(runtime, name)
     last = name.rpartition(".")[2]
     if module is None:
-        return None, None
+        return None
     tensor: torch.Tensor | None = module._parameters.get(last)
     if tensor is None:
         tensor = module._buffers.get(last)
     if tensor is None and flat_shape(runtime.part.model, module, last) is not None:
         # of FSDP1's flat parameter, which has taken the place of the module's own
         tensor = getattr(module, last)
-    return (None, None) if tensor is None else (module, tensor)
+    if tensor is None:
+        return None
+    return Owned(name, module, tensor)
 
 
 def owner_of(runtime: Runtime, name: str) -> torch.nn.Module | None:
@@ -229,13 +253,17 @@ def owner_of(runtime: Runtime, name: str) -> torch.nn.Module | None:
     are between forwards; None where another stage has it."""
     reshard(runtime.part.model)
     module = runtime.part.named.get(name.rpartition(".")[0])
-    return None if module is None or is_placeholder(module) else module
+    if module is None or is_placeholder(module):
+        return None
+    return module
 
 
 def parameter_of(runtime: Runtime, name: str) -> torch.nn.Parameter | None:
     """The parameter of that name, sharded as it is; None where this rank has none."""
     module = owner_of(runtime, name)
-    return None if module is None else module._parameters.get(name.rpartition(".")[2])
+    if module is None:
+        return None
+    return module._parameters.get(name.rpartition(".")[2])
 
 
 def owned(runtime: Runtime, names: Sequence[str]) -> list[torch.nn.Parameter]:
@@ -255,11 +283,10 @@ def names_in(modules: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 # --- where it lies --------------------------------------------------------------------
 
 
-def local_shard(
-    runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
-) -> tuple[ParameterShard, torch.Tensor]:
-    """(which part of a parameter this rank holds, that part as a plain tensor of its own dtype and
-    device). tensor: as the module has it. PlacementError: where it lies is not known."""
+def local_shard(runtime: Runtime, owned_here: Owned) -> tuple[ParameterShard, torch.Tensor]:
+    """(which part of a parameter this rank holds, that part as a plain tensor of the part's shape,
+    on its own device). PlacementError: where it lies is not known."""
+    name, module, tensor = owned_here
     if isinstance(tensor, DTensor):
         placing = placing_of_dtensor(tensor)
         local = tensor.detach().to_local()
@@ -326,7 +353,9 @@ def placement_over_tp(
     if runtime.part.info.layout.tp == 1:
         return "scan", Replicate()
     by_class = weight_placement(name, module, tensor)
-    return ("scan", Replicate()) if by_class is None else ("class", by_class)
+    if by_class is None:
+        return "scan", Replicate()
+    return "class", by_class
 
 
 def whole_shape(tensor: torch.Tensor, placement: Placement, tp: int) -> tuple[int, ...]:

@@ -42,7 +42,9 @@ class EditModules(dict[str, torch.nn.Module]):
     count the module's gradient."""
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], edit: str, per: str):
-        super().__init__({} if per == "element" else modules)
+        super().__init__()
+        if per != "element":
+            self.update(modules)
         self.edit = edit
         self.names = list(modules)
 
@@ -139,7 +141,9 @@ def noise(x: torch.Tensor, value: Any, part: EditPart) -> torch.Tensor:
 def patch(x: torch.Tensor, value: Any, _part: EditPart) -> torch.Tensor:
     """The value, a tensor of x's shape; x itself where a generation goes on after the source's
     end."""
-    return x if value is None else value.to(x)
+    if value is None:
+        return x
+    return value.to(x)
 
 
 def mean(x: torch.Tensor, _value: Any, part: EditPart) -> torch.Tensor:

@@ -7,155 +7,35 @@ carries its failure. An edit replaces the value, and fails the run if it fails.
 from __future__ import annotations
 
 import abc
-import enum
+import dataclasses
 import functools
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
-from flexkernel.boxes import WHOLE, Box, share_of
 from flexkernel.engine.compat import waited
 from flexkernel.engine.model.hooks import Tap
 from flexkernel.engine.model.pytree import first_leaf, leaf, leaves, replaced
 from flexkernel.engine.place.placements import Place, Placed
 from flexkernel.engine.place.staging import with_landed_digests
+from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import HookError, PlacementError
 from flexkernel.memory.plan import Entry, logits_path
 from flexkernel.names import display_name
-from flexkernel.wire import CaptureKey, ShapeFormula, ShardRecord
+from flexkernel.wire import CaptureKey, ShardRecord
 
 from .autograd import Tape, watched
 from .context import RunContext
 from .edits import Editor
 from .reductions import padding_mask, statistics_of, write_statistics
+from .routes import Kind, Route, route_of
 from .unplanned import check_strided, keep_unplanned
 
-if TYPE_CHECKING:
-    from flexkernel.engine.runtime import Runtime
-
-__all__ = ["Batch", "ForwardRecording", "Recording", "copies_of", "failure", "tensor_in"]
+__all__ = ["Batch", "ForwardRecording", "Recording", "failure", "tensor_in"]
 
 Batch = dict[str, torch.Tensor]  # what a model is called with: this rank's rows
-
-
-# --- where a value goes ---------------------------------------------------------------
-
-
-class Kind(enum.Enum):
-    """What a rank writes of a value."""
-
-    NOTHING = enum.auto()  # its rows are copies that nobody wants
-    COPY = enum.auto()
-    STATISTICS = enum.auto()  # of a reduction
-    ADDEND = enum.auto()  # of a sum over tp, into a file of its own
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where a planned value of one local shape and dtype goes on this rank. Decided once.
-
-    record: what the rank reports of it, but for the digest. shared: other ranks hold the same part,
-    so that digests are compared. piece: which part of what it holds this rank writes; its index in
-    the kept tensor is `source`, in the capture's place `target`. kept: the positions that are kept,
-    as (dim, index). is_end: whether a gradient can come in here; counts: whether it counts on this
-    rank."""
-
-    kind: Kind
-    record: ShardRecord
-    shared: bool = False
-    piece: Box | None = None
-    source: tuple[slice, ...] = ()
-    target: tuple[slice, ...] = ()
-    kept: tuple[int, torch.Tensor] | None = None
-    is_end: bool = True
-    counts: bool = True
-
-    @classmethod
-    def of(cls, entry: Entry, placed: Placed, here: Place) -> Route:
-        """The route of a value that is placed so. PlacementError: it cannot be kept so."""
-        formula = entry.formula
-        batched = bool(formula.batched)
-        first_group = here.layout.coordinate(here.rank).batch == 0
-        counts = not here.idle if batched else first_group
-        kept = kept_positions(entry, placed, here)
-        placement = repr(placed.placement) if here.layout.tp > 1 else "whole"
-        record = ShardRecord(placed.evidence, placement, 0, placed.shard, None)
-        is_addend = isinstance(placed.placement, Partial)
-        if here.idle and batched:
-            return cls(Kind.NOTHING, record, kept=kept, is_end=not is_addend, counts=counts)
-        if is_addend:
-            check_addend(entry)
-            # the addends of one group of ranks are the sum
-            kind = Kind.ADDEND if batched or first_group else Kind.NOTHING
-            partial = here.layout.tp
-            record = ShardRecord(placed.evidence, placement, 0, placed.shard, None, partial=partial)
-            return cls(kind, record, kept=kept, is_end=False)
-        shape = list(placed.local.shape)
-        if kept is not None:
-            shape[kept[0]] = len(kept[1])
-        copies, index = copies_of(placed, formula, here)
-        piece = WHOLE if copies == 1 else share_of(shape, copies, index)
-        written = None if piece is None else placed.shard.within(piece)
-        return cls(
-            Kind.COPY if entry.hook.reduce is None else Kind.STATISTICS,
-            ShardRecord(placed.evidence, placement, 0, placed.shard, written),
-            copies > 1,
-            piece,
-            piece.slices(len(shape)) if piece else (),
-            written.slices(len(shape)) if written else (),
-            kept,
-            counts=counts,
-        )
-
-
-def copies_of(placed: Placed, formula: ShapeFormula, here: Place) -> tuple[int, int]:
-    """(how many ranks hold this part, which of them this one is)."""
-    layout = here.layout
-    where = layout.coordinate(here.rank)
-    copies = 1
-    index = 0
-    if isinstance(placed.placement, Replicate):
-        copies = layout.tp
-        index = where.tp
-    if layout.batch_groups > 1 and not formula.batched:
-        index += copies * where.batch
-        copies *= layout.batch_groups
-    return copies, index
-
-
-def kept_positions(entry: Entry, placed: Placed, here: Place) -> tuple[int, torch.Tensor] | None:
-    """(the dim, (n,) int64 on the value's device): the positions that the hook keeps. None: all.
-
-    PlacementError: they cannot be picked from the value."""
-    hook = entry.hook
-    formula = entry.formula
-    if hook.kept_positions is None:
-        return None
-    dim = formula.positions
-    if formula.folded is not None or dim in placed.shard.dims:
-        raise PlacementError(
-            f"{hook.key}: positions cannot be picked from {formula}, whose rows run over the batch "
-            "or are split along the sequence; hook it without positions"
-        )
-    if dim is None:
-        return None
-    positions = [position % here.S for position in hook.kept_positions]
-    return dim, torch.tensor(positions, device=placed.local.device)
-
-
-def check_addend(entry: Entry) -> None:
-    """PlacementError: what is kept of addends is not that of their sum."""
-    if entry.hook.reduce is not None:
-        raise PlacementError(
-            f"{entry.key}: each rank holds an addend of it, and no {entry.hook.reduce} of addends "
-            "is that of their sum; hook it without reduce"
-        )
-
-
-# --- the recordings -------------------------------------------------------------------
 
 
 class Recording(abc.ABC):
@@ -164,7 +44,7 @@ class Recording(abc.ABC):
     planned: index in the plan → record. others: the records of values that had no planned place.
     forwards: how many have begun. seconds: that recording took."""
 
-    def __init__(self, context: RunContext, active: frozenset[str], editor: Editor | None):
+    def __init__(self, context: RunContext, active: frozenset[str], editor: Editor):
         self.context = context
         self.active = active | {"logits"}
         self.editor = editor
@@ -225,7 +105,6 @@ class Recording(abc.ABC):
     def edit(self, tap: Tap, value: Any) -> Any:
         """The value as the hook's edit makes it. It does raise: a forward without its edit is
         wrong."""
-        assert self.editor is not None, "a run whose hooks edit has an editor"
         call = self._edits.get((tap.key, tap.name), 0)
         self._edits[tap.key, tap.name] = call + 1
         return self.editor.edit(tap.hook, tap.name, call, value)
@@ -288,7 +167,7 @@ class ForwardRecording(Recording):
         self,
         context: RunContext,
         active: frozenset[str],
-        editor: Editor | None = None,
+        editor: Editor,
         tape: Tape | None = None,
     ):
         super().__init__(context, active, editor)
@@ -327,7 +206,7 @@ class ForwardRecording(Recording):
                 return route, tensor
         entry = self.entries[i]
         placed = self.locate(entry, tensor, self.here)
-        route = Route.of(entry, placed, self.here)
+        route = route_of(entry, placed, self.here)
         if not isinstance(tensor, DTensor):
             self._routes[i, placed.local.shape, placed.local.dtype] = route
         return route, placed.local
@@ -335,30 +214,25 @@ class ForwardRecording(Recording):
     def _follow(self, route: Route, i: int, local: torch.Tensor) -> ShardRecord:
         """Write what the route says. local: what is kept of this rank's part, without a graph."""
         record = route.record
-        copies = self.context.copies
-        region = None
-        if route.kind is Kind.NOTHING:
-            return record
         if route.kind is Kind.ADDEND:
-            region = self.context.keep_apart(local)
-        elif route.kind is Kind.STATISTICS:
+            return dataclasses.replace(record, region=self.context.keep_apart(local))
+        if route.kind is Kind.STATISTICS:
             self._write_statistics(route, i, local)
         elif route.piece is not None:
-            place = self.place(i)
-            target = place[route.target] if route.target else place
-            copies.write(target, local[route.source] if route.source else local)
-        if region is None and not route.shared:
+            self._copy(route, i, local)
+        if not route.shared:
             return record
-        digest = copies.digest(local) if route.shared else 0
-        return ShardRecord(
-            record.evidence,
-            record.placement,
-            digest,
-            record.shard,
-            record.written,
-            region,
-            record.partial,
-        )
+        digest = self.context.copies.digest(local)
+        return ShardRecord(record.evidence, record.placement, digest, record.shard, record.written)
+
+    def _copy(self, route: Route, i: int, local: torch.Tensor) -> None:
+        """Copy this rank's piece of a value into the capture's place. local: as in _follow()."""
+        place = self.place(i)
+        if route.target:
+            place = place[route.target]
+        if route.source:
+            local = local[route.source]
+        self.context.copies.write(place, local)
 
     def _write_statistics(self, route: Route, i: int, local: torch.Tensor) -> None:
         """Write what this rank's part says of the reduction into a place of its own. The reader
@@ -374,21 +248,19 @@ class ForwardRecording(Recording):
 
     def _mask(self, entry: Entry) -> torch.Tensor | None:
         """(B, positions that are kept) bool on the CPU: False on pads. None: there are none."""
-        mask = self.context.tokens.mask(range(self.here.S))
-        if entry.hook.kept_positions is not None:
-            mask = mask[:, [p % self.here.S for p in entry.hook.kept_positions]]
-        return None if mask.all() else mask
+        S = self.here.S
+        mask = self.context.tokens.mask(range(S))
+        positions = entry.hook.kept_positions
+        if positions is not None:
+            mask = mask[:, [position % S for position in positions]]
+        if mask.all():
+            return None
+        return mask
 
     def write_unplanned(self, tap: Tap, at: str, call: int, value: Any) -> None:
-        path = logits_in(value) if tap.key == "logits" else tap.hook.index
-        if path is not None:
-            tensor = leaf(value, path)
-        elif tap.key == "logits":
-            return  # the model puts out something else
-        else:
-            path, tensor = first_leaf(value)
+        path, tensor = self._leaf_of(tap, value)
         if tensor is None:
-            return
+            return  # the model puts out something else
         key = CaptureKey(tap.key, tap.name, at, path, call)
         try:
             check_strided(f"{display_name(tap.name)} {at}", tensor)
@@ -400,14 +272,24 @@ class ForwardRecording(Recording):
         """value: this rank's part, of any shape, without a graph."""
         return keep_unplanned(self.context, tap.hook, tap.name, path, value)
 
+    def _leaf_of(self, tap: Tap, value: Any) -> tuple[str, torch.Tensor | None]:
+        """(the path, this rank's part of the tensor that a hook asks for); None: it is not there."""
+        if tap.key == "logits":
+            return logits_in(value)
+        if tap.hook.index is None:
+            return first_leaf(value)
+        return tap.hook.index, leaf(value, tap.hook.index)
+
     # --- gradients --------------------------------------------------------------------
 
     def watch(self, tap: Tap, value: Any) -> Any:
         if not self._keeps_graph:
             return None
         call, i = self.next_call(tap, tap.at)
-        path = self.entries[i].key.index if i is not None else tap.hook.index
-        if path is None:
+        path = tap.hook.index
+        if i is not None:
+            path = self.entries[i].key.index
+        elif path is None:
             path = first_leaf(value)[0]
         tensor = leaf(value, path)
         if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -427,10 +309,10 @@ class ForwardRecording(Recording):
             self._keep_gradient(tap, tap.before, call, path, gradient)
         new = None
         if tap.hook.edit is not None:
-            assert self.editor is not None, "a run whose hooks edit has an editor"
             new = self.editor.edit_gradient(tap.hook, tap.name, call, path, gradient)
+            gradient = new
         if tap.keeps_after:
-            self._keep_gradient(tap, tap.at, call, path, gradient if new is None else new)
+            self._keep_gradient(tap, tap.at, call, path, gradient)
         return new
 
     def _keep_gradient(
@@ -459,7 +341,9 @@ class ForwardRecording(Recording):
 
 def no_gradient(tap: Tap, tensor: torch.Tensor | None) -> str:
     """Why there is no gradient of a value of any shape; None: it holds no tensor."""
-    problem = "has no tensor there" if tensor is None else f"is {tensor.dtype}"
+    problem = "has no tensor there"
+    if tensor is not None:
+        problem = f"is {tensor.dtype}"
     return f"{display_name(tap.name)} {tap.hook.of} {problem}: it has no gradient"
 
 
@@ -472,8 +356,7 @@ def tensor_in(value: Any, entry: Entry) -> torch.Tensor:
     if type(value) is torch.Tensor and (path == "" or entry.hook.index is None):
         return value
     if entry.hook.name == "logits":
-        named = logits_in(value)
-        tensor = None if named is None else leaf(value, named)
+        tensor = logits_in(value)[1]
     else:
         tensor = leaf(value, path)
         if tensor is None and entry.hook.index is None:
@@ -485,9 +368,12 @@ def tensor_in(value: Any, entry: Entry) -> torch.Tensor:
     return tensor
 
 
-def logits_in(value: Any) -> str | None:
-    """Where in a model's output its logits are, if it has any."""
-    return logits_path([path for path, _ in leaves(value)])
+def logits_in(value: Any) -> tuple[str, torch.Tensor | None]:
+    """(the path, the tensor) of the logits in a model's output, (B, S, V) or what it has instead;
+    ("", None): it has none."""
+    tensors = dict(leaves(value))
+    path = logits_path(list(tensors))
+    return ("", None) if path is None else (path, tensors[path])
 
 
 def failure(error: Exception) -> ShardRecord:

@@ -62,7 +62,9 @@ def loss_and_seeds(
         raise problem
     if said.first("failed"):
         raise OtherRankFailed("the loss failed on rank 0")
-    own_loss = loss if runtime.rank == 0 else None
+    own_loss: float | None = None
+    if runtime.rank == 0:
+        own_loss = loss
     if said.first("count") == 0:
         return own_loss, {}
     num_bytes = said.first("num_bytes")

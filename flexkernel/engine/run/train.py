@@ -103,13 +103,13 @@ def sum_modules(runtime: Runtime, timeout_s: float) -> None:
             wait(work, timeout_s, "the gradients of modules")
 
 
-def step(runtime: Runtime, plan: RunPlan) -> None:
-    """Step the plan's optimizer, after every rank has its gradients. All ranks must call."""
-    assert plan.training is not None
+def step(runtime: Runtime, plan: RunPlan, training: Training) -> None:
+    """Step the optimizers of the plan's training, after every rank has its gradients. All ranks
+    must call."""
     if runtime.world > 1:
         # a rank that failed does not come here, and then no copy steps
         exchange_headers(plan.timeout_s, run=plan.run, steps=1)
-    for optimizer in optimizers_of(runtime, plan.training):
+    for optimizer in optimizers_of(runtime, training):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -127,7 +127,9 @@ def optimizers_of(runtime: Runtime, training: Training) -> Sequence[torch.optim.
         trained = [*trainable(modules), *owned(runtime, training.parameters)]
         plain = [p for p in trained if not isinstance(p, DTensor)]
         sharded = [p for p in trained if isinstance(p, DTensor)]
-        make = pickle.loads(training.optimizer) if training.optimizer is not None else adamw
+        make: Callable[..., Any] = adamw
+        if training.optimizer is not None:
+            make = pickle.loads(training.optimizer)
         optimizers[key] = [
             make_optimizer(make, parameters) for parameters in (plain, sharded) if parameters
         ]

@@ -45,12 +45,12 @@ def keep_unplanned(
     record = ShardRecord(evidence, repr(placement), 0, shard, None)
     if isinstance(batch, int) and here.idle:
         return record  # its rows are copies that nobody wants
-    return dataclasses.replace(
-        record,
-        digest=context.copies.digest(local),
-        region=context.keep_apart(local) if is_keeper(placement, batch, here) else None,
-        partial=layout.tp if isinstance(placement, Partial) else 0,
-    )
+    record = dataclasses.replace(record, digest=context.copies.digest(local))
+    if isinstance(placement, Partial):
+        record = dataclasses.replace(record, partial=layout.tp)
+    if is_keeper(placement, batch, here):
+        record = dataclasses.replace(record, region=context.keep_apart(local))
+    return record
 
 
 def is_keeper(placement: Placement, batch: int | str, here: Place) -> bool:
@@ -70,13 +70,17 @@ def part_over_tp(
         return WHOLE
     tp = here.layout.tp
     dim = placement.dim % local.dim()
-    total = value.shape[dim] if isinstance(value, DTensor) else local.shape[dim] * tp
+    total = local.shape[dim] * tp
+    if isinstance(value, DTensor):
+        total = value.shape[dim]
     return WHOLE.plus(dim, *chunk(total, tp, here.tp))
 
 
 def declared_name(hook: HookSpec, name: str) -> str:
     """The key of placements= that would declare the value."""
-    return f"{name} input" if hook.of == "input" else name
+    if hook.of == "input":
+        return f"{name} input"
+    return name
 
 
 def check_unreduced(hook: HookSpec, name: str) -> None:

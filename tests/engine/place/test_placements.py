@@ -104,7 +104,7 @@ class Ranks:
                 copies=Copies(),
                 memory=RankMemory(self.home, rank),
             )
-            recording = ForwardRecording(context, frozenset({self.hook.key}))
+            recording = ForwardRecording(context, frozenset({self.hook.key}), None)
             recording.record(Tap.of(self.hook, self.hook.glob), self.hook.at, local)
             seen[rank] = recording.planned[0]
         dtype = getattr(torch, self.formula.dtype)

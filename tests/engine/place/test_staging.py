@@ -269,7 +269,7 @@ def test_a_recording_that_has_landed_tells_numbers():
     value, copies = torch.randn(9, 33), Staged(Delayed())
     captures, here = Plan((), 0, (), False), Place(Layout(), 0, 1, 1, (0, 1))
     context = RunContext(SimpleNamespace(), captures, here, None, None, copies, None)
-    recording = ForwardRecording(context, frozenset())
+    recording = ForwardRecording(context, frozenset(), None)
     recording.planned = {0: ShardRecord("scan", "whole", copies.digest(value))}
     recording.others = {CaptureKey("h", "m"): ShardRecord("scan", "whole", copies.digest(value))}
     recording.land()
