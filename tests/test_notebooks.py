@@ -44,8 +44,8 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     return book
 
 
-def left(folder: Path, patience_s: float = 10) -> list[str]:
-    """What still runs when an engine's nanny has had time to notice that its engine is gone."""
+def left(folder: Path, patience_s: float = 30) -> list[str]:
+    """What still runs when the engines have had the time that they take to end with a notebook."""
     end = time.monotonic() + patience_s
     while (found := processes(folder)) and time.monotonic() < end:
         time.sleep(0.2)
