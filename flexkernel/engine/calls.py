@@ -34,8 +34,7 @@ from . import dataset, recover, verify
 from .compat import is_placeholder, made_groups
 from .failure import gave_up
 from .model import attention, load
-from .model.naming import modules_of
-from .model.part import Pending, RankModel
+from .model.part import Pending, RankModel, modules_of
 from .ranks import mesh
 from .ranks.gather import make_groups
 from .run import forward, parameters, train

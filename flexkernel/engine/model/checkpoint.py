@@ -1,12 +1,17 @@
-"""A checkpoint's files, looked at before any is read: a load that has to fail fails while the
-earlier model is there.
+"""A checkpoint's files: checked before anything is loaded, and not needed any more afterwards.
 
-Only headers are read. A file that is shorter than its header says would end an engine, where it is
-mapped.
+A load that has to fail fails while the earlier model is still there. Only headers are read for
+that. A file shorter than its header says would kill an engine that has mapped it.
+
+On the CPU, and where the dtype is the file's, transformers leaves parameters where safetensors has
+mapped them. A file that is written anew under a loaded model would change its numbers without a
+word; one that is cut off would kill the engine (SIGBUS) at its next forward. So parameters are
+copied out of the files.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import stat
@@ -14,9 +19,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
+from flexkernel.engine.compat import inner
 from flexkernel.errors import LoadError
 
-__all__ = ["check_files"]
+__all__ = ["check_files", "copied_out", "files_in_memory"]
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,3 +129,41 @@ def whole_bytes(header: dict[str, Any]) -> int:
         int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"
     ]
     return max(ends, default=0)
+
+
+# --- loaded ---------------------------------------------------------------------------
+
+
+def copied_out(parameters: Iterable[torch.Tensor]) -> int:
+    """Give each of these that lies in a file memory of its own, tied ones the same; returns how
+    many did."""
+    regions = files_in_memory()
+    starts = [start for start, _ in regions]
+    copies: dict[tuple, torch.Tensor] = {}
+    with torch.no_grad():
+        for tensor in map(inner, parameters):
+            at = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+            place = bisect.bisect_right(starts, at) - 1
+            if at and place >= 0 and at < regions[place][1]:
+                key = at, tensor.shape, tensor.stride(), tensor.dtype
+                if key not in copies:
+                    copies[key] = tensor.detach().clone()
+                tensor.set_(copies[key])
+    return len(copies)
+
+
+def files_in_memory() -> list[tuple[int, int]]:
+    """Where this process has files mapped that others can change: (first byte, end), in order.
+    Libraries are left out; so are the slabs, which are private to this user and never hold a
+    parameter."""
+    found = []
+    try:
+        with open("/proc/self/maps") as lines:
+            for line in lines:
+                where, mode, *_, path = [*line.split(maxsplit=5), ""][:6]
+                if path.startswith("/") and "x" not in mode and ".so" not in path:
+                    start, end = (int(number, 16) for number in where.split("-"))
+                    found.append((start, end))
+    except OSError:  # no Linux
+        return []
+    return sorted(found)

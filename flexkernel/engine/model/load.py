@@ -24,8 +24,7 @@ from flexkernel.errors import LayoutError, LoadError
 from flexkernel.names import select
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
 
-from .checkpoint import check_files
-from .mapped import copied_out
+from .checkpoint import check_files, copied_out
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
 __all__ = [

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from torch import nn
 
-from flexkernel.engine.model.naming import modules_of, renamed
+from flexkernel.engine.model.part import modules_of, renamed
 from flexkernel.errors import LoadError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flexkernel.engine.model.mapped import copied_out, files_in_memory
+from flexkernel.engine.model.checkpoint import copied_out, files_in_memory
 from tests.support import on_engines
 
 IDS = [[5, 6, 7, 8, 9]]
