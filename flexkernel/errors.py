@@ -40,6 +40,7 @@ __all__ = [
     "PlacementError",
     "PromptError",
     "ViewError",
+    "first_line",
     "named",
 ]
 
@@ -165,6 +166,15 @@ def shortened(text: str, most: int = MOST) -> str:
         return text
     half = most // 2
     return f"{text[:half]} [{len(text) - 2 * half:,} characters left out] {text[-half:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if it has none.
+
+    >>> first_line(ValueError("no such file\\nin folder x")), first_line(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def named(name: str) -> type[FlexError]:

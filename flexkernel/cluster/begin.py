@@ -11,7 +11,7 @@ from pathlib import Path
 import ipyparallel as ipp
 import psutil
 
-from flexkernel.errors import ClusterError
+from flexkernel.errors import ClusterError, first_line
 from flexkernel.memory.slab import folder_path
 
 from .controller import Lame, end_controllers, lame, living, quiet, restore_controller
@@ -184,7 +184,3 @@ def running_clusters() -> list[str]:
         for c in found
         if c.controller is not None
     ]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

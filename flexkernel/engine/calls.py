@@ -34,6 +34,7 @@ from . import dataset, recover, verify
 from .compat import is_placeholder, made_groups
 from .failure import gave_up
 from .model import attention, load
+from .model.inspection import inspect
 from .model.part import Pending, RankModel, modules_of
 from .ranks import mesh
 from .ranks.gather import make_groups
@@ -135,7 +136,7 @@ def inspect_model(
     rank 0's; None on the others."""
     if runtime.rank != 0:
         return None
-    return load.inspect(source, layout, dtype, attention, placements)
+    return inspect(source, layout, dtype, attention, placements)
 
 
 def load_model(
@@ -146,7 +147,7 @@ def load_model(
     runtime.unload()
     runtime.pending = Pending(source)
     try:
-        model = load.part_of(info, source, runtime.device)
+        model = load.load_part(info, source, runtime.device)
     except BaseException as error:
         gave_up(runtime, error)
         raise

@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from flexkernel.engine.model.caller import Caller
+from flexkernel.engine.model.inspection import dtype_of
 from flexkernel.engine.model.layerwise import streamed
-from flexkernel.engine.model.load import dtype_of, load
+from flexkernel.engine.model.load import load
 from flexkernel.engine.model.part import modules_of
 from flexkernel.engine.model.pytree import inputs, leaf
 from flexkernel.engine.runtime import Runtime

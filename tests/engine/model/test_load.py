@@ -11,16 +11,14 @@ import torch
 import transformers
 from torch import nn
 
-from flexkernel.engine.model.load import (
-    build,
-    check,
+from flexkernel.engine.model.inspection import (
+    attention_of,
+    check_degrees,
+    check_path,
     dtype_of,
-    exists,
-    implementation,
     inspect,
-    local_bytes,
-    local_parameters,
 )
+from flexkernel.engine.model.load import build, local_bytes, local_parameters
 from flexkernel.errors import LayoutError, LoadError
 from flexkernel.wire import Layout, Source
 from tests.support import reference
@@ -46,16 +44,16 @@ def on_meta(kind: str, **options) -> tuple:
 
 def test_tp_must_divide_the_heads_and_says_what_would():
     config, model = on_meta("Llama", **SMOLLM2)
-    check(config, model, Layout(tp=3))
+    check_degrees(config, model, Layout(tp=3))
     with pytest.raises(
         LayoutError,
         match=r"tp=2 does not divide LlamaForCausalLM's 9 attention heads; tp could be \[3\]",
     ):
-        check(config, model, Layout(tp=2))
+        check_degrees(config, model, Layout(tp=2))
     with pytest.raises(
         LayoutError, match="tp=9 does not divide LlamaForCausalLM's 3 key/value heads"
     ):
-        check(config, model, Layout(tp=9))
+        check_degrees(config, model, Layout(tp=9))
 
 
 def test_tp_must_divide_the_mlp():
@@ -69,7 +67,7 @@ def test_tp_must_divide_the_mlp():
         },
     )
     with pytest.raises(LayoutError, match="tp=4 does not divide LlamaForCausalLM's 1022 MLP width"):
-        check(config, model, Layout(tp=4))
+        check_degrees(config, model, Layout(tp=4))
 
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
@@ -80,21 +78,21 @@ def test_an_architecture_without_a_plan_is_refused_with_what_does_work():
     with pytest.raises(
         LayoutError, match=r"tp=2: GPT2LMHeadModel has no tensor-parallel plan .* use fsdp= or dp="
     ):
-        check(config, model, Layout(tp=2))
+        check_degrees(config, model, Layout(tp=2))
     with pytest.raises(
         LayoutError, match=r"pp=2: GPT2LMHeadModel cannot be split into stages.*transformer\.layers"
     ):
-        check(config, model, Layout(pp=2))
-    check(config, model, Layout(fsdp=2))
+        check_degrees(config, model, Layout(pp=2))
+    check_degrees(config, model, Layout(fsdp=2))
 
 
 def test_stages_need_a_layer_each():
     config, model = on_meta("Llama", **SMOLLM2)
-    check(config, model, Layout(pp=4))
+    check_degrees(config, model, Layout(pp=4))
     with pytest.raises(
         LayoutError, match="pp=5 stages need as many layers; LlamaForCausalLM has 4"
     ):
-        check(config, model, Layout(pp=5))
+        check_degrees(config, model, Layout(pp=5))
 
 
 def test_one_engine_needs_nothing():
@@ -103,7 +101,7 @@ def test_one_engine_needs_nothing():
         ("GPT2", GPT2),
         ("Bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),
     ):
-        check(*on_meta(kind, **options), Layout())
+        check_degrees(*on_meta(kind, **options), Layout())
 
 
 # --- paths ----------------------------------------------------------------------------
@@ -146,8 +144,8 @@ def test_a_config_that_means_nothing_is_one_sentence(text, tmp_path):
 
 def test_a_name_that_is_no_folder_is_taken_for_one_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exists("gpt2")
-    exists("owner/name")
+    check_path("gpt2")
+    check_path("owner/name")
     with pytest.raises(LoadError, match="is neither a model folder nor a model the hub knows"):
         inspected("owner/no-such-model-at-all")
 
@@ -190,9 +188,9 @@ def test_a_dtype_that_is_none_is_refused(name):
 
 
 def test_attention_is_sdpa_where_there_is_sdpa():
-    assert implementation(None, on_meta("Llama", **SMOLLM2)[1]) == "sdpa"
-    assert implementation("flash", None) == "flash_attention_2"
-    assert implementation("eager", None) == "eager"
+    assert attention_of(None, on_meta("Llama", **SMOLLM2)[1]) == "sdpa"
+    assert attention_of("flash", None) == "flash_attention_2"
+    assert attention_of("eager", None) == "eager"
 
 
 def test_an_attention_that_is_not_there_is_refused(tiny, session):
