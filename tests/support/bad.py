@@ -119,7 +119,8 @@ ELSEWHERE = {
 def fit(session: Any, folder: Path, **layout: int) -> None:
     """Have this model loaded so, if it is not."""
     wanted = {axis: layout.get(axis, 1) for axis in ("pp", "dp", "fsdp", "tp")}
-    info = session.loaded.info
+    loaded = session._loaded
+    info = None if loaded is None else loaded.info
     if (
         info is None
         or info.path != str(folder)
