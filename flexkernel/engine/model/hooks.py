@@ -174,7 +174,9 @@ class ModuleHooks:
         return remove
 
     def _fire_at_point(self, tap: Tap, compute: Callable[[], torch.Tensor]) -> Any:
-        """As fire(). A read whose value cannot be computed fails by itself."""
+        """As fire(). A read whose value cannot be computed fails by itself.
+
+        compute: the point's value, of the shape that attention.py says."""
         recording = self.recording
         if recording is None or tap.key not in recording.active:
             return None

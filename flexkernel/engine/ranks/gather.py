@@ -95,12 +95,13 @@ def exchange_headers(
 def gathered(
     numbers: Sequence[int] | torch.Tensor, timeout_s: float, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """What every rank of the group says: (ranks, *numbers) int64. Every one must call, with as
-    many numbers."""
+    """What every rank of the group says: (ranks, *numbers) int64 on the CPU. Every rank must call,
+    with as many numbers."""
     mine = torch.as_tensor(numbers, dtype=torch.int64)
     every = torch.empty(dist.get_world_size(group), *mine.shape, dtype=torch.int64)
     if len(every) > FEW:
-        first, parts = dist.get_process_group_ranks(group)[0], None
+        first = dist.get_process_group_ranks(group)[0]
+        parts = None
         if dist.get_rank(group) == 0:
             parts = list(every)
         wait(dist.gather(mine, parts, first, group, async_op=True), timeout_s, "a header")
@@ -144,7 +145,7 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
 def post(
     tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float
 ) -> None:
-    """Send to a rank, which must fetch it; nothing is sent of an empty tensor."""
+    """Send a tensor of any shape to a rank, which must fetch it. Nothing is sent of an empty one."""
     if tensor.numel():
         data = as_bytes(tensor.cpu())
         _finish(dist.isend(data, rank, group=group), timeout_s)
@@ -165,7 +166,8 @@ def fetched(
 
 
 def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: float) -> None:
-    """Send to the rank that sits alike, so many pipeline stages on. It must receive."""
+    """Send a tensor of any shape to the rank at the same place of the stage that is so many steps
+    on. It must receive."""
     group, peer, on_cpu = stage_peer(model, step)
     data = tensor.detach().contiguous()
     _finish(dist.isend(data.cpu() if on_cpu else data, peer, group=group), timeout_s)
@@ -240,11 +242,11 @@ class Exchange:
         local: torch.Tensor,
         function: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """function(whole), run on the group's first rank; this rank's part of the result, plan.takes
-        of the whole, in memory of its own. Every rank of the group must call.
+        """function(whole), run on the group's first rank; this rank's part of the result, of
+        plan.takes' shape, in memory of its own. Every rank of the group must call.
 
         title, call: of the edit; ranks that come to different ones are refused. local: this rank's
-        part, plan.shard of the whole; the result has its dtype and device. EditError: the function
+        part, of plan.shard's shape; the result has its dtype and device. EditError: the function
         raised it on this rank; OtherRankFailed: on another one."""
         members = self.groups[plan.group]
         meeting = self._meeting(plan, local.dtype)
@@ -303,7 +305,7 @@ class InSlab:
         self.whole = whole
 
     def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
-        """Give this rank's part, plan.shard of the whole, before the ranks agree."""
+        """Give this rank's part, of plan.shard's shape, before the ranks agree."""
         self.takes = plan.takes
         if plan.gives:
             plan.shard.put(local, self.whole)
@@ -312,7 +314,8 @@ class InSlab:
         """After the ranks have agreed: on the first one the whole is there."""
 
     def take(self) -> torch.Tensor:
-        """After the first one has changed the whole: plan.takes of it, on the CPU."""
+        """After the first one has changed the whole: this rank's part, of plan.takes' shape, on the
+        CPU."""
         return self.takes.take(self.whole)
 
 
@@ -333,10 +336,12 @@ class ByMessages:
         self.dtype = dtype
         self.timeout_s = timeout_s
         self.is_first = dist.get_rank(group) == 0
-        self.whole = torch.empty(shape if self.is_first else (0,), dtype=dtype)
+        self.whole = torch.empty((0,), dtype=dtype)
+        if self.is_first:
+            self.whole = torch.empty(shape, dtype=dtype)
 
     def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
-        """Keep this rank's part, plan.shard of the whole, until the ranks agree."""
+        """Keep this rank's part, of plan.shard's shape, until the ranks agree."""
         self.local = local
         self.plan = plan
 
@@ -357,7 +362,8 @@ class ByMessages:
                 shard.put(self.local if i == 0 else self._from(i, shard), self.whole)
 
     def take(self) -> torch.Tensor:
-        """After the first one has changed the whole: plan.takes of it, on the CPU."""
+        """After the first one has changed the whole: this rank's part, of plan.takes' shape, on the
+        CPU."""
         if not self.is_first:
             return self._from(0, self.plan.takes)
         for rank, takes in zip(self.ranks[1:], self.all_takes[1:], strict=True):
@@ -365,7 +371,7 @@ class ByMessages:
         return self.plan.takes.take(self.whole)
 
     def _from(self, i: int, box: Box) -> torch.Tensor:
-        """The part of the whole that rank i of the group posts, on the CPU."""
+        """The part of the whole that rank i of the group posts: the box's shape, on the CPU."""
         shape = box.shape_in(self.shape)
         return fetched(shape, self.dtype, self.ranks[i], self.group, self.timeout_s)
 

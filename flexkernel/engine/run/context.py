@@ -41,8 +41,8 @@ class RunContext:
         return slab.tensor(self.captures.region(entry, self.plan.slab, self.plan.base))
 
     def open_places(self) -> list[torch.Tensor | None]:
-        """For each planned capture its place, as open_place() has it; None where another pipeline
-        stage writes it."""
+        """For each planned capture its place, of the shape that open_place() says; None where
+        another pipeline stage writes it."""
         places: list[torch.Tensor | None] = []
         for i, entry in enumerate(self.captures.entries):
             if entry.ranks and self.here.rank not in entry.ranks:

@@ -233,8 +233,8 @@ class Editor:
     def _tensor_in(
         self, hook: HookSpec, name: str, call: int, value: Any
     ) -> tuple[str, torch.Tensor]:
-        """(the path of the tensor that is edited, this rank's part of it). HookError: there is
-        none."""
+        """(the path of the tensor that is edited, this rank's part of it, of any shape). HookError:
+        there is none."""
         path = hook.index
         if path is None:
             leaves = self._leaves(hook, name, call)
@@ -258,7 +258,7 @@ class Editor:
     # --- what an edit gets ------------------------------------------------------------
 
     def run(self, target: Target, x: torch.Tensor) -> Any:
-        """What the edit's function returns for x, a part of the value or the whole of it."""
+        """What the edit's function returns for x: the value, or a part of it, of any shape."""
         hook = target.hook
         part = self._part(target)
         try:

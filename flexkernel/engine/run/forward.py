@@ -32,7 +32,7 @@ from .gradients import differentiate, forget_gradients, parameters_of
 from .parameters import owned
 from .presets import PRESETS
 from .recording import Batch, ForwardRecording, Recording
-from .tokens import TokenBuffer
+from .tokens import NewTokens, TokenBuffer
 
 __all__ = ["run"]
 
@@ -127,8 +127,9 @@ def context_of(runtime: Runtime, plan: RunPlan, active: list[HookSpec]) -> RunCo
     tokens = TokenBuffer(plan)
     if plan.generation is not None:
         table = slab.tensor(captures.text_region(plan.slab, plan.base))
-        tokens = TokenBuffer(plan, table, generate.end_tokens(part, plan.generation))
-        tokens.begin(range(*rows))
+        ends = frozenset(generate.end_tokens(part, plan.generation))
+        added = NewTokens(table, plan.generation, ends)
+        tokens = TokenBuffer(plan, added, range(*rows))
     return RunContext(plan, captures, here, tokens, part.placer, part.copies, runtime.memory)
 
 

@@ -78,7 +78,7 @@ class Gathering:
         return self.exchange.once(self.plan, self.title, self.call, local, self.edit)
 
     def forward_with_graph(self, local: torch.Tensor) -> torch.Tensor:
-        """The same; the rank that edits keeps the edit's graph."""
+        """The same, with the same shapes. The rank that edits keeps the edit's graph."""
         return self.exchange.once(self.plan, self.title, self.call, local, self._edit_with_graph)
 
     def _edit_with_graph(self, whole: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ class GenerationRecording(Recording):
         """Write what a step says of a reduction. If it is over positions, too, it is added to what
         the steps before it said.
 
-        place: (statistics, slots, *what is kept), float64 in the slab."""
+        place: of the shape (statistics, slots, *kept), float64 in the slab."""
         box = step.shard.within(piece)
         shape = list(entry.shape)
         if step.dim is not None:
@@ -184,8 +184,8 @@ class GenerationRecording(Recording):
         write_statistics(statistics, entry, slot, box, self.context.copies)
 
     def _mask(self, step: Step) -> torch.Tensor | None:
-        """(B, positions of this forward that are kept) bool on the CPU: False on pads. None: there
-        are none."""
+        """(B, n) bool on the CPU, n the positions of this forward that are kept: False on pads.
+        None: there are none."""
         if step.dim is None:
             return None
         past = step.here.past
@@ -200,7 +200,7 @@ class GenerationRecording(Recording):
     ) -> reduce.Partial:
         """The statistics together with those that the slot holds of the steps before.
 
-        slot: (statistics, *what is kept), float64 in the slab."""
+        slot: of the shape (statistics, *kept), float64 in the slab."""
         self.context.copies.land()
         device = statistics.parts[0].device
         kept = box.without(entry.over)
@@ -290,7 +290,7 @@ class Step:
         growing = (self.dim, self.keys)
         shape = [1 if d in growing else size for d, size in enumerate(self.local.shape)]
         piece = share_of(shape, copies, index)
-        if piece is None or not piece.dims.intersection(growing):
+        if piece is None or piece.dims.isdisjoint(growing):
             return piece
         return WHOLE  # there is no other dim to share: the first rank writes all of it
 

@@ -202,7 +202,7 @@ def write_gradient(runtime: Runtime, name: str, whole: torch.Tensor) -> ShardRec
 
 
 def local_gradient(runtime: Runtime, name: str) -> tuple[torch.Tensor, ShardRecord]:
-    """(this rank's part of a parameter's gradient, in its own memory and of its own dtype; which
+    """(this rank's part of a parameter's gradient, of the part's shape, in its own memory; which
     part of the whole that is). CaptureError: the loss does not depend on the parameter."""
     owned_here = get(runtime, name)
     held, _ = local_shard(runtime, owned_here)

@@ -1,4 +1,4 @@
-"""The loss of a run: a function of the whole logits and captures. It is computed once, on rank 0, on
+"""The loss of a run: a function of the whole logits and captures, computed once, on rank 0, on
 leaves without a graph.
 """
 
@@ -88,7 +88,7 @@ class CaptureState:
 
 
 def states_of(recording: Recording) -> torch.Tensor:
-    """(entries, CaptureState.NUMBERS) int64 on the CPU: what this rank's captures came to."""
+    """What this rank's captures came to: int64 of the shape (entries, NUMBERS), on the CPU."""
     numbers = [CaptureState.of(recording, i).numbers() for i in range(len(recording.entries))]
     return torch.tensor(numbers, dtype=torch.int64).view(-1, CaptureState.NUMBERS)
 

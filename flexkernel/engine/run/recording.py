@@ -138,15 +138,16 @@ class Recording(abc.ABC):
             self.planned[i] = failure(error)
 
     def place(self, i: int) -> torch.Tensor:
-        """The tensor in the slab that planned capture i fills: entry.lies, on the CPU."""
+        """The tensor in the slab that planned capture i fills, of entry.lies' shape and dtype, on
+        the CPU."""
         place = self.places[i]
         if place is None:
             place = self.places[i] = self.context.open_place(i)
         return place
 
     def locate(self, entry: Entry, value: torch.Tensor, here: Place) -> Placed:
-        """Where a value lies in the whole. value: this rank's part. PlacementError: it is not what
-        the scan says."""
+        """Where a value lies in the whole. value: this rank's part, of any shape. PlacementError:
+        it is not what the scan says."""
         check_strided(f"{display_name(entry.key.module)} {entry.key.at}", value)
         of = entry.hook.of
         placed = self.context.placer.place(entry.key.module, of, value, entry.formula, here)
@@ -196,7 +197,7 @@ class ForwardRecording(Recording):
         return self._follow(route, i, local.detach())
 
     def _route(self, i: int, tensor: torch.Tensor) -> tuple[Route, torch.Tensor]:
-        """(the route of a value, this rank's part of it as a plain tensor)."""
+        """(the route of a value, this rank's part of it as a plain tensor of the part's shape)."""
         if type(tensor) is not torch.Tensor and not isinstance(tensor, DTensor):
             tensor = waited(tensor)
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
@@ -212,7 +213,8 @@ class ForwardRecording(Recording):
         return route, placed.local
 
     def _follow(self, route: Route, i: int, local: torch.Tensor) -> ShardRecord:
-        """Write what the route says. local: what is kept of this rank's part, without a graph."""
+        """Write what the route says. local: what is kept of this rank's part, of any shape, without
+        a graph."""
         record = route.record
         if route.kind is Kind.ADDEND:
             return dataclasses.replace(record, region=self.context.keep_apart(local))
@@ -226,7 +228,8 @@ class ForwardRecording(Recording):
         return ShardRecord(record.evidence, record.placement, digest, record.shard, record.written)
 
     def _copy(self, route: Route, i: int, local: torch.Tensor) -> None:
-        """Copy this rank's piece of a value into the capture's place. local: as in _follow()."""
+        """Copy this rank's piece of a value into the capture's place. local: what is kept of this
+        rank's part, of any shape."""
         place = self.place(i)
         if route.target:
             place = place[route.target]
@@ -236,7 +239,7 @@ class ForwardRecording(Recording):
 
     def _write_statistics(self, route: Route, i: int, local: torch.Tensor) -> None:
         """Write what this rank's part says of the reduction into a place of its own. The reader
-        combines those of all ranks. local: as in _follow()."""
+        combines those of all ranks. local: what is kept of this rank's part, of any shape."""
         box = route.record.written
         if route.piece is None or box is None:
             return
@@ -247,7 +250,8 @@ class ForwardRecording(Recording):
         write_statistics(statistics, entry, self.place(i)[:, slot], box, self.context.copies)
 
     def _mask(self, entry: Entry) -> torch.Tensor | None:
-        """(B, positions that are kept) bool on the CPU: False on pads. None: there are none."""
+        """(B, n) bool on the CPU, n the positions that are kept: False on pads. None: there are
+        none."""
         S = self.here.S
         mask = self.context.tokens.mask(range(S))
         positions = entry.hook.kept_positions
@@ -273,7 +277,8 @@ class ForwardRecording(Recording):
         return keep_unplanned(self.context, tap.hook, tap.name, path, value)
 
     def _leaf_of(self, tap: Tap, value: Any) -> tuple[str, torch.Tensor | None]:
-        """(the path, this rank's part of the tensor that a hook asks for); None: it is not there."""
+        """(the path, this rank's part of the tensor that a hook asks for, of any shape); None: it
+        is not there."""
         if tap.key == "logits":
             return logits_in(value)
         if tap.hook.index is None:
@@ -318,7 +323,8 @@ class ForwardRecording(Recording):
     def _keep_gradient(
         self, tap: Tap, at: str, call: int, path: str, gradient: torch.Tensor
     ) -> None:
-        """Write the gradient of this rank's part of a value. Never raises, as record()."""
+        """Write the gradient of this rank's part of a value, of the part's shape. Never raises, as
+        record()."""
         start = time.perf_counter()
         i = self._index.get((tap.key, tap.name, at, call))
         try:
@@ -348,7 +354,7 @@ def no_gradient(tap: Tap, tensor: torch.Tensor | None) -> str:
 
 
 def tensor_in(value: Any, entry: Entry) -> torch.Tensor:
-    """The tensor that a plan means, by its path in the unsharded model's value.
+    """The tensor that a plan means, of any shape, by its path in the unsharded model's value.
 
     Where a hook names no index it is the first one if that path is not there: a builder's module
     may put out a tensor where the unsharded one has a tuple. PlacementError: there is none."""
@@ -373,7 +379,9 @@ def logits_in(value: Any) -> tuple[str, torch.Tensor | None]:
     ("", None): it has none."""
     tensors = dict(leaves(value))
     path = logits_path(list(tensors))
-    return ("", None) if path is None else (path, tensors[path])
+    if path is None:
+        return "", None
+    return path, tensors[path]
 
 
 def failure(error: Exception) -> ShardRecord:

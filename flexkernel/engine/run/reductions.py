@@ -30,7 +30,7 @@ def write_statistics(
 ) -> None:
     """Write them into this rank's slot of the capture.
 
-    slot: (statistics, *what is kept), float64 in the slab. box: of which part of the whole value
+    slot: of the shape (statistics, *kept), float64 in the slab. box: of which part of the whole value
     they are."""
     kept = box.without(entry.over)
     for statistic, into in zip(statistics.parts, slot, strict=True):

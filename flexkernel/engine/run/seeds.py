@@ -1,5 +1,6 @@
-"""What a backward begins from: the loss's gradients of the captures it has looked at. Rank 0 computes
-them, and they go through a shared slab to the ranks that hold the captures.
+"""What a backward begins from: the loss's gradients of the captures it has looked at.
+
+Rank 0 computes them. They go through a shared slab to the ranks that hold the captures.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def bring_captures(runtime: Runtime, recording: Recording, states: torch.Tensor)
     """Bring to rank 0's host what ranks of other hosts have captured: the loss looks at it there.
     All ranks must call.
 
-    states: (ranks, entries, CaptureState.NUMBERS) int64."""
+    states: int64 of the shape (ranks, entries, NUMBERS)."""
     hosts = runtime.rank_info.hosts
     timeout_s = recording.context.plan.timeout_s
     for rank in [r for r, host in enumerate(hosts) if host != hosts[0]]:

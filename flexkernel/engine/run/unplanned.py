@@ -64,8 +64,8 @@ def is_keeper(placement: Placement, batch: int | str, here: Place) -> bool:
 def part_over_tp(
     placement: Placement, local: torch.Tensor, value: torch.Tensor, here: Place
 ) -> Box:
-    """The part of the whole that a rank of a tp group holds. local: the rank's part; value: the
-    same, or the DTensor of which it is the part."""
+    """The part of the whole that a rank of a tp group holds. local: that part, of any shape; value:
+    the same, or the DTensor of which it is the part."""
     if not isinstance(placement, Shard):
         return WHOLE
     tp = here.layout.tp
@@ -104,8 +104,8 @@ def unknown_place(hook: HookSpec, name: str, value: torch.Tensor, here: Place) -
 
 
 def check_strided(where: str, value: torch.Tensor) -> None:
-    """PlacementError for a tensor whose elements do not lie side by side in memory. where: names
-    the value in the error."""
+    """PlacementError for a tensor, of any shape, whose elements do not lie side by side in memory.
+    where: names the value in the error."""
     kind = None
     if value.is_nested:
         kind = "nested"
