@@ -665,7 +665,7 @@ def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
     end = unsharded.generated(tiny("llama"), ROWS, 6)[0][1]
     run = session.generate(ROWS[:1], max_new_tokens=6, eos_token_id=end)
     described = [answer.runs for answer in session.engines.call("recover.rank_state")]
-    store, session.store = session.store, Store(session.engines, session.loaded.info.layout)
+    store, session._store = session._store, Store(session.engines, session.loaded.info.layout)
     try:
         session.store.recover(described, session.loaded.planner, None)
         again = session.store.runs[run.number]
@@ -677,7 +677,7 @@ def test_a_generation_is_found_again_by_a_notebook_that_attaches(session, tiny):
         assert again["model.layers.1.mlp"].shape == (1, 5 + 1, 64)
         assert torch.equal(again["model.layers.1.mlp"].tensor(), run["model.layers.1.mlp"].tensor())
     finally:
-        session.store = store
+        session._store = store
 
 
 # --- the magic ------------------------------------------------------------------------
