@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import linecache
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -240,13 +242,27 @@ def cause(reports: Sequence[ErrorReport]) -> BaseException:
     if kind is EngineDied:
         return EngineDied(first.message + others_waited(reports, first), first.rank)
     if issubclass(kind, EngineError) and kind is not EngineError:
-        return kind(first.message + others_waited(reports, first), first.rank, first.traceback)
+        message = with_users_line(first.message, first.traceback)
+        return kind(message + others_waited(reports, first), first.rank, first.traceback)
     if kind is EngineError:
         message = first.message + others_waited(reports, first)
         if first.type not in ("EngineError",):
             message = f"{first.type} on rank {first.rank}: {first.message}"
         return EngineError(message, first.rank, first.traceback)
     return kind(first.message)
+
+
+def with_users_line(message: str, remote_traceback: str) -> str:
+    """The message with the text of the user's line, where the engine has only its number: the
+    source of a notebook's cell is in this process."""
+    bare = re.search(r"\(line (\d+): ([\w<>]+)\)", message)
+    if bare is None:
+        return message
+    number, function = bare.groups()
+    frame = rf'File "([^"]+)", line {number}, in {re.escape(function)}$'
+    files = re.findall(frame, remote_traceback, re.MULTILINE)
+    line = linecache.getline(files[-1], int(number)).strip() if files else ""
+    return message.replace(bare[0], f"(line {number}: {line})") if line else message
 
 
 def with_partial(error: BaseException, answers: Iterable[Any]) -> BaseException:

@@ -251,6 +251,20 @@ def test_the_earliest_error_that_is_not_about_another_rank_is_the_cause():
     assert isinstance(found, fk.errors.HookError) and "other hooks" in str(found)
 
 
+def test_an_edits_error_shows_the_line_whose_source_only_this_process_has():
+    import linecache
+
+    from flexkernel.wire import ErrorReport
+
+    linecache.cache["<edit mine>"] = (0, None, ["def mine(x, ctx):\n", "    y = x.foo\n"], "")
+    traceback = '  File "<edit mine>", line 2, in mine\nAttributeError: foo\n'
+    message = "edit 'mine' raised AttributeError: foo (line 2: mine)"
+    found = cause([ErrorReport(1, "EditError", message, traceback, 1.0)])
+    assert str(found) == "edit 'mine' raised AttributeError: foo (line 2: y = x.foo)"
+    unknown = traceback.replace("<edit mine>", "<edit of another process>")
+    assert str(cause([ErrorReport(1, "EditError", message, unknown, 1.0)])) == message
+
+
 KEEPER = """
 import sys, time, flexkernel as fk
 session = fk.start(2, keep=True)
