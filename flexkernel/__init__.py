@@ -17,7 +17,8 @@ from ._version import __version__ as __version__
 from .errors import FlexError
 
 if TYPE_CHECKING:
-    from flexkernel.experiments.dataset import collect, open_dataset
+    from flexkernel.experiments.collect import collect
+    from flexkernel.experiments.dataset import open_dataset
     from flexkernel.experiments.preview import preview
     from flexkernel.experiments.sweep import sweep
     from flexkernel.experiments.verify import verify

@@ -1,6 +1,7 @@
 """Many runs over one session: functions that take it, and what they return."""
 
-from .dataset import Dataset, collect, open_dataset
+from .collect import collect
+from .dataset import Dataset, open_dataset
 from .preview import Preview, preview
 from .sweep import Sweep, sweep
 from .verify import Verification, verify

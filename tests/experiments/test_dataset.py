@@ -151,7 +151,7 @@ def test_what_is_not_to_be_told_by_prompts_is_refused(loaded, tmp_path):
     data = loaded.collect(PROMPTS[:3], MLP, tmp_path / "a")
     with pytest.raises(CaptureError, match="holds other prompts: batch 0 differs"):
         loaded.collect(PROMPTS, MLP, tmp_path / "a")
-    with pytest.raises(CaptureError, match="holds a dataset of other hooks"):
+    with pytest.raises(CaptureError, match="was collected with hooks="):
         loaded.collect(PROMPTS[:3], LAYER, tmp_path / "a")
     with pytest.raises(
         CaptureError, match=r"has no capture 'model\.layers\.1\.mpl'; it has model\.layers\.1\.mlp"
