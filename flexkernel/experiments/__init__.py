@@ -4,7 +4,8 @@ from .collect import collect
 from .dataset import Dataset, open_dataset
 from .preview import Preview, preview
 from .sweep import Sweep, sweep
-from .verify import Verification, verify
+from .verification import Verification
+from .verify import verify
 
 __all__ = [
     "Dataset",

@@ -33,7 +33,8 @@ class Preview:
     (where slabs lie, of memory). budget, room: of the session, and how much of it newer runs can
     have. bandwidth: bytes a second of all ranks together; measured: it is the last run's.
     unplanned: modules of which the size depends on the data, beside all that. problem: why the run
-    would be refused, "" if it would not."""
+    would be refused, "" if it would not. on_disk: the folder, if it is larger than the budget of
+    memory and the user has said where; else ""."""
 
     B: int
     S: int
@@ -48,7 +49,6 @@ class Preview:
     measured: bool
     unplanned: tuple[str, ...]
     problem: str
-    # the folder, if it is larger than the budget of memory and the user has said where
     on_disk: str
 
     @property
@@ -63,26 +63,20 @@ class Preview:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value), but for the hooks."""
         how = "as in the last run" if self.measured else "a guess until a run was measured"
-        more = (
-            f"; beside it {len(self.unplanned)} modules whose size depends on the data"
-            if self.unplanned
-            else ""
-        )
-        return [
-            ("batch", f"{self.B} × {self.S} tokens" + (f" + {self.new} new" if self.new else "")),
-            ("to keep", f"{shown(self.num_bytes)} on each host{more}"),
+        new = f" + {self.new} new" * bool(self.new)
+        more = f"; beside it {len(self.unplanned)} modules whose size depends on the data"
+        rows = [
+            ("batch", f"{self.B} × {self.S} tokens{new}"),
+            ("to keep", f"{shown(self.num_bytes)} on each host{more * bool(self.unplanned)}"),
             ("by rank", ", ".join(map(shown, self.by_rank))),
             ("to copy", f"{self.seconds:.3g} s at {shown(self.bandwidth)}/s, {how}"),
             ("budget", f"{shown(self.budget)}, of which {shown(self.room)} can be had"),
-            *(
-                (f"free on {host}", f"{shown(a)} for slabs, {shown(b)} of memory")
-                for host, (a, b) in self.free.items()
-            ),
-            (
-                "fits",
-                self.problem or (f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes"),
-            ),
         ]
+        for host, (slabs, memory) in self.free.items():
+            rows.append((f"free on {host}", f"{shown(slabs)} for slabs, {shown(memory)} of memory"))
+        on_disk = f", on disk, in {self.on_disk}" * bool(self.on_disk)
+        rows.append(("fits", self.problem or f"yes{on_disk}"))
+        return rows
 
     def __repr__(self) -> str:
         parts = [Table(self.rows()).text(), self._table().text("  "), self._left_out()]
@@ -102,7 +96,7 @@ class Preview:
 
     def _left_out(self) -> str:
         left = len(self.hooks) - SHOWN
-        return f"... and {left} more hooks" if left > 0 else ""
+        return f"... and {left} more hooks" * (left > 0)
 
 
 def preview(
@@ -122,22 +116,21 @@ def preview(
     store = session.store
     info = session.loaded.info
     free = dict(zip(store.hosts, session.call("memory.free"), strict=True))
-    held = store.held()
     return Preview(
-        len(batch.ids),
-        len(batch.ids[0]),
-        max_new_tokens,
-        where.by_hook(),
-        where.num_bytes,
-        by_rank(info, where.entries, len(batch.ids)),
-        free,
-        store.budget,
-        max(store.budget - held, 0),
-        bandwidth or store.bandwidth or BANDWIDTH,
-        bandwidth is None and store.bandwidth is not None,
-        where.unplanned,
-        problem_of(store, where, free),
-        str(store.spill.root) if store.beyond_memory(where.num_bytes) else "",
+        B=len(batch.ids),
+        S=len(batch.ids[0]),
+        new=max_new_tokens,
+        hooks=where.by_hook(),
+        num_bytes=where.num_bytes,
+        by_rank=by_rank(info, where.entries, len(batch.ids)),
+        free=free,
+        budget=store.budget,
+        room=max(store.budget - store.held(), 0),
+        bandwidth=bandwidth or store.bandwidth or BANDWIDTH,
+        measured=bandwidth is None and store.bandwidth is not None,
+        unplanned=where.unplanned,
+        problem=problem_of(store, where, free),
+        on_disk=f"{store.spill.root}" * store.beyond_memory(where.num_bytes),
     )
 
 
@@ -151,7 +144,10 @@ def problem_of(store: Store, where: Plan, free: dict[str, tuple[int, int]]) -> s
     grows = store.growth(where.num_bytes)
     for host, (slabs, _) in free.items():
         if grows > slabs:
-            return f"a slab of {grows:,} bytes is needed and {slabs:,} are free for it on {host}{costliest(where)}"
+            return (
+                f"a slab of {grows:,} bytes is needed and {slabs:,} are free for it on "
+                f"{host}{costliest(where)}"
+            )
     return ""
 
 
@@ -171,8 +167,10 @@ def part(layout: Layout, rank: int, entry: Entry, B: int, modules: dict[str, Mod
     where = layout.coordinate(rank)
     if where.pp != stage_of(entry, modules):
         return 0.0
-    start, stop = share(B, layout.batch_groups, where.batch)
-    rows = (stop - start) / B if entry.formula.batched else 1 / layout.batch_groups
+    rows = 1 / layout.batch_groups
+    if entry.formula.batched:
+        start, stop = share(B, layout.batch_groups, where.batch)
+        rows = (stop - start) / B
     return rows / layout.tp
 
 
@@ -183,7 +181,9 @@ def stage_of(entry: Entry, modules: dict[str, ModuleInfo]) -> int:
     if entry.hook.of == "param":
         name = name.rpartition(".")[0]
     module = modules.get(name) or modules[""]
-    return module.stages[-1] if module.spans and entry.hook.of == "output" else module.stages[0]
+    if module.spans and entry.hook.of == "output":
+        return module.stages[-1]
+    return module.stages[0]
 
 
 def shown(num_bytes: float) -> str:
