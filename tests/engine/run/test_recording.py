@@ -27,9 +27,9 @@ class Trace:
         code = frame.f_code
         if not code.co_filename.startswith(str(ROOT)):
             return
-        if event == "call" and self._fire is None and code.co_name == "fire":
-            if frame.f_locals["tap"].name == self.name:
-                self._fire = frame
+        begins = event == "call" and code.co_name == "fire" and self._fire is None
+        if begins and frame.f_locals["tap"].name == self.name:
+            self._fire = frame
         if event == "call" and self._fire is not None:
             self.calls.append(f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}")
         if event == "return" and frame is self._fire:
