@@ -160,7 +160,7 @@ class Dataset:
             yield self._batch(name, number)
 
     def prompt(self, name: str, number: int) -> torch.Tensor:
-        """What there is of one prompt: (its tokens, ...), or (...) where positions were reduced.
+        """What there is of one prompt: (tokens, ...) of it, or (...) where positions were reduced.
         CaptureError: there is no such prompt."""
         form = self._format(name)
         before = 0

@@ -23,6 +23,7 @@ from flexkernel.views.table import Cell, Table, page
 
 if TYPE_CHECKING:
     from flexkernel.session.session import Session
+    from flexkernel.views.tensormap import TensorMap
 
 __all__ = ["Sweep", "sweep"]
 
@@ -233,7 +234,7 @@ class Sweep:
         """The values, (modules, positions) float32."""
         return torch.from_numpy(self.values).float()
 
-    def show(self, as_: str = "map", **options: Any) -> Any:
+    def show(self, as_: str = "map", **options: Any) -> TensorMap:
         """The values as a picture: a row for each module, a column for each position. Its colours
         diverge from the baseline."""
         return draw(self, as_, **options)
@@ -313,10 +314,10 @@ def columns_of(batch: Batch, positions: Sequence[int] | None) -> tuple[int, ...]
     return tuple(positions)
 
 
-def number(measured: Any) -> float:
+def number(measured: object) -> float:
     """What a metric returned, as one number. HookError: it is none."""
     try:
-        return float(measured)
+        return float(measured)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(measured).__name__
         raise HookError(

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from flexkernel.memory import reduce
 
 from .axis import Span
 
-__all__ = ["Here", "Numbers", "Words", "numbers_of"]
+__all__ = ["Here", "Numbers", "Source", "Words", "numbers_of"]
+
+
+class Drawable(Protocol):
+    """What a view draws beside a tensor: a Capture, a Sweep. It has either `tensor()`, or `tiles`
+    as Numbers has it and `__getitem__`; and what it wants of Words."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+Source: TypeAlias = torch.Tensor | np.ndarray | Drawable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Words:
     centre: float | None = None
 
     @classmethod
-    def of(cls, source: Any) -> Words:
+    def of(cls, source: Source) -> Words:
         if isinstance(source, torch.Tensor):
             return cls()
         said = {field.name: getattr(source, field.name, None) for field in dataclasses.fields(cls)}
@@ -63,7 +77,7 @@ class Numbers(Protocol):
         """The exact elements of a part, (rows, columns), in the source's own dtype."""
 
 
-def numbers_of(source: Any) -> Numbers:
+def numbers_of(source: Source) -> Numbers:
     """The numbers of a Capture, a tensor, or anything that has `tiles` or `tensor()`."""
     if hasattr(source, "tiles"):
         return Elsewhere(source)
@@ -86,11 +100,13 @@ class Here:
         return whole.detach().reshape(-1, *whole.shape[-1:] or (1,))
 
     def tiles(self, rows: Span, cols: Span, height: int, width: int, how: str) -> torch.Tensor:
+        """(h, w) float32."""
         return reduce.tiles(self.matrix(), rows, cols, height, width, how)
 
     def bounds(
         self, rows: Span, cols: Span, height: int, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h, w) float32 each."""
         return reduce.bounds(self.matrix(), rows, cols, height, width)
 
     def count_nan(self) -> int | None:
@@ -110,11 +126,13 @@ class Elsewhere:
         self.lead = tuple(int(n) for n in source.shape[:-1])
 
     def tiles(self, rows: Span, cols: Span, height: int, width: int, how: str) -> torch.Tensor:
+        """(h, w) float32."""
         return torch.as_tensor(self.source.tiles(rows, cols, height, width, how))
 
     def bounds(
         self, rows: Span, cols: Span, height: int, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(h, w) float32 each."""
         if hasattr(self.source, "bounds"):
             return self.source.bounds(rows, cols, height, width)
         most = self.tiles(rows, cols, height, width, "max")
@@ -126,6 +144,7 @@ class Elsewhere:
         return self.source.count_nan()
 
     def part(self, rows: Span, cols: Span) -> torch.Tensor:
+        """(rows, columns) in memory of its own."""
         pieces = [torch.as_tensor(self.source[index]) for index in self._indices(rows, cols)]
         return torch.cat(pieces).reshape(-1, cols.size)
 
