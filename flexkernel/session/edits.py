@@ -9,12 +9,23 @@ from typing import Any
 import torch
 
 from flexkernel.errors import HookError
-from flexkernel.memory.tensors import to_blob
-from flexkernel.wire import EditSpec
+from flexkernel.memory.tensors import from_blob, to_blob
+from flexkernel.names import display_name
+from flexkernel.wire import Blob, EditSpec, HookSpec, SlabValue
 
 from .capture import Capture
 
-__all__ = ["PER", "PRESETS", "Edit", "Pins", "defined", "value_of"]
+__all__ = [
+    "PER",
+    "PRESETS",
+    "Edit",
+    "Pins",
+    "defined",
+    "edit_text",
+    "made_text",
+    "value_of",
+    "where_text",
+]
 
 Edit = Callable[[torch.Tensor, Any], torch.Tensor]  # (x, ctx) → x, changed
 
@@ -91,3 +102,43 @@ def value_of(value: Any, near: bool = True) -> Any:
             f"an edit's tensor has {tensor.nbytes:,} bytes; up to {BLOB_BYTES:,} travel, patch takes a capture"
         )
     return to_blob(tensor)
+
+
+# --- in words -------------------------------------------------------------------------
+
+
+def edit_text(spec: HookSpec) -> str:
+    """A hook's edit in words: "add (576,) norm 3.1", "zero heads 3, 5"; "" if it has none."""
+    if spec.edit is None:
+        return ""
+    return " ".join(filter(None, [spec.edit, value_text(spec), where_text(spec)]))
+
+
+def made_text(spec: HookSpec) -> str:
+    """A hook's edit and where it is made: "zero heads 3 at model.layers.17.self_attn.@z"."""
+    at = "" if spec.at == "output" else f" {spec.at}"
+    return f"{edit_text(spec)} at {display_name(spec.glob)}{at}"
+
+
+def value_text(spec: HookSpec) -> str:
+    """What the edit takes: a number, the shape and norm of a tensor, the shape of a capture."""
+    value = spec.value
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ", ".join(f"{number:g}" for number in value)
+    if isinstance(value, Blob):
+        return f"{value.shape} norm {from_blob(value).float().norm():.3g}"
+    if isinstance(value, SlabValue):
+        return f"capture {value.region.shape}"
+    return ""
+
+
+def where_text(spec: HookSpec) -> str:
+    """Which parts of the value the hook is on: "heads 3, 5; positions -1"; "" for all of it."""
+    parts = []
+    for kind in ("heads", "neurons", "positions"):
+        indices = getattr(spec, kind)
+        if indices is not None:
+            parts.append(f"{kind} {', '.join(map(str, indices))}")
+    return "; ".join(parts)

@@ -4,6 +4,7 @@ of all."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,9 +19,20 @@ from flexkernel.views.table import Table
 from flexkernel.wire import EditSpec, HookSet, HookSpec
 
 from . import hookfile
-from .edits import PRESETS, Edit, Pins, defined, value_of
+from .edits import (
+    PRESETS,
+    Edit,
+    Pins,
+    defined,
+    edit_text,
+    made_text,
+    value_of,
+    value_text,
+    where_text,
+)
 from .groups import check_groups, regrouped, selected
 from .model import NONE_LOADED, Loaded
+from .placing import placing
 from .spec import check, spec_of
 from .text import some
 
@@ -29,23 +41,60 @@ __all__ = ["Hook", "HookBook", "HookTable"]
 
 @dataclass(frozen=True)
 class Hook:
-    """A hook as registered: the names it is on, and which of these never fire in a forward."""
+    """A hook as registered.
+
+    modules: the names it is on; silent: which of these never fire in a forward. replaces: the hooks
+    that it took the place of; beside: the other edits of the same values. late: a rank is dead, and
+    gets the hook when it is back."""
 
     spec: HookSpec
     modules: tuple[str, ...]
     silent: tuple[str, ...] = ()
+    replaces: tuple[HookSpec, ...] = ()
+    beside: tuple[HookSpec, ...] = ()
+    late: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name, or what it is on: what session.unhook() takes."""
+        return self.spec.key
 
     def __repr__(self) -> str:
         count = len(self.modules)
         parts = [
             f"Hook {self.spec.key!r} on {count} module{'s' * (count != 1)}: {some(self.modules)}"
         ]
+        if self.spec.edit is not None:
+            parts.append(edit_text(self.spec))
+        elif self.spec.positions is not None:
+            parts.append(where_text(self.spec))
+        if self.spec.reduce is not None:
+            parts.append(f"keeps {self.spec.reduce}")
+        if self.spec.capture != "after":
+            parts.append(f"captures {CAPTURED[self.spec.capture]}")
         if self.spec.groups:
             parts.append(f"groups {', '.join(self.spec.groups)}")
         if self.silent:
             silent = f"{len(self.silent)} of them never fire in a forward: {some(self.silent)}"
             parts.append(silent)
+        changed = [hook for hook in self.replaces if hook != self.spec]
+        if changed:
+            parts.append(f"replaces {', '.join(map(hook_text, changed))}")
+        if self.beside:
+            texts = ", ".join(map(hook_text, self.beside))
+            parts.append(f"together with {texts} (replace=True replaces that)")
+        if self.late:
+            parts.append("a rank is dead: it gets the hook when it is back")
         return "; ".join(parts)
+
+
+# capture= → what of an edited value is captured
+CAPTURED = {"before": "what was there before", "both": "before and after", "none": "nothing"}
+
+
+def hook_text(spec: HookSpec) -> str:
+    """What a hook does, in a few words."""
+    return f"'{edit_text(spec)}'" if spec.edit is not None else "a capture"
 
 
 class HookBook:
@@ -64,6 +113,7 @@ class HookBook:
         self._loaded: Loaded | None = None
         self._pins = Pins()
         self._late: dict[str, EditSpec] = {}  # edits that some engine has not got
+        self._words: dict[str, tuple[HookSpec, str]] = {}  # the edits of the last run, in words
         self._functions: dict[str, Edit] = {}  # of the edits that were defined by name
 
     # --- a model comes and goes -------------------------------------------------------
@@ -98,9 +148,10 @@ class HookBook:
         edit: str | Edit | None,
         value: Any,
         near: bool,
+        replace: bool,
         options: dict[str, Any],
     ) -> Hook:
-        """Register a hook, in place of one of its key. options: of spec_of().
+        """Register a hook; see placing(). options: of spec_of().
 
         near: every engine is on this host, where captures lie. HookError: the model has no place
         for it."""
@@ -110,9 +161,16 @@ class HookBook:
         registered = self._checked(spec, self.edits if new is None else [*self.edits, new.name])
         if new is not None:
             self._define(new)
-        self._pins.take(spec.key, value)
-        self._become(self.hook_set.put(spec))
-        return registered
+        place = placing(spec, self.hook_set.hooks, replace)
+        self._pins.take(place.spec.key, value)
+        self._become(place.put(self.hook_set))
+        return dataclasses.replace(
+            registered,
+            spec=place.spec,
+            replaces=place.replaces,
+            beside=place.beside,
+            late=not self.sent,
+        )
 
     def put(self, specs: Sequence[HookSpec]) -> list[Hook]:
         """Register hooks that are made already, in one call to the engines."""
@@ -164,6 +222,16 @@ class HookBook:
         names = (groups,) if isinstance(groups, str) else tuple(groups)
         check_groups(self.hook_set, names)
         return self.hook_set.active(names, complement)
+
+    def active_edits(self, groups: Sequence[str] | str, complement: bool) -> tuple[str, ...]:
+        """The edits that a run of these groups makes, in words."""
+        edits = [hook for hook in self.active(groups, complement) if hook.edit is not None]
+        before = self._words
+        self._words = {}
+        for hook in edits:
+            known, text = before.get(hook.key, (None, ""))
+            self._words[hook.key] = (hook, text if known is hook else made_text(hook))
+        return tuple(text for _, text in self._words.values())
 
     # --- edits ------------------------------------------------------------------------
 
@@ -279,7 +347,7 @@ class HookBook:
 class HookTable:
     """The table of a set of hooks. names_of: hook → the names it is on."""
 
-    HEAD = ("hook", "modules", "n", "at", "groups")
+    HEAD = ("hook", "modules", "n", "at", "edit", "value", "on", "groups")
 
     def __init__(self, hook_set: HookSet, names_of: Callable[[HookSpec], Sequence[str]]):
         self._hook_set = hook_set
@@ -295,7 +363,16 @@ class HookTable:
             place += f" {spec.reduce}"
         off = self._hook_set.off
         groups = [f"{group} (off)" if group in off else group for group in spec.groups]
-        return spec.key, some(names), str(len(names)), place, ", ".join(groups)
+        return (
+            spec.key,
+            some(names),
+            str(len(names)),
+            place,
+            spec.edit or "",
+            value_text(spec),
+            where_text(spec),
+            ", ".join(groups),
+        )
 
     def _table(self) -> Table:
         return Table(self.rows(), self.HEAD, right=(2,))

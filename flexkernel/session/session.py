@@ -302,6 +302,7 @@ class Session:
         heads: Sequence[int] | int | None = None,
         neurons: Sequence[int] | int | None = None,
         reduce: str | None = None,
+        replace: bool = False,
     ) -> Hook:
         """Capture what the modules of this glob put out (at="output") or take in ("input") in
         every run from here on.
@@ -319,7 +320,8 @@ class Session:
         value: what it takes), by the name of an edit that you defined, or by a function (x, ctx);
         at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
         capture: what is kept of an edited activation, "after" the edit, "before" it, "both" or
-        "none".
+        "none". Edits of the same values add up; the same edit of the same parts is one, of which the
+        last value counts. replace: of all these only this one stays.
 
         reduce: keep only this: "norm:-1", "mean:0,1", "amax", ... over these dims or all, computed
         where the shards lie, over rows and positions without pads; "last" is positions=-1.
@@ -336,7 +338,7 @@ class Session:
             "reduce": reduce,
         }
         near = set(self.engines.hosts) <= {self.store.here}
-        return self.hooks.hook(glob, edit, value, near, options)
+        return self.hooks.hook(glob, edit, value, near, replace, options)
 
     @overload
     def hooked(self, glob: str, /, **options: Any) -> AbstractContextManager[Hook]: ...
@@ -506,9 +508,10 @@ class Session:
         unit = "step" if wanted.get("training") else "run"
         if on_token is not None:
             unit = "text"  # which shows by itself that it goes on
+        edits = self.hooks.active_edits(wanted["groups"], wanted["complement"])
         runner = Runner(self.engines, self.store, self.tokenizer)
         with reporting(self.bar, None, "", unit):
-            return runner.run(batch, where, wanted, on_token=on_token)
+            return runner.run(batch, where, wanted, edits, on_token)
 
     # --- experiments: many runs over this session -------------------------------------
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError
-from flexkernel.memory.plan import Planner, check_index
-from flexkernel.names import nearest
-from flexkernel.wire import AT, REDUCTIONS, Blob, HookSpec, Reduction, SlabValue
+from flexkernel.memory.plan import Planner, check_index, leaf_of
+from flexkernel.names import display_name, nearest, split_point
+from flexkernel.wire import AT, REDUCTIONS, Blob, HookSpec, ModelInfo, Reduction, SlabValue
 
 from .edits import PRESETS
 
@@ -110,6 +110,7 @@ def check(
     names = planner.names(spec)
     firing = [name for name in names if spec.of == "param" or scan.get((name, spec.of))]
     check_index(planner.info, firing, spec)
+    check_indices(spec, planner.info, names)
     return names, firing
 
 
@@ -140,6 +141,50 @@ def check_parts(spec: HookSpec) -> None:
         )
     if spec.reduce is not None:
         raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
+
+
+def check_indices(spec: HookSpec, info: ModelInfo, names: Sequence[str]) -> None:
+    """HookError: heads, neurons or positions that the values at these names have not."""
+    if spec.positions is not None and info.max_positions is not None:
+        check_range("model", "position", spec.positions, info.max_positions)
+    for name in names:
+        if spec.heads is not None:
+            check_heads(spec, name, info)
+        if spec.neurons is not None:
+            for shape in shapes_at(spec, name, info):
+                check_range(
+                    display_name(name), "neuron", spec.neurons, shape[-1] if shape else None
+                )
+
+
+def check_heads(spec: HookSpec, name: str, info: ModelInfo) -> None:
+    assert spec.heads is not None
+    point = split_point(name)[1]
+    if not point:
+        raise HookError(
+            f"{spec.key}: there are heads at @q, @k, @v, @pattern and @z, not at {display_name(name)}"
+        )
+    for shape in shapes_at(spec, name, info):
+        check_range(name, "head", spec.heads, shape[2 if point == "z" else 1])
+
+
+def shapes_at(spec: HookSpec, name: str, info: ModelInfo) -> Iterator[Sequence[int | None]]:
+    """The shape of the hook's value at a name, for each call in a forward; None for a dim that
+    depends on the batch."""
+    if spec.of == "param":
+        yield info.parameters[name]
+        return
+    for leaves in info.scan.get((name, spec.of), ()):
+        formula = leaf_of(leaves, spec, name)
+        if formula is not None and formula.dims is not None:
+            yield [factor if term == "" else None for factor, term in formula.dims]
+
+
+def check_range(owner: str, kind: str, indices: Sequence[int], size: int | None) -> None:
+    """HookError: one of the indices is outside of so many; None: how many is not known."""
+    outside = [] if size is None else [i for i in indices if not -size <= i < size]
+    if size is not None and outside:
+        raise HookError(f"{owner} has no {kind} {outside[0]}: {kind}s are 0 to {size - 1}")
 
 
 def check_edit(spec: HookSpec, edits: Collection[str]) -> None:

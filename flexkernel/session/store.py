@@ -24,6 +24,7 @@ from flexkernel.memory.slab import PAGE, Slab, claim_folder, folder_path, on_dis
 from flexkernel.wire import Layout, Region, RunPlan, RunReport
 
 from .capture import Capture
+from .edits import made_text
 from .generation import generated
 from .prompts import token_strings
 from .reports import captures_of, made_nan
@@ -349,7 +350,8 @@ class Store:
                     plan.slab, plan.slab_bytes, plan.base, max(pages(plan.num_bytes), pages(1))
                 )
                 self._adopt(extent)
-                self.add(plan, where, extent, reports, tokens, tokenizer)
+                run = self.add(plan, where, extent, reports, tokens, tokenizer)
+                run.edits = tuple(made_text(hook) for hook in hooks if hook.edit is not None)
 
     def _adopt(self, extent: Extent) -> None:
         if not on_disk(extent.slab):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from flexkernel.errors import HookError
 from flexkernel.names import match, nearest, split_point
 from flexkernel.views.tree import ModelTree, ModuleRow
-from flexkernel.wire import HookSet, ModelInfo, ModuleInfo
+from flexkernel.wire import HookSet, HookSpec, ModelInfo, ModuleInfo
+
+from .edits import edit_text
 
 __all__ = ["Tree"]
 
@@ -43,9 +45,8 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> ModuleRow:
     calls = info.scan.get((name, "output"), ())
     first = next((leaf for leaves in calls for leaf in leaves), None)
     held = [r for r in range(info.layout.world) if info.layout.coordinate(r).pp in module.stages]
-    hooks = tuple(
-        (h.key, h.groups) for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name)
-    )
+    on_it = [h for h in hook_set.hooks if match(h.glob, name) or on_point(h.glob, name)]
+    hooks = tuple((hook_text(hook), hook.groups) for hook in on_it)
     return ModuleRow(
         name,
         module.cls,
@@ -55,6 +56,11 @@ def row(info: ModelInfo, hook_set: HookSet, module: ModuleInfo) -> ModuleRow:
         tuple(held),
         hooks,
     )
+
+
+def hook_text(hook: HookSpec) -> str:
+    """A hook by its key; an edit by what it does."""
+    return hook.key if hook.edit is None else f"✎ {edit_text(hook)}"
 
 
 def on_point(glob: str, name: str) -> bool:

@@ -642,7 +642,7 @@ def test_an_interrupt_before_anything_was_whole_is_one_line_too(loaded, monkeypa
     def interrupt(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loaded.magics.session.store, "run", interrupt)
+    monkeypatch.setattr("flexkernel.session.runner.Runner.run", interrupt)
     loaded.fails("flex.run('abc')")
     assert loaded.shown.strip() == "KeyboardInterrupt: interrupted"
 

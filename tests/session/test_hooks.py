@@ -94,9 +94,21 @@ def test_the_table_lists_hooks_in_order_with_groups_that_are_off():
         "model.layers.0.self_attn",
         "1",
         "input",
+        "",
+        "",
+        "",
         "early, attn (off)",
     )
-    assert repr(table).splitlines()[0].split() == ["hook", "modules", "n", "at", "groups"]
+    assert repr(table).splitlines()[0].split() == [
+        "hook",
+        "modules",
+        "n",
+        "at",
+        "edit",
+        "value",
+        "on",
+        "groups",
+    ]
 
 
 def test_an_empty_table_says_so():
