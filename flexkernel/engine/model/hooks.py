@@ -55,6 +55,7 @@ class Recorder(Protocol):
 
     active: frozenset[str]  # the keys of the run's hooks
     seconds: float  # that recording took
+    keeps_graph: bool  # whether this run has gradients
 
     def record(self, tap: Tap, at: str, value: Any) -> None:
         """Keep a value. Never raises."""
@@ -69,9 +70,15 @@ class Recorder(Protocol):
         """The value as the hook's edit makes it."""
 
 
+def in_order(hooks: Sequence[HookSpec]) -> list[HookSpec]:
+    """The hooks in the order in which they fire. Those of gradients come first: a gradient is of
+    what the module itself puts out, not of what an edit makes of it."""
+    return sorted(hooks, key=lambda hook: not hook.gradient)
+
+
 class ModuleHooks:
-    """The torch hooks of this rank. `reads(name, at)`: whether this rank is the stage that reads
-    that module."""
+    """The torch hooks of this rank. modules: this rank's, by name. reads(name, at): whether this
+    rank's pipeline stage is the one that reads that value."""
 
     def __init__(self, modules: dict[str, torch.nn.Module], reads: Callable[[str, str], bool]):
         self.modules = modules
@@ -80,14 +87,14 @@ class ModuleHooks:
         self._handles: dict[str, list[Callable[[], None]]] = {}
 
     def attach(self, hook: HookSpec, names: tuple[str, ...]) -> list[str]:
-        """Register on every one of these modules that this rank reads; returns them. Replaces a
-        hook of that key."""
+        """Register a hook on those of these modules that this rank reads: their names. It replaces
+        a hook of the same key."""
         self.detach(hook.key)
         if hook.of == "param":  # read after the backward, where they lie
             return list(names)
-        mine = [name for name in names if self.reads(name, hook.of)]
-        self._handles[hook.key] = [self._register(hook, name) for name in mine]
-        return mine
+        read_here = [name for name in names if self.reads(name, hook.of)]
+        self._handles[hook.key] = [self._register(hook, name) for name in read_here]
+        return read_here
 
     def become(
         self,
@@ -95,19 +102,20 @@ class ModuleHooks:
         new: Sequence[HookSpec],
         names: Callable[[HookSpec], tuple[str, ...]],
     ) -> None:
-        """From these hooks to those, each on the modules that it names; what both begin with
-        stays. Gradients first: they are of what a module itself put out. The logits last: they are
-        what a run ends with."""
-        old, new = (sorted(hooks, key=lambda hook: not hook.gradient) for hooks in (old, new))
-        same = next(
-            (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
-            min(len(old), len(new)),
-        )
-        for hook in old[same:]:
+        """Replace the hooks `old` by `new`, each on the modules that names(hook) gives. The hooks
+        that both begin with stay registered."""
+        before = in_order(old)
+        after = in_order(new)
+        num_same = 0
+        for one, other in zip(before, after, strict=False):
+            if one != other:
+                break
+            num_same += 1
+        for hook in before[num_same:]:
             self.detach(hook.key)
-        for hook in new[same:]:
+        for hook in after[num_same:]:
             self.attach(hook, names(hook))
-        self.attach(LOGITS, ("",))
+        self.attach(LOGITS, ("",))  # last: they are what a run ends with
 
     def detach(self, key: str) -> None:
         for remove in self._handles.pop(key, ()):
@@ -179,6 +187,8 @@ class ModuleHooks:
         compute: the point's value, of the shape that attention.py says."""
         recording = self.recording
         if recording is None or tap.key not in recording.active:
+            return None
+        if tap.gradient and not recording.keeps_graph:
             return None
         if tap.gradient or tap.hook.edit is not None:
             return self.fire(tap, compute())

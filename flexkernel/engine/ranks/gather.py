@@ -145,7 +145,8 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
 def post(
     tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float
 ) -> None:
-    """Send a tensor of any shape to a rank, which must fetch it. Nothing is sent of an empty one."""
+    """Send a tensor of any shape to a rank, which must fetch it. Of an empty one nothing is
+    sent."""
     if tensor.numel():
         data = as_bytes(tensor.cpu())
         _finish(dist.isend(data, rank, group=group), timeout_s)

@@ -201,8 +201,8 @@ class Editor:
         split_rows = not own_rows and not batched and layout.batch_groups > 1
         if torch.is_grad_enabled() and split_rows:
             raise PlacementError(
-                f"{target.name}: {formula} has no rows, so that the groups of rows have parts of its "
-                "gradient"
+                f"{target.name}: {formula} has no rows, so that the groups of rows have parts of "
+                "its gradient"
             )
         title = f"{target.hook.key} {target.name}"
         number = (call, self.here.step)

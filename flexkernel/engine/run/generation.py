@@ -94,8 +94,8 @@ class GenerationRecording(Recording):
     def write_unplanned(self, tap: Tap, at: str, call: int, value: Any) -> None:
         if tap.key != "logits":
             raise PlacementError(
-                f"{display_name(tap.name)} {at}: no formula gives its shape, so that a generation's "
-                "steps cannot be put together; hook the modules around it"
+                f"{display_name(tap.name)} {at}: no formula gives its shape, so that a "
+                "generation's steps cannot be put together; hook the modules around it"
             )
 
     def write(self, i: int, value: Any) -> ShardRecord:

@@ -37,8 +37,8 @@ def differentiate(runtime: Runtime, recording: Recording, tape: Tape, names: Seq
     """The loss of a run, and all gradients that its hooks and its training ask for. All ranks must
     call.
 
-    tape: of the forward. names: the parameters that get a gradient. LossError: the loss failed; EditError: an edit of a
-    gradient did."""
+    tape: of the forward. names: the parameters that get a gradient. LossError: the loss failed;
+    EditError: an edit of a gradient did."""
     plan = recording.context.plan
     for parameter in trainable(runtime.trainables.modules):
         parameter.grad = None

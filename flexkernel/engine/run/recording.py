@@ -52,6 +52,7 @@ class Recording(abc.ABC):
         self.entries = context.captures.entries
         self.places = context.open_places()
         self.tape: Tape | None = None
+        self.keeps_graph = False
         self.planned: dict[int, ShardRecord] = {}
         self.others: dict[CaptureKey, ShardRecord] = {}
         self.forwards = 1
@@ -173,7 +174,7 @@ class ForwardRecording(Recording):
     ):
         super().__init__(context, active, editor)
         self.tape = tape
-        self._keeps_graph = tape is not None and tape.graph
+        self.keeps_graph = tape is not None and tape.graph
         # (index in the plan, local shape, dtype) → route
         self._routes: dict[tuple[int, torch.Size, torch.dtype], Route]
         self._routes = context.captures.memo.setdefault(self.here, {})
@@ -187,7 +188,7 @@ class ForwardRecording(Recording):
     def write(self, i: int, value: Any) -> ShardRecord:
         entry = self.entries[i]
         tensor = tensor_in(value, entry)
-        if not self._keeps_graph:
+        if not self.keeps_graph:
             tensor = tensor.detach()
         route, local = self._route(i, tensor)
         if route.kept is not None:
@@ -288,7 +289,7 @@ class ForwardRecording(Recording):
     # --- gradients --------------------------------------------------------------------
 
     def watch(self, tap: Tap, value: Any) -> Any:
-        if not self._keeps_graph:
+        if not self.keeps_graph:
             return None
         call, i = self.next_call(tap, tap.at)
         path = tap.hook.index

@@ -30,8 +30,8 @@ def write_statistics(
 ) -> None:
     """Write them into this rank's slot of the capture.
 
-    slot: of the shape (statistics, *kept), float64 in the slab. box: of which part of the whole value
-    they are."""
+    slot: of the shape (statistics, *kept), float64 in the slab. box: of which part of the whole
+    value they are."""
     kept = box.without(entry.over)
     for statistic, into in zip(statistics.parts, slot, strict=True):
         copies.write(kept.cut(into), statistic)

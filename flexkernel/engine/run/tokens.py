@@ -24,8 +24,8 @@ TOKEN_BITS = 32  # of a cell of the table; the bits above them are the run's sta
 class NewTokens:
     """The tokens that a generation adds.
 
-    table: (B, max_new_tokens) int64 in the slab. A cell holds the run's stamp and the token, so that
-    it differs from what an earlier run left there. ends: the tokens that end a row."""
+    table: (B, max_new_tokens) int64 in the slab. A cell holds the run's stamp and the token, so
+    that it differs from what an earlier run left there. ends: the tokens that end a row."""
 
     table: torch.Tensor
     generation: Generation

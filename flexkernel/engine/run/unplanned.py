@@ -96,8 +96,8 @@ def unknown_place(hook: HookSpec, name: str, value: torch.Tensor, here: Place) -
     """Why the ranks' parts of a value, of any shape, cannot be put together."""
     declaration = f"placements={{{declared_name(hook, name)!r}: 'batch:0 replicate'}}"
     return (
-        f"{display_name(name)} {hook.of}: its shape or its order of rows depends on the data, or no "
-        f"reference says it, so that {tuple(value.shape)} on each rank cannot be put together "
+        f"{display_name(name)} {hook.of}: its shape or its order of rows depends on the data, or "
+        f"no reference says it, so that {tuple(value.shape)} on each rank cannot be put together "
         f"under {here.layout}; hook the modules around it, load with reference=, or declare it, "
         f"{declaration}"
     )
