@@ -122,7 +122,7 @@ def test_selection_takes_any_iterable():
 
 @pytest.mark.parametrize("glob", ["model.layers.*.mpl", "modle.layers.*.mlp", "layers.*.mlp"])
 def test_nothing_matched_is_an_error_with_the_nearest_names(glob):
-    with pytest.raises(HookError, match=r"model\.layers\.0\.mlp") as caught:
+    with pytest.raises(HookError, match=r"nearest: model\.layers\.\*\.mlp") as caught:
         select(glob, LLAMA)
     assert str(caught.value).startswith(f"no module matches '{glob}' among {len(LLAMA)}; nearest: ")
 
@@ -139,8 +139,44 @@ def test_no_modules_at_all_is_an_error_too():
 
 def test_the_nearest_names_are_few_and_never_the_root():
     near = nearest("model.layers.*.self_atn", LLAMA)
-    assert 0 < len(near) <= 3 and near[0] == "model.layers.0.self_attn"
+    assert 0 < len(near) <= 3 and near[0] == "model.layers.*.self_attn"
+    assert nearest("model.layers.0.self_atn", LLAMA)[0] == "model.layers.0.self_attn"
     assert nearest("", LLAMA) == []
+
+
+@pytest.mark.parametrize("glob", ["model.layers.*.self_atn", "**.self_atn", "**.q_prj", "*.nrm"])
+def test_a_glob_that_is_proposed_matches(glob):
+    proposed = nearest(glob, LLAMA)
+    assert proposed and all(select(each, LLAMA) for each in proposed)
+
+
+GPT2 = ["transformer.wte", "transformer.h", "transformer.h.0", "transformer.h.0.ln_2"]
+GPT2 += ["transformer.h.0.attn", "transformer.h.0.attn.@z", "transformer.h.0.mlp"]
+GPT2 += ["transformer.h.0.mlp.c_proj", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "names", "says"),
+    [
+        ("model.layers.*.residual", LLAMA, "residual is model.layers.*"),
+        ("blocks.5.hook_resid_pre", LLAMA, "resid_pre is model.layers.5 with at='input'"),
+        ("**.attn_out", LLAMA, "attn_out is model.layers.*.self_attn"),
+        ("blocks.2.attn.hook_q", LLAMA, "q is model.layers.2.self_attn.@q"),
+        ("resid_mid", GPT2, "resid_mid is transformer.h.*.ln_2 with at='input'"),
+        ("blocks.0.hook_mlp_out", GPT2, "mlp_out is transformer.h.0.mlp"),
+        ("blocks.0.mlp.hook_post", GPT2, "post is transformer.h.0.mlp.c_proj with at='input'"),
+        ("blocks.*.attn.@z", GPT2, "z is transformer.h.*.attn.@z"),
+    ],
+)
+def test_the_words_of_other_tools_are_translated(glob, names, says):
+    with pytest.raises(HookError) as caught:
+        select(glob, names)
+    assert str(caught.value) == f"no module matches {glob!r} among {len(names)}; {says}"
+
+
+def test_a_word_that_this_model_has_no_part_for_is_not_translated():
+    with pytest.raises(HookError, match=r"among 66; nearest: model\.layers\.0\.@?\w*|among 66$"):
+        select("model.layers.0.resid_mid", LLAMA)
 
 
 # The regex against a second way to say the same: segments matched one by one

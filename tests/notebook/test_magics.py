@@ -739,7 +739,7 @@ def test_freeze_gives_the_views_it_froze(loaded):
         (
             "%flex_hook model.layers.*.mpl",
             HookError,
-            r"no module matches 'model.layers.\*.mpl'.*model.layers.0.mlp",
+            r"no module matches 'model.layers.\*.mpl'.*nearest: model.layers.\*.mlp",
         ),
         ("%flex_hook lm_head --index 3", HookError, "no tensor at index '3'"),
         ("%flex_tree nothing.here", HookError, "no module matches 'nothing.here'"),

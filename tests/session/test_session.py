@@ -48,7 +48,7 @@ BAD = [
     (
         lambda s: s.hook("model.layers.*.mpl"),
         HookError,
-        r"no module matches 'model\.layers\.\*\.mpl'.*model\.layers\.0\.mlp",
+        r"no module matches 'model\.layers\.\*\.mpl'.*nearest: model\.layers\.\*\.mlp",
     ),
     (
         lambda s: s.hook("lm_head", at="outputs"),
@@ -99,7 +99,7 @@ BAD = [
     (
         lambda s: s.tree("model.layer.*"),
         HookError,
-        r"no module matches 'model\.layer\.\*'; nearest: model\.layers\.0",
+        r"no module matches 'model\.layer\.\*'; nearest: model\.layers\.\*",
     ),
     (lambda s: s.load("/no/such/folder"), LoadError, "there is no model folder /no/such/folder"),
     (lambda s: s.load("/tmp"), LoadError, r"/tmp holds no config\.json"),
