@@ -26,6 +26,7 @@ import torch
 import zmq
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from IPython.core.completer import CompletionContext
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
@@ -436,7 +437,7 @@ def a_line(world: World, magic: tuple[str, list[str]], cell: str | None) -> None
     if name == "flex_load":
         line = line.replace(str(world.folder), "")  # not the model that is there: that would work
     shell, session, before = world.shell, world.session, list(world.session.runs)
-    completer = shell.magics_manager.registry["FlexMagics"]
+    completion = shell.magics_manager.registry["FlexMagics"].completion
     session.engines.timeout_s = 60.0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -446,8 +447,10 @@ def a_line(world: World, magic: tuple[str, list[str]], cell: str | None) -> None
                 shell.run_line_magic(name, line)
         except (FlexError, UsageError) as error:
             assert str(error)
-        offers = completer._completions(getattr(completer, name), line)[1]
-        assert all(isinstance(text, str) for text in offers)
+        typed = f"%{name} {line}"
+        context = CompletionContext("", typed, len(typed), 0, 100)
+        offers = completion.matcher(context)["completions"]
+        assert all(isinstance(offer.text, str) for offer in offers)
     assert session.has_model
     for run in session.runs:
         if run not in before:

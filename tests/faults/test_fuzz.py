@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from tools import fuzz
+
+SEED = 564650907  # the same inputs in each run of the tests; `make fuzz` draws others
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,7 @@ def world():
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_whatever_comes_in_is_used_or_refused(target, world):
-    number = random.randrange(1 << 30)
-    print("seed", number)
-    fuzz.attempt(world, target, 30, number)
+    fuzz.attempt(world, target, 30, SEED)
 
 
 def test_what_breaks_is_found(world, monkeypatch):

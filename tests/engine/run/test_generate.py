@@ -732,7 +732,7 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
             "%flex_cluster local",
             f"%flex_load {told_model}",
             "run = %flex_run --generate 200 abc",
-            "print(ascii(run.generated[0]))",
+            "print(ascii(run.text[0]))",
         ):
             outputs = seen.setdefault(code.split()[0], [])
             reply = client.execute_interactive(code, output_hook=outputs.append, timeout=240)[
@@ -752,9 +752,7 @@ def test_a_cell_shows_the_text_growing_and_keeps_it_as_plain_text(told_model):
     assert all(b.startswith(a) for a, b in itertools.pairwise(texts)), "it grows"
     assert len({content["transient"]["display_id"] for content in shown}) == 1, "in one place"
     printed = "".join(
-        m["content"]["text"]
-        for m in seen["print(ascii(run.generated[0]))"]
-        if m["msg_type"] == "stream"
+        m["content"]["text"] for m in seen["print(ascii(run.text[0]))"] if m["msg_type"] == "stream"
     )
     assert printed.strip() == ascii(texts[-1])
 
