@@ -169,7 +169,7 @@ def forged(session, mark: Path, key: bytes) -> list[bytes]:
     other = Session(key=key, packer="json")
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = other.msg("apply_request", content={}, metadata=told)
-    ident = session.engines._client._engines[session.engines.engines[0]].encode()
+    ident = session.engines._client._engines[session.engines[0].id].encode()
     return other.serialize(message, [ident]) + serialize.pack_apply_message(
         bad.note, (str(mark),), {}
     )

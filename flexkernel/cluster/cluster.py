@@ -1,56 +1,107 @@
-"""The engines as one thing to call. A call goes to every rank and comes back with one answer a rank.
+"""The engines as one thing to call. A call goes to every rank and returns one answer a rank.
 
-Engines never raise through a call: an error is an ErrorReport, the earliest is the cause, and groups
-that were broken to free the others are made anew before it is raised.
+Engines never raise through a call. They answer with an ErrorReport; the earliest one that is not
+about another rank is the cause, and is raised here. Before that, process groups that were broken to
+free other ranks are made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import linecache
 import os
-import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flexkernel import engine, errors
-from flexkernel.errors import ClusterError, EngineDied, EngineError, LoadError
-from flexkernel.wire import ErrorReport, RankInfo, RankState, RunReport
+from flexkernel import engine
+from flexkernel.errors import ClusterError, LoadError
+from flexkernel.wire import ErrorReport, RankInfo, RankState
 
 from .guarantees import Origin
 from .interrupts import SignalMask
+from .process import EngineProcess
+from .reports import cause, with_partial
 
-__all__ = ["Cluster", "InProcess", "cause", "chosen", "with_partial"]
+__all__ = ["Cluster", "Engine", "InProcess", "ranks_to_replace"]
 
 DEVICES = ("cpu", "cuda")
 
 
+@dataclasses.dataclass
+class Engine:
+    """One engine as its driver knows it.
+
+    id: ipyparallel's. process: if it can be seen from here. job: the engine set that is its batch
+    job, if it is part of one. num_interrupts: how many it has been sent. ready: False while a new
+    one has no part of the model. unanswered: the ping that it has not answered; it is unresponsive
+    until it does."""
+
+    id: int = 0
+    host: str = ""
+    pid: int = 0
+    process: EngineProcess | None = None
+    job: Any = None
+    num_interrupts: int = 0
+    ready: bool = True
+    unanswered: Any = None
+
+    @property
+    def state(self) -> str:
+        """ "ready", "not ready" or "unresponsive". Whether it is alive, cluster.alive() says."""
+        if not self.ready:
+            return "not ready"
+        if self.unanswered is not None:
+            return "unresponsive"
+        return "ready"
+
+
 class Cluster:
-    """Engines by rank. hosts: rank → host. owned: this driver started them and ends them."""
+    """Engines by rank.
+
+    owned: this driver started them and ends them. reader: another notebook has them, this session
+    only reads. gpus: host → how many GPUs it has. folder: the name of their slab folder. generation:
+    counts the process groups that they have had. fresh: nothing has been loaded under these groups.
+    broken: the groups are broken, and a rank is missing to make new ones. timeout_s: a run in which
+    no module begins for so long is broken off. auto_restart: the session replaces dead engines
+    before its next call. poll: called again and again while ranks work."""
 
     owned = True
-    size = 1
     device = "cpu"
 
     def __init__(self) -> None:
-        self.hosts: list[str] = []
-        self.gpus: dict[str, int] = {}  # host → how many it has
+        self.engines: list[Engine] = []
+        self.gpus: dict[str, int] = {}
         self.folder = secrets.token_hex(8)
         self.generation = 0
-        self.fresh = False  # nothing has been loaded under these groups
-        self.timeout_s = 60.0  # a run in which no module begins for so long is broken off
-        # of the loaded model, in the order by which engines count modules
-        self.module_names: list[str] = []
-        self.seated = False
-        self.broken = False  # the groups were broken and could not be made anew: a rank is missing
-        self.replacing = False
-        self.reader = False  # another notebook has the engines, this session only looks
-        self.auto_restart = False  # the session replaces dead engines before its next call
+        self.fresh = False
+        self.timeout_s = 60.0
+        self.has_groups = False
+        self.broken = False
+        self.reader = False
+        self.auto_restart = False
         self.closed = False
-        self.poll: Callable[[], None] | None = None  # called again and again while ranks work
+        self.poll: Callable[[], None] | None = None
+        self._replacing = False
+
+    def __getitem__(self, rank: int) -> Engine:
+        return self.engines[rank]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return len(self.engines)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Rank → host."""
+        return [one.host for one in self.engines]
+
+    @property
+    def pids(self) -> list[int]:
+        """Rank → pid of its engine."""
+        return [one.pid for one in self.engines]
 
     # --- what a backend does ----------------------------------------------------------
 
@@ -61,24 +112,39 @@ class Cluster:
         ranks: Sequence[int],
         progress: Callable[[int], None] | None,
     ) -> list[Any]:
-        """Each of these ranks' answer to a call, args[i] for ranks[i]."""
+        """Each of these ranks' answer to a call. args[i] are the arguments for ranks[i]."""
         raise NotImplementedError
 
     def close(self, end: bool | None = None) -> None:
-        """Let go of the engines. end: whether they stop, with their model; by default those that
-        this driver owns."""
+        """Let go of the engines.
+
+        end: whether they stop, and their model with them; by default those that this driver owns
+        do."""
         raise NotImplementedError
 
     @property
     def origin(self) -> Origin:
-        """How this session came to its engines, from which it follows what can be promised for
-        them."""
+        """How this session came to its engines. The guarantees for them follow from it."""
         return Origin("")
 
-    def best_device(self) -> str:
-        """ "cuda" where every host has a GPU for each of its engines, else "cpu"."""
-        enough = all(self.gpus.get(host, 0) >= self.hosts.count(host) for host in self.hosts)
-        return "cuda" if enough else "cpu"
+    def alive(self) -> list[bool]:
+        """Rank → whether its engine is there."""
+        return [not self.closed] * self.size
+
+    def answering(self) -> list[bool]:
+        """Rank → whether its engine is there, ready and responsive."""
+        return self.alive()
+
+    def may(self, method: str) -> None:
+        """ClusterError if this session only reads, and the call would change something.
+
+        For all that has an effect here, or on a process, before the engines are called."""
+
+    def replace(self, ranks: Sequence[int], states: Mapping[int, RankState]) -> None:
+        """Start new engines for these ranks. The others keep their part of the model."""
+        raise ClusterError(
+            "the engine is this process: it cannot be replaced, restart the notebook's kernel"
+        )
 
     # --- calling ----------------------------------------------------------------------
 
@@ -90,32 +156,29 @@ class Cluster:
         each: Sequence[tuple] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Each rank's answer to one of Runtime's methods, in order of rank. each: arguments of
-        their own for each rank.
+        """Each rank's answer to a call of the engine, in order of rank.
 
-        Raises the cause if any rank raised; the engines are idle and usable again when it does."""
+        ranks: all by default. each: arguments of its own for each rank. progress: called with how
+        many have answered. Raises the cause if any rank raised; the engines are idle and usable
+        again when it does."""
         if self.closed:
             raise ClusterError(
                 "this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)"
             )
         self.may(method)
-        if ranks is None and self.broken and not self.replacing:
-            self._mend(())
+        if ranks is None and self.broken and not self._replacing:
+            self._repair_groups(())
         ranks = list(range(self.size)) if ranks is None else list(ranks)
         answers = self._exchange(method, each or [args] * len(ranks), ranks, progress)
-        reports = [a for a in answers if isinstance(a, ErrorReport)]
+        reports = [answer for answer in answers if isinstance(answer, ErrorReport)]
         if reports:
-            self._mend(reports)
+            self._repair_groups(reports)
             raise with_partial(cause(reports), answers)
         return answers
 
-    def may(self, method: str) -> None:
-        """ClusterError if this session only reads, and the call would change something. For all
-        that has an effect here, or on a process, before the engines are called."""
-
     @contextlib.contextmanager
     def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
-        """Within it every call calls this while the ranks work; where it raises they are
+        """Within it every call calls poll() while the ranks work. If poll() raises they are
         interrupted."""
         self.poll = poll
         try:
@@ -123,164 +186,89 @@ class Cluster:
         finally:
             self.poll = None
 
-    def _mend(self, answers: Iterable[Any]) -> None:
-        """Make the groups anew if one of these answers says that they were broken, once all ranks
-        can be reached."""
-        with SignalMask():  # half of new groups would be worth nothing
-            self.broken |= any(
-                isinstance(answer, ErrorReport) and answer.broken for answer in answers
-            )
-            if self.broken and all(self.answering()):
-                self.seat(self.device)
+    # --- process groups ---------------------------------------------------------------
 
-    def alive(self) -> list[bool]:
-        """Rank → whether its engine is there."""
-        return [not self.closed] * self.size
-
-    def answering(self) -> list[bool]:
-        """Rank → whether its engine is there and answers; one that hangs does not."""
-        return self.alive()
-
-    def replace(self, ranks: Sequence[int], heritage: Mapping[int, RankState]) -> None:
-        """Start new engines for these ranks; those that are left keep their part of the model
-        where it is."""
-        raise ClusterError(
-            "the engine is this process: it cannot be replaced, restart the notebook's kernel"
-        )
+    def best_device(self) -> str:
+        """ "cuda" if every host has a GPU for each of its engines, else "cpu"."""
+        if all(self.gpus.get(host, 0) >= self.hosts.count(host) for host in self.hosts):
+            return "cuda"
+        return "cpu"
 
     def ready(self, device: str) -> None:
-        """Have the ranks seated for this device. LoadError: there is none of that name, or none on
-        some host."""
+        """Have process groups for this device. LoadError: no such device, or not on every host."""
         if device not in DEVICES:
-            raise LoadError(f"device={device!r} is not there; it is {' or '.join(DEVICES)}")
-        without = (
-            [host for host in self.hosts if not self.gpus.get(host)] if device == "cuda" else []
-        )
-        if without:
-            raise LoadError(
-                f"device='cuda': torch sees no GPU on {without[0]}; load with device='cpu', or install a torch for its "
-                "GPUs there"
-            )
+            raise LoadError(f"device={device!r} is not one of {', '.join(DEVICES)}")
+        if device == "cuda":
+            self._check_gpus()
         self.may("init_rank")
-        if not self.seated or self.device != device:
+        if not self.has_groups or self.device != device:
             self.seat(device)
             self.fresh = True
 
+    def _check_gpus(self) -> None:
+        for host in self.hosts:
+            if not self.gpus.get(host):
+                raise LoadError(
+                    f"device='cuda': torch sees no GPU on {host}; load with device='cpu', "
+                    "or install a torch for its GPUs there"
+                )
+
     def renew(self) -> None:
-        """New process groups for a new model: those of the one before would stay for ever, and a
-        regroup would find the meshes' groups under other names than theirs."""
-        if not self.fresh:
-            self.call("unload")
-            self.seat(self.device)
-            # unlike after a regroup, which puts the loaded model's meshes on the new groups
-            self.fresh = True
+        """Make new process groups for a new model.
+
+        Those of the model before would stay for ever, and a regroup would find the meshes' groups
+        under other names."""
+        if self.fresh:
+            return
+        self.call("unload")
+        self.seat(self.device)
+        # Unlike after a regroup, which puts the loaded model's meshes on the new groups.
+        self.fresh = True
 
     def seat(self, device: str, builder: bytes | None = None) -> None:
-        """Give every engine its rank and (again) its process groups, in a new generation. builder:
-        some have to build their part of the model, and it may take all ranks to do that."""
-        self.device, self.broken = device, False
+        """Give every engine its rank, and new process groups, in a new generation.
+
+        builder: some ranks have to build their part of the model, which may take all ranks."""
+        self.device = device
+        self.broken = False
         self.generation += 1
-        where: tuple = ()
         try:
-            if self.size > 1:
-                # on all ranks, though one opens it: they import what takes seconds at the same
-                # time
-                at = (self.folder, self.generation, "127.0.0.1")
-                store = self.call(
-                    "open_store", each=[(rank == 0, *at) for rank in range(self.size)]
-                )[0]
-                where = (*store, self.timeout_s)
+            store = self._open_store()
+            infos = self.rank_infos()
             self.call(
                 "init_rank",
-                each=[(seat, self.folder, device, builder, *where) for seat in self.seats()],
+                each=[(info, self.folder, device, builder, *store) for info in infos],
             )
-        except (
-            BaseException
-        ):  # an interrupt may meet a rank that has its new groups already, and break those
+        except BaseException:
+            # An interrupt may meet a rank that has its new groups already, and breaks them.
             self.broken = True
             raise
-        self.seated = True
+        self.has_groups = True
 
-    def seats(self) -> list[RankInfo]:
-        """Each rank's, in this generation."""
-        local = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
+    def _open_store(self) -> tuple:
+        """Where the ranks meet to make groups, and how long they wait there."""
+        if self.size == 1:
+            return ()
+        # One rank opens it, but all are called: they import meanwhile, which takes seconds.
+        address = (self.folder, self.generation, "127.0.0.1")
+        each = [(rank == 0, *address) for rank in range(self.size)]
+        return (*self.call("open_store", each=each)[0], self.timeout_s)
+
+    def rank_infos(self) -> list[RankInfo]:
+        """Each rank's place in this generation."""
+        hosts = self.hosts
         return [
-            RankInfo(rank, self.size, local[rank], self.generation, tuple(self.hosts))
-            for rank in range(self.size)
+            RankInfo(rank, self.size, hosts[:rank].count(host), self.generation, tuple(hosts))
+            for rank, host in enumerate(hosts)
         ]
 
-
-def chosen(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
-    """The ranks that are meant: those named, else those whose engines have died. ClusterError:
-    there are none."""
-    if rank is None:
-        found = [r for r, answers in enumerate(cluster.answering()) if not answers]
-        if not found:
-            raise ClusterError(
-                "all engines answer; name the rank of the one to replace: restart(rank=1)"
-            )
-        return found
-    ranks = sorted({rank} if isinstance(rank, int) else set(rank))
-    wrong = [r for r in ranks if not isinstance(r, int) or not 0 <= r < cluster.size]
-    if wrong or not ranks:
-        raise ClusterError(
-            f"rank {wrong[0] if wrong else rank!r} is none of 0 to {cluster.size - 1}"
-        )
-    return ranks
-
-
-def cause(reports: Sequence[ErrorReport]) -> BaseException:
-    """The error that began it: a death, else the earliest that is not merely about another
-    rank's."""
-    first = min(reports, key=lambda r: (r.type != "EngineDied", r.secondary, r.time))
-    if first.secondary and all(r.broken and not r.waited for r in reports):
-        lost = "the ranks lost the connections between them in a run, and none says why; the next run makes new ones: "
-        first = dataclasses.replace(first, message=lost + first.message)
-    if first.type == "KeyboardInterrupt":
-        return KeyboardInterrupt()
-    kind = errors.named(first.type)
-    if kind is EngineDied:
-        return EngineDied(first.message + others_waited(reports, first), first.rank)
-    if issubclass(kind, EngineError) and kind is not EngineError:
-        message = with_users_line(first.message, first.traceback)
-        return kind(message + others_waited(reports, first), first.rank, first.traceback)
-    if kind is EngineError:
-        message = first.message + others_waited(reports, first)
-        if first.type not in ("EngineError",):
-            message = f"{first.type} on rank {first.rank}: {first.message}"
-        return EngineError(message, first.rank, first.traceback)
-    return kind(first.message)
-
-
-def with_users_line(message: str, remote_traceback: str) -> str:
-    """The message with the text of the user's line, where the engine has only its number: the
-    source of a notebook's cell is in this process."""
-    bare = re.search(r"\(line (\d+): ([\w<>]+)\)", message)
-    if bare is None:
-        return message
-    number, function = bare.groups()
-    frame = rf'File "([^"]+)", line {number}, in {re.escape(function)}$'
-    files = re.findall(frame, remote_traceback, re.MULTILINE)
-    line = linecache.getline(files[-1], int(number)).strip() if files else ""
-    return message.replace(bare[0], f"(line {number}: {line})") if line else message
-
-
-def with_partial(error: BaseException, answers: Iterable[Any]) -> BaseException:
-    """The error, with what each rank that can say so had captured of a run before it:
-    error.flex_partial."""
-    said = [
-        (a,) if isinstance(a, RunReport) else a.partial
-        for a in answers
-        if isinstance(a, RunReport | ErrorReport)
-    ]
-    error.flex_partial = [reports for reports in said if reports]  # type: ignore[attr-defined]
-    return error
-
-
-def others_waited(reports: Sequence[ErrorReport], first: ErrorReport) -> str:
-    return "".join(
-        f"; rank {r.rank} waited in {r.waited}" for r in reports if r.waited and r is not first
-    )
+    def _repair_groups(self, answers: Iterable[Any]) -> None:
+        """Make the groups anew if an answer says that they are broken, once all ranks answer."""
+        with SignalMask():  # half of the new groups would be worth nothing
+            for answer in answers:
+                self.broken |= isinstance(answer, ErrorReport) and answer.broken
+            if self.broken and all(self.answering()):
+                self.seat(self.device)
 
 
 class InProcess(Cluster):
@@ -288,9 +276,14 @@ class InProcess(Cluster):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hosts = [os.environ.get("FLEX_HOST") or socket.gethostname()]
-        self._runtime = engine.open_runtime()
-        self.gpus = {self.hosts[0]: engine.perform(self._runtime, "inspect")["gpus"]}
+        host = os.environ.get("FLEX_HOST") or socket.gethostname()
+        self.engines = [Engine(host=host, pid=os.getpid())]
+        self.runtime = engine.open_runtime()
+        self.gpus = {host: engine.perform(self.runtime, "inspect")["gpus"]}
+
+    @property
+    def _runtime(self) -> Any:
+        return self.runtime
 
     def _exchange(
         self,
@@ -299,21 +292,40 @@ class InProcess(Cluster):
         ranks: Sequence[int],
         progress: Callable[[int], None] | None,
     ) -> list[Any]:
-        answers = [engine.answer(self._runtime, method, *args[0])]
+        answers = [engine.answer(self.runtime, method, *args[0])]
         if progress:
             progress(1)
         return answers
 
     @contextlib.contextmanager
     def watched(self, poll: Callable[[], None] | None) -> Iterator[None]:
-        """The engine works in this thread: it calls it itself, at each new token."""
-        self._runtime.tick = poll
+        """The engine works in this thread: it calls poll() itself, at each new token."""
+        self.runtime.tick = poll
         try:
             yield
         finally:
-            self._runtime.tick = None
+            self.runtime.tick = None
 
     def close(self, end: bool | None = None) -> None:
         if not self.closed:
             self.closed = True
-            engine.perform(self._runtime, "close")
+            engine.perform(self.runtime, "close")
+
+
+def ranks_to_replace(cluster: Cluster, rank: int | Sequence[int] | None) -> list[int]:
+    """The given ranks in order, or by default those that do not answer. ClusterError: there are
+    none, or one does not exist."""
+    if rank is None:
+        silent = [r for r, answers in enumerate(cluster.answering()) if not answers]
+        if not silent:
+            raise ClusterError(
+                "all engines answer; name the rank of the one to replace: restart(rank=1)"
+            )
+        return silent
+    ranks = sorted({rank} if isinstance(rank, int) else set(rank))
+    if not ranks:
+        raise ClusterError(f"no rank is given; ranks are 0 to {cluster.size - 1}")
+    for r in ranks:
+        if not isinstance(r, int) or not 0 <= r < cluster.size:
+            raise ClusterError(f"rank {r} does not exist; ranks are 0 to {cluster.size - 1}")
+    return ranks

@@ -1,9 +1,11 @@
-"""The controller's processes: whether they run, another in the place of one that crashed, their end."""
+"""The processes of a cluster's controller: whether they run, their restart, their end.
+
+A controller consists of several processes. Each is a way to the engines."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,107 +13,105 @@ import psutil
 
 from flexkernel.errors import ClusterError
 
-from .launchers import beats, ended, launchers
+from .launchers import ended_logs, engine_launchers, heartbeat_options
 from .private import private_files
+from .process import wait_until_ended
 
 __all__ = [
+    "LOG",
     "PARTS_S",
-    "Lame",
+    "DegradedController",
     "check_parts",
     "controllers",
+    "degraded",
     "end_controllers",
-    "lame",
-    "living",
-    "quiet",
+    "engines_live",
     "remove_keys",
     "restore_controller",
 ]
 
-PARTS_S = 5.0  # how often a call that lasts looks whether the controller has all its parts
+PARTS_S = 5.0  # between two looks at a controller's parts
+KILLED_S = 5.0  # how long killed processes may take to end
+
+# ipyparallel prints its log into the notebook unless a cluster has a log of its own. An engine's
+# or controller's end is no news here: whatever matters is raised as an error.
+LOG = logging.getLogger("flexkernel.ipyparallel")
+LOG.setLevel(logging.WARNING)
+LOG.propagate = False
+LOG.addHandler(logging.NullHandler())
 
 
-class Lame(ClusterError):
-    """A controller has lost a part, and with it a way to the engines, before anything was done
-    through it."""
+class DegradedController(ClusterError):
+    """A controller has lost a process, and with it a way to the engines, before it was used."""
 
 
 def restore_controller(cluster: Any) -> None:
-    """Start a controller in the place of one that crashed, on the same ports: engines and clients
-    find it there by themselves, and what engines answered meanwhile arrives."""
-    end_controllers(cluster)  # what it had begun outlives it, and holds the ports
+    """Start a controller in the place of one that crashed, on the same ports.
+
+    Engines and clients find it by themselves. Answers that engines have sent meanwhile arrive."""
+    end_controllers(cluster)  # the crashed one's children outlive it, and hold the ports
     cluster.controller = None
-    cluster.controller_args = ["--nodb", "--restore", *beats(cluster.engine_launcher_class)]
-    with private_files(), quiet():
+    cluster.controller_args = [
+        "--nodb",
+        "--restore",
+        *heartbeat_options(cluster.engine_launcher_class),
+    ]
+    with private_files():
         cluster.start_controller_sync()
 
 
-def lame(cluster: Any) -> bool:
-    """Whether one of the processes of a cluster's controller has ended on this machine: it was
-    killed, or another program had taken the port that it was to have. What goes through it would
-    never arrive."""
+def degraded(cluster: Any) -> bool:
+    """Whether a child process of the controller has ended, on this machine.
+
+    It was killed, or another program had taken the port that it should have had. What is sent
+    through it never arrives."""
     process = getattr(cluster.controller, "process", None)
+    if process is None:
+        return False
     with contextlib.suppress(psutil.Error):
-        return process is not None and any(
-            part.status() == psutil.STATUS_ZOMBIE for part in process.children()
-        )
+        return any(part.status() == psutil.STATUS_ZOMBIE for part in process.children())
     return False
 
 
 def check_parts(cluster: Any) -> None:
-    """Lame if the controller is."""
-    if lame(cluster):
-        raise Lame(f"a part of the controller has ended: its log, {cluster.controller.output_file}")
+    """DegradedController if the controller is degraded."""
+    if degraded(cluster):
+        log = cluster.controller.output_file
+        raise DegradedController(f"a process of the controller has ended; its log: {log}")
 
 
 def end_controllers(cluster: Any) -> None:
-    """End by force what is left of a cluster's controller on this machine."""
+    """Kill what is left of a cluster's controller on this machine."""
     left = controllers(cluster)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, 5)
+    wait_until_ended(left, KILLED_S)
 
 
 def controllers(cluster: Any) -> list[psutil.Process]:
-    """The processes of a cluster's controller on this machine, by what they were told when they
-    began."""
-    mine = {"IPP_CLUSTER_ID": cluster.cluster_id, "IPP_PROFILE_DIR": cluster.profile_dir}
+    """The processes of a cluster's controller on this machine, by command and environment."""
+    marks = {"IPP_CLUSTER_ID": cluster.cluster_id, "IPP_PROFILE_DIR": cluster.profile_dir}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if (
-                "ipyparallel.controller" in process.cmdline()
-                and mine.items() <= process.environ().items()
-            ):
+            is_controller = "ipyparallel.controller" in process.cmdline()
+            if is_controller and marks.items() <= process.environ().items():
                 found.append(process)
     return found
 
 
 def remove_keys(cluster: Any) -> None:
-    """The files with its address and key, which a controller that was started again leaves when it
-    ends."""
+    """Remove the files with a cluster's address and key. A restored controller leaves them."""
     for who in ("client", "engine"):
         name = "-".join(filter(None, ["ipcontroller", cluster.cluster_id, f"{who}.json"]))
         (Path(cluster.profile_dir) / "security" / name).unlink(missing_ok=True)
 
 
-def living(cluster: Any) -> bool:
-    """Whether engines of the cluster are there, as far as can be known without its controller."""
-    return any(
-        not ended(group) or len(ended(group)) < len(launchers(group))
-        for group in cluster.engines.values()
-    )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Stopping prints that engines ended with 1, which they always do."""
-    import logging
-
-    logger = logging.getLogger("traitlets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def engines_live(cluster: Any) -> bool:
+    """Whether engines of the cluster run, as far as this can be known without its controller."""
+    for group in cluster.engines.values():
+        logs = ended_logs(group)
+        if not logs or len(logs) < len(engine_launchers(group)):
+            return True
+    return False

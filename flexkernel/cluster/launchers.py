@@ -1,5 +1,6 @@
-"""The launchers: how engines come to be, as ipyparallel has it. On this machine, or as jobs of a
-batch system."""
+"""How engines are started: as processes of this machine, or as jobs of a batch system.
+
+These are ipyparallel's launchers, and what the rest of the cluster asks of one of any kind."""
 
 from __future__ import annotations
 
@@ -32,34 +33,36 @@ from flexkernel.errors import ClusterError
 
 from .environment import inherited
 from .forkserver import ForkRequest, ForkServer, fork_server
-from .process import log_tail
+from .process import is_running, log_tail, pid_is_running
 
 __all__ = [
     "KEPT",
     "FlexEngineSetLauncher",
     "FlexSlurmLauncher",
-    "again",
-    "beats",
-    "ended",
-    "engines_of",
-    "how_to_end",
-    "in_queue",
+    "end_commands",
+    "ended_logs",
+    "engine_launchers",
+    "engine_processes",
+    "heartbeat_options",
+    "is_queued",
     "job_of",
     "kind_of",
     "launcher_for",
-    "launchers",
     "preload",
-    "read_back",
+    "reading_clusters",
+    "same_job_options",
 ]
 
-KEPT = "kept-"  # what the ids of clusters begin with that outlive their notebook
-# how often a controller looks for its engines; a new one is taken in at the second beat
+KEPT = "kept-"  # the ids of clusters that outlive their notebook begin so
+# How often a controller pings its engines. It registers a new one at the second ping.
 BEAT_S = 0.5
-LOST_S = 33.0  # ipyparallel's own: when one that does not answer is taken to be gone
-CHECK_S = BEAT_S + 0.5  # how often an engine looks for its controller's beat
-LEAVE_S = 180.0  # ipyparallel's own: when one that finds none leaves
+LOST_S = 33.0  # ipyparallel's own: when an engine that does not answer counts as lost
+CHECK_S = BEAT_S + 0.5  # how often an engine looks for a ping
+LEAVE_S = 180.0  # ipyparallel's own: when an engine without a controller leaves
 ASK_S = 60.0  # how long a command of the batch system may take
-LOOK_S = 1.0  # how often it is asked for a job
+STATE_S = 1.0  # how old a job's state may be
+END_POLL_S = 0.1  # how often an end is looked for that only another process is told of
+LOG_LINES = 20
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -69,15 +72,15 @@ ENVIRONMENT = {
 
 
 def for_engine(env: dict[str, str]) -> dict[str, str]:
-    """What an engine's environment has beside the notebook's: one thread for torch, no bars in its
-    log."""
+    """An engine's environment: with one thread for torch, and no bars in its log."""
     return {**ENVIRONMENT, **env}
 
 
-def beats(launcher: Any) -> list[str]:
-    """The arguments that tell a controller how often to look for engines of this launcher.
-    ipyparallel's 3 s would be most of what a start takes; engines that are not told of it by us
-    would leave after fewer seconds."""
+def heartbeat_options(launcher: Any) -> list[str]:
+    """The controller's arguments that say how often it pings engines of this launcher.
+
+    ipyparallel's 3 s would be most of the time that a start takes. Other launchers keep them:
+    their engines count pings, and would leave after a few seconds."""
     if launcher not in OURS.values():
         return []
     misses = round(LOST_S / BEAT_S)
@@ -87,52 +90,58 @@ def beats(launcher: Any) -> list[str]:
     ]
 
 
-def patience(cluster_id: str, seconds: float) -> list[str]:
-    """The argument that says how long an engine waits for a heartbeat of its controller before it
-    leaves, 0: for ever.
+def leave_options(cluster_id: str, seconds: float) -> list[str]:
+    """An engine's argument that says how long it waits for its controller's ping before it leaves.
+    0: for ever.
 
-    A kept one waits for FLEX_IDLE_TTL hours: nobody may be there who would start the controller
-    again."""
+    An engine of a kept cluster waits for FLEX_IDLE_TTL hours: nobody may be there to start the
+    controller again."""
     if cluster_id.startswith(KEPT):
         seconds = idle_ttl_h() * 3600
     return [f"--IPEngine.max_heartbeat_misses={math.ceil(seconds / CHECK_S)}"]
 
 
 def idle_ttl_h() -> float:
-    """ClusterError: what the environment says is no number of hours."""
-    said = os.environ.get("FLEX_IDLE_TTL", "24")
+    """FLEX_IDLE_TTL in hours, 24 by default. ClusterError: it is not a positive number."""
+    text = os.environ.get("FLEX_IDLE_TTL", "24")
     try:
-        hours = float(said)
+        hours = float(text)
     except ValueError:
         hours = math.nan
     if not 0 < hours < math.inf:
-        raise ClusterError(f"FLEX_IDLE_TTL={said!r} is no number of hours above 0")
+        raise ClusterError(f"FLEX_IDLE_TTL={text!r} is no number of hours above 0")
     return hours
 
 
 PROGRAM = "ipyparallel.engine"
 ENGINE = [sys.executable, "-m", "flexkernel.cluster.environment", "-m", PROGRAM]
-# What takes them longest to import, until they have run a model
+# What takes engines longest to import until they have run a model.
 IMPORTS = (
     f"{PROGRAM}.app",
     "accelerate",
-    "flexkernel.engine.calls",
-    "transformers.models.llama.modeling_llama",  # and so what others are made of, too
+    *(
+        f"flexkernel.engine.{name}"
+        for name in ("runtime", "model.load", "run.forward", "ranks.recover")
+    ),
+    "transformers.models.llama.modeling_llama",  # and so most of what other models need
 )
 
 
+# --- clusters that are read from their files ------------------------------------------
+
+
 @contextlib.contextmanager
-def read_back() -> Iterator[None]:
-    """Within it clusters may be read from their files. For each process in one, ipyparallel has a
-    thread that waits for its end; where this process has started it, whoever waits second finds
-    nothing, and how it ended may be lost to the launcher that is asked for it. So those only
-    look."""
+def reading_clusters() -> Iterator[None]:
+    """Within it ipyparallel may read clusters from their files.
+
+    It starts a thread for each process of a cluster, which waits for its end. Two things go wrong
+    with them. A second waiter in the process that started one takes the exit code away from the
+    first. And the zombie of an orphan counts as running until init reaps it, seconds later or
+    never. So within this these threads only watch."""
     begin = LocalProcessLauncher._start_waiting
 
     def start_waiting(launcher: LocalProcessLauncher) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(launcher.pid).ppid() == os.getpid():
-                launcher._wait = functools.partial(look_on, launcher)
+        launcher._wait = functools.partial(watch_process, launcher)
         begin(launcher)
 
     LocalProcessLauncher._start_waiting = start_waiting
@@ -142,10 +151,18 @@ def read_back() -> Iterator[None]:
         LocalProcessLauncher._start_waiting = begin
 
 
-def look_on(launcher: LocalProcessLauncher) -> None:
-    """Until its process has ended, whose exit code is left for another."""
-    with contextlib.suppress(ChildProcessError):
+def watch_process(launcher: LocalProcessLauncher) -> None:
+    """Wait for the end of a launcher's process. Leave its exit code to whoever started it."""
+    with contextlib.suppress(ChildProcessError):  # it is another process's child
         os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
+    wait_for_end(launcher)
+
+
+def wait_for_end(launcher: LocalProcessLauncher) -> None:
+    """Wait until another process's child does not run any more, or its launcher gives up. Then
+    tell the launcher, as its own thread would."""
+    while is_running(launcher.process) and not launcher._stop_waiting.wait(END_POLL_S):
+        pass
     ended = {"exit_code": None, "pid": launcher.pid, "identifier": launcher.identifier}
     launcher.loop.add_callback(lambda: launcher.notify_stop(ended))
 
@@ -154,47 +171,63 @@ def look_on(launcher: LocalProcessLauncher) -> None:
 
 
 class FlexEngineLauncher(LocalEngineLauncher):
-    """A local engine with one thread for torch. It waits for a controller that crashed for as long
-    as its driver, which starts it again, is there; when that goes the reaper ends it.
+    """A local engine with one thread for torch.
 
-    It is forked from this driver's nursery where that can be."""
+    The driver's fork server forks it where it can. It never leaves because its controller is gone:
+    the driver starts a crashed controller again, and when the driver is gone the reaper ends the
+    engine."""
 
-    code: int | None = None  # its exit code, where it was forked
+    code: int | None = None  # the exit code of a forked engine
     _fork_server: ForkServer | None = None
 
     def start(self) -> None:
-        environment, folder = (
-            inherited({**os.environ, **self.get_env()}),
-            os.path.abspath(self.work_dir),
-        )
-        arguments = self.args[len(self.engine_cmd) :]
-        stays = not getattr(getattr(self.parent, "parent", None), "shutdown_atexit", True)
-        order = ForkRequest(PROGRAM, arguments, environment, folder, self.output_file, stays)
-        found, pid = preload(FlexEngineSetLauncher), None
-        if found is not None and found.suits(environment) and self.engine_cmd == ENGINE:
-            pid = found.fork(order)
-        if pid is None:
+        request = self._request()
+        server = preload(FlexEngineSetLauncher)
+        pid = None
+        if server is not None and self._can_be_forked(server, request):
+            pid = server.fork(request)
+        if server is None or pid is None:
             super().start()
-            return
+        else:
+            self._adopt(server, pid, request)
+
+    def _request(self) -> ForkRequest:
+        return ForkRequest(
+            module=PROGRAM,
+            arguments=self.args[len(self.engine_cmd) :],
+            environment=inherited({**os.environ, **self.get_env()}),
+            folder=os.path.abspath(self.work_dir),
+            log=self.output_file,
+            stays=self.cluster_id.startswith(KEPT),
+        )
+
+    def _can_be_forked(self, server: ForkServer, request: ForkRequest) -> bool:
+        return server.suits(request.environment) and self.engine_cmd == ENGINE
+
+    def _adopt(self, server: ForkServer, pid: int, request: ForkRequest) -> None:
+        """Be the launcher of a process that the fork server has forked."""
         try:
-            self.pid, self.process, self._fork_server = pid, psutil.Process(pid), found
+            self.pid = pid
+            self.process = psutil.Process(pid)
+            self._fork_server = server
             self.notify_start(pid)
             self._start_waiting()
         except psutil.NoSuchProcess:
-            raise ClusterError(
-                "\n".join(["an engine ended as it began", *log_tail(Path(order.log), 20)])
-            ) from None
+            lines = log_tail(Path(request.log), LOG_LINES)
+            raise ClusterError("\n".join(["an engine ended as it started", *lines])) from None
         except KeyboardInterrupt:
             os.kill(pid, signal.SIGKILL)  # nobody else knows of it yet
             raise
 
     def _wait(self) -> None:
-        if self._fork_server is not None:
-            self.code = self._fork_server.wait(self.pid, self._stop_waiting.is_set)
-        super()._wait()
+        if self._fork_server is None:
+            super()._wait()
+            return
+        self.code = self._fork_server.wait(self.pid, self._stop_waiting.is_set)
+        wait_for_end(self)
 
     def find_args(self) -> list[str]:
-        return [*super().find_args(), *patience(self.cluster_id, 0)]
+        return [*super().find_args(), *leave_options(self.cluster_id, 0)]
 
     def get_env(self) -> dict[str, str]:
         return for_engine(super().get_env())
@@ -203,7 +236,7 @@ class FlexEngineLauncher(LocalEngineLauncher):
 class FlexEngineSetLauncher(LocalEngineSetLauncher):
     """The engines of this machine."""
 
-    # What a cluster's file names, to be read back by.
+    # A cluster's file names the launcher so, to read it back.
     entrypoint_name = "flexkernel.cluster.launchers.FlexEngineSetLauncher"
     launcher_class = FlexEngineLauncher
 
@@ -213,18 +246,17 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
 
 
 def preload(launcher: Any) -> ForkServer | None:
-    """The nursery of the engines that this launcher starts here and now; None: they have none.
-    Begun early, it imports while other things begin."""
-    return (
-        fork_server(IMPORTS, {**os.environ, **for_engine({})})
-        if launcher is FlexEngineSetLauncher
-        else None
-    )
+    """The fork server for this launcher, or None if its engines are not forked here.
+
+    Call it early: the server imports while other things start."""
+    if launcher is not FlexEngineSetLauncher:
+        return None
+    return fork_server(IMPORTS, {**os.environ, **for_engine({})})
 
 
 # --- as jobs --------------------------------------------------------------------------
 
-# --kill-on-bad-exit=0: where an engine dies, the others and their part of the model stay
+# --kill-on-bad-exit=0: when one engine dies the others stay, with their part of the model.
 TEMPLATE = """#!/bin/sh
 #SBATCH --job-name=flexkernel-{cluster_id}
 #SBATCH --export=ALL
@@ -232,16 +264,21 @@ TEMPLATE = """#!/bin/sh
 umask 077
 exec srun --kill-on-bad-exit=0 {program_and_args}
 """
-# on each host all of the job's are seen: an engine takes its own
+# An engine sees all GPUs of its job on its host, and takes its own.
 GPUS = "--gpus-per-task=1 --gpu-bind=none"
+GPU_OPTIONS = ("--gres", "--gpus", "-G")
 
 
 class FlexSlurmLauncher(SlurmEngineSetLauncher):
-    """n engines as one Slurm job. `options`: those of sbatch; unless they speak of GPUs, each
-    engine has one.
+    """n engines as one Slurm job.
 
-    The job ends with the session. When the driver is killed the reaper cancels it; if that is gone
-    too its engines leave when they have not heard of the controller for three minutes."""
+    `options`: those of sbatch. Each engine gets one GPU unless they say something about GPUs.
+
+    The job ends with the session. When the driver is killed the reaper cancels it. When the reaper
+    is gone too its engines leave after three minutes without a controller."""
+
+    # A cluster's file names the launcher so, to read it back.
+    entrypoint_name = "flexkernel.cluster.launchers.FlexSlurmLauncher"
 
     @default("program")
     def _default_program(self) -> list[str]:
@@ -249,21 +286,23 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
 
     @default("program_args")
     def _default_program_args(self) -> list[str]:
-        return [*self.cluster_args, *self.engine_args, *patience(self.cluster_id, LEAVE_S)]
-
-    entrypoint_name = "flexkernel.cluster.launchers.FlexSlurmLauncher"
+        return [*self.cluster_args, *self.engine_args, *leave_options(self.cluster_id, LEAVE_S)]
 
     @default("batch_file_name")
-    # the base's is one for all clusters, in the folder where the notebook runs
+    # The base class has one for all clusters, in the notebook's folder.
     def _own_file(self) -> str:
         return str(Path(self.profile_dir).absolute() / "log" / f"{self.identifier}.sbatch")
 
     @default("default_template")
     def _own_template(self) -> str:
         words = shlex.split(self.options)
-        gpus = [] if any(word.startswith(("--gres", "--gpus", "-G")) for word in words) else [GPUS]
-        lines = [f"#SBATCH {line}" for line in (*gpus, *([shlex.join(words)] if words else []))]
-        return TEMPLATE.replace("#OPTIONS", "\n".join(lines).replace("{", "{{").replace("}", "}}"))
+        lines = []
+        if not any(word.startswith(GPU_OPTIONS) for word in words):
+            lines.append(f"#SBATCH {GPUS}")
+        if words:
+            lines.append(f"#SBATCH {shlex.join(words)}")
+        options = "\n".join(lines).replace("{", "{{").replace("}", "}}")
+        return TEMPLATE.replace("#OPTIONS", options)
 
     def get_env(self) -> dict[str, str]:
         return for_engine(super().get_env())
@@ -282,41 +321,43 @@ class FlexSlurmLauncher(SlurmEngineSetLauncher):
             ) from None
 
     def stop(self) -> str:
-        """Cancel the job, if it has not ended."""
-        there = self.job_id and state(self.job_id)
-        said = super().stop() if there else str(self.notify_stop({"job_id": self.job_id}))
+        """Cancel the job if it has not ended."""
+        if self.job_id and job_state(self.job_id):
+            output = super().stop()
+        else:
+            output = str(self.notify_stop({"job_id": self.job_id}))
         Path(self.batch_file).unlink(missing_ok=True)
-        return said
+        return output
 
 
-def state(job: str) -> str:
-    """A job's, in Slurm's words; "" if it has ended."""
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def job_state(job: str) -> str:
+    """A job's state in Slurm's words, "" if it has ended. ClusterError: Slurm does not answer."""
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"Slurm cannot be asked for job {job}: {error}") from None
-    # what it says of one that is long over
-    if asked.returncode and "invalid job id" not in asked.stderr.lower():
-        raise ClusterError(
-            f"Slurm cannot be asked for job {job}: {asked.stderr.strip() or asked.returncode}"
-        )
-    words = asked.stdout.split()
-    return (
-        words[0]
-        if words and words[0] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        else ""
-    )
+    # Slurm says "invalid job id" of a job that ended long ago.
+    if done.returncode and "invalid job id" not in done.stderr.lower():
+        why = done.stderr.strip() or done.returncode
+        raise ClusterError(f"Slurm cannot be asked for job {job}: {why}")
+    words = done.stdout.split()
+    if not words or words[0] in OVER:
+        return ""
+    return words[0]
 
 
-_looked: dict[str, tuple[float, str]] = {}  # job → (when it was asked for, its state)
+_states: dict[str, tuple[float, str]] = {}  # job → (when Slurm was asked, its state then)
 
 
-def looked_at(job: str) -> str:
-    """A job's state, not older than a second."""
-    if job not in _looked or time.monotonic() - _looked[job][0] > LOOK_S:
-        _looked[job] = time.monotonic(), state(job)
-    return _looked[job][1]
+def recent_state(job: str) -> str:
+    """A job's state, at most a second old."""
+    if job not in _states or time.monotonic() - _states[job][0] > STATE_S:
+        _states[job] = (time.monotonic(), job_state(job))
+    return _states[job][1]
 
 
 # --- of any kind ----------------------------------------------------------------------
@@ -326,8 +367,10 @@ OURS: dict[str, Any] = {"local": FlexEngineSetLauncher, "slurm": FlexSlurmLaunch
 
 
 def launcher_for(engines: str | None) -> tuple[Any, Config]:
-    """The launcher that the user means, and its configuration: a name of ipyparallel's, and for
-    slurm the options of sbatch after it, "slurm --partition=gpu --time=04:00:00"."""
+    """The launcher of this name, and its configuration.
+
+    engines: one of ipyparallel's names. After slurm come options of sbatch:
+    "slurm --partition=gpu --time=04:00:00". ClusterError: options for another launcher."""
     name, *options = shlex.split(engines or "local")
     if options and name != "slurm":
         raise ClusterError(f"engines={engines!r}: only slurm takes options, those of sbatch")
@@ -338,60 +381,63 @@ def launcher_for(engines: str | None) -> tuple[Any, Config]:
 
 
 def kind_of(launcher: type) -> str:
-    """What kind of launcher it is, in a word of guarantees.Origin."""
-    return next((kind for base, kind in KINDS.items() if issubclass(launcher, base)), "other")
+    """The kind of a launcher, as in guarantees.Origin: "local", "slurm" or "other"."""
+    for base, kind in KINDS.items():
+        if issubclass(launcher, base):
+            return kind
+    return "other"
 
 
-def launchers(group: Any) -> list[Any]:
-    """The local engines of one of a cluster's engine sets; none where a batch system has them."""
+def engine_launchers(group: Any) -> list[Any]:
+    """The launchers of the local engines of an engine set; none where a batch system has them."""
     return list(getattr(group, "launchers", {}).values())
 
 
-def engines_of(group: Any) -> list[psutil.Process]:
-    """The processes of an engine set that are on this machine, and there."""
-    return [one.process for one in launchers(group) if getattr(one, "process", None) is not None]
+def engine_processes(group: Any) -> list[psutil.Process]:
+    """The processes of an engine set on this machine."""
+    processes = [getattr(launcher, "process", None) for launcher in engine_launchers(group)]
+    return [process for process in processes if process is not None]
 
 
-def again(groups: list[Any]) -> dict[str, Any]:
-    """What a further engine set has to be told to be as these are: a job of the same script."""
-    return next(
-        (
-            {"batch_template": g.batch_template}
-            for g in groups
-            if isinstance(g, BatchSystemLauncher)
-        ),
-        {},
-    )
+def same_job_options(groups: list[Any]) -> dict[str, Any]:
+    """Options for a further engine set that make it a job of the same script as these."""
+    for group in groups:
+        if isinstance(group, BatchSystemLauncher):
+            return {"batch_template": group.batch_template}
+    return {}
 
 
-def in_queue(group: Any) -> bool:
-    """Whether its job has not begun yet."""
-    return isinstance(group, SlurmLauncher) and looked_at(group.job_id) in (
-        "PENDING",
-        "CONFIGURING",
-    )
+def is_queued(group: Any) -> bool:
+    """Whether an engine set is a job that has not begun."""
+    if not isinstance(group, SlurmLauncher):
+        return False
+    return recent_state(group.job_id) in ("PENDING", "CONFIGURING")
 
 
-def ended(group: Any) -> list[Path]:
-    """The logs of those of its engines that have ended; of a job's, once all have."""
+def ended_logs(group: Any) -> list[Path]:
+    """The logs of an engine set's engines that have ended; of a job, once all have."""
     if isinstance(group, SlurmLauncher):
-        return [] if looked_at(group.job_id) else [Path(group.output_file)]
-    # by mpiexec: one for all
-    started = launchers(group) or ([group] if getattr(group, "pid", -1) > 0 else [])
-    return [Path(one.output_file) for one in started if not psutil.pid_exists(one.pid)]
+        if recent_state(group.job_id):
+            return []
+        return [Path(group.output_file)]
+    started = engine_launchers(group)
+    if not started and getattr(group, "pid", -1) > 0:
+        started = [group]  # mpiexec is one process for all
+    return [Path(one.output_file) for one in started if not pid_is_running(one.pid)]
 
 
 def job_of(groups: list[Any], job: str) -> Any:
-    """The engine set that is this job; None: there is none."""
-    return next(
-        (g for g in groups if isinstance(g, BatchSystemLauncher) and job and g.job_id == job), None
-    )
+    """The engine set that is this job, or None."""
+    for group in groups:
+        if isinstance(group, BatchSystemLauncher) and job and group.job_id == job:
+            return group
+    return None
 
 
-def how_to_end(groups: list[Any]) -> list[list[str]]:
-    """The commands that end those that are jobs."""
+def end_commands(groups: list[Any]) -> list[list[str]]:
+    """The commands that cancel the jobs among these engine sets."""
     return [
-        [*g.delete_command, g.job_id]
-        for g in groups
-        if isinstance(g, BatchSystemLauncher) and g.job_id
+        [*group.delete_command, group.job_id]
+        for group in groups
+        if isinstance(group, BatchSystemLauncher) and group.job_id
     ]

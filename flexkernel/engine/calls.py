@@ -102,7 +102,7 @@ def init_rank(
     runtime.folder = folder
     runtime.init_rank(rank_info, device)
     folder_here = runtime.memory.claim(folder)
-    runtime.watch.heartbeat = Heartbeat(folder_here, rank_info.rank, write=True)
+    runtime.watch.beat_into(Heartbeat(folder_here, rank_info.rank, write=True))
     if rank_info.world > 1:
         recover.regroup(runtime, address, port, timeout_s, builder)
         runtime.breaker.watch_interrupts()

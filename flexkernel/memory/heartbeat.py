@@ -4,8 +4,11 @@ Others can read it while the rank is busy, hangs or has died."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -23,6 +26,7 @@ class Heartbeat:
     write: only the rank itself passes it; it creates the file."""
 
     def __init__(self, folder: Path, rank: int, write: bool = False):
+        self._names_path = folder / f"heartbeat-{rank}-names"
         flags = os.O_RDONLY
         prot = mmap.PROT_READ
         if write:
@@ -44,6 +48,22 @@ class Heartbeat:
         """Count one more module, and say which."""
         self._numbers[1] = module
         self._numbers[0] += 1
+
+    def name_modules(self, names: Mapping[int, str]) -> None:
+        """Say which names the modules have that `beat` counts, by index. They lie in a file beside
+        the numbers, so that the driver can name a module whose rank has died."""
+        part = self._names_path.with_name(self._names_path.name + ".part")
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:
+            json.dump(names, file)
+        os.replace(part, self._names_path)
+
+    @property
+    def module_name(self) -> str:
+        """The name of the last module entered; "" before any, or if it has none here."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._names_path.read_text()).get(str(self.module), "")
+        return ""
 
     @property
     def count(self) -> int:

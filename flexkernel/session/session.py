@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
 
 from flexkernel.cluster import begin
-from flexkernel.cluster.cluster import Cluster, InProcess, chosen
+from flexkernel.cluster.cluster import Cluster, InProcess, ranks_to_replace
 from flexkernel.cluster.packing import pack
 from flexkernel.errors import CaptureError, HookError, LoadError
 from flexkernel.memory.plan import Plan
@@ -146,7 +146,7 @@ class Session:
         and stored runs stay. What an edit saved in ctx.save on a rank that died is lost. A rank
         whose engine runs or hangs is ended first. ClusterError: there is nothing to replace, or no
         engine can be started."""
-        ranks = chosen(self.engines, rank)
+        ranks = ranks_to_replace(self.engines, rank)
         self.engines.replace(ranks, self._rank_states(ranks))
         if self._store is not None:
             self._store.reconnect()
@@ -236,7 +236,6 @@ class Session:
 
     def _begin(self, loaded: Loaded) -> None:
         """Work with this model from here on."""
-        self.engines.module_names = [module.name for module in loaded.info.modules]
         kind = OthersStore if self.engines.reader else Store
         self._store = kind(self.engines, loaded.info.layout)
         self._loaded = loaded

@@ -76,7 +76,7 @@ class Spill:
         if self._near:
             self.folder, self._claim = claim_folder(self._name, self.root)
             if getattr(self._cluster, "reaper", None) is not None:
-                self._cluster.reaper.sweeps(self.folder)
+                self._cluster.reaper.sweep_at_end(self.folder)
 
     def reopen(self) -> None:
         """There are new engines, which have not heard of it."""

@@ -20,8 +20,8 @@ import torch
 
 import flexkernel as fk
 import flexkernel.engine as engine
-from flexkernel.cluster import controller, ipp
-from flexkernel.cluster.cluster import cause
+from flexkernel.cluster import controller, waiting
+from flexkernel.cluster.reports import cause
 from tests.support import on_engines
 
 IDS = [[5, 6, 7, 8, 9]]
@@ -454,11 +454,13 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
 def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
     """ipyparallel chooses ports first and binds them later: whoever takes one meanwhile ends the
     part whose it was."""
-    lame, answers, begun = controller.lame, iter([True]), []
+    degraded = controller.degraded
+    answers = iter([True])
+    begun = []
     monkeypatch.setattr(
         controller,
-        "lame",
-        lambda cluster: begun.append(cluster) or next(answers, None) or lame(cluster),
+        "degraded",
+        lambda cluster: begun.append(cluster) or next(answers, None) or degraded(cluster),
     )
     with fk.start(2) as session:
         first, second = begun
@@ -509,7 +511,7 @@ def once_more(rank: int) -> int:
 
 @pytest.mark.engines(2)
 def test_a_call_whose_answer_is_lost_is_sent_again_and_made_once(session, monkeypatch):
-    monkeypatch.setattr(ipp, "UNHEARD_S", (0.5, 1.0))
+    monkeypatch.setattr(waiting, "UNHEARD_S", (0.5, 1.0))
     assert session.on_ranks(once_more, 1) == [1, 1]
     assert session.on_ranks(os.getpid) == session.engines.pids
 

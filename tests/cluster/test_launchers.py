@@ -154,5 +154,5 @@ def test_a_time_to_live_that_is_none_is_refused(monkeypatch, hours):
     with pytest.raises(
         fk.errors.ClusterError, match=f"FLEX_IDLE_TTL='{hours}' is no number of hours above 0"
     ):
-        launchers.patience("kept-a", 0)
-    assert launchers.patience("a", 0) == ["--IPEngine.max_heartbeat_misses=0"]
+        launchers.leave_options("kept-a", 0)
+    assert launchers.leave_options("a", 0) == ["--IPEngine.max_heartbeat_misses=0"]

@@ -43,8 +43,8 @@ def started(code: str, log):
 )
 def test_how_a_process_ended_is_said_in_words(tmp_path, code, said):
     launcher = started(code, tmp_path / "log")
-    vitals = EngineProcess(launcher.pid, launcher)
-    assert said in vitals.end()
+    process = EngineProcess(launcher.pid, launcher)
+    assert said in process.end()
 
 
 def test_of_nobodys_child_nothing_is_said():
@@ -52,8 +52,8 @@ def test_of_nobodys_child_nothing_is_said():
 
 
 def test_memory_is_sampled():
-    vitals = EngineProcess(os.getpid())
-    assert vitals.rss > 1 << 20
+    process = EngineProcess(os.getpid())
+    assert process.rss > 1 << 20
 
 
 def test_the_log_is_its_end_without_what_is_routine(tmp_path):
@@ -77,12 +77,12 @@ def test_of_a_crash_the_log_is_where_it_was(tmp_path):
 
 def test_a_stopped_process_is_known_and_can_be_ended(tmp_path):
     launcher = started("import time; time.sleep(100)", tmp_path / "log")
-    vitals = EngineProcess(launcher.pid, launcher)
-    assert not vitals.stopped()
+    process = EngineProcess(launcher.pid, launcher)
+    assert not process.is_stopped()
     launcher.process.suspend()
     end = time.monotonic() + 10
-    while not vitals.stopped() and time.monotonic() < end:
+    while not process.is_stopped() and time.monotonic() < end:
         time.sleep(0.01)
-    assert vitals.stopped()
-    vitals.kill()
-    assert "SIGKILL" in vitals.end()
+    assert process.is_stopped()
+    process.kill()
+    assert "SIGKILL" in process.end()

@@ -336,7 +336,7 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = client.session.msg("apply_request", content={}, metadata=told)
     frames = (
-        client.session.serialize(message, [client._engines[session.engines.engines[0]].encode()])
+        client.session.serialize(message, [client._engines[session.engines[0].id].encode()])
         + content
     )
     security = Path(session.engines._cluster.profile_dir) / "security"

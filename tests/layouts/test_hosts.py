@@ -48,7 +48,7 @@ def move(session, rank: int, host: str) -> None:
             os.environ["FLEX_HOST"] = host
 
     session.on_ranks(become, rank, host)
-    session.engines.hosts[rank] = host
+    session.engines[rank].host = host
     session.engines.seat(session.engines.device)
 
 

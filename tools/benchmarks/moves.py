@@ -88,7 +88,7 @@ def read_alone(run: Any) -> float:
 @contextmanager
 def pulled(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
     """ipyparallel's pull of an array of that size from the first engine."""
-    view = session.engines._client[session.engines.engines[0]]
+    view = session.engines._client[session.engines[0].id]
     view.apply_sync(ranks.put, "bench", num_bytes)
 
     def pull() -> None:
@@ -139,7 +139,7 @@ def from_far(lab: Lab) -> list[Figure]:
 def raw_socket(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
     """One message with the array over PUSH and PULL, uncopied on both sides: what TCP and zmq take
     by themselves."""
-    view = session.engines._client[session.engines.engines[0]]
+    view = session.engines._client[session.engines[0].id]
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.RCVTIMEO = 60_000
     port = socket.bind_to_random_port("tcp://127.0.0.1")
@@ -165,7 +165,7 @@ def slices(lab: Lab) -> list[Figure]:
     session.hook(WIDE)
     capture = session.run(rows)[WIDE]
     near = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
-    view = session.engines._client[session.engines.engines[0]]
+    view = session.engines._client[session.engines[0].id]
     view.apply_sync(ranks.put, "bench", 4 * SLICE)
     trips = in_turns(
         {"trip": lambda: view.apply_sync(ranks.slice_of, "bench", SLICE)}, min(rounds, 50), warm=3
@@ -177,9 +177,9 @@ def slices(lab: Lab) -> list[Figure]:
     session.hook(WIDE)
     capture = session.run(rows)[WIDE]
     sliced(capture)  # the first to ask has the engine open its socket, on its main thread
-    with computing(session, session.engines.engines[:1]):
+    with computing(session, [session.engines[0].id]):
         far = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
-    with computing(session, session.engines.engines):
+    with computing(session, [one.id for one in session.engines]):
         crowded = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     idle = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
     return [

@@ -66,6 +66,7 @@ class Watch:
         self.heartbeat: Heartbeat | None = None
         self.stall: Stall | None = None
         self._names: list[str] = []
+        self._layers: dict[int, str] = {}  # the modules that are noted
         self._of: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
         self._turns = itertools.count(1)
@@ -89,10 +90,19 @@ class Watch:
         at = {name: i for i, name in enumerate(names)}
         for handle in self._handles:
             handle.remove()
+        noted = layers(names, modules)
         self._handles = [
             modules[name].register_forward_pre_hook(functools.partial(self._note, at[name]))
-            for name in layers(names, modules)
+            for name in noted
         ]
+        self._layers = {at[name]: display_name(name) for name in noted}
+        if self.heartbeat is not None:
+            self.heartbeat.name_modules(self._layers)
+
+    def beat_into(self, heartbeat: Heartbeat) -> None:
+        """Note modules in this heartbeat from here on."""
+        heartbeat.name_modules(self._layers)
+        self.heartbeat = heartbeat
 
     def _note(self, at: int, _module: torch.nn.Module, args: Any) -> None:
         if self.heartbeat is not None:

@@ -143,7 +143,7 @@ def test_an_engine_that_was_stopped_is_ended_before_its_rank_is_given_to_another
 def test_what_cannot_be_replaced_is_refused(session):
     with pytest.raises(fk.errors.ClusterError, match=r"all engines answer; name the rank"):
         session.restart()
-    with pytest.raises(fk.errors.ClusterError, match="rank 2 is none of 0 to 1"):
+    with pytest.raises(fk.errors.ClusterError, match="rank 2 does not exist; ranks are 0 to 1"):
         session.restart(2)
     with (
         fk.local() as here,
