@@ -1,4 +1,4 @@
-"""What the tests of the nursery have it import and fork: `python -m forked WORD`."""
+"""What the tests of the fork server have it import and fork: `python -m forked WORD`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 
-if os.environ.get("NURSLING") == "threads":
+if os.environ.get("CHILD_FAULT") == "threads":
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-if os.environ.get("NURSLING") == "fails":
+if os.environ.get("CHILD_FAULT") == "fails":
     raise ImportError("as asked")
-if os.environ.get("NURSLING") == "slow":
+if os.environ.get("CHILD_FAULT") == "slow":
     time.sleep(60)
 
 
