@@ -1,8 +1,7 @@
-"""The environment of an engine: what it inherits of the notebook's, which may hold keys that are
-no business of its.
+"""The environment of an engine: an allow-list of the notebook's, which may hold keys for others.
 
-`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in it. The process
-itself gives up what it had, so that this holds for whoever started it: a shell, or a batch system.
+`python -m flexkernel.cluster.environment ARGUMENTS` is `python ARGUMENTS` in that environment. The
+process gives up the rest itself, whoever started it: a shell, or a batch system.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from fnmatch import fnmatchcase
 
 __all__ = ["ALLOWED", "inherited"]
 
-# By names, where * stands for anything. HF_TOKEN is among them: the engines are who fetches
-# models.
+# Names; * stands for anything. HF_TOKEN is among them: engines download models.
 ALLOWED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM", "HOSTNAME", "PWD",
     "TMPDIR", "TMP", "TEMP", "XDG_*", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "LD_*", "SETUPTOOLS_*", "PYDEVD_*",
@@ -28,7 +26,8 @@ ALLOWED = (
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """What an engine has of it. FLEX_ENV, in it, names more that it may have: "WANDB_*,MY_PATH".
+    """The part of an environment that an engine inherits. FLEX_ENV in it allows more names:
+    "WANDB_*,MY_PATH".
 
     >>> inherited({"PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "...", "MY_DATA": "/data", "FLEX_ENV": "MY_*"})
     {'PATH': '/bin', 'MY_DATA': '/data', 'FLEX_ENV': 'MY_*'}

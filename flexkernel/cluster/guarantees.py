@@ -1,5 +1,4 @@
-"""Promises: what can be counted on for engines that came to be in this way. README's table is made
-of these, too."""
+"""What is guaranteed for engines, by how a session came to them. README's table is made of this."""
 
 from __future__ import annotations
 
@@ -11,11 +10,12 @@ __all__ = ["GUARANTEES", "Origin", "guarantees", "guarantees_table"]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a session came to its engines: the facts from which the guarantees follow.
+    """How a session came to its engines. All guarantees follow from these facts.
 
-    launcher: "" they are this process; "local" processes of this machine, "slurm" jobs, or
-    "other". owned: this session started them; kept: to outlive it. controller: its process is
-    known, and on this machine. reader: another session has them, this one looks."""
+    launcher: "" for this process, "local" for processes of this machine, "slurm" for jobs, or
+    "other". owned: this session started them. kept: they were started to outlive their session.
+    controller: its process is on this machine, and known. reader: another session has them, this
+    one only reads."""
 
     launcher: str
     owned: bool = True
@@ -25,7 +25,7 @@ class Origin:
 
     @property
     def may_start(self) -> bool:
-        """Whether engines can be started from here."""
+        """Whether this session can start engines for the cluster."""
         if self.reader or not self.launcher:
             return False
         return self.owned or (self.launcher in ("local", "slurm") and self.controller)
@@ -33,88 +33,101 @@ class Origin:
 
 def engines_end(origin: Origin) -> str:
     if not origin.launcher:
-        return "with the session: they are this process"
+        return "They are this process."
     if origin.kept:
-        return "with %flex_cluster stop; by themselves FLEX_IDLE_TTL hours (24) after their controller's end"
+        return (
+            "They stay until %flex_cluster stop. Without a controller they end after "
+            "FLEX_IDLE_TTL hours (24)."
+        )
     if not origin.owned:
-        return "where they were started: this session only leaves them"
-    if origin.launcher in ("local", "slurm"):
-        jobs = " (scancel), and at its walltime" if origin.launcher == "slurm" else ""
-        return "with the session; within 30 s of its process, however that ends" + jobs
-    return "with the session; when its process is killed, 3 minutes after their controller's end"
+        return "They stay: this session only detaches from them."
+    if origin.launcher == "slurm":
+        return (
+            "They end with the session, within 30 s of its process (scancel), and at the job's "
+            "walltime."
+        )
+    if origin.launcher == "local":
+        return "They end with the session, and within 30 s of its process however that ends."
+    return (
+        "They end with the session. If its process is killed they end 3 minutes after their "
+        "controller."
+    )
 
 
 def a_dead_engine(origin: Origin) -> str:
     if not origin.launcher:
-        return "is this process: restart the notebook's kernel"
+        return "The engine is this process: restart the notebook's kernel."
     if origin.reader:
-        return "is replaced by the session that has them"
+        return "The session that has the engines replaces it."
     if not origin.may_start:
-        return "is replaced by restart() once you have started one by `ipcluster engines`"
-    by = ", by another job," if origin.launcher == "slurm" else ""
-    return f"is replaced{by} by restart(), with its part of the model"
+        return "restart() replaces it once you have started one with `ipcluster engines`."
+    if origin.launcher == "slurm":
+        return "restart() replaces it by another job, with its part of the model."
+    return "restart() replaces it, with its part of the model."
 
 
-def its_death_is_told(origin: Origin) -> str:
+def the_error_of_a_death(origin: Origin) -> str:
     if not origin.launcher:
-        return "by Jupyter"
+        return "Jupyter reports it."
+    if origin.launcher == "local" and origin.owned:
+        return "It shows the signal or exit code and the last lines of the engine's log."
     if origin.launcher == "local":
-        return (
-            "with signal or exit code, and the end of its log"
-            if origin.owned
-            else "with the end of its log"
-        )
-    return "by rank, host and pid" + (
-        ", and the end of its job's log" if origin.launcher == "slurm" else ""
-    )
+        return "It shows the last lines of the engine's log."
+    if origin.launcher == "slurm":
+        return "It shows rank, host and pid, and the last lines of the job's log."
+    return "It shows rank, host and pid."
 
 
 def a_dead_controller(origin: Origin) -> str:
     if not origin.launcher:
-        return "there is none"
+        return "There is no controller."
     if origin.owned:
-        return "is started again with the next call, which arrives"
+        return "The next call starts it again, and arrives."
     if origin.kept:
-        return "is started again by attaching again, which finds the model"
-    return "ends the cluster: its engines leave after 3 minutes"
+        return "Attaching again starts it again, and finds the model."
+    return "The cluster ends: its engines leave after 3 minutes."
 
 
 def private_files(origin: Origin) -> str:
     if not origin.launcher:
-        return "slabs"
+        return "Slabs are readable by you only."
     if origin.launcher == "other" and (origin.owned or origin.kept):
-        return "slabs and keys: readable by you only; logs as their launcher makes them"
+        return "Slabs and keys are readable by you only. Logs are as the launcher makes them."
     if origin.owned or origin.kept:
-        return "slabs, logs and keys: readable by you only"
-    return "slabs; keys were looked at, logs are as whoever started the cluster made them"
+        return "Slabs, logs and keys are readable by you only."
+    return (
+        "Slabs are readable by you only. Keys are checked. Logs are as whoever started the cluster "
+        "made them."
+    )
 
 
 def environment(origin: Origin) -> str:
     if not origin.launcher:
-        return "the notebook's"
+        return "It is the notebook's."
     if origin.launcher == "other" or not (origin.owned or origin.kept):
-        return "as their launcher has it"
-    return "of the notebook's what engines need; FLEX_ENV names more"
+        return "It is what the launcher gives them."
+    return (
+        "Engines inherit an allow-list of the notebook's environment variables. Add more with "
+        "FLEX_ENV."
+    )
 
 
 def an_interrupt(origin: Origin) -> str:
     if origin.reader:
-        return "ends what you wait for, and nothing on the engines"
-    return (
-        "reaches every engine, the model stays"
-        if origin.launcher
-        else "ends the run, the model stays"
-    )
+        return "It ends your wait, and nothing on the engines."
+    if not origin.launcher:
+        return "It ends the run. The model stays."
+    return "It reaches every engine. The model stays."
 
 
-# What is promised → how well, by how the engines came to be
+# What → how well, by how the engines came to be.
 GUARANTEES: dict[str, Callable[[Origin], str]] = {
     "engines end": engines_end,
     "a dead engine": a_dead_engine,
-    "its death is told": its_death_is_told,
+    "the error of a death": the_error_of_a_death,
     "a dead controller": a_dead_controller,
     "private files": private_files,
-    "their environment": environment,
+    "environment": environment,
     "an interrupt": an_interrupt,
 }
 
@@ -124,20 +137,19 @@ EXAMPLES = {
     "`fk.start(engines='slurm')`": Origin("slurm"),
     "`fk.start(engines='ssh')`, or mpi, pbs, ...": Origin("other"),
     "`fk.attach()` to `ipcluster start` here": Origin("local", owned=False),
-    "`fk.attach()` to one begun elsewhere": Origin("other", owned=False, controller=False),
+    "`fk.attach()` to one started elsewhere": Origin("other", owned=False, controller=False),
     "`fk.attach(read_only=True)`": Origin("local", owned=False, reader=True),
 }
 
 
 def guarantees(origin: Origin) -> list[tuple[str, str]]:
-    """(what, how well) for each promise."""
-    return [(what, said(origin)) for what, said in GUARANTEES.items()]
+    """(what, what is guaranteed) for engines of this origin."""
+    return [(what, guarantee(origin)) for what, guarantee in GUARANTEES.items()]
 
 
 def guarantees_table() -> str:
     """The guarantees for the usual ways to come to engines, as Markdown."""
     rows = [["", *EXAMPLES], ["---"] * (len(EXAMPLES) + 1)]
-    rows += [
-        [what, *(said(origin) for origin in EXAMPLES.values())] for what, said in GUARANTEES.items()
-    ]
+    for what, guarantee in GUARANTEES.items():
+        rows.append([what, *(guarantee(origin) for origin in EXAMPLES.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
 
@@ -13,24 +14,17 @@ from flexkernel.errors import ClusterError
 
 __all__ = ["pack"]
 
-# the most that travels with a user's function: every engine gets a copy of its own
+# The most that travels with a user's function. Every engine gets a copy of its own.
 PACKED_BYTES = 2 << 30
 
 
 def pack(function: Callable) -> bytes:
-    """A user's function as it travels to engines: with its code, so that one typed into a notebook
-    works."""
-    import cloudpickle
+    """A function as it travels to engines: with its code, so that one of a notebook's cell works.
 
-    class Pickler(cloudpickle.Pickler):
-        def reducer_override(self, obj: Any) -> Any:
-            if isinstance(obj, torch.Tensor | np.ndarray):
-                file.need(obj.nbytes)  # before it is copied
-            return super().reducer_override(obj)
-
-    file = Bounded(PACKED_BYTES)
+    ClusterError: it holds something that cannot be sent, or more than 2 GiB."""
+    file = BoundedBytes(PACKED_BYTES)
     try:
-        Pickler(file).dump(function)
+        FunctionPickler(file).dump(function)
         return file.getvalue()
     except Exception as error:
         name = getattr(function, "__name__", function)
@@ -39,20 +33,34 @@ def pack(function: Callable) -> bytes:
         ) from None
 
 
-class Bounded(io.BytesIO):
-    """Bytes up to a limit."""
+class BoundedBytes(io.BytesIO):
+    """A file in memory up to a limit. ValueError: more would be written."""
 
-    def __init__(self, most: int):
+    def __init__(self, limit: int):
         super().__init__()
-        self._most = most
+        self._limit = limit
 
-    def need(self, num_bytes: int) -> None:
-        if self.tell() + num_bytes > self._most:
+    def check_room(self, num_bytes: int) -> None:
+        needed = self.tell() + num_bytes
+        if needed > self._limit:
             raise ValueError(
-                f"it would be {self.tell() + num_bytes:,} bytes for each engine, and at most {self._most:,} travel; "
-                "read it there from a file, or patch it in as a capture"
+                f"it would be {needed:,} bytes for each engine, and at most {self._limit:,} "
+                "travel; read it there from a file, or patch it in as a capture"
             )
 
     def write(self, data: Any) -> int:
-        self.need(memoryview(data).nbytes)
+        self.check_room(memoryview(data).nbytes)
         return super().write(data)
+
+
+class FunctionPickler(cloudpickle.Pickler):
+    """Refuses an array that is too large before it is copied."""
+
+    def __init__(self, file: BoundedBytes):
+        super().__init__(file)
+        self._bounded = file
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor | np.ndarray):
+            self._bounded.check_room(obj.nbytes)
+        return super().reducer_override(obj)

@@ -30,14 +30,14 @@ def test_every_way_to_come_to_engines_has_every_promise_in_words():
 )
 def test_who_may_not_start_an_engine_is_told_to_start_one_by_hand(origin, may):
     said = dict(guarantees(origin))["a dead engine"]
-    assert origin.may_start is may and ("by `ipcluster engines`" in said) is (
+    assert origin.may_start is may and ("`ipcluster engines`" in said) is (
         origin.launcher != "" and not may
     )
 
 
 def test_the_session_says_what_is_promised_for_its_engines(session):
     rows = dict(session.status().rows)
-    assert rows["engines end"] == "with the session: they are this process"
+    assert rows["engines end"] == "They are this process."
 
 
 @pytest.mark.engines(2)
