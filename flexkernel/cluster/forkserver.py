@@ -14,6 +14,7 @@ whether it is ready, the pid of each number, and the exit code of each pid.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -221,6 +222,7 @@ def fork_server(modules: Sequence[str], environment: Mapping[str, str]) -> ForkS
 
 
 def main() -> None:
+    leave = QuickExit()
     os.umask(0o077)
     control = socket.socket(fileno=int(sys.argv[1]))
     with ending_with_driver(control):
@@ -234,7 +236,48 @@ def main() -> None:
         return
     request = Server(control).serve()
     if request is not None:
-        become(request)
+        become(request, leave)
+
+
+class QuickExit:
+    """Ends a forked process after its exit handlers, without taking the interpreter apart.
+
+    With torch and transformers in memory that takes seconds: whoever ends the process would kill it
+    meanwhile. It has to be made before anything registers an exit handler, since the last one runs
+    first. code: the exit code; None: end as usual."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if self.code is not None:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            os._exit(self.code)
+
+    @contextlib.contextmanager
+    def noting_code(self) -> Iterator[None]:
+        """Within it runs the program whose exit code counts."""
+        try:
+            yield
+            self.code = 0
+        except SystemExit as error:
+            self.code = exit_status(error)
+            raise
+        except Exception:
+            self.code = 1
+            raise
+
+
+def exit_status(error: SystemExit) -> int:
+    """The exit code that Python gives a process that ends with this."""
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    return 1
 
 
 @contextlib.contextmanager
@@ -391,7 +434,7 @@ def ended_children() -> list[tuple[int, int]]:
     return found
 
 
-def become(request: ForkRequest) -> None:
+def become(request: ForkRequest, leave: QuickExit) -> None:
     """Be the requested process, in a session of its own, as if it had been started."""
     os.setsid()
     os.chdir(request.folder)
@@ -408,7 +451,8 @@ def become(request: ForkRequest) -> None:
         sys.modules["numpy"].random.seed(random.getrandbits(32))
     sys.path[0] = request.folder
     sys.argv = [request.module, *request.arguments]
-    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+    with leave.noting_code():
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -119,10 +119,7 @@ ENGINE = [sys.executable, "-m", "flexkernel.cluster.environment", "-m", PROGRAM]
 IMPORTS = (
     f"{PROGRAM}.app",
     "accelerate",
-    *(
-        f"flexkernel.engine.{name}"
-        for name in ("runtime", "model.load", "run.forward", "ranks.recover")
-    ),
+    "flexkernel.engine.calls",
     "transformers.models.llama.modeling_llama",  # and so most of what other models need
 )
 
