@@ -55,7 +55,7 @@ def test_a_script_that_does_not_close_its_session_ends_without_a_word():
 
 KEEPER = """
 import os, flexkernel as fk
-print(fk.start(1, keep=True).cluster.cluster_id, flush=True)
+print(fk.start(1, keep=True).engines.cluster_id, flush=True)
 os._exit(0)
 """
 
