@@ -80,7 +80,7 @@ def files_of(session) -> list[Path]:
     """Everything that a session has on disk and in shared memory: slabs, heartbeats, the store, logs,
     keys."""
     cluster = session.engines
-    profile, name = Path(cluster._cluster.profile_dir), cluster.cluster_id
+    profile, name = Path(cluster.ipcluster.profile_dir), cluster.cluster_id
     home = folder_path(cluster.folder)
     mine = [
         home.parent,
@@ -169,7 +169,7 @@ def forged(session, mark: Path, key: bytes) -> list[bytes]:
     other = Session(key=key, packer="json")
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = other.msg("apply_request", content={}, metadata=told)
-    ident = session.engines._client._engines[session.engines[0].id].encode()
+    ident = session.engines.client._engines[session.engines[0].id].encode()
     return other.serialize(message, [ident]) + serialize.pack_apply_message(
         bad.note, (str(mark),), {}
     )
@@ -227,7 +227,7 @@ started = ipp.Cluster(n=2, cluster_id="curve", controller_ip=sys.argv[1], log_le
 started.start_cluster_sync()
 try:
     session = fk.attach(cluster_id="curve")
-    assert session.engines._client.curve_serverkey
+    assert session.engines.client.curve_serverkey
     bad.healthy(session, Path(sys.argv[2]), **bad.TP)
     session.close()
     print("right")
@@ -321,7 +321,7 @@ def test_no_view_makes_a_page_out_of_text():
 @two
 def test_secrets_are_in_no_log_no_status_and_no_command_line(served):
     session, _, token, _ = served
-    key = session.engines._client.session.key.decode()
+    key = session.engines.client.session.key.decode()
     secrets = {key, token, os.environ["HF_TOKEN"]}
     assert session.on_ranks(bad.environ, "HF_TOKEN") == [os.environ["HF_TOKEN"]] * 2, (
         "engines fetch models with it"

@@ -385,7 +385,7 @@ def broken_off(bench: Bench) -> None:
 
 
 def controller_dies(bench: Bench) -> None:
-    controller = bench.session.engines._cluster.controller.process
+    controller = bench.session.engines.ipcluster.controller.process
     for process in [controller, *controller.children(recursive=True)]:
         process.kill()
     bench.mark()

@@ -63,6 +63,7 @@ class Cluster:
     owned: this driver started them and ends them. reader: another notebook has them, this session
     only reads. gpus: host → how many GPUs it has. folder: the name of their slab folder. generation:
     counts the process groups that they have had. fresh: nothing has been loaded under these groups.
+    loaded: the engines had a model when this driver came to them.
     broken: the groups are broken, and a rank is missing to make new ones. timeout_s: a run in which
     no module begins for so long is broken off. auto_restart: the session replaces dead engines
     before its next call. poll: called again and again while ranks work."""
@@ -76,6 +77,7 @@ class Cluster:
         self.folder = secrets.token_hex(8)
         self.generation = 0
         self.fresh = False
+        self.loaded = False
         self.timeout_s = 60.0
         self.has_groups = False
         self.broken = False
@@ -135,7 +137,7 @@ class Cluster:
         """Rank → whether its engine is there, ready and responsive."""
         return self.alive()
 
-    def may(self, method: str) -> None:
+    def check_allowed(self, method: str) -> None:
         """ClusterError if this session only reads, and the call would change something.
 
         For all that has an effect here, or on a process, before the engines are called."""
@@ -165,7 +167,7 @@ class Cluster:
             raise ClusterError(
                 "this session is closed; start another: %flex_cluster start -n 2, or fk.start(n=2)"
             )
-        self.may(method)
+        self.check_allowed(method)
         if ranks is None and self.broken and not self._replacing:
             self._repair_groups(())
         ranks = list(range(self.size)) if ranks is None else list(ranks)
@@ -194,15 +196,15 @@ class Cluster:
             return "cuda"
         return "cpu"
 
-    def ready(self, device: str) -> None:
+    def use_device(self, device: str) -> None:
         """Have process groups for this device. LoadError: no such device, or not on every host."""
         if device not in DEVICES:
             raise LoadError(f"device={device!r} is not one of {', '.join(DEVICES)}")
         if device == "cuda":
             self._check_gpus()
-        self.may("init_rank")
+        self.check_allowed("init_rank")
         if not self.has_groups or self.device != device:
-            self.seat(device)
+            self.init_ranks(device)
             self.fresh = True
 
     def _check_gpus(self) -> None:
@@ -213,7 +215,7 @@ class Cluster:
                     "or install a torch for its GPUs there"
                 )
 
-    def renew(self) -> None:
+    def renew_groups(self) -> None:
         """Make new process groups for a new model.
 
         Those of the model before would stay for ever, and a regroup would find the meshes' groups
@@ -221,11 +223,11 @@ class Cluster:
         if self.fresh:
             return
         self.call("unload")
-        self.seat(self.device)
+        self.init_ranks(self.device)
         # Unlike after a regroup, which puts the loaded model's meshes on the new groups.
         self.fresh = True
 
-    def seat(self, device: str, builder: bytes | None = None) -> None:
+    def init_ranks(self, device: str, builder: bytes | None = None) -> None:
         """Give every engine its rank, and new process groups, in a new generation.
 
         builder: some ranks have to build their part of the model, which may take all ranks."""
@@ -268,7 +270,7 @@ class Cluster:
             for answer in answers:
                 self.broken |= isinstance(answer, ErrorReport) and answer.broken
             if self.broken and all(self.answering()):
-                self.seat(self.device)
+                self.init_ranks(self.device)
 
 
 class InProcess(Cluster):
@@ -280,10 +282,6 @@ class InProcess(Cluster):
         self.engines = [Engine(host=host, pid=os.getpid())]
         self.runtime = engine.open_runtime()
         self.gpus = {host: engine.perform(self.runtime, "inspect")["gpus"]}
-
-    @property
-    def _runtime(self) -> Any:
-        return self.runtime
 
     def _exchange(
         self,

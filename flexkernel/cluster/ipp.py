@@ -90,14 +90,6 @@ class IPyParallel(Cluster):
             atexit.register(self._stop_at_exit)
 
     @property
-    def _cluster(self) -> Any:
-        return self.ipcluster
-
-    @property
-    def _client(self) -> Any:
-        return self.client
-
-    @property
     def cluster_id(self) -> str:
         return self.ipcluster.cluster_id
 
@@ -184,7 +176,7 @@ class IPyParallel(Cluster):
         alive = self.alive()
         return [alive[rank] and one.state == "ready" for rank, one in enumerate(self.engines)]
 
-    def may(self, method: str) -> None:
+    def check_allowed(self, method: str) -> None:
         if not self.reader or method in engine.READS:
             return
         command = "%flex_cluster attach"
@@ -211,7 +203,7 @@ class IPyParallel(Cluster):
         their part where it is. All get new process groups.
 
         ClusterError: another rank does not answer, or no engine can be started."""
-        self.may("init_rank")
+        self.check_allowed("init_rank")
         self._check_others(ranks)
         spare = sorted(set(self.client.ids) - {one.id for one in self.engines})
         num_new = len(ranks) - len(spare)
@@ -255,7 +247,7 @@ class IPyParallel(Cluster):
                 each=[(infos[rank], self.device, states[rank]) for rank in ranks],
             )
             builder = states[ranks[0]].source.builder
-        self.seat(self.device, builder)
+        self.init_ranks(self.device, builder)
         if states:
             self.call("recover.restore", ranks=ranks, each=[(states[rank],) for rank in ranks])
 
@@ -603,7 +595,7 @@ class IPyParallel(Cluster):
         if self.closed:
             return
         if end:
-            self.may("close")
+            self.check_allowed("close")
         self.closed = True
         atexit.unregister(self._stop_at_exit)
         if end is None:

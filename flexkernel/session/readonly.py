@@ -65,10 +65,10 @@ class OthersStore(Store):
         return next(n for n, lies in seen if lies is not None and lies.slab == region.slab)
 
     def free(self, run: Run, why: str) -> None:
-        self.engines.may("memory.forget")
+        self.engines.check_allowed("memory.forget")
 
     def may_keep(self) -> None:
-        self.engines.may("memory.forget")
+        self.engines.check_allowed("memory.forget")
 
     def close(self) -> None:
         for run in self.runs.values():

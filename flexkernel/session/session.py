@@ -71,7 +71,7 @@ class Session:
         self.seed = 0
         self._loaded: Loaded | None = None
         self._store: Store | None = None
-        if getattr(engines, "loaded", False):
+        if engines.loaded:
             self._recover()
 
     # --- parts that a load replaces ---------------------------------------------------
@@ -111,7 +111,7 @@ class Session:
     def close(self, end: bool | None = None) -> None:
         """End the session. Engines that it started stop; attached and kept ones stay with their
         model. end: overrides that."""
-        self.engines.may("close" if end else "inspect")
+        self.engines.check_allowed("close" if end else "inspect")
         self._forget()
         self.engines.close(end)
 
@@ -223,12 +223,12 @@ class Session:
         kind = dtype_name(dtype)
         name = where.path.rstrip("/").rpartition("/")[2]
         with reporting(self.bar, progress, name, "engine", layout.world) as report:
-            self.engines.ready(device or self.engines.best_device())
+            self.engines.use_device(device or self.engines.best_device())
             info = model.inspect(
                 self.engines, where, layout, kind, attn, dict(placements or {}), report
             )
             self._forget()  # only now: what is refused leaves the loaded model as it is
-            self.engines.renew()
+            self.engines.renew_groups()
             info = model.load(self.engines, where, info, report)
             self._begin(Loaded.of(info, where))
             report("loaded", layout.world, layout.world)

@@ -117,7 +117,7 @@ def test_nothing_is_kept_of_calls_that_are_over(session, tiny):
     session.load(tiny("llama"), tp=2)
     for _ in range(5):
         session.run(IDS)
-    client = session.engines._client
+    client = session.engines.client
     assert len(client.history) == len(client.results) == len(client._futures) == 0
     assert len(client.metadata) <= 1, "ipyparallel keeps one entry of its own"
 
@@ -428,7 +428,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
             session.run(IDS).logits.tensor().clone(),
             session.on_ranks(on_engines.weights_at),
         )
-        process = session.engines._cluster.controller.process
+        process = session.engines.ipcluster.controller.process
         crashed = [process, *process.children(recursive=True)]
 
         def crash() -> None:
@@ -440,7 +440,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
         assert session.on_ranks(on_engines.slowly, 4.0) == [0, 1], (
             "the answers of a call that was in flight"
         )
-        assert session.engines._cluster.controller.process.pid != process.pid
+        assert session.engines.ipcluster.controller.process.pid != process.pid
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert session.on_ranks(on_engines.weights_at) == weights and len(session.hooks) == 1
         pids = [p.pid for p in psutil.Process().children(recursive=True)]
@@ -468,13 +468,13 @@ def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
         wait_for(lambda: not started_for(first.cluster_id))
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor().clone()
-        process = session.engines._cluster.controller.process
+        process = session.engines.ipcluster.controller.process
         for part in process.children():
             part.kill()
         begin = time.monotonic()
         assert torch.equal(session.run(IDS).logits.tensor(), logits)
         assert time.monotonic() - begin < 40, "it is looked at each 5 s"
-        assert session.engines._cluster.controller.process.pid != process.pid
+        assert session.engines.ipcluster.controller.process.pid != process.pid
 
 
 def lose_the_next_answer(rank: int) -> None:
@@ -565,14 +565,14 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
             os.kill(session.engines.pids[0], signal.SIGKILL)
             wait_for(lambda: not session.engines.alive()[0])
             # as if the engines were somewhere else
-            session.engines._cluster.engine_launcher_class = "mpi"
+            session.engines.ipcluster.engine_launcher_class = "mpi"
             with pytest.raises(
                 fk.errors.ClusterError, match=r"MPI\S+ by somebody else: .* Start 1 there"
             ) as refused:
                 session.restart()
             command = re.findall("`(ipcluster .*)`", str(refused.value))
             by_hand = subprocess.Popen(shlex.split(*command), **shell)
-            wait_for(lambda: len(session.engines._client.ids) == 2)
+            wait_for(lambda: len(session.engines.client.ids) == 2)
             assert session.restart() == [0]
             assert torch.equal(session.run(IDS).logits.tensor(), logits)
             session.close()

@@ -107,7 +107,10 @@ def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
     """The files of the real cluster, with another key in them: whoever has only the ports is not
     let in."""
     bad.fit(session, tiny("llama"), **bad.TP)
-    real, name = Path(session.engines._cluster.profile_dir) / "security", session.engines.cluster_id
+    real, name = (
+        Path(session.engines.ipcluster.profile_dir) / "security",
+        session.engines.cluster_id,
+    )
     for path in real.glob(f"*{name}*.json"):
         shutil.copy(path, security)
     client = security / f"ipcontroller-{name}-client.json"
@@ -331,7 +334,7 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
     from ipyparallel import serialize
 
     bad.fit(session, tiny("llama"), **bad.TP)
-    client, mark = session.engines._client, tmp_path / "mark"
+    client, mark = session.engines.client, tmp_path / "mark"
     content = serialize.pack_apply_message(bad.note, (str(mark),), {})
     told = {"follow": [], "after": [], "timeout": None, "targets": None, "retries": 0}
     message = client.session.msg("apply_request", content={}, metadata=told)
@@ -339,7 +342,7 @@ def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_
         client.session.serialize(message, [client._engines[session.engines[0].id].encode()])
         + content
     )
-    security = Path(session.engines._cluster.profile_dir) / "security"
+    security = Path(session.engines.ipcluster.profile_dir) / "security"
     info = json.loads(
         (security / f"ipcontroller-{session.engines.cluster_id}-client.json").read_text()
     )

@@ -49,7 +49,7 @@ def move(session, rank: int, host: str) -> None:
 
     session.on_ranks(become, rank, host)
     session.engines[rank].host = host
-    session.engines.seat(session.engines.device)
+    session.engines.init_ranks(session.engines.device)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)

@@ -342,7 +342,7 @@ def test_a_freed_tensor_keeps_its_numbers_whatever_runs_later(small):
 
 def test_too_much_is_refused_before_the_forward(small):
     forwards = []
-    handle = small.engines._runtime.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    handle = small.engines.runtime.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
         small.run(IDS)
         with pytest.raises(
@@ -367,7 +367,7 @@ def test_forty_runs_take_no_more_slabs_than_the_budget_holds(small):
         small.run([[5 + i] * (1 + i % 4)])
     assert len(small.store.pool.slabs) == 1 and small.store.pool.num_bytes <= small.store.budget
     # the engines hear with the next run
-    assert len(small.engines._runtime.memory.runs) <= len(small.runs) + 3
+    assert len(small.engines.runtime.memory.runs) <= len(small.runs) + 3
 
 
 def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):
@@ -378,7 +378,7 @@ def test_the_extent_of_a_run_that_failed_comes_back(session, tiny):
     def fails(*_):
         raise ValueError("broken on purpose")
 
-    handle = session.engines._runtime.model.model.layers[2].register_forward_pre_hook(fails)
+    handle = session.engines.runtime.model.model.layers[2].register_forward_pre_hook(fails)
     with pytest.raises(EngineError, match="ValueError on rank 0: broken on purpose"):
         session.run(IDS)
     handle.remove()
@@ -404,7 +404,7 @@ def test_files_of_a_runs_own_go_with_it(session):
         session.run(IDS).free()
     session.run(IDS)
     assert len(files()) == 3, "embed, head and the output, of the last run"
-    handle = session.engines._runtime.model.register_forward_hook(lambda *_: 1 / 0)
+    handle = session.engines.runtime.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         session.run(IDS)
     handle.remove()

@@ -31,7 +31,7 @@ MLP = "model.layers.*.mlp"
 def num_torch_hooks(session) -> int:
     """Hooks on all modules of the model in this process, but for the one that keeps the logits and
     the watch's."""
-    runtime = session.engines._runtime
+    runtime = session.engines.runtime
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in runtime.model.modules())
     return hooks - 1 - len(runtime.watch._handles)
 
@@ -259,7 +259,7 @@ def test_groups_choose_what_a_run_keeps(loaded):
 def test_a_run_that_fails_leaves_hooks_ready(loaded):
     loaded.hook(MLP)
     want = loaded.run(IDS)
-    handle = loaded.engines._runtime.model.model.layers[1].register_forward_pre_hook(
+    handle = loaded.engines.runtime.model.model.layers[1].register_forward_pre_hook(
         lambda *_: 1 / 0
     )
     for _ in range(3):
@@ -282,7 +282,7 @@ def test_reading_changes_no_bit(loaded):
 
 def test_the_users_own_hooks_stay_and_see_the_same(loaded):
     seen = []
-    module = loaded.engines._runtime.model.model.layers[0].mlp
+    module = loaded.engines.runtime.model.model.layers[0].mlp
     handle = module.register_forward_hook(lambda _, args, out: seen.append(out.clone()))
     loaded.hook(MLP)
     run = loaded.run(IDS)
@@ -479,7 +479,7 @@ def test_a_module_that_fires_more_often_than_scanned_is_read_each_time(session):
     run = session.run([[5, 6]])
     calls = [run["twice", "output", "", call].tensor() for call in range(3)]
     assert len(run) == 3 and not torch.equal(calls[0], calls[1])
-    model = session.engines._runtime.model
+    model = session.engines.runtime.model
     assert torch.equal(model.twice(calls[1]), calls[2])
 
 

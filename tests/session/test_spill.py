@@ -158,7 +158,7 @@ def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tm
 
 def test_a_failed_run_leaves_a_file_for_what_of_it_is_whole(small, tmp_path):
     small.store.budget = 4096
-    handle = small.engines._runtime.model.register_forward_hook(lambda *_: 1 / 0)
+    handle = small.engines.runtime.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(Exception, match="ZeroDivisionError"):
         small.run(IDS)
     handle.remove()

@@ -55,7 +55,7 @@ def empty_call(session: Any) -> float:
     is let go of."""
     cluster = session.engines
     begin = time.perf_counter()
-    result = cluster._client[[one.id for one in cluster.engines]].apply_async(ranks.nothing)
+    result = cluster.client[[one.id for one in cluster.engines]].apply_async(ranks.nothing)
     result.get(60)
     seconds = time.perf_counter() - begin
     cluster._forget([result])

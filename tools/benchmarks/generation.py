@@ -61,7 +61,7 @@ def against_recomputing(lab: Lab) -> list[Figure]:
     """In one process: every layer at every step, by a cached generation with hooks; and as tools
     do that know no cache, by a whole forward for each token with output_hidden_states=True."""
     session, new = lab.session(lab.real(), n=1), 4 if lab.quick else 32
-    model = session.engines._runtime.model
+    model = session.engines.runtime.model
     session.hook(LAYERS)
     held: dict[str, int] = {}
     texts: dict[str, list[int]] = {}

@@ -88,7 +88,7 @@ def read_alone(run: Any) -> float:
 @contextmanager
 def pulled(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
     """ipyparallel's pull of an array of that size from the first engine."""
-    view = session.engines._client[session.engines[0].id]
+    view = session.engines.client[session.engines[0].id]
     view.apply_sync(ranks.put, "bench", num_bytes)
 
     def pull() -> None:
@@ -106,7 +106,7 @@ def pulled(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
 
 def forget(session: Any) -> None:
     """ipyparallel's client keeps every result for ever."""
-    client = session.engines._client
+    client = session.engines.client
     client.purge_everything() if not client.outstanding else None
 
 
@@ -139,7 +139,7 @@ def from_far(lab: Lab) -> list[Figure]:
 def raw_socket(session: Any, num_bytes: int) -> Iterator[Callable[[], None]]:
     """One message with the array over PUSH and PULL, uncopied on both sides: what TCP and zmq take
     by themselves."""
-    view = session.engines._client[session.engines[0].id]
+    view = session.engines.client[session.engines[0].id]
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.RCVTIMEO = 60_000
     port = socket.bind_to_random_port("tcp://127.0.0.1")
@@ -165,7 +165,7 @@ def slices(lab: Lab) -> list[Figure]:
     session.hook(WIDE)
     capture = session.run(rows)[WIDE]
     near = in_turns({"slice": lambda: sliced(capture)}, rounds, warm=3)["slice"]
-    view = session.engines._client[session.engines[0].id]
+    view = session.engines.client[session.engines[0].id]
     view.apply_sync(ranks.put, "bench", 4 * SLICE)
     trips = in_turns(
         {"trip": lambda: view.apply_sync(ranks.slice_of, "bench", SLICE)}, min(rounds, 50), warm=3
@@ -205,7 +205,7 @@ def sliced(capture: Any) -> float:
 def computing(session: Any, engines: Sequence[int]) -> Iterator[None]:
     """While it is entered these engines' main threads multiply matrices."""
     with tempfile.NamedTemporaryFile() as flag:
-        calls = [session.engines._client[i].apply_async(ranks.busy, flag.name) for i in engines]
+        calls = [session.engines.client[i].apply_async(ranks.busy, flag.name) for i in engines]
         time.sleep(0.5)
         yield
         assert not any(call.done() for call in calls), "the engines were at work all the time"

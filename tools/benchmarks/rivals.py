@@ -21,7 +21,7 @@ def one_process(lab: Lab) -> list[Figure]:
     """Every layer's output of one forward, in one process: ours, torch's hooks,
     output_hidden_states=True, nnsight."""
     session = lab.session(lab.tiny("llama_deep"), n=1)
-    runtime = session.engines._runtime
+    runtime = session.engines.runtime
     B, S = (1, 16) if lab.quick else (4, 128)
     rows = [[3 + (7 * b + s) % 250 for s in range(S)] for b in range(B)]
     num_layers = runtime.model.config.num_hidden_layers

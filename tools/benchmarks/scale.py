@@ -134,7 +134,7 @@ def measured(lab: Lab, n: int, limit_s: float) -> Size:
         engine_mb = (
             statistics.median(rss for _, rss in session.on_ranks(ranks.pid_and_memory)) / 1e6
         )
-        controller = psutil.Process(session.engines._cluster.controller.pid)
+        controller = psutil.Process(session.engines.ipcluster.controller.pid)
         family = [controller, *controller.children(recursive=True)]
         controller_mb = sum(process.memory_info().rss for process in family) / 1e6
         grown = driver_mb() - before

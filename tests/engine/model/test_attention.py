@@ -27,7 +27,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 
 
 def modules_of(session) -> list[torch.nn.Module]:
-    return list(session.engines._runtime.model.modules())
+    return list(session.engines.runtime.model.modules())
 
 
 def watched(session) -> int:

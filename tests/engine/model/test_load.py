@@ -201,7 +201,7 @@ def test_an_attention_that_is_not_there_is_refused(tiny, session):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_attention_asked_for_is_loaded(attn, tiny, session):
     assert session.load(tiny("llama"), attn=attn).attention == attn
-    assert session.engines._runtime.model.config._attn_implementation == attn
+    assert session.engines.runtime.model.config._attn_implementation == attn
 
 
 # --- devices --------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_model_is_known_before_anything_is_read(tiny, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
 def test_what_is_loaded_is_what_transformers_loads(arch, tiny, session):
     info = session.load(tiny(arch))
-    ours, theirs = session.engines._runtime.model, reference.load(tiny(arch))
+    ours, theirs = session.engines.runtime.model, reference.load(tiny(arch))
     assert info.rank_parameters == (info.num_parameters,)
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     for (name, a), (other, b) in zip(

@@ -287,7 +287,7 @@ def delayed(session, tiny):
     for glob in HOOKS:
         session.hook(glob)
     session.hook("model.layers.*.mlp", reduce="norm:0,1", name="reduced")
-    runtime = session.engines._runtime
+    runtime = session.engines.runtime
 
     def switch(lane) -> None:
         runtime.part.copies = Staged(lane, 4096)
@@ -325,7 +325,7 @@ def test_a_step_adds_to_what_the_step_before_it_wrote(delayed):
         session.unhook(glob)
     at_once = session.generate(IDS, max_new_tokens=4)
     # nothing of a forward has to land for another's sake
-    session.engines._runtime.part.copies = Staged(Delayed())
+    session.engines.runtime.part.copies = Staged(Delayed())
     travelled = session.generate(IDS, max_new_tokens=4)
     reduced = [key for key in at_once.captures if "norm" in key.at]
     assert len(reduced) == 4
@@ -423,7 +423,7 @@ def test_a_gpu_keeps_no_more_than_the_bound(tmp_path):
 
 def hooked_by_hand(session, globs) -> dict[str, torch.Tensor]:
     """What these modules put out, by torch's own hooks on the loaded model. In this process."""
-    runtime, found = session.engines._runtime, {}
+    runtime, found = session.engines.runtime, {}
     handles = [
         module.register_forward_hook(
             lambda _m, _a, out, name=name: found.__setitem__(
