@@ -17,6 +17,7 @@ __all__ = [
     "BEFORE",
     "EDITED",
     "REDUCTIONS",
+    "STYLES",
     "Blob",
     "CaptureKey",
     "Coordinate",
@@ -476,6 +477,18 @@ class ModuleInfo:
     def read_on(self, at: str) -> int:
         """The stage that reads its "output" or "input"."""
         return self.stages[-1] if self.spans and at == "output" else self.stages[0]
+
+
+# transformers' tensor-parallel styles → what a module's first input and its output are over tp, as
+# torch writes a placement.
+STYLES: dict[str, dict[str, str]] = {
+    "colwise": {"input": "Replicate()", "output": "Shard(-1)"},
+    "colwise_gather_output": {"input": "Replicate()", "output": "Replicate()"},
+    "rowwise": {"input": "Shard(-1)", "output": "Replicate()"},
+    "embedding_rowwise": {"input": "Replicate()", "output": "Replicate()"},
+    "moe_tp_experts": {"input": "Replicate()", "output": "Replicate()"},
+    "all_reduce": {"output": "Replicate()"},
+}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from flexkernel.errors import HookError
 from flexkernel.names import match, nearest, split_point
 from flexkernel.views.tree import ModelTree, ModuleRow
-from flexkernel.wire import HookSet, HookSpec, ModelInfo, ModuleInfo
+from flexkernel.wire import STYLES, HookSet, HookSpec, ModelInfo, ModuleInfo
 
 from .edits import edit_text
 
 __all__ = ["Tree"]
-
-STYLES = {"colwise": "Shard(-1)", "rowwise": "Replicate()", "colwise_gather_output": "Replicate()"}
 
 
 class Tree:
@@ -73,5 +71,5 @@ def placement(info: ModelInfo, name: str) -> str:
     """What is known of the output's placement over tp before a run: what the plan says."""
     if info.layout.tp == 1:
         return "whole"
-    style = info.styles.get(name)
-    return STYLES.get(style, style) if style else "by scan"
+    style = info.styles.get(name, "by scan")
+    return STYLES.get(style, {}).get("output", style)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexkernel.errors import ViewError
 
 if TYPE_CHECKING:
-    from .source import Source
+    from .source import Drawable
     from .tensormap import TensorMap, freeze_all, tensor_map
     from .tree import ModelTree, ModuleRow
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-def show(source: Source, as_: str = "map", **options: Any) -> TensorMap:
+def show(source: Drawable, as_: str = "map", **options: Any) -> TensorMap:
     """The view of that name. source: a Capture, a torch tensor, a numpy array; options: those of
     the view. ViewError: there is no such view."""
     if as_ not in VIEWS:

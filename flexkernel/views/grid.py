@@ -15,7 +15,7 @@ from flexkernel.memory import reduce
 from flexkernel.wire import dtype_name
 
 from .axis import Axis, Piece, Span, cut_pieces, pieces_in, ticks_in
-from .source import Here, Numbers, Source, Words, numbers_of, unravelled
+from .source import Drawable, Here, Numbers, Words, numbers_of, unravelled
 
 __all__ = ["Grid", "exact", "visible"]
 
@@ -30,14 +30,14 @@ class Grid:
 
     def __init__(
         self,
-        source: Source,
+        source: Drawable,
         title: str | None = None,
         x: Sequence[Any] | None = None,
         y: Sequence[Any] | None = None,
     ):
         if isinstance(source, np.ndarray):
             source = torch.as_tensor(source)
-        self.source: Source | None = source
+        self.source: Drawable | None = source
         self.shape = tuple(int(n) for n in source.shape)
         self.dtype = dtype_name(source.dtype)
         if isinstance(source, torch.Tensor) and source.is_complex():

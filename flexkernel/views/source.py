@@ -17,10 +17,10 @@ from flexkernel.memory import reduce
 
 from .axis import Span
 
-__all__ = ["Here", "Numbers", "Source", "Words", "numbers_of"]
+__all__ = ["Drawable", "Here", "Numbers", "Words", "numbers_of"]
 
 
-class Drawable(Protocol):
+class CaptureLike(Protocol):
     """What a view draws beside a tensor: a Capture, a Sweep. It has either `tensor()`, or `tiles`
     as Numbers has it and `__getitem__`; and what it wants of Words."""
 
@@ -30,7 +30,7 @@ class Drawable(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-Source: TypeAlias = torch.Tensor | np.ndarray | Drawable
+Drawable: TypeAlias = torch.Tensor | np.ndarray | CaptureLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Words:
     centre: float | None = None
 
     @classmethod
-    def of(cls, source: Source) -> Words:
+    def of(cls, source: Drawable) -> Words:
         if isinstance(source, torch.Tensor):
             return cls()
         said = {field.name: getattr(source, field.name, None) for field in dataclasses.fields(cls)}
@@ -77,7 +77,7 @@ class Numbers(Protocol):
         """The exact elements of a part, (rows, columns), in the source's own dtype."""
 
 
-def numbers_of(source: Source) -> Numbers:
+def numbers_of(source: Drawable) -> Numbers:
     """The numbers of a Capture, a tensor, or anything that has `tiles` or `tensor()`."""
     if hasattr(source, "tiles"):
         return Elsewhere(source)

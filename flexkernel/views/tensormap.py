@@ -29,7 +29,7 @@ from flexkernel.errors import CaptureExpired
 from . import messages, png
 from .axis import Span
 from .grid import Grid
-from .source import Source
+from .source import Drawable
 from .still import noted, still_bundle, text_bundle
 from .tile import Overview, Part, draw, still_part
 
@@ -44,7 +44,7 @@ _numbers = itertools.count()
 
 
 def tensor_map(
-    source: Source,
+    source: Drawable,
     *,
     rows: tuple[int, int] | slice | None = None,
     cols: tuple[int, int] | slice | None = None,

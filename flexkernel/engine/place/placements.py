@@ -20,22 +20,13 @@ from flexkernel.boxes import WHOLE, Box, chunk
 from flexkernel.engine.compat import waited
 from flexkernel.errors import PlacementError
 from flexkernel.names import match
-from flexkernel.wire import Coordinate, Layout, ShapeFormula
+from flexkernel.wire import STYLES, Coordinate, Layout, ShapeFormula
 
 from .layers import Known, known
 
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "rows_held"]
 
-# transformers' tensor-parallel styles: what the module's first input and its output are over tp.
-# None: not known.
-STYLES: dict[str, dict[str, Placement | None]] = {
-    "colwise": {"input": Replicate(), "output": Shard(-1)},
-    "colwise_gather_output": {"input": Replicate(), "output": Replicate()},
-    "rowwise": {"input": Shard(-1), "output": Replicate()},
-    "embedding_rowwise": {"input": Replicate(), "output": Replicate()},
-    "moe_tp_experts": {"input": Replicate(), "output": Replicate()},
-    "all_reduce": {"output": Replicate()},
-}
+PLANNED: dict[str, Placement] = {"Replicate()": Replicate(), "Shard(-1)": Shard(-1)}
 MOST_DECIDED = 4096  # places that a Placer remembers
 # where a rank's columns do not lie together
 STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}
@@ -167,7 +158,7 @@ class Placer:
                 f"{name} is {style} over tp={self.layout.tp}: each rank's columns are interleaved in the whole; "
                 "hook the modules around it"
             )
-        planned = STYLES.get(style or "", {}).get(at)
+        planned = PLANNED.get(STYLES.get(style or "", {}).get(at, ""))
         first = path in ("", "0", "input", "hidden_states")
         if planned is not None and self.layout.tp > 1 and first:
             return "plan", planned, local

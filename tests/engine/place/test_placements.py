@@ -27,7 +27,7 @@ from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
 from flexkernel.memory.slab import PAGE, Slab, pages, size_of
 from flexkernel.session.capture import Capture, Location, Value
-from flexkernel.wire import CaptureKey, HookSpec, Layout, Region, ShapeFormula
+from flexkernel.wire import STYLES, CaptureKey, HookSpec, Layout, Region, ShapeFormula
 
 TERMS = ("", "B", "S", "B*S", "P+S")
 
@@ -464,7 +464,7 @@ def test_every_style_of_transformers_is_known_or_left_to_the_scan():
     alone."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-    scanned = set(ALL_PARALLEL_STYLES) - set(placements.STYLES) - set(placements.STRIDED)
+    scanned = set(ALL_PARALLEL_STYLES) - set(STYLES) - set(placements.STRIDED)
     assert scanned <= SCANNED, f"new: {scanned - SCANNED}"
 
 
