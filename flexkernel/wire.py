@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -140,10 +141,10 @@ class Source:
     function."""
 
     path: str
-    builder: bytes | None = None
-    reference: bytes | None = None
-    forward: bytes | None = None
-    names: bytes | None = None
+    builder: bytes | None = field(default=None, repr=False)
+    reference: bytes | None = field(default=None, repr=False)
+    forward: bytes | None = field(default=None, repr=False)
+    names: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,10 @@ class Blob:
     dtype: str
     data: bytes
 
+    def __repr__(self) -> str:
+        """Short, and another for other numbers: the digest of a HookSet is made of it."""
+        return f"Blob({self.shape}, {self.dtype}, sha256 {hashlib.sha256(self.data).hexdigest()})"
+
 
 @dataclass(frozen=True)
 class EditSpec:
@@ -328,7 +333,7 @@ class EditSpec:
 
     name: str
     per: str
-    code: bytes
+    code: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -526,6 +531,20 @@ class ModelInfo:
         return [m.name for m in self.modules] + [
             n for n, at in self.scan if split_point(n)[1] and at == "output"
         ]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{self.cls}: {self.num_parameters:,} parameters, {len(self.modules)} modules, "
+            f"{self.layout}, {self.dtype}, attention {self.attention}"
+        ]
+        if self.layout.world > 1:
+            ranks = zip(self.rank_parameters, self.rank_bytes, strict=True)
+            for rank, (parameters, num_bytes) in enumerate(ranks):
+                lines.append(f"  rank {rank}: {parameters:,} parameters, {num_bytes / 1e6:,.1f} MB")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,11 @@ class Modules(MutableMapping[str, torch.nn.Module]):
     def __contains__(self, name: object) -> bool:
         return name in self._copies
 
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        return self[name]
+
     def __repr__(self) -> str:
         names = [f"{name}: {type(copy).__name__}" for name, copy in self._copies.items()]
         return f"<Modules {', '.join(names) or 'none'}>"

@@ -26,7 +26,7 @@ from .progress import Bar, Progress, reporting
 from .readonly import OthersStore
 from .run import Run
 from .runner import Runner
-from .status import Status
+from .status import Guarantees, Status
 from .store import Store
 from .tree import Tree
 
@@ -118,6 +118,16 @@ class Session:
     def status(self) -> Status:
         """Engines, model, memory, hooks and runs as they are now."""
         return Status(self.engines, self._loaded, self._store, self.hooks)
+
+    def guarantees(self) -> Guarantees:
+        """What can be counted on for these engines: when they end, who replaces a dead one."""
+        return Guarantees(self.engines)
+
+    def __repr__(self) -> str:
+        return repr(self.status())
+
+    def _repr_html_(self) -> str:
+        return self.status()._repr_html_()
 
     def call(
         self,

@@ -1,92 +1,122 @@
-"""Status: engines, what is promised for them, model, hooks and memory as they are now."""
+"""Status: engines, model, memory, hooks and runs as they are now; and what is guaranteed for the
+engines."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from flexkernel.cluster.cluster import Cluster
 from flexkernel.cluster.guarantees import guarantees
 from flexkernel.views.table import Table
 
+from .edits import made_text
 from .hooks import HookBook
 from .model import Loaded
 from .store import Store
 
-__all__ = ["Status"]
+__all__ = ["Guarantees", "Status"]
 
 
-def lifetime(cluster: Any) -> str:
-    """What becomes of the engines when this session ends."""
-    if getattr(cluster, "reader", False):
-        return f"joined read-only: {cluster.owner_text()}"
-    if getattr(cluster, "kept", False):
-        return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
-    return (
-        "owned: it ends with this session"
-        if cluster.owned
-        else "attached: it stays when this session ends"
-    )
+class Facts:
+    """A table of facts. rows: (what, value)."""
 
-
-class Status:
-    """A table of what a session has. rows: (what, value)."""
-
-    def __init__(
-        self, cluster: Cluster, loaded: Loaded | None, store: Store | None, hooks: HookBook
-    ):
-        alive = cluster.answering()
-        self.rows: list[tuple[str, str]] = [
-            (
-                "engines",
-                f"{sum(alive)} of {cluster.size} alive on {', '.join(dict.fromkeys(cluster.hosts))}",
-            ),
-            ("cluster", lifetime(cluster)),
-        ]
-        cluster_id = getattr(cluster, "cluster_id", "")
-        if cluster_id:
-            self.rows.append(("cluster id", cluster_id))
-        promised = guarantees(cluster.origin)
-        if loaded is None or store is None:
-            self.rows += [("model", "none loaded"), *promised]
-            return
-        info = loaded.info
-        self.rows += [
-            ("model", f"{info.cls} from {info.path}"),
-            (
-                "layout",
-                f"{info.layout}, {info.dtype}, attention {info.attention}, on {cluster.device}",
-            ),
-            (
-                "parameters",
-                f"{info.num_parameters:,} in all; by rank {', '.join(f'{n:,}' for n in info.rank_parameters)}",
-            ),
-            ("weights", ", ".join(f"{n / 1e6:,.0f} MB" for n in info.rank_bytes) + " by rank"),
-            ("hooks", f"{len(hooks)}"),
-            (
-                "runs",
-                f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB budget, "
-                f"at most {store.most_runs} runs",
-            ),
-            (
-                "slabs",
-                f"{len(store.pool.slabs)} files, {sum(store.pool.slabs.values()) / 1e6:,.0f} MB, in {store.folder}",
-            ),
-        ]
-        self.rows += [("copies", f"{rank}: {note}") for rank, note in store.notes.items()]
-        if store.spill.problem:
-            self.rows.append(("on disk", f"nothing can be moved there: {store.spill.problem}"))
-        if store.spill.extents:
-            self.rows.append(
-                (
-                    "on disk",
-                    f"{len(store.spill.extents)} runs, {store.spill.num_bytes / 1e6:,.1f} of "
-                    f"{(store.spill.budget or 0) / 1e6:,.0f} MB budget, in {store.spill.root}",
-                )
-            )
-        self.rows += promised
+    rows: list[tuple[str, str]]
 
     def __repr__(self) -> str:
         return Table(self.rows).text()
 
     def _repr_html_(self) -> str:
         return Table(self.rows).html()
+
+
+class Status(Facts):
+    """What a session has, in five lines."""
+
+    def __init__(
+        self, engines: Cluster, loaded: Loaded | None, store: Store | None, hooks: HookBook
+    ):
+        self.rows = [("engines", engines_text(engines))]
+        if loaded is None or store is None:
+            self.rows.append(("model", "none loaded"))
+            return
+        self.rows += [
+            ("model", model_text(loaded, engines.device)),
+            ("memory", memory_text(loaded, store)),
+            ("hooks", hooks_text(hooks)),
+            ("runs", runs_text(store)),
+        ]
+
+
+class Guarantees(Facts):
+    """What is guaranteed for the engines of a session, by how it came to them."""
+
+    def __init__(self, engines: Cluster):
+        self.rows = [("cluster", lifetime(engines))]
+        cluster_id = getattr(engines, "cluster_id", "")
+        if cluster_id:
+            self.rows.append(("cluster id", cluster_id))
+        self.rows += guarantees(engines.origin)
+
+
+def engines_text(engines: Cluster) -> str:
+    alive = sum(engines.answering())
+    hosts = ", ".join(dict.fromkeys(engines.hosts))
+    cluster_id = getattr(engines, "cluster_id", "")
+    name = f"; cluster {cluster_id}" if cluster_id else ""
+    return f"{alive} of {engines.size} alive on {hosts}{name}; {lifetime(engines)}"
+
+
+def lifetime(engines: Cluster) -> str:
+    """What becomes of the engines when this session ends."""
+    origin = engines.origin
+    if origin.reader:
+        return f"joined read-only: {getattr(engines, 'owner_text', str)()}"
+    if origin.kept:
+        return "kept: it stays when this notebook ends; %flex_cluster stop ends it"
+    if origin.owned:
+        return "owned: it ends with this session"
+    return "attached: it stays when this session ends"
+
+
+def model_text(loaded: Loaded, device: str) -> str:
+    info = loaded.info
+    return (
+        f"{info.cls} from {info.path}: {info.num_parameters:,} parameters, {info.layout}, "
+        f"{info.dtype}, attention {info.attention}, on {device}"
+    )
+
+
+def memory_text(loaded: Loaded, store: Store) -> str:
+    weights = ", ".join(f"{num_bytes / 1e6:,.0f}" for num_bytes in loaded.info.rank_bytes)
+    slabs = sum(store.pool.slabs.values()) / 1e6
+    parts = [
+        f"weights {weights} MB by rank",
+        f"slabs {slabs:,.0f} MB in {len(store.pool.slabs)} files, in {store.folder}",
+        *(f"copies of {rank}: {note}" for rank, note in store.notes.items()),
+    ]
+    return "; ".join(parts)
+
+
+def hooks_text(hooks: HookBook) -> str:
+    edits = [made_text(hook) for hook in hooks if hook.edit is not None]
+    text = str(len(hooks))
+    if edits:
+        text += f", {len(edits)} of them edits: {'; '.join(edits[:3])}"
+    if len(edits) > 3:
+        text += "; ..."
+    return text if hooks.sent else f"{text}; to be sent when all ranks answer"
+
+
+def runs_text(store: Store) -> str:
+    parts = [
+        f"{len(store.runs)} stored: {store.pool.num_bytes / 1e6:,.1f} of "
+        f"{store.budget / 1e6:,.0f} MB budget, at most {store.most_runs} runs"
+    ]
+    spill = store.spill
+    if spill.problem:
+        parts.append(f"on disk: nothing can be moved there: {spill.problem}")
+    if spill.extents:
+        budget = (spill.budget or 0) / 1e6
+        parts.append(
+            f"on disk: {len(spill.extents)} runs, {spill.num_bytes / 1e6:,.1f} of {budget:,.0f} MB "
+            f"budget, in {spill.root}"
+        )
+    return "; ".join(parts)

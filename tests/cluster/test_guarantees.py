@@ -36,14 +36,14 @@ def test_who_may_not_start_an_engine_is_told_to_start_one_by_hand(origin, may):
 
 
 def test_the_session_says_what_is_promised_for_its_engines(session):
-    rows = dict(session.status().rows)
+    rows = dict(session.guarantees().rows)
     assert rows["engines end"] == "They are this process."
 
 
 @pytest.mark.engines(2)
 def test_a_session_that_started_its_engines_knows_that(session):
     assert session.engines.origin == Origin("local", owned=True, kept=False, controller=True)
-    assert guarantees(session.engines.origin)[0] in session.status().rows
+    assert guarantees(session.engines.origin)[0] in session.guarantees().rows
 
 
 def test_the_table_has_a_column_for_each_way():

@@ -66,7 +66,8 @@ def test_engines_of_a_job_run_the_model_and_one_that_dies_comes_back_by_another_
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor()
         torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
-        assert "by another job" in repr(session.status()) and "scancel" in repr(session.status())
+        assert "by another job" in repr(session.guarantees())
+        assert "scancel" in repr(session.guarantees())
 
         session.on_ranks(write_and_die, 1)
         with pytest.raises(

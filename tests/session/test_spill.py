@@ -52,7 +52,7 @@ def test_the_oldest_runs_go_to_disk_and_then_expire(small):
     assert first.plan.slab.startswith("spill-") and len(files(small)) == 1
     assert stat.S_IMODE(files(small)[0].stat().st_mode) == 0o600
     assert stat.S_IMODE(small.store.spill.folder.stat().st_mode) == 0o700
-    assert "1 runs" in dict(small.status().rows)["on disk"]
+    assert "on disk: 1 runs" in dict(small.status().rows)["runs"]
 
     later = [small.run(ids(i)) for i in range(3, 5)]
     assert (
@@ -127,7 +127,7 @@ def test_a_folder_that_engines_cannot_use_lets_the_oldest_expire(session, tiny, 
     first = session.run(IDS)
     session.store.budget = session.store.pool.num_bytes
     assert session.run(IDS)[MLP].tensor().shape == (1, 4, 64) and first.freed
-    assert "it belongs to somebody else" in dict(session.status().rows)["on disk"]
+    assert "it belongs to somebody else" in dict(session.status().rows)["runs"]
 
 
 def test_what_is_larger_than_memory_lies_on_disk_at_once_if_told_where(small, tmp_path):

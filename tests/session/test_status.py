@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import flexkernel as fk
 from flexkernel.cluster.guarantees import Origin
 from flexkernel.session.status import Status
@@ -17,15 +19,16 @@ def test_before_a_load_there_are_engines_and_no_model():
     with fk.local() as session:
         found = rows(session)
         assert found["engines"].startswith("1 of 1 alive on ") and found["model"] == "none loaded"
-        assert found["cluster"].startswith("owned") and "runs" not in found
+        assert "owned: it ends with this session" in found["engines"] and "runs" not in found
 
 
 def test_a_loaded_model_is_told_with_its_layout_and_size(session, tiny):
     info = session.load(tiny("llama"), dtype="bfloat16", attn="eager")
     found = rows(session)
-    assert found["model"] == f"LlamaForCausalLM from {tiny('llama')}"
-    assert found["layout"].startswith("one engine, bfloat16, attention eager, on cpu")
-    assert f"{info.num_parameters:,} in all" in found["parameters"]
+    assert found["model"] == (
+        f"LlamaForCausalLM from {tiny('llama')}: {info.num_parameters:,} parameters, "
+        "one engine, bfloat16, attention eager, on cpu"
+    )
 
 
 def test_hooks_runs_and_slabs_are_counted(session, tiny):
@@ -37,10 +40,29 @@ def test_hooks_runs_and_slabs_are_counted(session, tiny):
     for _ in range(3):
         session.run(IDS)
     after = rows(session)
-    assert after["runs"].startswith("3 stored: 0.1 of 10 MB") and after["slabs"].startswith(
-        "1 files"
-    )
-    assert str(session.store.folder) in after["slabs"]
+    assert after["runs"].startswith("3 stored: 0.1 of 10 MB") and "in 1 files" in after["memory"]
+    assert str(session.store.folder) in after["memory"]
+
+
+def test_it_is_five_lines_and_says_which_edits_there_are(session, tiny):
+    session.load(tiny("llama"))
+    session.hook("model.layers.1.mlp", edit="scale", value=2)
+    assert list(rows(session)) == ["engines", "model", "memory", "hooks", "runs"]
+    assert len(repr(session.status()).splitlines()) == 5
+    assert rows(session)["hooks"] == "1, 1 of them edits: scale 2 at model.layers.1.mlp"
+
+
+def test_what_is_guaranteed_is_a_table_of_its_own(session):
+    found = dict(session.guarantees().rows)
+    assert found["cluster"] == "owned: it ends with this session" and len(found) > 5
+
+
+def test_a_script_prints_a_session_and_a_model_in_a_few_lines(session, tiny):
+    info = session.load(tiny("llama"))
+    session.hook("model.layers.1.mlp", edit="add", value=torch.ones(64))
+    assert repr(session) == repr(session.status()) and session._repr_html_().startswith("<table")
+    assert repr(info).startswith("LlamaForCausalLM: ") and len(repr(info)) < 200
+    assert len(repr(list(session.hooks))) < 400 and len(repr(session.hooks.edits)) < 400
 
 
 class Evil:

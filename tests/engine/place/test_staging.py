@@ -368,10 +368,10 @@ def test_an_edit_that_fails_leaves_nothing_on_its_way(delayed):
 def test_the_status_says_what_makes_copies_slow(delayed):
     session, switch = delayed
     session.run(IDS)
-    assert "copies" not in dict(session.status().rows)
+    assert "copies" not in dict(session.status().rows)["memory"]
     switch(Delayed("CUDA error 1"))
     session.run(IDS)
-    assert "cannot be page-locked (CUDA error 1)" in dict(session.status().rows)["copies"]
+    assert "cannot be page-locked (CUDA error 1)" in dict(session.status().rows)["memory"]
 
 
 def test_an_engine_on_the_cpu_copies_at_once():
@@ -454,7 +454,7 @@ def test_captures_on_a_gpu_are_what_the_modules_put_out(tiny, dtype):
         assert len(expected) == 8
         for name, value in expected.items():
             assert torch.equal(run[name].tensor(), value), name
-        assert "copies" not in dict(session.status().rows)
+        assert "copies" not in dict(session.status().rows)["memory"]
 
 
 @on_a_gpu
