@@ -61,8 +61,9 @@ class Watch:
     """Of one engine. heartbeat: where the driver reads what this rank is at; none before it has a
     seat."""
 
-    def __init__(self, breaker: Any) -> None:
+    def __init__(self, breaker: Any, clock: Any = time) -> None:
         self.breaker = breaker
+        self.clock = clock  # the module time, or what tells the time and sleeps as it does
         self.heartbeat: Heartbeat | None = None
         self.stall: Stall | None = None
         self._names: list[str] = []
@@ -163,13 +164,13 @@ class Watch:
     def _watch(self) -> None:
         while True:
             self._begun.wait()
-            turn, last, since = self._turn, -1, time.monotonic()
+            turn, last, since = self._turn, -1, self.clock.monotonic()
             while turn and self._turn == turn:
-                time.sleep(min(self._timeout_s / 10, 0.5))
+                self.clock.sleep(min(self._timeout_s / 10, 0.5))
                 count = self.heartbeat.count if self.heartbeat is not None else 0
                 if count != last:
-                    last, since = count, time.monotonic()
-                elif time.monotonic() - since > self._timeout_s:
+                    last, since = count, self.clock.monotonic()
+                elif self.clock.monotonic() - since > self._timeout_s:
                     self._free(turn)
                     break
 
@@ -182,14 +183,14 @@ class Watch:
                 return
             self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
             # the others note where they wait: once they are free nobody can tell any more
-            time.sleep(NOTE_S)
+            self.clock.sleep(NOTE_S)
             if self._turn != turn:
                 return
             self.breaker.break_groups()
             for _ in range(TIMES):
-                end = time.monotonic() + AGAIN_S
-                while self._turn == turn and time.monotonic() < end:
-                    time.sleep(0.02)
+                end = self.clock.monotonic() + AGAIN_S
+                while self._turn == turn and self.clock.monotonic() < end:
+                    self.clock.sleep(0.02)
                 if self._turn != turn:
                     return
                 self.breaker.signals -= 1  # this one is not from outside
@@ -197,7 +198,7 @@ class Watch:
         finally:
             self._done.set()
         while self._turn == turn:
-            time.sleep(0.1)
+            self.clock.sleep(0.1)
 
 
 def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ import flexkernel as fk
 from flexkernel.engine.ranks import watch
 from flexkernel.memory.heartbeat import Heartbeat
 from tests.support import models, on_engines
+from tests.support.clock import Clock
 
 IDS = [[5, 6, 7, 8, 9]]
 
@@ -134,47 +136,95 @@ def test_a_heartbeat_is_read_by_whoever_looks(tmp_path):
     assert (tmp_path / "heartbeat-3").stat().st_mode & 0o777 == 0o600
 
 
-def test_nobody_is_freed_who_is_in_no_run(tmp_path):
+class Breaker:
+    """Stands for the one that an engine has: counts how often it breaks the groups."""
+
+    signals = 0
+    broken = 0
+
+    def break_groups(self) -> None:
+        self.broken += 1
+
+
+@pytest.fixture
+def looking(tmp_path):
+    """A watch over a heartbeat of its own, on a clock that tests move on in a run; between runs it
+    goes by itself."""
+    looking = watch.Watch(Breaker(), Clock())
+    looking.heartbeat = Heartbeat(tmp_path, 0, write=True)
+    over = threading.Event()
+
+    def between_runs() -> None:
+        while not over.wait(0.001):
+            if not looking._turn:
+                looking.clock.advance(0.1)
+
+    thread = threading.Thread(target=between_runs)
+    thread.start()
+    yield looking
+    over.set()
+    thread.join()
+
+
+def stand_still(looking: watch.Watch, ticks: int) -> None:
+    """In a run: let the clock move on, and nothing else. What the last tick brings is on its way
+    when this is over."""
+    for _ in range(ticks):
+        looking.clock.settle()
+        looking.clock.advance(0.1)
+
+
+def test_nobody_is_freed_who_is_in_no_run(looking):
     """A run that is over before the watch's thread has looked leaves it nothing to watch."""
-    freed = []
-
-    class Breaker:
-        signals = 0
-
-        def break_groups(self):
-            freed.append(looking.module)
-
-    looking = watch.Watch(Breaker())
-    looking.heartbeat = Heartbeat(tmp_path, 0, write=True)
     for _ in range(20):
-        with looking.over(0.03):
+        with looking.over(1.0):
             pass
-        time.sleep(0.1)  # more than the patience of a thread that looks
-    assert freed == [] and not looking.heartbeat.running
-    with pytest.raises(KeyboardInterrupt), looking.over(0.2):
-        time.sleep(30)
-    assert len(freed) == 1 and looking.stall is not None
+        looking.clock.advance(10.0)  # more than the patience of a thread that looks
+    assert looking.breaker.broken == 0 and not looking.heartbeat.running
+    with pytest.raises(KeyboardInterrupt), looking.over(1.0):
+        stand_still(looking, 100)
+    assert looking.breaker.broken == 1 and looking.stall is not None
 
 
-def test_an_interrupt_from_the_watch_never_leaves_the_run_that_it_was_for(tmp_path, monkeypatch):
+def test_a_run_whose_heartbeat_goes_on_is_left_alone(looking):
+    with looking.over(1.0):
+        for at in range(10):
+            looking.heartbeat.beat(at)
+            stand_still(looking, 5)
+    assert looking.breaker.broken == 0 and looking.stall is None
+
+
+def test_an_interrupt_from_the_watch_never_leaves_the_run_that_it_was_for(looking):
     """Whenever a run ends while it is being freed, what comes after it is left alone."""
-
-    class Breaker:
-        signals = 0
-
-        def break_groups(self):
-            pass
-
-    monkeypatch.setattr(watch, "AGAIN_S", 0.05)
-    monkeypatch.setattr(watch, "NOTE_S", 0.0)
-    looking = watch.Watch(Breaker())
-    looking.heartbeat = Heartbeat(tmp_path, 0, write=True)
     heard = []
-    for i in range(20):
+    for ticks in range(40):
         try:
-            with looking.over(0.02):
-                time.sleep(0.04 + i * 0.005)
+            with looking.over(1.0):
+                stand_still(looking, ticks)
         except KeyboardInterrupt:
-            heard.append(i)
-        time.sleep(0.05)  # one that came here would end the test
-    assert heard and heard[-1] == 19
+            heard.append(ticks)
+        looking.clock.advance(10.0)  # an interrupt that came here would end the test
+    first = heard[0]
+    assert (
+        1.0 + watch.NOTE_S + watch.AGAIN_S < first / 10 < 1.0 + watch.NOTE_S + watch.AGAIN_S + 0.5
+    )
+    assert heard == list(range(first, 40))
+    assert looking.breaker.broken >= len(heard)
+
+
+def test_a_run_that_ends_as_it_is_interrupted_waits_for_the_interrupt(looking, monkeypatch):
+    """The watch has looked at the run for the last time, and then the run ends."""
+    sending = threading.Event()
+    send = signal.pthread_kill
+
+    def late(thread: int, number: int) -> None:
+        sending.set()
+        while looking._turn:
+            time.sleep(0.001)
+        send(thread, number)
+
+    monkeypatch.setattr(watch.signal, "pthread_kill", late)
+    with pytest.raises(KeyboardInterrupt), looking.over(1.0):
+        while not sending.is_set():
+            looking.clock.advance(0.1)
+            time.sleep(0.001)
