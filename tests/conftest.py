@@ -30,7 +30,13 @@ os.environ.setdefault("HF_TOKEN", "hf_a-secret-that-no-log-may-hold")
 # test_environment looks
 os.environ.setdefault("OF_NO_ENGINE", "a key that engines are not to have")
 
+from hypothesis import settings  # noqa: E402
+
 from flexkernel.notebook import demo  # noqa: E402
+
+# The same inputs every time; `make fuzz` draws others
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

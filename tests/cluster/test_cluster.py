@@ -23,6 +23,7 @@ import flexkernel.engine as engine
 from flexkernel.cluster import controller, waiting
 from flexkernel.cluster.reports import cause
 from tests.support import on_engines
+from tests.support.waiting import until
 
 IDS = [[5, 6, 7, 8, 9]]
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"fsdp": 2}]
@@ -181,10 +182,7 @@ def test_an_owned_cluster_goes_when_its_driver_is_killed(tiny):
         driver.kill()
         gone, alive = psutil.wait_procs(processes, 30)
         assert not alive and len(gone) >= 3
-        end = time.monotonic() + 10
-        while os.path.exists(folder) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not os.path.exists(folder)
+        until(lambda: not os.path.exists(folder))
     finally:
         driver.kill()
         driver.wait()
@@ -194,9 +192,9 @@ def test_a_cluster_goes_whose_driver_is_killed_while_it_starts_it():
     driver = subprocess.Popen([sys.executable, "-c", "import flexkernel as fk; fk.start(2)"])
     mine = f"flex-{driver.pid}-"
     try:
-        wait_for(lambda: started_for(mine))
+        until(lambda: started_for(mine))
         driver.kill()
-        wait_for(lambda: not started_for(mine), 30)
+        until(lambda: not started_for(mine), 30)
     finally:
         driver.kill()
         driver.wait()
@@ -314,7 +312,7 @@ def test_a_kept_cluster_outlives_its_driver_with_model_hooks_and_runs(tiny):
         )
     finally:
         session.close(end=True)
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 20)
 
 
 @pytest.mark.long
@@ -465,7 +463,7 @@ def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
     with fk.start(2) as session:
         first, second = begun
         assert first.cluster_id != second.cluster_id == session.engines.cluster_id
-        wait_for(lambda: not started_for(first.cluster_id))
+        until(lambda: not started_for(first.cluster_id))
         session.load(tiny("llama"), tp=2)
         logits = session.run(IDS).logits.tensor().clone()
         process = session.engines.ipcluster.controller.process
@@ -552,18 +550,18 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
         ipcluster = subprocess.Popen(["ipcluster", "start", "-n", "2"], **shell)
         by_hand = None
         try:
-            wait_for(lambda: list(tmp_path.glob("profile_default/security/cluster-*.json")))
+            until(lambda: list(tmp_path.glob("profile_default/security/cluster-*.json")))
             session = fk.attach()
             session.load(tiny("llama"), tp=2)
             logits = session.run(IDS).logits.tensor().clone()
 
             os.kill(session.engines.pids[1], signal.SIGKILL)
-            wait_for(lambda: not session.engines.alive()[1])
+            until(lambda: not session.engines.alive()[1])
             assert session.restart() == [1]
             assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
             os.kill(session.engines.pids[0], signal.SIGKILL)
-            wait_for(lambda: not session.engines.alive()[0])
+            until(lambda: not session.engines.alive()[0])
             # as if the engines were somewhere else
             session.engines.ipcluster.engine_launcher_class = "mpi"
             with pytest.raises(
@@ -572,7 +570,7 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
                 session.restart()
             command = re.findall("`(ipcluster .*)`", str(refused.value))
             by_hand = subprocess.Popen(shlex.split(*command), **shell)
-            wait_for(lambda: len(session.engines.client.ids) == 2)
+            until(lambda: len(session.engines.client.ids) == 2)
             assert session.restart() == [0]
             assert torch.equal(session.run(IDS).logits.tensor(), logits)
             session.close()
@@ -581,10 +579,3 @@ def test_a_dead_engine_of_an_attached_cluster_is_replaced_from_here_or_by_hand(
                 process.terminate()
             for process in filter(None, (by_hand, ipcluster)):
                 process.wait(30)
-
-
-def wait_for(condition, timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)

@@ -22,6 +22,7 @@ from flexkernel.cluster.forkserver import (
     why_not_fork,
 )
 from flexkernel.cluster.process import exit_code
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no fork server")
 CHILD = "forked"
@@ -119,9 +120,7 @@ def test_what_comes_too_late_is_ended(server, tmp_path, monkeypatch):
     process.suspend()
     assert server.fork(request(tmp_path, "sleep")) is None, "who waits has given up"
     process.resume()
-    end = time.monotonic() + 10
-    while not server._ended and time.monotonic() < end:
-        time.sleep(0.02)
+    until(lambda: server._ended)
     assert list(server._ended.values()) == [-signal.SIGKILL] and not process.children()
 
 

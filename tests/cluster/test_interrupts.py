@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ MLPS = [f"model.layers.{i}.mlp" for i in range(4)]
 
 
 def press() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.05)  # the handler runs here
+    signal.raise_signal(signal.SIGINT)  # the handler has run when it returns
 
 
 # --- SignalMask -----------------------------------------------------------------------

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import types
 
 import psutil
 import pytest
 
 from flexkernel.cluster.process import LOG_LINES, EngineProcess
+from tests.support.waiting import until
 
 
 def started(code: str, log):
@@ -80,9 +80,6 @@ def test_a_stopped_process_is_known_and_can_be_ended(tmp_path):
     process = EngineProcess(launcher.pid, launcher)
     assert not process.is_stopped()
     launcher.process.suspend()
-    end = time.monotonic() + 10
-    while not process.is_stopped() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert process.is_stopped()
+    until(process.is_stopped)
     process.kill()
     assert "SIGKILL" in process.end()

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import torch
 import flexkernel as fk
 from flexkernel.errors import CaptureError, HookError
 from tests.support import models, reference
+from tests.support.waiting import until
 
 PROMPTS = [[5 + (7 * i + 3 * j) % 200 for j in range(1 + (5 * i) % 9)] for i in range(11)]
 LAYER, GATE, MLP = "model.layers.1", "model.layers.2.mlp.gate_proj", "model.layers.*.mlp"
@@ -180,11 +180,7 @@ def test_a_collection_that_was_killed_goes_on(loaded, tiny, unsharded, tmp_path)
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(folder), str(tiny("llama"))], env={**os.environ}
     )
-    until = time.monotonic() + 120
-    while (
-        not (folder / "index.json").exists() and child.poll() is None and time.monotonic() < until
-    ):
-        time.sleep(0.02)
+    until(lambda: (folder / "index.json").exists() or child.poll() is not None, 120)
     child.send_signal(signal.SIGKILL)
     child.wait()
     there = json.loads((folder / "index.json").read_text())["batches"]

@@ -23,6 +23,7 @@ from flexkernel.errors import CaptureError, ClusterError, FlexError
 from flexkernel.memory import channel, reduce
 from flexkernel.memory.channel import CHUNK_BYTES, DTYPES, Client, Server
 from flexkernel.wire import Region
+from tests.support.waiting import until
 
 TOKEN = "a-token"
 
@@ -577,24 +578,22 @@ def test_close_frees_port_thread_descriptors_and_maps(folder):
             assert client.read(region).sum() == 1000
         return server
 
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return (
+            len(os.listdir("/proc/self/fd")),
+            threading.active_count(),
+            open("/proc/self/maps").read().count("close.slab"),
+        )
+
+    threads = threading.active_count()
     once()
-    gc.collect()
-    time.sleep(0.1)
-    before = (
-        len(os.listdir("/proc/self/fd")),
-        threading.active_count(),
-        open("/proc/self/maps").read().count("close.slab"),
-    )
+    until(lambda: threading.active_count() == threads)
+    before = held()
+    assert before[2] == 0
     for _ in range(20):
         server = once()
-    gc.collect()
-    time.sleep(0.1)
-    after = (
-        len(os.listdir("/proc/self/fd")),
-        threading.active_count(),
-        open("/proc/self/maps").read().count("close.slab"),
-    )
-    assert after == before and after[2] == 0
+    until(lambda: held() == before)
     server.close()
     host, port = server.address.removeprefix("tcp://").split(":")
     with pytest.raises(ConnectionRefusedError):

@@ -22,6 +22,7 @@ import pytest
 from flexkernel.__main__ import main
 from flexkernel.errors import LoadError
 from flexkernel.notebook import demo
+from tests.support.waiting import until
 
 WEIGHTS = b"quantised weights"
 
@@ -179,10 +180,7 @@ def child(log: Path, seconds: float) -> subprocess.Popen:
 
 
 def wait_for(log: Path, word: str) -> None:
-    deadline = time.monotonic() + 30
-    while not log.exists() or word not in log.read_text():
-        assert time.monotonic() < deadline, f"no {word!r} in 30 s"
-        time.sleep(0.02)
+    until(lambda: log.exists() and word in log.read_text())
 
 
 def test_a_killed_process_leaves_no_lock_and_no_model(maker, tmp_path):

@@ -36,6 +36,7 @@ from flexkernel.errors import (
 )
 from flexkernel.notebook import completion, display, lines, magics
 from tests.support import models
+from tests.support.waiting import until
 
 MLP = "model.layers.*.mlp"
 
@@ -385,7 +386,7 @@ def test_the_bar_of_anything_else_goes_when_it_is_done(monkeypatch):
 def test_a_bar_without_a_total_counts_nothing_but_its_clock_moves(bars, monkeypatch):
     monkeypatch.setattr(display, "TICK_S", 0.01)
     with bars.make("2 engines", stage="starting"):
-        wait_for(lambda: len(bars.shown) > 3)
+        until(lambda: len(bars.shown) > 3)
         assert re.fullmatch(r"starting 2 engines, \d\.\d s", bars.shown[-1][0])
         assert "<progress style" in bars.shown[-1][1]
     assert bars.shown[-1] == ("", "")
@@ -399,13 +400,13 @@ def test_runs_of_one_cell_share_a_bar_that_appears_when_they_take_long(bars, mon
             pass
     assert bars.shown == [], "they were quick"
     with bars.make("", unit="run"):
-        wait_for(lambda: bars.shown)
+        until(lambda: bars.shown)
     assert bars.shown[-1][0].startswith("running run 4, 0.")
     assert len(bars.outputs) == 1
     bars.end_of_cell()
     assert bars.shown[-1] == ("", "")
     with bars.make("", unit="run"):
-        wait_for(lambda: len(bars.outputs) == 2)
+        until(lambda: len(bars.outputs) == 2)
     bars.end_of_cell()
 
 
@@ -1160,7 +1161,7 @@ class IPCluster:
             self.process = psutil.Popen(
                 command, env=env, stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(lambda: list(folder.glob("profile_default/security/cluster-*.json")))
+        until(lambda: list(folder.glob("profile_default/security/cluster-*.json")))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -1180,13 +1181,6 @@ def ipcluster(tmp_path):
     yield cluster
     if cluster.process.poll() is None:
         cluster.stop()
-
-
-def wait_for(condition, timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

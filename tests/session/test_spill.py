@@ -17,6 +17,7 @@ import torch
 
 from flexkernel.errors import CaptureError, CaptureExpired, MemoryBudgetError
 from flexkernel.session.store import Store
+from tests.support.waiting import until
 
 IDS = [[5, 6, 7, 8]]
 MLP, LAYER = "model.layers.1.mlp", "model.layers.2"
@@ -219,10 +220,7 @@ def test_a_killed_driver_leaves_nothing_on_disk(tiny, tmp_path):
     assert done.returncode == -signal.SIGKILL
     file = Path(done.stdout.strip())
     assert file.parent.parent.parent == tmp_path and file.name.startswith("spill-")
-    until = time.monotonic() + 60
-    while file.parent.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not file.parent.exists()
+    until(lambda: not file.parent.exists(), 60)
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from flexkernel.engine.ranks import watch
 from flexkernel.memory.heartbeat import Heartbeat
 from tests.support import models, on_engines
 from tests.support.clock import Clock
+from tests.support.waiting import until
 
 IDS = [[5, 6, 7, 8, 9]]
 
@@ -87,9 +88,7 @@ def test_an_engine_that_wakes_up_again_keeps_its_rank(impatient, tiny):
     with pytest.raises(fk.errors.EngineDied, match="was stopped by a signal"):
         session.run(IDS)
     os.kill(session.engines.pids[1], signal.SIGCONT)
-    end = time.monotonic() + 60
-    while not all(session.engines.answering()) and time.monotonic() < end:
-        time.sleep(0.1)
+    until(lambda: all(session.engines.answering()), 60)
     assert torch.equal(session.run(IDS).logits.tensor(), logits)
 
 
@@ -219,8 +218,7 @@ def test_a_run_that_ends_as_it_is_interrupted_waits_for_the_interrupt(looking, m
 
     def late(thread: int, number: int) -> None:
         sending.set()
-        while looking._turn:
-            time.sleep(0.001)
+        until(lambda: not looking._turn)
         send(thread, number)
 
     monkeypatch.setattr(watch.signal, "pthread_kill", late)
