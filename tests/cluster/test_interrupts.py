@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 from flexkernel.cluster.interrupts import INSISTS, SignalMask
 from flexkernel.errors import CaptureError, EngineError
 from tests.support import on_engines
+from tests.support.waiting import until
 
 IDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 MLPS = [f"model.layers.{i}.mlp" for i in range(4)]
@@ -82,12 +86,20 @@ def test_other_threads_and_ignored_signals_are_left_alone():
 
 def interrupt_at(session, module: str, rank: int, run) -> None:
     """Ctrl-C while that rank is asleep in a module."""
-    session.on_ranks(on_engines.sleep_at, module, rank)
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    timer.join()
+    with tempfile.TemporaryDirectory() as folder:
+        sleeps = Path(folder, "sleeps")
+        session.on_ranks(on_engines.sleep_at, module, rank, 100.0, str(sleeps))
+
+        def press_when_it_sleeps() -> None:
+            until(sleeps.exists)
+            time.sleep(0.2)  # the other rank comes to where it waits
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=press_when_it_sleeps)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        thread.join()
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp", "pp"])

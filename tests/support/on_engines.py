@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -117,8 +118,14 @@ def raise_at(name: str, rank: int) -> None:
     once(name, rank, boom)
 
 
-def sleep_at(name: str, rank: int, seconds: float = 100.0) -> None:
-    once(name, rank, lambda: time.sleep(seconds))
+def sleep_at(name: str, rank: int, seconds: float = 100.0, sign: str = os.devnull) -> None:
+    """In that module, once. sign: a file that is there as soon as it sleeps."""
+
+    def sleep() -> None:
+        Path(sign).touch()
+        time.sleep(seconds)
+
+    once(name, rank, sleep)
 
 
 def slowly(seconds: float) -> int:
