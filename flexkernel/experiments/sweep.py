@@ -144,7 +144,7 @@ class Sweep:
         session = self._session
         if session.loaded is not self._loaded:
             raise HookError("another model has been loaded since this sweep began: sweep again")
-        with reporting(session.bar, progress, "sweep", "cell") as report, self._held():
+        with reporting(session.bar, progress, "sweep", "cell") as report, self._pinned():
             try:
                 self._measure_all(report)
             except KeyboardInterrupt:
@@ -185,7 +185,7 @@ class Sweep:
             run.free()
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
+    def _pinned(self) -> Iterator[None]:
         """The captures that are patched in do not expire meanwhile."""
         with contextlib.ExitStack() as holds:
             for capture in self._change.captures(self.modules):

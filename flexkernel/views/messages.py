@@ -14,9 +14,9 @@ from flexkernel.memory import reduce
 from . import png
 from .axis import Axis, Span
 from .grid import Grid, exact
-from .tile import REDUCED, Overview, Part, Tile
+from .tile import REDUCED, Overview, Tile, Window
 
-__all__ = ["TILE_PIXELS", "VALUES", "about", "asked_part", "probe", "span", "tile_message"]
+__all__ = ["TILE_PIXELS", "VALUES", "about", "asked_window", "probe", "span", "tile_message"]
 
 # A first picture of pure noise, the worst case, costs a tile of 200 kB, a static picture of 2 × 70
 # kB (html and png, both in base64) and 22 kB of ESM: under the 0.4 MB that a view may cost.
@@ -26,7 +26,7 @@ VALUES = 8_192  # so many native cells go along as fp32, so that hovering needs 
 NAMES = 512  # so many row or column labels go along
 
 
-def about(grid: Grid, part: Part) -> dict[str, Any]:
+def about(grid: Grid, window: Window) -> dict[str, Any]:
     """What the browser needs to know once."""
     if grid.empty:
         return {}
@@ -36,7 +36,7 @@ def about(grid: Grid, part: Part) -> dict[str, Any]:
         "about": f"{grid.shape_text} {grid.dtype}",
         "evidence": grid.words.evidence,
         "size": [grid.num_rows, grid.num_cols],
-        "open": [part.rows, part.cols],
+        "open": [window.rows, window.cols],
         "gutter": max(len(grid.row_label(row)) for row in some_rows),
         "pixels": TILE_PIXELS,
         "hows": list(REDUCED.items()),
@@ -44,8 +44,8 @@ def about(grid: Grid, part: Part) -> dict[str, Any]:
     }
 
 
-def asked_part(asked: dict[str, Any]) -> Part:
-    """The part that a browser asks for. What comes over the wire is checked, not trusted.
+def asked_window(asked: dict[str, Any]) -> Window:
+    """The window that a browser asks for. What comes over the wire is checked, not trusted.
     ValueError: it makes no sense."""
     height, width = (max(1, min(MOST_PIXELS, int(n))) for n in asked["size"])
     too_many = math.sqrt(max(1.0, height * width / TILE_PIXELS))
@@ -57,7 +57,7 @@ def asked_part(asked: dict[str, Any]) -> Part:
     if isinstance(given, list) and given[0] < given[1]:
         fixed = float(given[0]), float(given[1])
     size = max(1, int(height / too_many)), max(1, int(width / too_many))
-    return Part(span(asked["rows"]), span(asked["cols"]), *size, how, fixed)
+    return Window(span(asked["rows"]), span(asked["cols"]), *size, how, fixed)
 
 
 def span(given: Any) -> Span:
@@ -72,15 +72,15 @@ def tile_message(
     labels that fit beside the rows, below the columns."""
     lo, hi = tile.range
     most_rows, most_columns = map(int, ticks)
-    rows = grid.row_axis(tile.part.rows, most_rows)
-    cols = grid.col_axis(tile.part.cols, most_columns)
+    rows = grid.row_axis(tile.window.rows, most_rows)
+    cols = grid.col_axis(tile.window.cols, most_columns)
     content = {
         "kind": "tile",
-        "rows": tile.part.rows,
-        "cols": tile.part.cols,
+        "rows": tile.window.rows,
+        "cols": tile.window.cols,
         "cells": tile.cells,
         "size": tile.values.shape,
-        "how": tile.part.how,
+        "how": tile.window.how,
         "range": tile.range,
         "signed": tile.signed,
         "says": tile.caption(overview.nan),

@@ -14,12 +14,13 @@ from flexkernel.errors import CaptureExpired
 from . import png
 from .grid import Grid
 from .table import Cell, Table
-from .tile import Overview, Part, Tile, number
+from .tile import Overview, Tile, Window, number
 
 __all__ = ["noted", "still_bundle", "text_bundle"]
 
 SHOWN = 0.75  # CSS pixels to a pixel of the picture, so that it is sharp
-MOST_ROW_LABELS, MOST_COLUMN_LABELS = 16, 8
+MOST_ROW_LABELS = 16
+MOST_COLUMN_LABELS = 8
 
 
 def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
     image, width, height = png.render(
         tile.values,
         png.Scale(*tile.range, tile.signed, tile.bar()),
-        grid.row_axis(tile.part.rows, max(1, min(MOST_ROW_LABELS, tile.values.shape[0]))),
-        grid.col_axis(tile.part.cols, MOST_COLUMN_LABELS),
+        grid.row_axis(tile.window.rows, max(1, min(MOST_ROW_LABELS, tile.values.shape[0]))),
+        grid.col_axis(tile.window.cols, MOST_COLUMN_LABELS),
         title,
         caption,
         tile.cells,
@@ -46,7 +47,7 @@ def still_bundle(grid: Grid, overview: Overview, tile: Tile) -> dict[str, Any]:
     )
     return {
         "text/plain": "\n".join([title, caption, *(f"{name}: {value}" for name, value in facts)]),
-        "text/html": figure(picture, size["width"], part_text(grid, tile.part), facts),
+        "text/html": figure(picture, size["width"], part_text(grid, tile.window), facts),
         "image/png": encoded,
         "size": size,
     }
@@ -67,13 +68,14 @@ def facts_of(grid: Grid, overview: Overview) -> list[tuple[str, str]]:
     return facts
 
 
-def part_text(grid: Grid, part: Part) -> str:
+def part_text(grid: Grid, window: Window) -> str:
     """Which part of the tensor a picture shows."""
     rows = f"{grid.num_rows:,} rows"
     cols = f"{grid.num_cols:,} columns"
-    if (part.rows.size, part.cols.size) == (grid.num_rows, grid.num_cols):
+    if (window.rows.size, window.cols.size) == (grid.num_rows, grid.num_cols):
         return f"All {rows} × {cols}."
-    (top, bottom), (left, right) = part.rows, part.cols
+    top, bottom = window.rows
+    left, right = window.cols
     return f"Rows {top}–{bottom - 1} and columns {left}–{right - 1} of {rows} × {cols}."
 
 

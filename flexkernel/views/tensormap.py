@@ -31,7 +31,7 @@ from .axis import Span
 from .grid import Grid
 from .source import Drawable
 from .still import noted, still_bundle, text_bundle
-from .tile import Overview, Part, draw, still_part
+from .tile import Overview, Window, draw, still_window
 
 __all__ = ["TensorMap", "freeze_all", "tensor_map"]
 
@@ -106,15 +106,17 @@ class TensorMap(anywidget.AnyWidget):
         # the static copy: the last one drawn, and after `freeze` all there is
         self._still: dict[str, Any] = {}
         self._over: Overview | None = None
-        self._part = still_part(Part(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols)))
-        super().__init__(info=messages.about(grid, self._part), lut=_luts())
+        self._window = still_window(
+            Window(span_of(rows, grid.num_rows), span_of(cols, grid.num_cols))
+        )
+        super().__init__(info=messages.about(grid, self._window), lut=_luts())
         self.on_msg(self._on_message)
         self._number = -1 if grid.empty else _admit(self)
 
     @property
     def window(self) -> tuple[Span, Span]:
         """Rows and columns on screen, as last asked for by the browser."""
-        return self._part.rows, self._part.cols
+        return self._window.rows, self._window.cols
 
     @property
     def frozen(self) -> bool:
@@ -128,7 +130,7 @@ class TensorMap(anywidget.AnyWidget):
                 raise CaptureExpired(
                     "this map is frozen and has let its tensor go; make a new one from the capture"
                 )
-            return self._grid.part(self._part.rows, self._part.cols)
+            return self._grid.part(self._window.rows, self._window.cols)
 
     def freeze(self, note: str = "") -> TensorMap:
         """Replace the live map in the notebook by a static picture of what it shows, and let the
@@ -157,10 +159,12 @@ class TensorMap(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         with self._lock:
-            still = self._still if self._frozen else self._draw_still()
-            self._still = still
-        metadata = {"image/png": still["size"]} if "size" in still else {}
-        data = {mime: value for mime, value in still.items() if mime != "size"}
+            if not self._frozen:
+                self._still = self._draw_still()
+            data = dict(self._still)
+        metadata = {}
+        if "size" in data:
+            metadata["image/png"] = data.pop("size")
         if self._frozen or "image/png" not in data:
             return data, metadata
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
@@ -179,7 +183,7 @@ class TensorMap(anywidget.AnyWidget):
         if self._grid.empty:
             return text_bundle(self._grid)
         try:
-            tile = draw(self._grid, self._overview(), still_part(self._part))
+            tile = draw(self._grid, self._overview(), still_window(self._window))
         except CaptureExpired as gone:
             if self._still:
                 return noted(self._still, note or str(gone))
@@ -223,12 +227,12 @@ class TensorMap(anywidget.AnyWidget):
     def _answer_view(self, asked: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
         began = time.perf_counter()
         overview = self._overview()
-        part = messages.asked_part(asked)
-        tile = draw(self._grid, overview, part)
+        window = messages.asked_window(asked)
+        tile = draw(self._grid, overview, window)
         if asked.get("range") == "view":
-            fitted = overview.fitted(torch.from_numpy(tile.values), part.how)
+            fitted = overview.fitted(torch.from_numpy(tile.values), window.how)
             tile = replace(tile, range=fitted)
-        self._part = replace(part, range=tile.range)
+        self._window = replace(window, range=tile.range)
         ticks = asked.get("ticks", (20, 10))
         content, buffers = messages.tile_message(self._grid, overview, tile, ticks)
         return {**content, "ms": round((time.perf_counter() - began) * 1e3, 1)}, buffers

@@ -14,7 +14,7 @@ from flexkernel.memory import reduce
 from .axis import Span
 from .grid import Grid, exact
 
-__all__ = ["REDUCED", "Overview", "Part", "Tile", "draw", "fitting", "number", "still_part"]
+__all__ = ["REDUCED", "Overview", "Tile", "Window", "draw", "fitting", "number", "still_window"]
 
 STILL = (176, 704, 62_000)  # rows and columns of the static picture, and its pixels, at most
 REDUCED = {"extreme": "signed extreme", "mean": "mean", "max": "max", "min": "min", "std": "std"}
@@ -24,7 +24,7 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Part:
+class Window:
     """What is looked at: rows × cols, at most height × width pixels, how they are reduced, the
     colour range."""
 
@@ -53,7 +53,7 @@ class Tile:
 
     middle: the value that its colours diverge from; None: they run from low to high."""
 
-    part: Part
+    window: Window
     values: np.ndarray
     cells: Cells
     range: Range
@@ -79,7 +79,7 @@ class Tile:
         what = "one pixel is one cell"
         if not self.native:
             down, along = self.cells
-            what = f"{REDUCED[self.part.how]} of {down}×{along} cells/pixel"
+            what = f"{REDUCED[self.window.how]} of {down}×{along} cells/pixel"
         parts = [f"range {range_text(self.range, self.middle)}"]
         if self.beyond:
             parts.append(f"{self.beyond:,} pixel{'s' * (self.beyond > 1)} beyond")
@@ -125,10 +125,10 @@ def still_size(rows: Span) -> tuple[int, int]:
     return height, max(1, min(STILL[1], STILL[2] // height))
 
 
-def still_part(part: Part) -> Part:
-    """The same part in the pixels of a static picture."""
-    height, width = still_size(part.rows)
-    return replace(part, height=height, width=width)
+def still_window(window: Window) -> Window:
+    """The same window in the pixels of a static picture."""
+    height, width = still_size(window.rows)
+    return replace(window, height=height, width=width)
 
 
 class Overview:
@@ -136,8 +136,9 @@ class Overview:
     colour ranges."""
 
     def __init__(self, grid: Grid):
-        rows, cols = Span(0, grid.num_rows), Span(0, grid.num_cols)
-        self.whole = Part(rows, cols, *still_size(rows))
+        rows = Span(0, grid.num_rows)
+        cols = Span(0, grid.num_cols)
+        self.whole = Window(rows, cols, *still_size(rows))
         self.most, self.least = grid.bounds(*self.whole.place)
         self.nan = grid.count_nan()
         self.middle = grid.centre
@@ -181,10 +182,10 @@ class Overview:
             return grid.extreme(self.most, self.least)
         return grid.tiles(*self.whole.place, how)
 
-    def covers(self, part: Part) -> bool:
+    def covers(self, window: Window) -> bool:
         """Whether that is what tile() gives."""
-        shape = (part.height, part.width)
-        same = (part.rows, part.cols) == (self.whole.rows, self.whole.cols)
+        shape = (window.height, window.width)
+        same = (window.rows, window.cols) == (self.whole.rows, self.whole.cols)
         return same and shape == tuple(self.most.shape)
 
     def _largest(self, grid: Grid) -> list[tuple[int, int, str]]:
@@ -239,19 +240,19 @@ def fitting(values: torch.Tensor, middle: float | None, robust: bool = True) -> 
     return centre - far, centre + far
 
 
-def draw(grid: Grid, overview: Overview, part: Part) -> Tile:
-    """The part as a tile. Its blocks are counted from row and column 0, so that panning does not
+def draw(grid: Grid, overview: Overview, window: Window) -> Tile:
+    """The window as a tile. Its blocks are counted from row and column 0, so that panning does not
     make them shimmer."""
-    rows, height = _snapped(part.rows, part.height, grid.num_rows)
-    cols, width = _snapped(part.cols, part.width, grid.num_cols)
-    part = replace(part, rows=rows, cols=cols, height=height, width=width)
-    if overview.covers(part):
-        values = overview.tile(grid, part.how)
+    rows, height = _snapped(window.rows, window.height, grid.num_rows)
+    cols, width = _snapped(window.cols, window.width, grid.num_cols)
+    window = replace(window, rows=rows, cols=cols, height=height, width=width)
+    if overview.covers(window):
+        values = overview.tile(grid, window.how)
     else:
-        values = grid.tiles(*part.place, part.how)
+        values = grid.tiles(*window.place, window.how)
     cells = Cells(-(-rows.size // height), -(-cols.size // width))
-    bounds = part.range or overview.range(grid, part.how)
-    return Tile(part, values.numpy(), cells, bounds, overview.middle_of(part.how))
+    bounds = window.range or overview.range(grid, window.how)
+    return Tile(window, values.numpy(), cells, bounds, overview.middle_of(window.how))
 
 
 def _snapped(span: Span, pixels: int, size: int) -> tuple[Span, int]:
