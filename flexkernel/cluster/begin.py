@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ipyparallel as ipp
 
@@ -86,7 +85,7 @@ class StartOptions:
     keep: bool
     timeout_s: float
 
-    def cluster(self) -> Any:
+    def cluster(self) -> ipp.Cluster:
         """ipyparallel's object for it; nothing has been started yet."""
         launcher, config = launcher_for(self.engines)
         cluster_id = self.cluster_id or f"flex-{os.getpid()}-{secrets.token_hex(3)}"
@@ -143,7 +142,7 @@ def start_once(options: StartOptions, progress: Progress) -> IPyParallel:
     return joined
 
 
-def undo(cluster: Any, client: Any, reaper: Reaper | None) -> None:
+def undo(cluster: ipp.Cluster, client: ipp.Client | None, reaper: Reaper | None) -> None:
     """End what a failed start has started."""
     if client is not None:
         client.close()
@@ -155,7 +154,7 @@ def undo(cluster: Any, client: Any, reaper: Reaper | None) -> None:
         reaper.leave()
 
 
-def verb(cluster: Any) -> str:
+def verb(cluster: ipp.Cluster) -> str:
     if cluster.engine_launcher_class is FlexEngineSetLauncher:
         return "forking"
     return "starting"
@@ -211,7 +210,9 @@ def attach(
         raise
 
 
-def connect(where: Mapping[str, str], read_only: bool, timeout_s: float) -> tuple[Any, Any]:
+def connect(
+    where: Mapping[str, str], read_only: bool, timeout_s: float
+) -> tuple[ipp.Cluster, ipp.Client]:
     """ipyparallel's cluster and client of a running cluster. ClusterError: there is none there.
 
     The crashed controller of a kept cluster is started again, unless read_only."""
@@ -235,14 +236,14 @@ def connect(where: Mapping[str, str], read_only: bool, timeout_s: float) -> tupl
         ) from None
 
 
-def needs_controller(cluster: Any) -> bool:
+def needs_controller(cluster: ipp.Cluster) -> bool:
     """Whether a cluster has engines, and no whole controller any more."""
     if cluster.controller is None:
         return engines_live(cluster)
     return degraded(cluster)
 
 
-def wait_for_attached(client: Any, n: int, timeout_s: float, progress: Progress) -> None:
+def wait_for_attached(client: ipp.Client, n: int, timeout_s: float, progress: Progress) -> None:
     """Wait until n engines have registered. ClusterError: fewer have within timeout_s."""
     deadline = time.monotonic() + timeout_s
     num_reported = -1
@@ -281,13 +282,16 @@ def only_running_cluster() -> dict[str, str]:
 
 def running_clusters() -> list[str]:
     """The ids of the running clusters of this user, in any profile."""
-    return [
-        repr(cluster.cluster_id) if cluster.cluster_id else "the default one"
-        for cluster in loaded_clusters()
-    ]
+    names = []
+    for cluster in loaded_clusters():
+        if cluster.cluster_id:
+            names.append(repr(cluster.cluster_id))
+        else:
+            names.append("the default one")
+    return names
 
 
-def loaded_clusters() -> list[Any]:
+def loaded_clusters() -> list[ipp.Cluster]:
     """The clusters, in any profile, that have a file and a running controller."""
     with reading_clusters():
         clusters = ipp.ClusterManager(log=LOG).load_clusters().values()

@@ -170,7 +170,8 @@ class Cluster:
         self.check_allowed(method)
         if ranks is None and self.broken and not self._replacing:
             self._repair_groups(())
-        ranks = list(range(self.size)) if ranks is None else list(ranks)
+        if ranks is None:
+            ranks = range(self.size)
         answers = self._exchange(method, each or [args] * len(ranks), ranks, progress)
         reports = [answer for answer in answers if isinstance(answer, ErrorReport)]
         if reports:
@@ -320,7 +321,9 @@ def ranks_to_replace(cluster: Cluster, rank: int | Sequence[int] | None) -> list
                 "all engines answer; name the rank of the one to replace: restart(rank=1)"
             )
         return silent
-    ranks = sorted({rank} if isinstance(rank, int) else set(rank))
+    if isinstance(rank, int):
+        rank = [rank]
+    ranks = sorted(set(rank))
     if not ranks:
         raise ClusterError(f"no rank is given; ranks are 0 to {cluster.size - 1}")
     for r in ranks:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
 
+import ipyparallel as ipp
 import psutil
 
 from flexkernel.errors import ClusterError
@@ -45,7 +45,7 @@ class DegradedController(ClusterError):
     """A controller has lost a process, and with it a way to the engines, before it was used."""
 
 
-def restore_controller(cluster: Any) -> None:
+def restore_controller(cluster: ipp.Cluster) -> None:
     """Start a controller in the place of one that crashed, on the same ports.
 
     Engines and clients find it by themselves. Answers that engines have sent meanwhile arrive."""
@@ -60,7 +60,7 @@ def restore_controller(cluster: Any) -> None:
         cluster.start_controller_sync()
 
 
-def degraded(cluster: Any) -> bool:
+def degraded(cluster: ipp.Cluster) -> bool:
     """Whether a child process of the controller has ended, on this machine.
 
     It was killed, or another program had taken the port that it should have had. What is sent
@@ -73,14 +73,14 @@ def degraded(cluster: Any) -> bool:
     return False
 
 
-def check_parts(cluster: Any) -> None:
+def check_parts(cluster: ipp.Cluster) -> None:
     """DegradedController if the controller is degraded."""
     if degraded(cluster):
         log = cluster.controller.output_file
         raise DegradedController(f"a process of the controller has ended; its log: {log}")
 
 
-def end_controllers(cluster: Any) -> None:
+def end_controllers(cluster: ipp.Cluster) -> None:
     """Kill what is left of a cluster's controller on this machine."""
     left = controllers(cluster)
     for process in left:
@@ -89,7 +89,7 @@ def end_controllers(cluster: Any) -> None:
     wait_until_ended(left, KILLED_S)
 
 
-def controllers(cluster: Any) -> list[psutil.Process]:
+def controllers(cluster: ipp.Cluster) -> list[psutil.Process]:
     """The processes of a cluster's controller on this machine, by command and environment."""
     marks = {"IPP_CLUSTER_ID": cluster.cluster_id, "IPP_PROFILE_DIR": cluster.profile_dir}
     found = []
@@ -101,14 +101,14 @@ def controllers(cluster: Any) -> list[psutil.Process]:
     return found
 
 
-def remove_keys(cluster: Any) -> None:
+def remove_keys(cluster: ipp.Cluster) -> None:
     """Remove the files with a cluster's address and key. A restored controller leaves them."""
     for who in ("client", "engine"):
         name = "-".join(filter(None, ["ipcontroller", cluster.cluster_id, f"{who}.json"]))
         (Path(cluster.profile_dir) / "security" / name).unlink(missing_ok=True)
 
 
-def engines_live(cluster: Any) -> bool:
+def engines_live(cluster: ipp.Cluster) -> bool:
     """Whether engines of the cluster run, as far as this can be known without its controller."""
     for group in cluster.engines.values():
         logs = ended_logs(group)

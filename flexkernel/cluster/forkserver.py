@@ -234,7 +234,7 @@ def main() -> None:
     control.sendall(json.dumps({"ready": not why, "why": why}).encode() + b"\n")
     if why:
         return
-    request = Server(control).serve()
+    request = Forker(control).serve()
     if request is not None:
         become(request, leave)
 
@@ -321,7 +321,7 @@ def open_files() -> list[str]:
     return found
 
 
-class Server:
+class Forker:
     """The server's end: forks at each request, and reports how what was forked ends."""
 
     def __init__(self, control: socket.socket):

@@ -71,7 +71,12 @@ class IPyParallel(Cluster):
     reads. restored_at: when a controller was started in the place of one that crashed."""
 
     def __init__(
-        self, ipcluster: Any, client: Any, owned: bool, take: bool = False, read_only: bool = False
+        self,
+        ipcluster: ipyparallel.Cluster,
+        client: ipyparallel.Client,
+        owned: bool,
+        take: bool = False,
+        read_only: bool = False,
     ):
         super().__init__()
         self.ipcluster = ipcluster
@@ -165,7 +170,9 @@ class IPyParallel(Cluster):
     # --- who is there -----------------------------------------------------------------
 
     def alive(self) -> list[bool]:
-        ids = set() if self.closed else set(self.client.ids)
+        if self.closed:
+            return [False] * self.size
+        ids = set(self.client.ids)
         return [one.id in ids for one in self.engines]
 
     def answering(self) -> list[bool]:
@@ -402,8 +409,7 @@ class IPyParallel(Cluster):
         """Rank → its result to come. What all get is serialized once."""
         ids = tuple(self.engines[rank].id for rank in ranks)
         if ids not in self._views:
-            # A list of one would answer with a list.
-            self._views[ids] = self.client[list(ids) if len(ids) > 1 else ids[0]]
+            self._views[ids] = self._view(ids)
         try:
             sent = self._views[ids].apply_async(*function_and_args)
         except (KeyError, IndexError):  # one has left since it was looked at
@@ -414,6 +420,11 @@ class IPyParallel(Cluster):
             ) from None
         split = type(sent).split  # the client keeps a cached one for ever, with the answers
         return dict(zip(ranks, getattr(split, "__wrapped__", split)(sent), strict=True))
+
+    def _view(self, ids: tuple[int, ...]) -> ipyparallel.DirectView:
+        if len(ids) == 1:  # a list of one would answer with a list
+            return self.client[ids[0]]
+        return self.client[list(ids)]
 
     def _wait_for(self, results: Collection[Any], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -432,7 +443,7 @@ class IPyParallel(Cluster):
 
     # --- what a waiting call needs (waiting.Engines) ----------------------------------
 
-    def answer_of(self, rank: int, result: Any) -> Any:
+    def answer_of(self, rank: int, result: ipyparallel.AsyncResult) -> Any:
         try:
             return result.get(RESOLVE_S)
         except ipyparallel.error.EngineError:
@@ -468,17 +479,18 @@ class IPyParallel(Cluster):
         if ids:
             self.client.send_signal(signal.SIGINT, ids, block=False)
 
-    def ping(self, ranks: Sequence[int]) -> dict[int, Any]:
+    def ping(self, ranks: Sequence[int]) -> dict[int, ipyparallel.AsyncResult]:
         if not ranks:
             return {}
         return self._send(ranks, os.getpid)
 
-    def give_up(self, rank: int, ping: Any) -> ErrorReport:
+    def give_up(self, rank: int, ping: ipyparallel.AsyncResult) -> ErrorReport:
         one = self.engines[rank]
         one.unanswered = ping
-        stopped = one.process is not None and one.process.is_stopped()
-        text = f"rank {rank} did not arrive: its engine (pid {one.pid} on {one.host}) "
-        text += "was stopped by a signal" if stopped else "hangs"
+        what = "hangs"
+        if one.process is not None and one.process.is_stopped():
+            what = "was stopped by a signal"
+        text = f"rank {rank} did not arrive: its engine (pid {one.pid} on {one.host}) {what}"
         text += self._last_in(rank)
         text += f". %flex_cluster restart --rank {rank} ends it and puts another in its place"
         return ErrorReport(rank, "EngineDied", text, "", time.time(), broken=True)
@@ -558,9 +570,10 @@ class IPyParallel(Cluster):
         """What is known of a rank whose engine died: how, in which module, and its last log
         lines."""
         one = self.engines[rank]
-        how = one.process.end() if one.process is not None else ""
-        text = f"rank {rank}'s engine died (pid {one.pid} on {one.host}"
-        text += f", {how})" if how else ")"
+        facts = [f"pid {one.pid} on {one.host}"]
+        if one.process is not None:
+            facts.append(one.process.end())
+        text = f"rank {rank}'s engine died ({', '.join(filter(None, facts))})"
         text += self._last_in(rank)
         text += ". It comes back, with its part of the model only, "
         if self.auto_restart:
@@ -574,17 +587,23 @@ class IPyParallel(Cluster):
 
     def _last_in(self, rank: int) -> str:
         module = self.last_module(rank)
-        return f", last in {module}" if module else ""
+        if not module:
+            return ""
+        return f", last in {module}"
 
     def last_module(self, rank: int) -> str:
         """The layer that a rank entered last; "" if that is not known."""
         heartbeat = self.heartbeat(rank)
-        return "" if heartbeat is None else heartbeat.module_name
+        if heartbeat is None:
+            return ""
+        return heartbeat.module_name
 
     def heartbeat(self, rank: int) -> Heartbeat | None:
         """The heartbeat of a rank on this host; None before it has a rank, and on other hosts."""
         host = os.environ.get("FLEX_HOST", "")
-        folder = f"{self.folder}-{host}" if host else self.folder
+        folder = self.folder
+        if host:
+            folder += f"-{host}"
         with contextlib.suppress(OSError):
             return Heartbeat(folder_path(folder), rank)
         return None

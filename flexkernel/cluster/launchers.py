@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 from ipyparallel.cluster.launcher import (
+    BaseLauncher,
     BatchSystemLauncher,
     LocalEngineLauncher,
     LocalEngineSetLauncher,
@@ -76,7 +77,7 @@ def for_engine(env: dict[str, str]) -> dict[str, str]:
     return {**ENVIRONMENT, **env}
 
 
-def heartbeat_options(launcher: Any) -> list[str]:
+def heartbeat_options(launcher: type[BaseLauncher] | str) -> list[str]:
     """The controller's arguments that say how often it pings engines of this launcher.
 
     ipyparallel's 3 s would be most of the time that a start takes. Other launchers keep them:
@@ -242,7 +243,7 @@ class FlexEngineSetLauncher(LocalEngineSetLauncher):
         return list(ENGINE)
 
 
-def preload(launcher: Any) -> ForkServer | None:
+def preload(launcher: type[BaseLauncher] | str) -> ForkServer | None:
     """The fork server for this launcher, or None if its engines are not forked here.
 
     Call it early: the server imports while other things start."""
@@ -363,7 +364,7 @@ KINDS = {LocalEngineSetLauncher: "local", SlurmLauncher: "slurm"}
 OURS: dict[str, Any] = {"local": FlexEngineSetLauncher, "slurm": FlexSlurmLauncher}
 
 
-def launcher_for(engines: str | None) -> tuple[Any, Config]:
+def launcher_for(engines: str | None) -> tuple[type[BaseLauncher] | str, Config]:
     """The launcher of this name, and its configuration.
 
     engines: one of ipyparallel's names. After slurm come options of sbatch:
@@ -385,18 +386,18 @@ def kind_of(launcher: type) -> str:
     return "other"
 
 
-def engine_launchers(group: Any) -> list[Any]:
+def engine_launchers(group: BaseLauncher) -> list[LocalEngineLauncher]:
     """The launchers of the local engines of an engine set; none where a batch system has them."""
     return list(getattr(group, "launchers", {}).values())
 
 
-def engine_processes(group: Any) -> list[psutil.Process]:
+def engine_processes(group: BaseLauncher) -> list[psutil.Process]:
     """The processes of an engine set on this machine."""
     processes = [getattr(launcher, "process", None) for launcher in engine_launchers(group)]
     return [process for process in processes if process is not None]
 
 
-def same_job_options(groups: list[Any]) -> dict[str, Any]:
+def same_job_options(groups: list[BaseLauncher]) -> dict[str, Any]:
     """Options for a further engine set that make it a job of the same script as these."""
     for group in groups:
         if isinstance(group, BatchSystemLauncher):
@@ -404,14 +405,14 @@ def same_job_options(groups: list[Any]) -> dict[str, Any]:
     return {}
 
 
-def is_queued(group: Any) -> bool:
+def is_queued(group: BaseLauncher) -> bool:
     """Whether an engine set is a job that has not begun."""
     if not isinstance(group, SlurmLauncher):
         return False
     return recent_state(group.job_id) in ("PENDING", "CONFIGURING")
 
 
-def ended_logs(group: Any) -> list[Path]:
+def ended_logs(group: BaseLauncher) -> list[Path]:
     """The logs of an engine set's engines that have ended; of a job, once all have."""
     if isinstance(group, SlurmLauncher):
         if recent_state(group.job_id):
@@ -423,7 +424,7 @@ def ended_logs(group: Any) -> list[Path]:
     return [Path(one.output_file) for one in started if not pid_is_running(one.pid)]
 
 
-def job_of(groups: list[Any], job: str) -> Any:
+def job_of(groups: list[BaseLauncher], job: str) -> BaseLauncher | None:
     """The engine set that is this job, or None."""
     for group in groups:
         if isinstance(group, BatchSystemLauncher) and job and group.job_id == job:
@@ -431,7 +432,7 @@ def job_of(groups: list[Any], job: str) -> Any:
     return None
 
 
-def end_commands(groups: list[Any]) -> list[list[str]]:
+def end_commands(groups: list[BaseLauncher]) -> list[list[str]]:
     """The commands that cancel the jobs among these engine sets."""
     return [
         [*group.delete_command, group.job_id]

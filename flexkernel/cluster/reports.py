@@ -49,7 +49,9 @@ def with_users_line(message: str, remote_traceback: str) -> str:
     number, function = bare.groups()
     frame = rf'File "([^"]+)", line {number}, in {re.escape(function)}$'
     files = re.findall(frame, remote_traceback, re.MULTILINE)
-    line = linecache.getline(files[-1], int(number)).strip() if files else ""
+    if not files:
+        return message
+    line = linecache.getline(files[-1], int(number)).strip()
     if not line:
         return message
     return message.replace(bare[0], f"(line {number}: {line})")

@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
+import ipyparallel as ipp
+from ipyparallel.cluster.launcher import BaseLauncher
+
 from flexkernel.errors import ClusterError
 from flexkernel.wire import ErrorReport
 
@@ -19,7 +22,7 @@ __all__ = ["START_S", "Call", "Patience", "Progress", "Send", "wait_for_engines"
 # Called with (what is being done, how many engines are done, of how many).
 Progress = Callable[[str, int, int], None]
 # Sends a call to these ranks: rank → its result to come.
-Send = Callable[[Collection[int]], dict[int, Any]]
+Send = Callable[[Collection[int]], dict[int, ipp.AsyncResult]]
 
 START_S = 120.0  # how long a new engine may take to register
 QUEUE_S = 86400.0  # how long a job may wait for its turn before that
@@ -104,14 +107,13 @@ class Patience:
 
 
 class Engines(Protocol):
-    """What a call needs of the engines while it waits for them. Results are ipyparallel's, with
-    wait(seconds) and done()."""
+    """What a call needs of the engines while it waits for them."""
 
     timeout_s: float
     poll: Callable[[], None] | None  # called again and again while ranks work
     restored_at: float  # when a controller was started in the place of one that crashed
 
-    def answer_of(self, rank: int, result: Any) -> Any:
+    def answer_of(self, rank: int, result: ipp.AsyncResult) -> Any:
         """A result that is done, as an answer or an ErrorReport."""
 
     def look_around(self) -> None:
@@ -123,10 +125,10 @@ class Engines(Protocol):
     def interrupt(self, ranks: Sequence[int]) -> None:
         """Send SIGINT to the engines of these ranks."""
 
-    def ping(self, ranks: Sequence[int]) -> dict[int, Any]:
+    def ping(self, ranks: Sequence[int]) -> dict[int, ipp.AsyncResult]:
         """Rank → a result that is done once its engine has finished the calls before."""
 
-    def give_up(self, rank: int, ping: Any) -> ErrorReport:
+    def give_up(self, rank: int, ping: ipp.AsyncResult) -> ErrorReport:
         """Count a rank as unresponsive until this ping is done. The report of that."""
 
 
@@ -246,9 +248,9 @@ class Call:
 
 
 def wait_for_engines(
-    client: Any,
-    cluster: Any,
-    group: Any,
+    client: ipp.Client,
+    cluster: ipp.Cluster,
+    group: BaseLauncher,
     before: set[int],
     n: int,
     timeout_s: float,
@@ -280,7 +282,9 @@ def wait_for_engines(
         time.sleep(ARRIVAL_POLL_S)
 
 
-def check_arrival(group: Any, num_missing: int, n: int, deadline: float, timeout_s: float) -> None:
+def check_arrival(
+    group: BaseLauncher, num_missing: int, n: int, deadline: float, timeout_s: float
+) -> None:
     """ClusterError if engines that are waited for have ended, or are late."""
     logs = ended_logs(group)
     if not logs and time.monotonic() <= deadline:
