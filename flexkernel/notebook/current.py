@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flexkernel.errors import ClusterError
@@ -117,10 +118,10 @@ class CurrentSession:
     # --- what %flex_cluster does
 
     def start(self, n: int = 2, engines: str | None = None, keep: bool = False) -> Session:
-        with self.bar(f"{n} engine{'s' * (n != 1)}", stage="starting"):
+        with self.bar("", stage=f"starting {n} engine{'s' * (n != 1)}") as bar:
             from flexkernel.session.start import start
 
-            session = self.use(start(n, engines, keep=keep))
+            session = self.use(start(n, engines, keep=keep, progress=stages(bar)))
         self._launcher = engines
         return session
 
@@ -131,10 +132,10 @@ class CurrentSession:
         take: bool = False,
         read_only: bool = False,
     ) -> Session:
-        with self.bar("running engines", stage="attaching to"):
+        with self.bar("", stage="attaching to running engines") as bar:
             from flexkernel.session.session import attach
 
-            session = attach(profile, cluster_id, take, read_only)
+            session = attach(profile, cluster_id, take, read_only, stages(bar))
         before = self.session
         if before is not None and before.engines.owned and same_engines(before, session):
             # These engines end with the session that started them, so that one stays.
@@ -173,6 +174,12 @@ class CurrentSession:
         session = self.get()
         self.session = None
         self._end(session, end=session.engines.owned or getattr(session.engines, "kept", False))
+
+
+def stages(bar: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """Shows what start and attach report. Their stages say how many engines are there, so the bar
+    does not."""
+    return lambda stage, _done, _total: bar(stage, 0, 0)
 
 
 def same_engines(a: Session, b: Session) -> bool:

@@ -43,12 +43,15 @@ def attach(
     cluster_id: str | None = None,
     take: bool = False,
     read_only: bool = False,
+    progress: Progress | None = None,
 ) -> Session:
     """A session over engines that run already. It finds their model, hooks and runs.
 
+    progress: called with (what is being done, how many engines are there, of how many).
     ClusterError: another notebook has them. take=True takes them from it, read_only=True only
     looks at them."""
-    return Session(begin.attach(profile, cluster_id, take, read_only=read_only))
+    joined = begin.attach(profile, cluster_id, take, read_only=read_only, progress=progress)
+    return Session(joined)
 
 
 def local() -> Session:
