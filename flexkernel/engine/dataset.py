@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flexkernel.boxes import Box
 from flexkernel.engine.runtime import Runtime
-from flexkernel.memory.plan import Rows, row_dims
+from flexkernel.memory.rows import Rows, row_dims
 
 __all__ = ["write"]
 

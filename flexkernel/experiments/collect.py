@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from flexkernel.boxes import WHOLE, Box
 from flexkernel.errors import CaptureError, HookError
-from flexkernel.memory.plan import Entry, row_dims
+from flexkernel.memory.plan import Entry
+from flexkernel.memory.rows import row_dims
 from flexkernel.session.capture import Capture
 from flexkernel.session.progress import Progress, reporting
 from flexkernel.session.prompts import Batch

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from flexkernel.boxes import Box
 from flexkernel.errors import CaptureError
-from flexkernel.memory.plan import Rows
+from flexkernel.memory.rows import Rows
 from flexkernel.names import nearest
 from flexkernel.views.table import Table, page
 from flexkernel.wire import dtype_name

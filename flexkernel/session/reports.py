@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexkernel.errors import EditError
-from flexkernel.memory.plan import (
-    Entry,
-    Plan,
-    cut,
-    kept_columns,
-    kept_shape,
-    left,
-)
+from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
 from flexkernel.memory.reduce import result_dtype
+from flexkernel.memory.selection import first_positions, kept_columns, kept_shape, reduced_shape
 from flexkernel.wire import EDITED, CaptureKey, Layout, RunReport, ShardRecord
 
 from .capture import Capture, Home, Location, Value
@@ -91,15 +85,17 @@ class Positions:
         shape = self._shape(entry)
         if shape == entry.kept:
             return None
-        return functools.partial(cut, shape=shape, folded=entry.formula.folded, B=self.B)
+        return functools.partial(
+            first_positions, shape=shape, folded=entry.formula.folded, B=self.B
+        )
 
     def _shape(self, entry: Entry) -> tuple[int, ...]:
         generation = self.run.plan.generation
         forwards = self.run.forwards
         if generation is None or entry.newest or forwards == generation.max_new_tokens:
             return entry.kept
-        shape = kept_shape(entry.formula, entry.hook, self.B, self.S, 0, forwards, check=False)
-        return left(shape, entry.over)
+        shape = kept_shape(entry.formula, entry.hook, self.B, self.S, 0, forwards)
+        return reduced_shape(shape, entry.over)
 
     def _tokens(self, entry: Entry) -> tuple[list[list[str]] | None, torch.Tensor | None]:
         """(each row's tokens, which of the positions are real). None: rows or positions were

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from flexkernel.errors import HookError
-from flexkernel.memory.plan import Planner, check_index, leaf_of
+from flexkernel.memory.plan import Planner
+from flexkernel.memory.selection import check_index, leaf_of
 from flexkernel.names import display_name, nearest, split_point
 from flexkernel.wire import AT, REDUCTIONS, Blob, HookSpec, ModelInfo, Reduction, SlabValue
 

@@ -22,7 +22,7 @@ from flexkernel.engine.place.placements import Placed
 from flexkernel.engine.place.staging import digest, joined_digest
 from flexkernel.engine.ranks.gather import Exchange, ExchangePlan
 from flexkernel.errors import EditError, HookError, PlacementError
-from flexkernel.memory.plan import check_positions
+from flexkernel.memory.selection import check_positions
 from flexkernel.memory.tensors import from_blob
 from flexkernel.names import split_point
 from flexkernel.wire import (

@@ -17,7 +17,8 @@ from flexkernel.engine.place.staging import Copies, joined_digest
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, kept_columns
+from flexkernel.memory.plan import Entry
+from flexkernel.memory.selection import kept_columns
 from flexkernel.names import display_name
 from flexkernel.wire import Generation, ShapeFormula, ShardRecord
 

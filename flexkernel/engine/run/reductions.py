@@ -8,7 +8,8 @@ from flexkernel.boxes import Box
 from flexkernel.engine.place.staging import Copies
 from flexkernel.errors import PlacementError
 from flexkernel.memory import reduce
-from flexkernel.memory.plan import Entry, left
+from flexkernel.memory.plan import Entry
+from flexkernel.memory.selection import reduced_shape
 
 __all__ = ["padding_mask", "statistics_of", "write_statistics"]
 
@@ -21,7 +22,7 @@ def statistics_of(entry: Entry, part: torch.Tensor, mask: torch.Tensor | None) -
     assert entry.hook.reduce is not None
     op = entry.hook.reduce.op
     if part.numel() == 0:
-        return reduce.nothing(op, left(part.shape, entry.over), part.dtype)
+        return reduce.nothing(op, reduced_shape(part.shape, entry.over), part.dtype)
     return reduce.masked(op, part, entry.over, mask)
 
 
