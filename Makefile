@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test long check bench chaos faults flat fuzz house lab venv chromium clean
+.PHONY: demo test fast long check bench chaos faults flat fuzz house lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,10 @@ demo: $(STAMP)
 
 test: check chromium
 	$(BIN)/python -m pytest $(PYTEST)
+
+# No engines and no browser: most of the truth, in about two minutes
+fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PYTEST)
 
 long: check chromium
 	$(BIN)/python -m pytest --long $(PYTEST)

@@ -296,6 +296,7 @@ def test_all_lists_every_offender_of_one_measure(build: Build, capsys: pytest.Ca
     assert "is not one of units, arrows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_reads_this_checkout_and_its_order():
     project = house.read(TOOL.parent.parent)
     assert len(project.sources) > 50

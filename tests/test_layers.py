@@ -437,6 +437,7 @@ def test_the_check_for_heavy_imports_can_fail():
     assert heavy_after("zmq") == ["zmq"]
 
 
+@pytest.mark.slow
 def test_the_public_list_is_what_is_there():
     """Every name of the list exists; every public name that is there is on the list."""
     code = """

@@ -188,6 +188,7 @@ def test_an_owned_cluster_goes_when_its_driver_is_killed(tiny):
         driver.wait()
 
 
+@pytest.mark.slow
 def test_a_cluster_goes_whose_driver_is_killed_while_it_starts_it():
     driver = subprocess.Popen([sys.executable, "-c", "import flexkernel as fk; fk.start(2)"])
     mine = f"flex-{driver.pid}-"
@@ -449,6 +450,7 @@ def test_a_controller_that_crashes_is_restored_and_the_call_in_flight_arrives(ti
     ]
 
 
+@pytest.mark.slow
 def test_a_controller_that_has_lost_a_part_is_started_again(tiny, monkeypatch):
     """ipyparallel chooses ports first and binds them later: whoever takes one meanwhile ends the
     part whose it was."""

@@ -142,6 +142,7 @@ def test_engines_are_started_where_it_cannot_fork(monkeypatch, tmp_path):
     assert launcher._popen_process is not None and exit_code(launcher) == 7
 
 
+@pytest.mark.slow
 def test_another_environment_is_another_server_and_the_first_goes_with_its_last(
     monkeypatch, tmp_path
 ):

@@ -175,6 +175,7 @@ with fk.local() as session:
 """
 
 
+@pytest.mark.slow
 def test_a_collection_that_was_killed_goes_on(loaded, tiny, unsharded, tmp_path):
     folder = tmp_path / "acts"
     child = subprocess.Popen(

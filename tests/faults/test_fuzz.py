@@ -15,6 +15,7 @@ def world():
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_whatever_comes_in_is_used_or_refused(target, world):
     fuzz.attempt(world, target, 30, SEED)

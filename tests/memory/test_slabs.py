@@ -229,6 +229,7 @@ def test_sweeping_takes_the_folder_and_may_be_done_twice(folder):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_nobody_claims_any_more_is_swept(folder):
     """Who claimed it may have been killed: 64 MB and more of /dev/shm would stay for ever."""
     code = (
@@ -381,6 +382,7 @@ def two_megabytes(tmp_path):
     subprocess.run(["umount", "-l", where], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_tmpfs_is_refused_and_kills_nobody(two_megabytes):
     env = {**os.environ, "FLEX_SLABS": str(two_megabytes)}
     run = subprocess.run(

@@ -111,6 +111,7 @@ def test_the_body_of_a_cell_is_text_and_gives_its_last_line(tmp_path):
     assert pickle.loads(edits["cell"].code)(3, None) == 8
 
 
+@pytest.mark.slow
 def test_another_process_can_read_it(tmp_path):
     path = tmp_path / "h.json"
     edits = {}

@@ -526,6 +526,7 @@ def test_a_run_costs_nothing_per_module(loaded):
         object.__setattr__(info, "modules", tuple(info.modules))
 
 
+@pytest.mark.slow
 def test_hundreds_of_runs_leak_no_tensors_descriptors_or_threads(loaded):
     import psutil
 
