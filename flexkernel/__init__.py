@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flexkernel.session.run import Run
     from flexkernel.session.session import Session, attach, local
     from flexkernel.session.start import start
+    from flexkernel.views import tensor_map
 
     from .notebook import demo
 
@@ -43,6 +44,7 @@ __all__ = [
     "preview",
     "start",
     "sweep",
+    "tensor_map",
     "verify",
 ]
 
@@ -59,6 +61,7 @@ _HOMES = {
     "preview": "experiments",
     "start": "session.start",
     "sweep": "experiments",
+    "tensor_map": "views",
     "verify": "experiments",
 }
 

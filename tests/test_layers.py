@@ -22,7 +22,7 @@ ORDER = [
     "wire",
     "memory",
     "engine views",
-    "cluster",
+    "cluster widgets",
     "session",
     "experiments",
     "notebook",
