@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent / "flexkernel"
 ORDER = [
     "_version errors",
     "names boxes",
+    "sites",
     "wire",
     "memory",
     "engine views",
@@ -64,6 +65,7 @@ WITHOUT_TORCH = {
     "errors",
     "names",
     "boxes",
+    "sites",
     "wire",
     "engine",
     "cluster.interrupts",

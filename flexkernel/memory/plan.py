@@ -13,6 +13,7 @@ from typing import Any
 
 from flexkernel.errors import HookError
 from flexkernel.names import select, split_point
+from flexkernel.sites import joined
 from flexkernel.wire import (
     REDUCTIONS,
     CaptureKey,
@@ -21,7 +22,6 @@ from flexkernel.wire import (
     ModelInfo,
     Region,
     ShapeFormula,
-    joined,
 )
 
 from .selection import check_positions, kept_shape, leaf_of, reduced_dims, reduced_shape

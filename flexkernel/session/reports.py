@@ -14,7 +14,8 @@ from flexkernel.memory.plan import Entry, Plan
 from flexkernel.memory.pool import Extent
 from flexkernel.memory.reduce import result_dtype
 from flexkernel.memory.selection import first_positions, kept_columns, kept_shape, reduced_shape
-from flexkernel.wire import EDITED, CaptureKey, Layout, RunReport, ShardRecord
+from flexkernel.sites import EDITED
+from flexkernel.wire import CaptureKey, Layout, RunReport, ShardRecord
 
 from .capture import Capture, Home, Location, Value
 from .failures import differing

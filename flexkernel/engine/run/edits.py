@@ -25,8 +25,8 @@ from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.selection import check_positions
 from flexkernel.memory.tensors import from_blob
 from flexkernel.names import split_point
+from flexkernel.sites import EDITED
 from flexkernel.wire import (
-    EDITED,
     Blob,
     CaptureKey,
     EditSpec,

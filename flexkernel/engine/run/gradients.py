@@ -21,7 +21,8 @@ from flexkernel.engine.place.staging import digest
 from flexkernel.engine.ranks.gather import receive, send, wait
 from flexkernel.engine.runtime import Runtime
 from flexkernel.errors import CaptureError, PlacementError
-from flexkernel.wire import BEFORE, CaptureKey, HookSpec, ShardRecord
+from flexkernel.sites import BEFORE
+from flexkernel.wire import CaptureKey, HookSpec, ShardRecord
 
 from . import train
 from .autograd import Tape, trainable
