@@ -1,5 +1,5 @@
 # make demo | test: each sets up everything it needs (Python >= 3.11, git and make are enough) and does its job.
-.PHONY: demo test fast long check bench chaos faults flat fuzz house lab venv chromium clean
+.PHONY: demo test fast long check bench chaos faults flat fuzz house trace lab venv chromium clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The calls that one activation, edit, gradient and generated token make: make trace
+trace: $(STAMP)
+	$(BIN)/python -m tools.trace
 
 # The structure of the code, measured: make house
 house: $(STAMP)
