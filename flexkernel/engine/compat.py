@@ -1,5 +1,5 @@
-"""Every private or fragile API of torch and transformers that we lean on, each wrapped once and
-pinned by a test."""
+"""Every private or fragile API of torch and transformers that we use, each wrapped once and pinned
+by a test."""
 
 from __future__ import annotations
 
@@ -84,34 +84,25 @@ def is_placeholder(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def loading_under(layout: Layout) -> Iterator[None]:
-    """While a model loads: transformers 5.23 resolves the plans for all layers before it replaces
-    those that are absent from this stage (KeyError), so each plan is filtered to what the stage
-    holds."""
+    """Filter transformers' plans to what this stage holds while a model loads: 5.23 resolves them
+    for all layers before it replaces those that are absent from the stage (KeyError)."""
     if layout.pp == 1:
         yield
         return
-    names = [
-        n
-        for n in ("apply_tensor_parallelism", "apply_fully_sharded_data_parallelism")
-        if hasattr(mixin, n)
-    ]
-    original = {name: getattr(mixin, name) for name in names}
+    names = ("apply_tensor_parallelism", "apply_fully_sharded_data_parallelism")
+    original = {name: getattr(mixin, name) for name in names if hasattr(mixin, name)}
 
-    def held(model: torch.nn.Module, plan: dict[str, str]) -> dict[str, str]:
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        return {
-            n: s
-            for n, s in plan.items()
-            if n in parameters or (n in modules and not is_placeholder(modules[n]))
-        }
+    def on_this_stage(model: torch.nn.Module, plan: dict[str, str]) -> dict[str, str]:
+        modules = {n: m for n, m in model.named_modules() if not is_placeholder(m)}
+        parameters = dict(model.named_parameters())
+        return {n: style for n, style in plan.items() if n in parameters or n in modules}
 
     def tensor_parallel(model, mesh, plan):
-        return original["apply_tensor_parallelism"](model, mesh, held(model, plan))
+        return original["apply_tensor_parallelism"](model, mesh, on_this_stage(model, plan))
 
     def data_parallel(model, meshes, plan, ep_plan):
-        return original["apply_fully_sharded_data_parallelism"](
-            model, meshes, held(model, plan), ep_plan
-        )
+        plan = on_this_stage(model, plan)
+        return original["apply_fully_sharded_data_parallelism"](model, meshes, plan, ep_plan)
 
     mixin.apply_tensor_parallelism = tensor_parallel
     mixin.apply_fully_sharded_data_parallelism = data_parallel
@@ -124,7 +115,7 @@ def loading_under(layout: Layout) -> Iterator[None]:
 
 @contextlib.contextmanager
 def meshes_on(device: str) -> Iterator[None]:
-    """While it is entered transformers makes its meshes, and loads, on such a device: it takes the
+    """Within it transformers makes its meshes, and loads, on such a device. By itself it takes the
     machine's accelerator, whatever one asks for."""
     asked = torch._C._get_accelerator
     if asked().type == device:
@@ -147,14 +138,14 @@ def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
 
 @contextlib.contextmanager
 def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
-    """While a forward runs with a graph: what this pipeline stage sends and receives is kept on
-    the tape, as ends of this rank's graph, and the last stage puts out its own logits, not the
-    copy that it sends round."""
+    """Within it a forward keeps what this pipeline stage sends and receives on the tape, as ends of
+    this rank's graph. The last stage returns its own logits, not the copy that it broadcasts."""
     stage: Any = getattr(model, "_pp_stage", None)
     if stage is None:
         yield
         return
-    plain, from_last = stage.communicate, stage.broadcast_from_last
+    plain = stage.communicate
+    from_last = stage.broadcast_from_last
 
     def communicate(
         operation: str, *, tensor: torch.Tensor | None = None, **rest: Any
@@ -164,14 +155,19 @@ def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
                 tape.sent = tensor
             return plain(operation, tensor=tensor.detach(), **rest)
         got = plain(operation, **rest)
-        tape.received = None if got is None else got.requires_grad_()
+        if got is not None:
+            got.requires_grad_()
+        tape.received = got
         return got
 
     def broadcast_from_last(tensor: torch.Tensor | None, **rest: Any) -> torch.Tensor:
-        copy = from_last(None if tensor is None else tensor.detach(), **rest)
-        return copy if tensor is None else tensor
+        if tensor is None:
+            return from_last(None, **rest)
+        from_last(tensor.detach(), **rest)
+        return tensor
 
-    stage.communicate, stage.broadcast_from_last = communicate, broadcast_from_last
+    stage.communicate = communicate
+    stage.broadcast_from_last = broadcast_from_last
     try:
         yield
     finally:
@@ -179,8 +175,8 @@ def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
 
 
 def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, int, bool]:
-    """(the group of a pipeline, the global rank so many stages on, whether it talks through host
-    memory)."""
+    """(this rank's pipeline group, the global rank that is `step` stages on, whether they send
+    through host memory)."""
     stage: Any = model._pp_stage
     return (
         stage.pp_group,
@@ -190,9 +186,9 @@ def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, in
 
 
 def fill_buffers(model: Any, device: str) -> None:
-    """Give a model that was built on meta the buffers that no checkpoint has, such as rotary
-    frequencies, as from_pretrained does: by the model's own initialisation, of the modules that
-    own some."""
+    """Give a model that was built on meta its buffers, such as rotary frequencies, which no
+    checkpoint has. As from_pretrained does it: by the model's own initialisation, only of the
+    modules that own some."""
     owners = set()
     for name, buffer in list(model.named_buffers()):
         path, _, short = name.rpartition(".")
@@ -210,14 +206,13 @@ _ORIGINAL_ATTENTION: dict[str, Callable] = dict(AttentionInterface())
 
 
 def attention_functions() -> dict[str, Callable]:
-    """transformers' own attention functions by name, as they were before ours stood in for
-    them."""
+    """transformers' own attention functions by name, as they were before ours replaced them."""
     return _ORIGINAL_ATTENTION
 
 
 def set_attention(name: str, function: Callable) -> None:
-    """Put a function in the place of the attention of that name; under an existing name the masks
-    stay as they are."""
+    """Replace the attention function of that name. Under an existing name transformers makes the
+    same masks."""
     AttentionInterface.register(name, function)
 
 
@@ -234,10 +229,10 @@ def eager_attention(module: torch.nn.Module) -> Callable:
 
 
 class StageCache(DynamicCache):
-    """The key/value cache of one pipeline stage. transformers asks a layer of each kind for the
-    lengths that masks and positions need, the first of the model; on another stage that one stays
-    empty, and the answer would be 0: wrong tokens, without an error. Here a layer that this stage
-    has answers for it."""
+    """The key/value cache of one pipeline stage. transformers asks the model's first layer of each
+    kind for the lengths that masks and positions need. On another stage that layer stays empty, and
+    its answer 0 would give wrong tokens without an error: a layer that this stage has answers
+    instead."""
 
     def __init__(self, model: Any):
         config = model.config.get_text_config(decoder=True)
@@ -264,9 +259,9 @@ WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.nn.Module]:
-    """The user's modules under the names they have in the unsharded model: what DDP, FSDP, compile
-    and checkpointing put around a module takes part in neither. twice: one that is there twice
-    under each of its names."""
+    """The user's modules under the names they have in the unsharded model. What DDP, FSDP, compile
+    and checkpointing wrap around a module is left out. twice: a module that is there twice is under
+    each of its names, else under the first."""
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
 
@@ -278,13 +273,14 @@ def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.
         found[name] = module
         for child_name, child in module._modules.items():
             if child is not None:
-                walk(child, f"{name}.{child_name}" if name else child_name)
+                walk(child, ".".join(filter(None, (name, child_name))))
 
     walk(model, "")
     return found
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The user's module inside what DDP, FSDP, compile and checkpointing wrap around it."""
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
@@ -301,7 +297,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether the model or a module of it is given to torch.compile."""
+    """Whether the model or one of its modules is compiled by torch.compile."""
     return any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -310,8 +306,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def as_written(compiled: bool) -> Iterator[None]:
-    """While it is entered, torch.compile's modules run without being compiled; only looked after
-    if there are any."""
+    """Within it torch.compile's modules run uncompiled. compiled: whether there are any."""
     if not compiled:
         yield
         return
@@ -323,17 +318,19 @@ def as_written(compiled: bool) -> Iterator[None]:
 
 
 def inner(parameter: torch.Tensor) -> torch.Tensor:
-    """The very tensor in which this rank's part of a parameter lies, to be given other memory: of
-    a DTensor parameter to_local() is a view of it."""
+    """The tensor that holds this rank's part of a parameter, of its local shape, to be given other
+    memory: a DTensor's to_local() is only a view of it."""
     return getattr(parameter, "_local_tensor", parameter)
 
 
 def waited(value: torch.Tensor) -> torch.Tensor:
-    """A value whose collective has arrived: tensor parallelism hands out tensors that are still on
-    their way."""
+    """The same value, of the same shape and dtype, once its collective has ended: tensor parallelism
+    hands out tensors whose collective still runs."""
     if not isinstance(value, AsyncCollectiveTensor):
         return value
-    return _Waited.apply(value) if value.requires_grad else value.wait()
+    if value.requires_grad:
+        return _Waited.apply(value)
+    return value.wait()
 
 
 class _Waited(torch.autograd.Function):
@@ -341,57 +338,62 @@ class _Waited(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        """The value, of any shape, once its collective has ended."""
         return value.wait()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient, of the value's shape, as it is."""
         return gradient
 
 
 def is_split(placement: Placement) -> bool:
-    """Whether it gives each rank a part, one in strides included, which is no Shard to torch."""
+    """Whether it gives each rank a part. A strided one counts, which is no Shard to torch."""
     return isinstance(placement, Shard | _StridedShard)
 
 
 def split_factor(placement: Placement) -> int:
-    """Into how many groups a strided shard parts its dim before each rank takes a piece of each; 1
-    for others."""
-    return int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+    """Into how many groups a strided shard splits its dim before each rank takes a piece of each
+    group; 1 for other placements."""
+    if isinstance(placement, _StridedShard):
+        return int(placement.split_factor)
+    return 1
 
 
 def split_index(placement: Any, index: torch.Tensor, num_parts: int, part: int) -> torch.Tensor:
-    """What of a 1-D index lies on one of the ranks that a placement splits over, in the order in
-    which it lies there: a DTensor's data is split by the same function."""
-    there = (
-        type(placement)(0, split_factor=split_factor(placement))
-        if split_factor(placement) > 1
-        else Shard(0)
-    )
-    return there._split_tensor(index, num_parts, with_padding=False, contiguous=False)[0][part]
+    """The part of a 1-D index that lies on one of `num_parts` ranks, in the order in which it lies
+    there. index: (n,) -> (m,), same dtype. A DTensor's data is split by the same function."""
+    along_it: Any = Shard(0)
+    if split_factor(placement) > 1:
+        along_it = type(placement)(0, split_factor=split_factor(placement))
+    parts, _ = along_it._split_tensor(index, num_parts, with_padding=False, contiguous=False)
+    return parts[part]
 
 
 def all_gather_single(
     whole: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None
 ) -> dist.Work:
-    """Begin to gather every rank's equal part. torch 2.13 warns of the name that older ones have
-    only."""
+    """Begin to gather every rank's equal part. mine: (n,); whole: (ranks * n,), same dtype and
+    device, filled when the work ends. All ranks of the group must call.
+
+    torch 2.13 warns of the only name that older versions have."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return function(whole, mine, group=group, async_op=True)
 
 
 def abort_groups() -> None:
     """Drop every process group of this process, also one that is broken or half made, and start
-    counting anew."""
+    counting groups from 0."""
     if dist.is_initialized():
         c10d._abort_process_group()
-    # differs between ranks after an init that failed on some; the next would hang
+    # differs between ranks after an init that failed on some; the next init would hang
     c10d._world.group_count = 0
 
 
 def abort_nccl() -> None:
-    """Abort what NCCL does in this process, in all groups at once: one after another they could
-    wait for each other. From any thread. The groups stay until abort_groups() drops them; whoever
-    waits goes on with what is there."""
+    """Abort the NCCL communicators of all groups of this process, at once: one after another they
+    could wait for each other. From any thread. The groups stay until abort_groups() drops them;
+    whoever waits goes on with what the memory holds."""
     groups = sorted(
         c10d._world.pg_names, key=lambda group: c10d._world.pg_names[group], reverse=True
     )
@@ -404,20 +406,21 @@ def abort_nccl() -> None:
 
 
 def nccl_of(group: dist.ProcessGroup) -> Any:
-    """What a group sends by between GPUs; None where that is not NCCL."""
-    if not dist.is_nccl_available() or "cuda" not in {
-        device.type for device in group._device_types
-    }:
+    """A group's backend between GPUs; None where that is not NCCL."""
+    device_types = {device.type for device in group._device_types}
+    if not dist.is_nccl_available() or "cuda" not in device_types:
         return None
     backend = group._get_backend(torch.device("cuda"))
-    return backend if isinstance(backend, dist.ProcessGroupNCCL) else None
+    if not isinstance(backend, dist.ProcessGroupNCCL):
+        return None
+    return backend
 
 
 def forget_meshes() -> None:
-    """Empty what DTensor remembers of its operations: every mesh that one was ever made on, with
-    its groups, their threads and sockets, stays for as long as it does."""
-    # as torch.distributed.tensor.debug does, which would bring torch's compiler in: a second, at
-    # each engine's start
+    """Empty DTensor's caches. They keep every mesh that a DTensor was ever made on, with its groups,
+    their threads and sockets."""
+    # as torch.distributed.tensor.debug does, which would import torch's compiler: a second, at each
+    # engine's start
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     torch._C._clear_DTensor_sharding_propagator_cache()
     _redistribute.clear_redistribute_planner_cache()
@@ -426,9 +429,9 @@ def forget_meshes() -> None:
 
 @contextlib.contextmanager
 def alone(rank: int, world: int) -> Iterator[None]:
-    """Groups in which this rank has all its places and no peers: whoever builds meshes or shards
-    in them sends nothing and waits for nobody. What a collective would bring is not there: only
-    for code that needs none."""
+    """Within it the process groups are fake: this rank has its rank and nobody answers. Whoever
+    builds meshes or shards in them sends nothing and waits for nobody. Only for code that needs no
+    result of a collective."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
 
     abort_groups()
@@ -440,8 +443,8 @@ def alone(rank: int, world: int) -> Iterator[None]:
 
 
 def made_groups() -> list[tuple[int, list[int]]]:
-    """Every group that any rank has beside the default one, (its number, its ranks) in the order
-    in which they were made. All ranks must call."""
+    """(number, ranks) of every group that any rank has beside the default one, in the order in which
+    they were made. All ranks must call."""
     names = c10d._world.pg_names.items()
     mine = {
         int(name): dist.get_process_group_ranks(pg)
@@ -450,47 +453,49 @@ def made_groups() -> list[tuple[int, list[int]]]:
     }
     everyone: list[dict[int, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    return sorted(
-        {number: ranks for of_rank in everyone for number, ranks in of_rank.items()}.items()
-    )
+    made: dict[int, list[int]] = {}
+    for groups in everyone:
+        made.update(groups)
+    return sorted(made.items())
 
 
 def remake_groups(made: list[tuple[int, list[int]]]) -> None:
-    """Groups of the same ranks under the names that they had. All ranks must call."""
+    """Make groups of the same ranks again, under the names that they had. All ranks must call."""
     for number, ranks in made:
         c10d._world.group_count = number
         dist.new_group(ranks)
 
 
-# keep theirs in globals
+# libraries that keep process groups in globals
 GROUP_LISTS = ("fairscale.nn.model_parallel.initialize", "megatron.core.parallel_state")
 
 
 def refresh_groups(model: torch.nn.Module) -> None:
-    """Give what remembers a process group the new one of its name: modules, and parallel
-    libraries' own globals."""
+    """Replace process groups by the new ones of the same names, where modules and the globals of
+    parallel libraries remember them."""
     holders: list[Any] = [
         *model.modules(),
         *(sys.modules[name] for name in GROUP_LISTS if name in sys.modules),
     ]
-    # FSDP1's
+    # FSDP1's handles
     holders += [m._handle for m in model.modules() if getattr(m, "_handle", None) is not None]
     # a library's globals may be of a model that is gone
-    there = set(c10d._world.pg_names.values())
+    new_names = set(c10d._world.pg_names.values())
     for holder in holders:
         for name, value in list(vars(holder).items()):
-            if isinstance(value, dist.ProcessGroup) and value.group_name in there:
+            if isinstance(value, dist.ProcessGroup) and value.group_name in new_names:
                 setattr(holder, name, c10d._resolve_process_group(value.group_name))
 
 
 def rebuild_meshes(layout: Layout) -> Any:
-    """transformers' meshes again under new groups, in the order of the load: groups are found by
-    name, so that every old mesh, DTensor and closure works again."""
+    """Make transformers' meshes again, in the order of the load. All ranks must call. Groups are
+    found by name, so every old mesh, DTensor and closure works again."""
     return initialize_distributed_mesh(distributed_config(layout))[1]
 
 
 def fix_cached_groups(model: torch.nn.Module) -> None:
-    """Give the objects that remember a process group the new one of the same name."""
+    """Replace the process groups that the pipeline stage and FSDP2 remember by the new ones of the
+    same names."""
     from torch.distributed.fsdp import FSDPModule
 
     stage = getattr(model, "_pp_stage", None)
@@ -504,18 +509,17 @@ def fix_cached_groups(model: torch.nn.Module) -> None:
 
 
 def reset_forward(model: torch.nn.Module | None) -> None:
-    """Forget a forward that broke off: FSDP holds some layers' parameters whole, not the same ones
-    on every rank."""
+    """Forget a forward that broke off: FSDP still holds some layers' parameters whole, and not the
+    same ones on every rank."""
     from torch.distributed.fsdp import FSDPModule
 
-    # None: it has run no forward
+    # _is_root is None before the first forward
     if isinstance(model, FSDPModule) and model._get_fsdp_state()._is_root is not None:
         model.reset_iter_state()
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the whole parameters that FSDP keeps of some modules after a forward: sends
-    nothing."""
+    """Free the whole parameters that FSDP keeps of some modules after a forward. Sends nothing."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.fsdp._runtime_utils import _reshard
 
@@ -523,15 +527,15 @@ def reshard(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel) and module._is_root is not None:
-            # None where it has no parameters beside those of modules within it
+            # _handle is None where all its parameters are those of FSDP modules within it
             handle = module._handle
             if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
                 _reshard(module, handle, True)
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Have FSDP2 sum gradients over the groups of rows: it averages, as if the loss were a mean
-    over its own rows."""
+    """Make FSDP2 sum gradients over the ranks of a batch. By default it averages them, as if each
+    rank's loss were a mean over its own rows."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -548,20 +552,20 @@ def in_fsdp1(model: torch.nn.Module) -> bool:
 
 
 def without_gradient_sync(model: torch.nn.Module) -> Any:
-    """DDP would average gradients over all ranks, and expect one for every parameter: ours are
-    summed afterwards."""
+    """Within it DDP leaves gradients alone. It would average them over all ranks, and expect one for
+    every parameter; ours are summed afterwards."""
     from torch.nn.parallel import DistributedDataParallel
 
-    return (
-        model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-    )
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def flat_owner(
     model: torch.nn.Module, module: torch.nn.Module, name: str
 ) -> tuple[Any, int] | None:
-    """The FSDP1 module that keeps this parameter of a module in a flattened one, and its number
-    there; tied names have the number of the first. None where FSDP1 has no part in it, or splits
+    """(the FSDP1 module that keeps this parameter of a module in its flattened one, its number
+    there). Tied names have the number of the first. None where FSDP1 does not wrap it, or splits
     nothing."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
@@ -583,19 +587,27 @@ def flat_shape(
 ) -> tuple[int, ...] | None:
     """The whole shape of a parameter that FSDP1 keeps flattened; None where it does not."""
     found = flat_owner(model, module, name)
-    return None if found is None else tuple(found[0]._handle.flat_param._shapes[found[1]])
+    if found is None:
+        return None
+    fsdp, number = found
+    return tuple(fsdp._handle.flat_param._shapes[number])
 
 
 def flat_local(model: torch.nn.Module, module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """This rank's piece of the flattened parameter in which FSDP1 keeps it."""
+    """This rank's piece of the flattened parameter in which FSDP1 keeps it, (numbers,) on the
+    rank's device; None where it does not."""
     found = flat_owner(model, module, name)
-    return None if found is None else found[0]._handle.flat_param._local_shard
+    if found is None:
+        return None
+    fsdp, _ = found
+    return fsdp._handle.flat_param._local_shard
 
 
 def unflattened(
     model: torch.nn.Module, module: torch.nn.Module, name: str, writeback: bool
 ) -> contextlib.AbstractContextManager:
-    """While it is entered, the parameter is whole on every rank. All ranks must."""
+    """Within it the parameter is whole on every rank. All ranks must enter it. writeback: what is
+    written into it stays. LookupError: FSDP1 does not keep it flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._runtime_utils import _lazy_init
 
@@ -603,11 +615,13 @@ def unflattened(
         # or the module within it takes itself for the root, before a first forward
         _lazy_init(root, root)
     found = flat_owner(model, module, name)
-    assert found is not None
+    if found is None:
+        raise LookupError(f"FSDP1 keeps no {name} of {type(module).__name__} flattened")
     return FullyShardedDataParallel.summon_full_params(found[0], recurse=False, writeback=writeback)
 
 
 def fsdp_groups(module: Any) -> list[Any]:
+    """The parameter groups of an FSDP2 module, which remember process groups."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
@@ -616,6 +630,7 @@ def fsdp_groups(module: Any) -> list[Any]:
 
 
 def refresh_mesh_info(info: Any) -> None:
+    """Replace the process groups in FSDP2's mesh info by those that its mesh finds now."""
     if info is None:
         return
     for kind in ("shard", "replicate"):
