@@ -37,7 +37,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 
 # The same within the engine: its files and rooms, lowest first. Its door, `engine`, is above them.
 ENGINE = [
-    "compat",
+    "compat usercode",
     "place",
     "ranks",
     "model",

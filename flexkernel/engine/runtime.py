@@ -98,7 +98,7 @@ class Runtime:
             raise LoadError(f"rank {self.rank} has no model")
         self.loaded = Part(pending.mine, pending.source, info, self.rank, self.device)
         self.pending = None
-        self.watch.know([module.name for module in info.modules], self.loaded.named)
+        self.watch.follow([module.name for module in info.modules], self.loaded.named)
         return self.loaded
 
     def unload(self) -> None:
@@ -107,7 +107,7 @@ class Runtime:
         forgets = self.loaded is not None or self.pending is not None
         if self.loaded is not None:
             self.loaded.hooks.clear()
-        self.watch.know([], {})
+        self.watch.follow([], {})
         self.trainables = Trainables()
         if self.loaded is not None:
             self.loaded.copies.close()  # lets go of the slabs before they are unmapped

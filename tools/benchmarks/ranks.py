@@ -48,12 +48,12 @@ def unwatched() -> Iterator[Any]:
     runtime = DOOR.runtime
     assert not runtime.part.hook_set.hooks, "a bare forward is one without hooks"
     names, modules = runtime.watch._names, runtime.part.hooks.modules
-    runtime.watch.know([], {})
+    runtime.watch.follow([], {})
     try:
         with torch.no_grad():
             yield runtime
     finally:
-        runtime.watch.know(names, modules)
+        runtime.watch.follow(names, modules)
 
 
 def forward(call: Callable[..., Any], rows: Rows) -> float:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["arguments", "first_leaf", "inputs", "leaf", "leaves", "replaced", "users_line"]
+__all__ = ["arguments", "first_leaf", "inputs", "leaf", "leaves", "replaced"]
 
 
 def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,12 +74,3 @@ def leaf(value: Any, path: str) -> torch.Tensor | None:
 def first_leaf(value: Any) -> tuple[str, torch.Tensor | None]:
     """(the path, the tensor) of the value's first tensor, of any shape; ("", None): it has none."""
     return next(leaves(value), ("", None))
-
-
-def users_line(error: BaseException) -> str:
-    """The last line of the user's own code that an error went through."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/flexkernel/" not in f.filename
-    ]
-    own = [f for f in frames if "site-packages" not in f.filename] or frames
-    return f" (line {own[-1].lineno}: {own[-1].line or own[-1].name})" if own else ""

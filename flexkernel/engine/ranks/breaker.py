@@ -1,8 +1,8 @@
-"""The breaker: frees ranks that wait in a collective for one that will not come.
+"""The breaker: frees ranks that wait in a collective for a rank that will not come.
 
-gloo has no abort. What always works is to shut down this process's established pair sockets: every
-peer raises within a tenth of a second. Only those sockets: touching gloo's listening socket kills
-the process, and zmq's or the store's would cost the engine its cluster.
+gloo has no abort. Shutting down this process's established pair sockets always works: every peer
+raises within a tenth of a second. Only those sockets: touching gloo's listening socket kills the
+process, and without zmq's or the store's the engine would lose its cluster.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from collections.abc import Iterable
 import psutil
 import torch.distributed as dist
 
+from flexkernel.engine.compat import abort_nccl
+
 __all__ = ["Breaker"]
 
 
 class Breaker:
-    """Knows the ports of the process groups; breaks them on request, or at an interrupt while the
-    engine is busy."""
+    """Breaks the process groups on request, or at an interrupt while the engine is busy.
+
+    busy: this rank is in a collective, or may be. broken: it has broken the present groups.
+    signals: how many interrupts came from outside."""
 
     def __init__(self) -> None:
         self.busy = False
         self.broken = False
-        self.signals = 0  # interrupts that came from outside
+        self.signals = 0
         self._ports: frozenset[int] = frozenset()
         self._before: frozenset[int] = frozenset()
         self._watching = False
 
     def before_groups(self) -> None:
         """Note the ports that listen before the groups exist: those are not ours to break."""
-        self._before, self._ports, self.broken = frozenset(listening()), frozenset(), False
+        self._before = frozenset(listening())
+        self._ports = frozenset()
+        self.broken = False
 
     def after_groups(self, not_ours: Iterable[int] = ()) -> None:
-        """Learn the groups' ports from all ranks. Every rank must call it, outside any other
+        """Learn the groups' ports from all ranks. All ranks must call, outside any other
         collective."""
         mine = sorted(set(listening()) - self._before - set(not_ours))
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
@@ -44,16 +50,14 @@ class Breaker:
         self._ports = frozenset(port for ports in everyone for port in ports)
 
     def break_groups(self) -> int:
-        """Shut the groups' connections down; returns how many. From any thread. What NCCL does is
-        aborted: its peers are freed when they are told, by the driver."""
+        """Shut the groups' connections down; returns how many. From any thread. NCCL is aborted on
+        this rank only: its peers are freed when the driver interrupts them."""
         self.broken = True
         count = 0
         for connection in psutil.Process().net_connections(kind="tcp"):
             if connection.status == psutil.CONN_ESTABLISHED and self._is_pair(connection):
                 count += shut(connection.fd)
         if dist.is_initialized():
-            from flexkernel.engine.compat import abort_nccl
-
             abort_nccl()
         return count
 
@@ -61,15 +65,15 @@ class Breaker:
         return connection.laddr.port in self._ports or connection.raddr.port in self._ports
 
     def watch_interrupts(self) -> None:
-        """Break the groups when SIGINT comes while busy. A handler in Python would not run while
-        the main thread waits in a collective; the byte that the C level writes into this pipe does
-        arrive. Main thread only."""
+        """Break the groups when SIGINT comes while busy. Call it in the main thread. A handler in
+        Python would not run while that thread waits in a collective; the byte that the C level
+        writes into a pipe does arrive."""
         if self._watching or threading.current_thread() is not threading.main_thread():
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        # somebody else reads signals here, an event loop for instance: leave it to them
+        # somebody else reads signals here, such as an event loop: leave it to them
         if previous != -1:
             signal.set_wakeup_fd(previous)
             os.close(read)
@@ -86,15 +90,14 @@ class Breaker:
 
 
 def listening() -> list[int]:
-    return [
-        c.laddr.port
-        for c in psutil.Process().net_connections(kind="tcp")
-        if c.status == psutil.CONN_LISTEN
-    ]
+    """The TCP ports that this process listens on."""
+    connections = psutil.Process().net_connections(kind="tcp")
+    return [c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN]
 
 
 def shut(fd: int) -> int:
-    """Shut a connection down without closing its descriptor, which belongs to gloo."""
+    """Shut a connection down without closing its descriptor, which belongs to gloo: 1; 0 where it
+    was down already."""
     try:
         with socket.socket(fileno=os.dup(fd)) as copy:
             copy.shutdown(socket.SHUT_RDWR)

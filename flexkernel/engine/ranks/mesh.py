@@ -1,7 +1,7 @@
 """This rank among the others: the rendezvous store, the process groups, and their generation.
 
-A generation is one life of the groups. Each has a store prefix of its own, so that nothing of a
-broken one is met.
+A generation is one life of the groups. Each has its own prefix in the store, so that it meets
+nothing of a broken one.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from flexkernel.wire import RankInfo
 
 __all__ = ["gpu_of", "join", "leave", "open_store", "set_device"]
 
-JOIN_S = 60.0  # what ranks have at least to meet
+JOIN_S = 60.0  # how long ranks have at least to join
 
 
 def open_store(
     folder: Path, generation: int, interface: str = "127.0.0.1"
 ) -> tuple[str, int, dist.Store | None]:
-    """A rendezvous store: (address, port, what has to live as long as it).
+    """Open a rendezvous store: (address, port, the object that must live as long as the store). Port
+    0 and None for one that is a file.
 
-    On loopback a file in this user's private folder: a TCPStore has no password, and whoever is on
-    this machine could put his own addresses into it. Elsewhere a TCPStore in this process, which
-    listens on that interface only: left to itself it listens on all of them."""
+    On loopback the store is a file in this user's private folder: a TCPStore has no password, and
+    anybody on this machine could put an address into it. Elsewhere it is a TCPStore in this
+    process, which listens on that interface only; by default it would listen on all of them."""
     if ipaddress.ip_address(interface).is_loopback:
-        for path in folder.glob("store-*"):  # of generations before
+        for path in folder.glob("store-*"):  # of earlier generations
             path.unlink(missing_ok=True)
         return str(folder / f"store-{generation}"), 0, None
-    listener = socket.socket(
-        socket.AF_INET6 if ":" in interface else socket.AF_INET, socket.SOCK_STREAM
-    )
+    family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((interface, 0))
     listener.listen(1024)
@@ -55,26 +55,26 @@ def open_store(
 
 
 def join(rank_info: RankInfo, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
-    """Initialise this generation's default group. All ranks must call. Returns this rank's client
-    of the store."""
+    """Initialise this generation's default group: this rank's client of the store. All ranks must
+    call. address, port: as open_store() gave them on the rank that opened it."""
     if port == 0:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    # Their defaults tear the process down, and the model with it, where a collective or its
-    # watcher hangs
+    # NCCL's defaults end the process, and the model with it, where a collective or its watcher
+    # hangs
     os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
-    store = (
-        dist.FileStore(address, rank_info.world)
-        if port == 0
-        else dist.TCPStore(address, port, None, is_master=False)
-    )
+    store: dist.Store
+    if port == 0:
+        store = dist.FileStore(address, rank_info.world)
+    else:
+        store = dist.TCPStore(address, port, None, is_master=False)
     store.set_timeout(timedelta(seconds=JOIN_S))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"generation-{rank_info.generation}", store),
         rank=rank_info.rank,
         world_size=rank_info.world,
-        # The watch, which knows more, comes first; and ranks may be slow to meet, whatever a run's
-        # timeout is
+        # longer than the watch's, which knows more and is to come first; and ranks may be slow to
+        # join, whatever a run's timeout is
         timeout=timedelta(seconds=max(timeout_s, JOIN_S) + 15),
     )
     return store
@@ -86,14 +86,12 @@ def leave() -> None:
 
 
 def set_device(rank_info: RankInfo, device: str) -> None:
-    """Have as many threads as an engine may have, and its own GPU, before anything is put on one.
-    Alone it is the user's own process, with threads and a GPU of the user's choice. LoadError:
+    """Give this rank its number of threads and its own GPU, before anything is put on one. A world
+    of one rank is the user's own process, whose threads and GPU are the user's choice. LoadError:
     there is no GPU for it."""
-    index = (
-        gpu_of(rank_info.local_rank, torch.cuda.device_count())
-        if device == "cuda"
-        else rank_info.local_rank
-    )
+    index = rank_info.local_rank
+    if device == "cuda":
+        index = gpu_of(rank_info.local_rank, torch.cuda.device_count())
     if rank_info.world == 1:
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -105,8 +103,12 @@ def set_device(rank_info: RankInfo, device: str) -> None:
 
 
 def gpu_of(local_rank: int, count: int) -> int:
-    """Which of the GPUs that it sees is an engine's: that of its number on its host, or the only
-    one where a launcher shows each engine its own. LoadError."""
+    """The index of an engine's GPU among the `count` that it sees: its number on its host, or 0
+    where a launcher shows each engine only its own. LoadError: there are too few.
+
+    >>> gpu_of(2, 4), gpu_of(2, 1)
+    (2, 0)
+    """
     if local_rank < count:
         return local_rank
     if count == 1:

@@ -1,9 +1,9 @@
 """The watch: which module this rank is in, and freedom for all ranks when nothing moves any more.
 
-Each layer that begins is noted in memory that the driver can read too; in which of its modules a
-rank is, its stack says when it is asked. When no layer has begun for the run's timeout, a thread
-of this engine breaks the groups, which frees whoever waits for another rank, and interrupts the
-main thread if it does not come back by that.
+Each layer that begins counts in the heartbeat, which the driver can read. The stack says in which
+module a rank is. When no layer has begun for the run's timeout, a thread of this engine breaks the
+groups, which frees the ranks that wait for another one. If the main thread does not come back
+then, it is interrupted.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import linecache
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from flexkernel.engine.usercode import users_line_in
 from flexkernel.memory.heartbeat import Heartbeat
 from flexkernel.names import display_name
+
+from .breaker import Breaker
 
 __all__ = ["Stall", "Watch"]
 
 AGAIN_S = 0.7  # how long the main thread has to come back before it is interrupted (again)
 TIMES = 3
-NOTE_S = 0.3  # by how much ranks may be apart in seeing that nothing moves
-LIBRARIES = ("/site-packages/", "/flexkernel/", "/lib/python")
-# In the last of them a rank waits for its GPU, which waits for the others'
+NOTE_S = 0.3  # how far ranks may be apart in seeing that nothing moves
+# In the last one a rank waits for its GPU, which waits for the other ranks' GPUs
 COLLECTIVES = (
     "/torch/distributed/",
     "/transformers/distributed/",
@@ -41,106 +42,121 @@ COLLECTIVES = (
 
 
 class Stall:
-    """What this rank was at when nothing moved. waiting: for other ranks; line: of the user's own
-    code, if any."""
+    """Where this rank was when nothing moved. waiting: for other ranks. line: of the user's own
+    code, "" if it was in none."""
 
     def __init__(self, module: str, frame: FrameType | None, timeout_s: float):
-        self.module, self.timeout_s = module, timeout_s
-        self.waiting, self.line = waits(frame), users_line(frame)
+        self.module = module
+        self.timeout_s = timeout_s
+        self.waiting = waits(frame)
+        self.line = users_line_in(frame)
 
     def __str__(self) -> str:
         where = self.module or "no module yet"
         if self.waiting:
             return f"waited in {where}"
-        return f"no progress for {self.timeout_s:g} s: it is in {where}" + (
-            f", at {self.line}" if self.line else ""
-        )
+        at = f", at {self.line}" if self.line else ""
+        return f"no progress for {self.timeout_s:g} s: it is in {where}{at}"
+
+
+class Clock(Protocol):
+    """The module `time`, or what stands in for it in a test."""
+
+    def monotonic(self) -> float:
+        """Seconds."""
+
+    def sleep(self, seconds: float, /) -> None: ...
 
 
 class Watch:
-    """Of one engine. heartbeat: where the driver reads what this rank is at; none before it has a
-    seat."""
+    """The watch of one engine. heartbeat: where the driver reads which layer this rank is at; None
+    until this process is a rank. stall: where this rank was when nothing moved in the last run."""
 
-    def __init__(self, breaker: Any, clock: Any = time) -> None:
+    def __init__(self, breaker: Breaker, clock: Clock = time) -> None:
         self.breaker = breaker
-        self.clock = clock  # the module time, or what tells the time and sleeps as it does
+        self.clock = clock
         self.heartbeat: Heartbeat | None = None
         self.stall: Stall | None = None
         self._names: list[str] = []
-        self._layers: dict[int, str] = {}  # the modules that are noted
+        self._layers: dict[int, str] = {}  # those that beat, by number
         self._of: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
         self._turns = itertools.count(1)
-        # the number of the run that is watched; 0: none is, and there is nobody to free
+        # the number of the run that is watched; 0 if none is: there is nobody to free
         self._turn = 0
         self._timeout_s = 0.0
         self._begun = threading.Event()
-        self._done = threading.Event()  # the thread frees nobody
+        self._done = threading.Event()  # cleared while the thread frees ranks
         self._done.set()
         self._thread: threading.Thread | None = None
         self._main = 0
 
-    def know(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
-        """The model's modules in the order by which the heartbeat counts them; those that this rank
-        has. Its layers are noted from here on: to note every module would cost some percent of a
-        small model's forward."""
-        self._names, self._of = (
-            names,
-            {modules[name]: name for name in reversed(names) if name in modules},
-        )
+    def follow(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
+        """Have the layers of this model beat from here on. All its modules would cost some percent
+        of a small model's forward.
+
+        names: of all the model's modules, in the order by which the heartbeat counts them. modules:
+        those of this rank."""
+        self._names = names
+        self._of = {modules[name]: name for name in reversed(names) if name in modules}
         at = {name: i for i, name in enumerate(names)}
         for handle in self._handles:
             handle.remove()
-        noted = layers(names, modules)
+        beating = layers(names, modules)
         self._handles = [
-            modules[name].register_forward_pre_hook(functools.partial(self._note, at[name]))
-            for name in noted
+            modules[name].register_forward_pre_hook(functools.partial(self._beat, at[name]))
+            for name in beating
         ]
-        self._layers = {at[name]: display_name(name) for name in noted}
+        self._layers = {at[name]: display_name(name) for name in beating}
         if self.heartbeat is not None:
             self.heartbeat.name_modules(self._layers)
 
     def beat_into(self, heartbeat: Heartbeat) -> None:
-        """Note modules in this heartbeat from here on."""
+        """Have the layers beat in this heartbeat from here on."""
         heartbeat.name_modules(self._layers)
         self.heartbeat = heartbeat
 
-    def _note(self, at: int, _module: torch.nn.Module, args: Any) -> None:
-        if self.heartbeat is not None:
-            self.heartbeat.beat(at)
-            entered = args[0] if args else None
-            if (
-                torch.is_grad_enabled()
-                and isinstance(entered, torch.Tensor)
-                and entered.requires_grad
-            ):
-                entered.register_hook(functools.partial(self._back, at))  # a backward moves too
+    def _beat(self, at: int, _module: torch.nn.Module, args: Any) -> None:
+        """A torch pre-hook: the module of that number begins."""
+        if self.heartbeat is None:
+            return
+        self.heartbeat.beat(at)
+        if args and torch.is_grad_enabled():
+            entered = args[0]
+            if isinstance(entered, torch.Tensor) and entered.requires_grad:
+                entered.register_hook(functools.partial(self._beat_back, at))
 
-    def _back(self, at: int, _gradient: torch.Tensor) -> None:
+    def _beat_back(self, at: int, _gradient: torch.Tensor) -> None:
+        """A hook on a tensor of any shape: the backward has come to the module of that number."""
         if self.heartbeat is not None:
             self.heartbeat.beat(at)
 
     @property
     def module(self) -> str:
-        """The one that the thread which runs the model is in; the layer that began last where its
-        stack shows none."""
+        """The module that the thread which runs the model is in. Where its stack shows none, the
+        layer that began last; "" before any."""
         frame = sys._current_frames().get(self._main)
         while frame is not None:
-            owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
-            if isinstance(owner, torch.nn.Module) and owner in self._of:
-                return display_name(self._of[owner])
+            if frame.f_code.co_argcount:
+                owner = frame.f_locals.get("self")
+                if isinstance(owner, torch.nn.Module) and owner in self._of:
+                    return display_name(self._of[owner])
             frame = frame.f_back
-        at = self.heartbeat.module if self.heartbeat is not None else -1
-        return display_name(self._names[at]) if 0 <= at < len(self._names) else ""
+        at = -1 if self.heartbeat is None else self.heartbeat.module
+        if not 0 <= at < len(self._names):
+            return ""
+        return display_name(self._names[at])
 
     @contextlib.contextmanager
     def over(self, timeout_s: float) -> Iterator[None]:
-        """Watch what runs within; it may be as long as it likes if modules begin. timeout_s: with
-        none beginning."""
+        """Watch what runs within. timeout_s: how long it may take with no module beginning; while
+        modules begin it may take as long as it likes."""
         if self.heartbeat is None:
             yield
             return
-        self.stall, self._timeout_s, self._main = None, timeout_s, threading.get_ident()
+        self.stall = None
+        self._timeout_s = timeout_s
+        self._main = threading.get_ident()
         self.heartbeat.running = True
         self._ensure_thread()
         self._turn = next(self._turns)
@@ -164,12 +180,15 @@ class Watch:
     def _watch(self) -> None:
         while True:
             self._begun.wait()
-            turn, last, since = self._turn, -1, self.clock.monotonic()
+            turn = self._turn
+            last = -1
+            since = self.clock.monotonic()
             while turn and self._turn == turn:
                 self.clock.sleep(min(self._timeout_s / 10, 0.5))
-                count = self.heartbeat.count if self.heartbeat is not None else 0
+                count = 0 if self.heartbeat is None else self.heartbeat.count
                 if count != last:
-                    last, since = count, self.clock.monotonic()
+                    last = count
+                    since = self.clock.monotonic()
                 elif self.clock.monotonic() - since > self._timeout_s:
                     self._free(turn)
                     break
@@ -178,11 +197,11 @@ class Watch:
         """Break the groups; interrupt the main thread if it does not come back by itself."""
         self._done.clear()
         try:
-            # it came back before it could know that it has to wait for this
+            # the run ended before it could know that it has to wait for this
             if self._turn != turn:
                 return
             self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
-            # the others note where they wait: once they are free nobody can tell any more
+            # the other ranks' watches note where they wait: once they are free nobody can tell
             self.clock.sleep(NOTE_S)
             if self._turn != turn:
                 return
@@ -202,25 +221,21 @@ class Watch:
 
 
 def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:
-    """Whose beginnings are progress: the root, and the members of lists; its own children where it
-    has no list."""
-    mine = [name for name in names if name in modules]
-    lists = {
-        name
-        for name in mine
-        if isinstance(modules[name], torch.nn.ModuleList | torch.nn.Sequential)
-    }
-    members = [name for name in mine if name.rpartition(".")[0] in lists]
-    return (
-        ["", *(members or [name for name in mine if name and "." not in name])]
-        if "" in mine
-        else members
-    )
+    """The modules that count as progress when they begin: the root, and the members of lists; the
+    root's own children where there is no list."""
+    here = [name for name in names if name in modules]
+    kinds = torch.nn.ModuleList | torch.nn.Sequential
+    lists = {name for name in here if isinstance(modules[name], kinds)}
+    members = [name for name in here if name.rpartition(".")[0] in lists]
+    if "" not in here:
+        return members
+    children = [name for name in here if name and "." not in name]
+    return ["", *(members or children)]
 
 
 def waits(frame: FrameType | None) -> bool:
-    """Whether a thread seems to be in a collective. One that comes free when the groups are broken
-    was, in any case."""
+    """Whether a thread seems to be in a collective. Not the last word: one that breaking the groups
+    frees was in one, in any case."""
     while frame is not None:
         file = frame.f_code.co_filename
         if any(place in file for place in COLLECTIVES):
@@ -229,20 +244,3 @@ def waits(frame: FrameType | None) -> bool:
             return False
         frame = frame.f_back
     return False
-
-
-def users_line(frame: FrameType | None) -> str:
-    """Where a thread is in code that is neither ours nor a library's."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if (
-            not file.startswith(("<string>", "<frozen"))
-            and "site-packages" not in file
-            and "/flexkernel/" not in file
-            and "/lib/python" not in file
-        ):
-            return (
-                f"{file}:{frame.f_lineno} {linecache.getline(file, frame.f_lineno).strip()}".strip()
-            )
-        frame = frame.f_back
-    return ""

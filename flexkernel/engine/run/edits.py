@@ -17,10 +17,11 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from flexkernel.boxes import WHOLE, Box
-from flexkernel.engine.model.pytree import first_leaf, leaf, replaced, users_line
+from flexkernel.engine.model.pytree import first_leaf, leaf, replaced
 from flexkernel.engine.place.placements import Placed
 from flexkernel.engine.place.staging import digest, joined_digest
 from flexkernel.engine.ranks.gather import Exchange, ExchangePlan
+from flexkernel.engine.usercode import users_line
 from flexkernel.errors import EditError, HookError, PlacementError
 from flexkernel.memory.selection import check_positions
 from flexkernel.memory.tensors import from_blob

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flexkernel.boxes import WHOLE, Box
-from flexkernel.engine.model.pytree import users_line
+from flexkernel.engine.usercode import users_line
 from flexkernel.errors import HookError, LossError
 from flexkernel.memory.plan import Entry
 from flexkernel.wire import CaptureKey, RunPlan

@@ -13,6 +13,7 @@ import torch
 
 import flexkernel as fk
 from flexkernel.engine.ranks import watch
+from flexkernel.engine.usercode import users_line_in
 from flexkernel.memory.heartbeat import Heartbeat
 from tests.support import models, on_engines
 from tests.support.clock import Clock
@@ -119,8 +120,8 @@ def test_a_thread_that_waits_for_others_is_told_from_one_that_works():
         return sys._getframe()
 
     frame = here()
-    assert not watch.waits(frame) and "test_watch.py" in watch.users_line(frame)
-    assert not watch.waits(None) and watch.users_line(None) == ""
+    assert not watch.waits(frame) and "test_watch.py" in users_line_in(frame)
+    assert not watch.waits(None) and users_line_in(None) == ""
 
 
 def test_a_heartbeat_is_read_by_whoever_looks(tmp_path):
