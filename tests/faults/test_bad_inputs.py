@@ -43,11 +43,12 @@ two = pytest.mark.engines(2)
 
 
 def numbers_in(source: str) -> set[int]:
-    """The numbers that a file's tests bear: `test_31_...`, and "31" or "31-more" where ids are."""
+    """The numbers that a file's tests bear: by `@pytest.mark.numbers(31)`, and "31" or "31-more"
+    where ids are."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and (name := re.match(r"test_((\d\d_)+)", node.name)):
-            found |= set(map(int, name[1].strip("_").split("_")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.numbers":
+            found |= {ast.literal_eval(number) for number in node.args}
         if (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -67,7 +68,7 @@ def test_every_number_has_a_test():
         set(bad.CATALOGUE) - here - set(bad.ELSEWHERE)
     )
     assert 1 not in numbers_in("x = 'not 01'") and numbers_in(
-        "def test_04_05_x(): ...\nx = '07-y'"
+        "@pytest.mark.numbers(4, 5)\ndef test_x(): ...\nx = '07-y'"
     ) == {4, 5, 7}
 
 
@@ -188,8 +189,9 @@ def test_a_call_that_cannot_be_is_one_sentence_and_changes_nothing(case, session
 # --- names ----------------------------------------------------------------------------
 
 
+@pytest.mark.numbers(2, 6, 8, 10)
 @two
-def test_02_06_08_10_names_that_are_unusual_and_right(session, tiny):
+def test_names_that_are_unusual_and_right(session, tiny):
     """The root, a container that never fires, a hook given again."""
     bad.fit(session, tiny("llama"), **bad.TP)
     session.hook("")
@@ -206,8 +208,9 @@ def test_02_06_08_10_names_that_are_unusual_and_right(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(5, 10)
 @two
-def test_05_10_modules_of_another_stage(session, tiny):
+def test_modules_of_another_stage(session, tiny):
     """On each rank one stage's layers are transformers' placeholders: hooks are on the real ones
     only."""
     folder = tiny("llama")
@@ -255,8 +258,9 @@ def test_a_glob_that_names_very_many(count):
 IDS = torch.tensor([[5, 6, 7, 8], [9, 1, 2, 3], [4, 4, 4, 4]])
 
 
+@pytest.mark.numbers(6, 7, 10, 13, 14, 15, 16, 17, 19, 20)
 @two
-def test_06_07_10_13_14_15_16_17_19_20_values_that_are_hard_to_read(session):
+def test_values_that_are_hard_to_read(session):
     """Under dp, three rows on two groups: each is read bit for bit, whatever it is."""
     session.load(bad.values, dp=2, reference=bad.values)
     session.hook("**")
@@ -292,8 +296,9 @@ def test_06_07_10_13_14_15_16_17_19_20_values_that_are_hard_to_read(session):
     assert torch.equal(session.run(IDS).logits.tensor(), want["", 0, ""])
 
 
+@pytest.mark.numbers(18)
 @two
-def test_18_values_that_have_no_plain_memory(session):
+def test_values_that_have_no_plain_memory(session):
     session.load(bad.odd, dp=2, placements={"same": "batch:0 replicate"})
     session.hook("**")
     run = session.run(IDS)
@@ -308,8 +313,9 @@ def test_18_values_that_have_no_plain_memory(session):
     )
 
 
+@pytest.mark.numbers(21)
 @two
-def test_21_a_value_that_is_still_on_its_way(session):
+def test_a_value_that_is_still_on_its_way(session):
     session.load(bad.on_its_way, tp=2, reference=bad.there_already)
     session.hook("gathered")
     run = session.run(IDS)
@@ -318,8 +324,9 @@ def test_21_a_value_that_is_still_on_its_way(session):
     torch.testing.assert_close(run.logits.tensor(), want["", 0, ""])
 
 
+@pytest.mark.numbers(23)
 @two
-def test_23_shards_of_uneven_size(session, tiny):
+def test_shards_of_uneven_size(session, tiny):
     folder = tiny("llama", vocab=257)
     session.load(folder, tp=2)
     session.hook("lm_head")
@@ -332,8 +339,9 @@ def test_23_shards_of_uneven_size(session, tiny):
         torch.testing.assert_close(got, truth, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.numbers(24)
 @two
-def test_24_what_does_not_fit_is_refused_before_the_forward(session, tiny):
+def test_what_does_not_fit_is_refused_before_the_forward(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.hook("**.@pattern")  # 4 × (64, 8, 2048, 2048) float32: 34 GB
     with pytest.raises(
@@ -344,8 +352,9 @@ def test_24_what_does_not_fit_is_refused_before_the_forward(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(24)
 @pytest.mark.long
-def test_24_a_tensor_of_more_than_two_gigabytes_is_whole():
+def test_a_tensor_of_more_than_two_gigabytes_is_whole():
     """Its bytes are counted with 64 bits everywhere; the ends and a slice say so."""
     with fk.local() as session:
         session.load(bad.Wide, reference=bad.Wide)
@@ -360,8 +369,9 @@ def test_24_a_tensor_of_more_than_two_gigabytes_is_whole():
         assert capture.tensor()[0, -1, -1] == row[-1] + 63
 
 
+@pytest.mark.numbers(25)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_25_a_view_of_numbers_that_are_none(dtype):
+def test_a_view_of_numbers_that_are_none(dtype):
     tiny_number = torch.finfo(dtype).tiny / 2
     x = torch.tensor(
         [[float("nan"), float("inf")], [float("-inf"), -0.0], [tiny_number, 1.0]], dtype=dtype
@@ -428,8 +438,9 @@ def test_an_edit_that_does_what_it_should_not_disturbs_nothing(case, session, ti
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(39)
 @two
-def test_39_an_edit_that_draws_leaves_what_the_ranks_draw_alike(session, tiny):
+def test_an_edit_that_draws_leaves_what_the_ranks_draw_alike(session, tiny):
     """Sampled text under tp: the edit runs on one rank, the tokens are drawn on both."""
     bad.fit(session, tiny("llama"), **bad.TP)
     want = session.generate(bad.ROWS, 8, do_sample=True, seed=3).new_ids
@@ -443,8 +454,9 @@ def test_39_an_edit_that_draws_leaves_what_the_ranks_draw_alike(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(30)
 @two
-def test_30_an_edit_that_ends_its_process(session, tiny):
+def test_an_edit_that_ends_its_process(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.edit("bad")(bad.ends_the_process)
     session.hook(MLP, edit="bad")
@@ -476,7 +488,8 @@ def test_an_edit_in_another_syntax(case, body, says):
         written("mine", body, {})
 
 
-def test_40_engines_of_another_python_are_refused(monkeypatch):
+@pytest.mark.numbers(40)
+def test_engines_of_another_python_are_refused(monkeypatch):
     from flexkernel.cluster.cluster import Cluster
     from flexkernel.cluster.ipp import IPyParallel
 
@@ -492,8 +505,9 @@ def test_40_engines_of_another_python_are_refused(monkeypatch):
 # --- prompts --------------------------------------------------------------------------
 
 
+@pytest.mark.numbers(45, 46)
 @two
-def test_45_46_rows_of_several_lengths_and_an_odd_number_of_them(session, tiny):
+def test_rows_of_several_lengths_and_an_odd_number_of_them(session, tiny):
     """No pad token, three rows on two groups: the unsharded model's numbers, row by row as
     alone."""
     folder = tiny("llama")
@@ -526,7 +540,8 @@ def test_text_of_every_kind_comes_back(case, tokenizer):
     assert len(batch.tokens[0]) == len(batch.ids[0])
 
 
-def test_47_half_a_surrogate_pair_is_refused(tokenizer):
+@pytest.mark.numbers(47)
+def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(PromptError, match="half a character"):
         prompts.batch("a \ud83d b", tokenizer)
 

@@ -163,8 +163,9 @@ def test_what_is_whole_is_taken(sharded, tmp_path, tiny):
     check_files(tmp_path)
 
 
+@pytest.mark.numbers(54, 55, 56)
 @two
-def test_54_55_56_dtypes_and_degrees_that_cannot_be(session, tiny, tmp_path):
+def test_dtypes_and_degrees_that_cannot_be(session, tiny, tmp_path):
     folder = tiny("llama")
     bad.fit(session, folder, **bad.TP)
     config = json.loads((folder / "config.json").read_text())
@@ -193,8 +194,9 @@ def test_54_55_56_dtypes_and_degrees_that_cannot_be(session, tiny, tmp_path):
     bad.healthy(session, folder, **bad.TP)
 
 
+@pytest.mark.numbers(57)
 @two
-def test_57_one_model_over_another(session, tiny):
+def test_one_model_over_another(session, tiny):
     """Other weights, another layout, another architecture; what is there is the last one,
     whole."""
     for arch, layout in (("qwen3", {"pp": 2}), ("llama_untied", {"tp": 2}), ("gpt2", {"fsdp": 2})):
@@ -205,8 +207,9 @@ def test_57_one_model_over_another(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(59)
 @two
-def test_59_another_models_tokenizer(session, tiny, smollm2, tmp_path):
+def test_another_models_tokenizer(session, tiny, smollm2, tmp_path):
     """Its ids are beyond the model's vocabulary: said for the first that is, before any engine
     sees it."""
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
@@ -221,9 +224,10 @@ def test_59_another_models_tokenizer(session, tiny, smollm2, tmp_path):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(60)
 @two
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"fsdp": 2}], ids=str)
-def test_60_the_disk_goes_while_it_is_read(session, tiny, broken, layout):
+def test_the_disk_goes_while_it_is_read(session, tiny, broken, layout):
     """After everything was looked at: every engine says so, none waits, and they can load
     again."""
 
@@ -237,8 +241,9 @@ def test_60_the_disk_goes_while_it_is_read(session, tiny, broken, layout):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(60)
 @two
-def test_60_the_disk_goes_for_one_rank_only(session, tiny):
+def test_the_disk_goes_for_one_rank_only(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     session.on_ranks(bad.fails_to_load, 1)
     with pytest.raises(LoadError, match="Input/output error"):

@@ -66,8 +66,9 @@ def test_a_broken_cluster_file_is_one_sentence(case, security):
         fk.attach(profile="default")
 
 
+@pytest.mark.numbers(61)
 @pytest.mark.parametrize("which", ["cluster-.json", "ipcontroller-client.json"])
-def test_61_a_cluster_file_that_others_can_read_is_refused(which, security):
+def test_a_cluster_file_that_others_can_read_is_refused(which, security):
     path = security / which
     path.write_text("{}")
     path.chmod(0o644)
@@ -87,8 +88,9 @@ def test_61_a_cluster_file_that_others_can_read_is_refused(which, security):
     check_private(path, key=True)
 
 
+@pytest.mark.numbers(61)
 @pytest.mark.skipif(os.getuid() != 0, reason="giving a file away takes root")
-def test_61_a_cluster_file_of_somebody_else_is_refused(security):
+def test_a_cluster_file_of_somebody_else_is_refused(security):
     path = security / "cluster-.json"
     path.write_text(json.dumps({"cluster": {"class": "never.imported"}}))
     path.chmod(0o600)
@@ -103,8 +105,9 @@ def test_61_a_cluster_file_of_somebody_else_is_refused(security):
         fk.attach(profile="default")
 
 
+@pytest.mark.numbers(72)
 @two
-def test_72_another_key_gets_no_answer(session, tiny, security, monkeypatch):
+def test_another_key_gets_no_answer(session, tiny, security, monkeypatch):
     """The files of the real cluster, with another key in them: whoever has only the ports is not
     let in."""
     bad.fit(session, tiny("llama"), **bad.TP)
@@ -140,8 +143,9 @@ except fk.errors.ClusterError as error:
 """
 
 
+@pytest.mark.numbers(63, 65)
 @two
-def test_63_65_another_notebook_that_attaches_during_a_load_is_refused(session, tiny):
+def test_another_notebook_that_attaches_during_a_load_is_refused(session, tiny):
     """It has to wait for the engines, and then it is told who has them."""
     intruder = subprocess.Popen(
         [sys.executable, "-c", INTRUDER, session.engines.cluster_id],
@@ -216,7 +220,8 @@ def test_a_notebook_that_goes_during_a_forward_leaves_a_model_that_runs(times, t
 # --- clocks and limits ----------------------------------------------------------------
 
 
-def test_66_a_clock_that_jumps_changes_nothing(monkeypatch):
+@pytest.mark.numbers(66)
+def test_a_clock_that_jumps_changes_nothing(monkeypatch):
     """Which process it was is not asked of the clock: nobody is thought dead, and nobody's process
     is ended."""
     mine = start_time(os.getpid())
@@ -235,8 +240,9 @@ def test_66_a_clock_that_jumps_changes_nothing(monkeypatch):
         start_time(sleeper.pid)
 
 
+@pytest.mark.numbers(66)
 @two
-def test_66_a_run_while_the_clock_jumps(session, tiny, monkeypatch):
+def test_a_run_while_the_clock_jumps(session, tiny, monkeypatch):
     real, calls = time.time, iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: real() + 3600 * (-1) ** next(calls))
     bad.healthy(session, tiny("llama"), **bad.TP)
@@ -276,17 +282,19 @@ def can_unshare() -> bool:
     )
 
 
+@pytest.mark.numbers(67, 68)
 @pytest.mark.long
 @pytest.mark.skipif(not can_unshare(), reason="a host name of its own takes a namespace of its own")
-def test_67_68_a_host_without_an_address_and_a_home_that_cannot_be_written(tiny):
+def test_a_host_without_an_address_and_a_home_that_cannot_be_written(tiny):
     """A name that leads nowhere, and a home in /proc, which not even root can write to."""
     shell = 'hostname nowhere-at-all.invalid; exec "$@"'
     said = alone(tiny("llama"), ["unshare", "--uts", "sh", "-c", shell, "sh"], HOME="/proc/none")
     assert said == "right"
 
 
+@pytest.mark.numbers(69)
 @pytest.mark.long
-def test_69_few_open_files_are_enough_or_are_said_to_be_too_few(tiny):
+def test_few_open_files_are_enough_or_are_said_to_be_too_few(tiny):
     said = alone(tiny("llama"), ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
     assert said == "right" or re.match(
         r"(ClusterError|LoadError) .*too many open files", said, re.IGNORECASE | re.DOTALL
@@ -329,8 +337,9 @@ def test_an_interrupt_at_any_moment_leaves_a_session_that_is_right(times, sessio
 # --- the wire -------------------------------------------------------------------------
 
 
+@pytest.mark.numbers(73)
 @two
-def test_73_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_path):
+def test_a_message_that_is_sent_again_is_not_obeyed_again(session, tiny, tmp_path):
     """As it was signed, from another connection: the engine has seen its signature."""
     from ipyparallel import serialize
 
@@ -375,9 +384,10 @@ def listening(session) -> list[tuple[int, str, int]]:
     return found
 
 
+@pytest.mark.numbers(74)
 @pytest.mark.long
 @two
-def test_74_random_bytes_to_every_port(session, tiny):
+def test_random_bytes_to_every_port(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     pids, rng = list(session.engines.pids), random.Random(5)
     for _, address, port in listening(session):
@@ -390,8 +400,9 @@ def test_74_random_bytes_to_every_port(session, tiny):
     bad.healthy(session, tiny("llama"), **bad.TP)
 
 
+@pytest.mark.numbers(75)
 @two
-def test_75_two_hundred_idle_connections_to_every_port(session, tiny):
+def test_two_hundred_idle_connections_to_every_port(session, tiny):
     bad.fit(session, tiny("llama"), **bad.TP)
     for _, address, port in listening(session):
         idle = []

@@ -33,8 +33,9 @@ def check(session, folder, *names: str) -> None:
         close(run[name].tensor(), unsharded.activations(folder, IDS).outputs[name, 0, ""])
 
 
+@pytest.mark.numbers(1)
 @pytest.mark.engines(2)
-def test_1_a_read_only_hook_leaves_gradients_alone(session, tiny):
+def test_a_read_only_hook_leaves_gradients_alone(session, tiny):
     session.load(tiny("llama"), tp=2)
     session.hook("model.layers.*", at="grad_output", name="gradients")
     alone = {c.name: c.tensor().clone() for c in session.run(IDS, loss=weighed)}
@@ -49,8 +50,9 @@ def test_1_a_read_only_hook_leaves_gradients_alone(session, tiny):
     )
 
 
+@pytest.mark.numbers(2)
 @pytest.mark.engines(2)
-def test_2_a_partial_sum_is_not_handed_over_as_the_activation(session, tiny):
+def test_a_partial_sum_is_not_handed_over_as_the_activation(session, tiny):
     session.load(tiny("llama"), tp=2)
     check(session, tiny("llama"), DOWN, MLP)
     session.load(functools.partial(on_engines.partial_sums, str(tiny("llama"))), tp=2)
@@ -59,8 +61,9 @@ def test_2_a_partial_sum_is_not_handed_over_as_the_activation(session, tiny):
         session.run(IDS)[f"{MLP}.inner"].tensor()
 
 
+@pytest.mark.numbers(3)
 @pytest.mark.engines(2)
-def test_3_a_local_shard_is_not_handed_over_and_a_wrong_hint_not_accepted(session, tiny):
+def test_a_local_shard_is_not_handed_over_and_a_wrong_hint_not_accepted(session, tiny):
     session.load(tiny("llama"), tp=2)
     check(session, tiny("llama"), GATE, f"{MLP}.act_fn")
     session.load(tiny("llama"), tp=2, placements={GATE: "shard:1"})
@@ -73,8 +76,9 @@ def probe(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return ((x @ weight) ** 2).sum() / 100
 
 
+@pytest.mark.numbers(4)
 @pytest.mark.engines(2)
-def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny):
+def test_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny):
     module = torch.nn.Linear(176, 3, bias=False)
     weight = module.weight.detach().clone().T.requires_grad_()
     probe(unsharded.activations(tiny("llama"), IDS).outputs[GATE, 0, ""], weight).backward()
@@ -92,8 +96,9 @@ def test_4_a_probes_gradients_are_whole_and_an_optimizer_trains_it(session, tiny
     close(session.modules["probe"].weight.detach(), before - 0.1 * weight.grad.T)
 
 
+@pytest.mark.numbers(5)
 @pytest.mark.engines(2)
-def test_5_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tiny):
+def test_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tiny):
     session.load(tiny("llama"), tp=2)
     attention = "model.layers.1.self_attn"
     session.hook(attention, at="input")
@@ -103,8 +108,9 @@ def test_5_what_is_passed_by_keyword_or_put_out_by_name_is_captured(session, tin
     close(run["", "output", "logits"].tensor(), want.outputs["", 0, "logits"])
 
 
+@pytest.mark.numbers(6)
 @pytest.mark.engines(2)
-def test_6_a_gradient_that_did_not_come_once_comes_the_next_time(session, tiny):
+def test_a_gradient_that_did_not_come_once_comes_the_next_time(session, tiny):
     session.load(tiny("llama"), tp=2)
     session.hook("model.layers.0")
     session.hook("model.layers.3", at="grad_output")
@@ -116,8 +122,9 @@ def test_6_a_gradient_that_did_not_come_once_comes_the_next_time(session, tiny):
     )
 
 
+@pytest.mark.numbers(7)
 @pytest.mark.engines(2)
-def test_7_forward_and_backward_captures_are_apart_and_do_not_grow(session, tiny):
+def test_forward_and_backward_captures_are_apart_and_do_not_grow(session, tiny):
     session.load(tiny("llama"), tp=2)
     session.hook(MLP)
     session.hook(MLP, at="grad_output")
@@ -134,8 +141,9 @@ def test_7_forward_and_backward_captures_are_apart_and_do_not_grow(session, tiny
         )
 
 
+@pytest.mark.numbers(8)
 @pytest.mark.engines(2)
-def test_8_what_a_run_says_is_there_is_there_when_it_is_read_at_once(session, tiny):
+def test_what_a_run_says_is_there_is_there_when_it_is_read_at_once(session, tiny):
     """Ten runs into the same reused memory, each read the moment it is back."""
     session.load(tiny("llama"), fsdp=2)
     session.hook("model.layers.*.mlp")
@@ -149,9 +157,10 @@ def test_8_what_a_run_says_is_there_is_there_when_it_is_read_at_once(session, ti
             close(value, want[f"model.layers.{layer}.mlp", 0, ""])
 
 
+@pytest.mark.numbers(9)
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"fsdp": 2}], ids=str)
 @pytest.mark.engines(2)
-def test_9_gradients_are_not_scaled_as_if_the_loss_were_averaged_over_dp(session, tiny, layout):
+def test_gradients_are_not_scaled_as_if_the_loss_were_averaged_over_dp(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     session.hook(MLP, at="grad_output")
     session.hook(f"{GATE}.weight", at="param_grad")
@@ -160,23 +169,26 @@ def test_9_gradients_are_not_scaled_as_if_the_loss_were_averaged_over_dp(session
     close(run[f"{GATE}.weight", "param_grad"].tensor(), want.parameters[f"{GATE}.weight"])
 
 
+@pytest.mark.numbers(10)
 @pytest.mark.engines(2)
-def test_10_every_stage_of_a_pipeline_comes_to_the_end_of_a_run(session, tiny):
+def test_every_stage_of_a_pipeline_comes_to_the_end_of_a_run(session, tiny):
     session.load(tiny("llama"), pp=2)
     for _ in range(2):
         check(session, tiny("llama"), "model.layers.0", "model.layers.3", "model.norm")
 
 
+@pytest.mark.numbers(11)
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}], ids=str)
 @pytest.mark.engines(4)
-def test_11_two_axes_at_once_know_their_ranks(session, tiny, layout):
+def test_two_axes_at_once_know_their_ranks(session, tiny, layout):
     session.load(tiny("llama"), **layout)
     check(session, tiny("llama"), GATE, "model.layers.3")
 
 
+@pytest.mark.numbers(12)
 @pytest.mark.engines(2)
-def test_12_groups_hook_something_and_go_off_and_on_and_away(session, tiny):
+def test_groups_hook_something_and_go_off_and_on_and_away(session, tiny):
     session.load(tiny("llama"), tp=2)
     session.hook("model.layers.*.mlp", groups="mlps")
     session.hook("model.norm")
@@ -194,9 +206,10 @@ def test_12_groups_hook_something_and_go_off_and_on_and_away(session, tiny):
     assert fired() == 0
 
 
+@pytest.mark.numbers(13)
 @pytest.mark.parametrize("build", [foreign.in_fsdp1, foreign.in_fsdp2])
 @pytest.mark.engines(2)
-def test_13_parameters_are_read_and_hooked_under_fsdp(session, tiny, build):
+def test_parameters_are_read_and_hooked_under_fsdp(session, tiny, build):
     folder = str(tiny("llama"))
     session.load(
         functools.partial(build, folder),
@@ -208,9 +221,10 @@ def test_13_parameters_are_read_and_hooked_under_fsdp(session, tiny, build):
     check(session, tiny("llama"), GATE, MLP)
 
 
+@pytest.mark.numbers(14)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.engines(2)
-def test_14_a_batch_that_does_not_divide_is_run(session, tiny, rows):
+def test_a_batch_that_does_not_divide_is_run(session, tiny, rows):
     session.load(tiny("llama"), dp=2)
     session.hook(MLP)
     close(
@@ -219,14 +233,16 @@ def test_14_a_batch_that_does_not_divide_is_run(session, tiny, rows):
     )
 
 
-def test_15_it_runs_in_one_process_on_a_cpu(session, tiny):
+@pytest.mark.numbers(15)
+def test_it_runs_in_one_process_on_a_cpu(session, tiny):
     session.load(tiny("llama"))
     assert session.engines.size == 1
     check(session, tiny("llama"), GATE, MLP)
 
 
+@pytest.mark.numbers(16)
 @pytest.mark.engines(2)
-def test_16_a_cell_can_be_run_again_and_its_hook_taken_away(session, tiny):
+def test_a_cell_can_be_run_again_and_its_hook_taken_away(session, tiny):
     session.load(tiny("llama"), tp=2)
     for _ in range(3):
         check(session, tiny("llama"), MLP)
@@ -235,8 +251,9 @@ def test_16_a_cell_can_be_run_again_and_its_hook_taken_away(session, tiny):
     assert len(session.run(IDS)) == 0
 
 
+@pytest.mark.numbers(17)
 @pytest.mark.engines(2)
-def test_17_it_generates_and_names_carry_no_wrapper(session, tiny):
+def test_it_generates_and_names_carry_no_wrapper(session, tiny):
     session.load(tiny("llama"), tp=2)
     new = session.generate([IDS[0]], max_new_tokens=4)
     ids = torch.tensor(IDS[:1])
