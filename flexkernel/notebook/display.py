@@ -50,8 +50,9 @@ class LiveOutput:
 class Progress:
     """A bar that shows how far a call is, in one output. Call it with (stage, done, total).
 
-    total=0: nobody knows of how many. stays: it stays as a summary when the call is done, else it
-    goes. after_s: it appears only when the call takes longer than this.
+    total=0: nobody knows of how many. unit: what is counted; "": the stage says it. stays: it stays
+    as a summary when the call is done, else it goes. after_s: it appears only when the call takes
+    longer than this.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Progress:
         return ", ".join(filter(None, [self._count(doing), f"{self.seconds():.1f} s"]))
 
     def _count(self, doing: str) -> str:
-        if self.total == 0:
+        if self.total == 0 or not self.unit:
             return doing
         count = f"{self.total} {self.unit}{'s' * (self.total > 1)}"
         if self.stage == "loading" or self.unit != "engine":
@@ -161,7 +162,7 @@ class Bars:
 
     @contextlib.contextmanager
     def __call__(
-        self, name: str, total: int = 0, unit: str = "", stage: str = "preparing"
+        self, name: str = "", total: int = 0, unit: str = "", stage: str = "preparing"
     ) -> Iterator[Callable[[str, int, int], None]]:
         """A bar for a call that takes its time. That of a load (unit "engine") stays."""
         try:

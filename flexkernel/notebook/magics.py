@@ -287,9 +287,10 @@ class FlexMagics(Magics):
         metavar="after|before|both|none",
         help="what is kept of an edited activation (default: after)",
     )
+    @flag("--replace", help="of all edits of the same values only this one stays")
     @twin(
         "`session.hook(glob, at=, index=, edit=, value=, groups=, capture=, positions=, reduce=, "
-        "name=)`, `session.hooks`"
+        "name=, replace=)`, `session.hooks`"
     )
     @line_magic
     def flex_hook(self, line: str) -> Any:
@@ -298,7 +299,7 @@ class FlexMagics(Magics):
         Alone it shows the table of hooks. * matches one dotted segment or a part of it, ** any
         number of segments. An edit is zero, mean, scale:2, add:V, set:V, project_out:V,
         clamp:-1,1, noise:0.1, patch:CAPTURE, or the name of one of yours. What follows the colon
-        is Python.
+        is Python. Edits of one glob add up; --replace takes the others away.
         """
         args = parse(self.flex_hook, line)
         options = options_given(
@@ -312,6 +313,7 @@ class FlexMagics(Magics):
             "heads",
             "neurons",
             "capture",
+            "replace",
         )
         if args.edit is not None:
             options |= self._edit(args.edit)

@@ -82,7 +82,7 @@ class Hook:
             parts.append(f"replaces {', '.join(map(hook_text, changed))}")
         if self.beside:
             texts = ", ".join(map(hook_text, self.beside))
-            parts.append(f"together with {texts} (replace=True replaces that)")
+            parts.append(f"together with {texts} (--replace or replace=True replaces that)")
         if self.late:
             parts.append("a rank is dead: it gets the hook when it is back")
         return "; ".join(parts)

@@ -448,6 +448,20 @@ def test_a_hook_and_its_twin_are_the_same(loaded):
     assert "mine" in loaded.shown and "a, b" in loaded.shown
 
 
+def test_edits_of_a_glob_add_up_until_one_replaces_them(loaded):
+    z = "model.layers.2.self_attn.@z"
+    loaded.do(f"%flex_hook {z} --edit zero --heads 0")
+    loaded.do(f"%flex_hook {z} --edit zero --heads 1")
+    assert "together with" in loaded.shown and "--replace" in loaded.shown
+    assert [hook.heads for hook in loaded.do("%flex_hook")] == [(0,), (1,)]
+    assert "zero" in loaded.shown and "heads" in loaded.shown
+    loaded.do(f"%flex_hook {z} --edit zero --heads 3 --replace")
+    assert "replaces" in loaded.shown
+    assert [hook.heads for hook in loaded.do("%flex_hook")] == [(3,)]
+    error = loaded.fails(f"%flex_hook {z} --edit zero --heads 9")
+    assert type(error) is HookError and "heads are 0 to 7" in str(error)
+
+
 def test_tree_is_the_sessions(loaded):
     loaded.do(f"%flex_hook {MLP}")
     tree = loaded.do("%flex_tree model.layers.1.*")

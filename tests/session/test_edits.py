@@ -116,7 +116,7 @@ def test_a_block_within_which_another_model_is_loaded_leaves_that_as_it_is(loade
 def test_edits_of_two_heads_are_both_made_and_it_says_so(loaded):
     loaded.hook(Z, edit="zero", heads=1)
     hook = loaded.hook(Z, edit="zero", heads=2)
-    assert "together with 'zero heads 1' (replace=True replaces that)" in repr(hook)
+    assert "together with 'zero heads 1' (--replace or replace=True replaces that)" in repr(hook)
     z = loaded.run(IDS)[Z].tensor()
     assert not z[:, :, 1:3].any() and z[:, :, 0].any()
     assert loaded.unhook(Z) == [Z, f"{Z} zero heads 2"]
