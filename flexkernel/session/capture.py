@@ -79,7 +79,7 @@ class Location:
         return self.home.slab(self.region.slab, num_bytes)
 
     def shown(self, planned: torch.Tensor) -> torch.Tensor:
-        """What there is of what was planned."""
+        """What there is, of the value's shape, of a tensor of the planned shape."""
         return planned if self.cut is None else self.cut(planned)
 
 
@@ -173,8 +173,8 @@ class Capture(TensorLike):
     # --- looking ----------------------------------------------------------------------
 
     def tensor(self) -> torch.Tensor:
-        """The whole activation on the CPU, yours to change: on the same host a copy-on-write view,
-        at once.
+        """The whole activation, of shape self.shape and dtype self.dtype, on the CPU, yours to
+        change. On the same host it is a copy-on-write view, at once.
 
         CaptureExpired: the run was freed. PlacementError: where the shards lie is not known."""
         self._check()
@@ -195,26 +195,34 @@ class Capture(TensorLike):
         return self._assemble()[index].clone()
 
     def sum(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
-        """The sum over `dim` (all dims by default), in float32 or the tensor's float64."""
+        """The sum over `dim` (all dims by default): its shape without these dims, in float32 or
+        float64, on the CPU."""
         return self._reduced("sum", dim, keepdim)
 
     def mean(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The mean over `dim`: its shape without these dims, in float32 or float64, on the CPU."""
         return self._reduced("mean", dim, keepdim)
 
     def norm(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
-        """The 2-norm over `dim` (all dims by default), in float32 or the tensor's float64."""
+        """The 2-norm over `dim` (all dims by default): its shape without these dims, in float32 or
+        float64, on the CPU."""
         return self._reduced("norm", dim, keepdim)
 
     def var(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The variance over `dim`, unbiased: its shape without these dims, in float32 or float64."""
         return self._reduced("var", dim, keepdim)
 
     def std(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The standard deviation over `dim`, unbiased: its shape without these dims, in float32 or
+        float64."""
         return self._reduced("std", dim, keepdim)
 
     def amax(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The largest over `dim`: its shape without these dims, its dtype, on the CPU."""
         return self._reduced("amax", dim, keepdim)
 
     def amin(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
+        """The smallest over `dim`: its shape without these dims, its dtype, on the CPU."""
         return self._reduced("amin", dim, keepdim)
 
     def topk(
@@ -363,20 +371,23 @@ class Capture(TensorLike):
         return dataclasses.replace(self._lies, region=region, extent=None)
 
     def _shared(self) -> torch.Tensor:
-        """The shared map: to be read here, never handed out."""
+        """The shared map, of shape self.shape: to be read here, never handed out."""
         lies = self._view()
         assert lies.region is not None
         return lies.shown(lies.slab().tensor(lies.region))
 
     def _whole(self) -> torch.Tensor:
+        """All of it, of shape self.shape, on the CPU: to be read here, never handed out."""
         return self._shared() if self._is_view() else self._assemble()
 
     def _matrix(self) -> torch.Tensor:
+        """All of it as rows of its last dim: (rows, width), on the CPU; a scalar as (1, 1)."""
         whole = self._whole()
         return whole.reshape(-1, whole.shape[-1]) if whole.dim() else whole.reshape(1, 1)
 
     def _assemble(self) -> torch.Tensor:
-        """The whole in memory of its own, from each host's part, or as the sum of its addends."""
+        """The whole, of shape self.shape, in memory of its own: from each host's part, or as the sum
+        of its addends."""
         if self.is_partial:
             return self._sum()
         client = self._client()
@@ -395,7 +406,7 @@ class Capture(TensorLike):
         return self._lies.shown(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
-        """What a rank keeps in a region of its own."""
+        """What a rank keeps in a region of its own, of the region's shape and dtype, on the CPU."""
         home = self._lies.home
         host = home.hosts[rank]
         if host == home.here:
@@ -403,7 +414,7 @@ class Capture(TensorLike):
         return home.client(host).read(region)
 
     def _part(self, rank: int, index: tuple) -> torch.Tensor:
-        """What a rank wrote into the planned region."""
+        """What a rank wrote into the planned region: the shape that the index picks, on the CPU."""
         lies = self._lies
         assert lies.region is not None
         host = lies.home.hosts[rank]
@@ -412,7 +423,8 @@ class Capture(TensorLike):
         return lies.home.client(host).slice(lies.region, index)
 
     def _sum(self) -> torch.Tensor:
-        """Addends are kept apart by the ranks and summed here in float32."""
+        """The whole, of shape self.shape. Its addends are kept apart by the ranks and summed here in
+        float32, or float64."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, record in self.records.items():

@@ -13,7 +13,7 @@ from flexkernel.wire import Generation, Region, RunPlan, RunReport
 
 from .prompts import Batch
 
-__all__ = ["OPTIONS", "Stream", "asked", "generated"]
+__all__ = ["OPTIONS", "Stream", "generated", "request"]
 
 # What of transformers' generate is passed on: it shapes the scores of the next token, or says when
 # a row ends
@@ -74,7 +74,7 @@ REFUSED = {
 }
 
 
-def asked(
+def request(
     max_new_tokens: int,
     options: Mapping[str, Any],
     batch: Batch,

@@ -86,7 +86,8 @@ class Modules(MutableMapping[str, torch.nn.Module]):
     # --- looking ----------------------------------------------------------------------
 
     def gradients(self, name: str) -> dict[str, torch.Tensor]:
-        """The gradients of a module in the last run that had a loss. train_step uses them up."""
+        """Name → gradient, of the parameter's shape, in the last run that had a loss. train_step
+        uses them up."""
         self._copy(name)
         return dict(self._tensors("train.gradients", name))
 
@@ -169,7 +170,8 @@ class Modules(MutableMapping[str, torch.nn.Module]):
         return self._copies[name]
 
     def _tensors(self, method: str, name: str) -> Mapping[str, torch.Tensor]:
-        """What every rank has, from the first. CaptureError: the ranks' copies have diverged."""
+        """Name → tensor, of the parameter's shape, on the CPU: the same on every rank.
+        CaptureError: the ranks' copies have diverged."""
         answers = self._call(method, name)
         if len({digest for _, digest in answers}) > 1:
             raise CaptureError(

@@ -166,7 +166,8 @@ def aliases(info: ModelInfo, name: str) -> list[str]:
 
 
 def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
-    """The new value, whole. EditError: it cannot take the parameter's place."""
+    """The new value, whole: the parameter's shape and dtype, on the CPU.
+    EditError: it cannot take the parameter's place."""
     new = change(capture.tensor()) if callable(change) else change
     if not isinstance(new, torch.Tensor):
         raise EditError(
@@ -181,7 +182,7 @@ def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
-    """The tensor in a slab of this host, for as long as it is entered."""
+    """The tensor (any shape, on the CPU) in a slab of this host, for as long as it is entered."""
     dtype = dtype_name(new.dtype)
     with store.room(size_of(new.shape, dtype), name) as extent:
         region = Region(extent.slab, extent.base, tuple(new.shape), dtype)

@@ -87,11 +87,14 @@ class Copied(Slab):
         self._store = store
 
     def tensor(self, region: Region) -> torch.Tensor:
+        """A copy of what lies there, of the region's shape and dtype. CaptureExpired: the run was
+        freed."""
         copy = super().tensor(region).clone()
         self._store.check_there(region)
         return copy
 
     def private(self, region: Region, freed: Callable[[], None]) -> torch.Tensor:
+        """The same copy, of the region's shape: nothing looks into the slab after it."""
         try:
             return self.tensor(region)
         finally:

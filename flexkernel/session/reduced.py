@@ -42,6 +42,7 @@ class Reduced(Capture):
         return None
 
     def _assemble(self) -> torch.Tensor:
+        """The reduced value, of shape self.shape, made of the statistics of all ranks."""
         assert self.entry.hook.reduce is not None
         op = self.entry.hook.reduce.op
         dtype = getattr(torch, self.entry.formula.dtype)
@@ -57,7 +58,7 @@ class Reduced(Capture):
         return self._lies.shown(value)
 
     def _statistics(self, rank: int, box: Box) -> torch.Tensor:
-        """A rank's statistics of its part."""
+        """A rank's statistics of its part: (statistics, *the part's shape) float64, on the CPU."""
         slot = self.entry.slot(self.layout, rank)
         return self._part(rank, (slice(None), slot, *self._kept_index(box)))
 

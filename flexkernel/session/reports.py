@@ -81,8 +81,8 @@ class Positions:
         return Value(entry.key, self._shape(entry), dtype, tokens, mask)
 
     def cut(self, entry: Entry) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Takes what there is out of what was planned: a generation may end early. None: it is all
-        there."""
+        """Takes what there is out of a tensor of the planned shape: a generation may end early.
+        None: it is all there."""
         shape = self._shape(entry)
         if shape == entry.kept:
             return None
@@ -99,7 +99,7 @@ class Positions:
         return reduced_shape(shape, entry.over)
 
     def _tokens(self, entry: Entry) -> tuple[list[list[str]] | None, torch.Tensor | None]:
-        """(each row's tokens, which of the positions are real). None: rows or positions were
+        """(each row's tokens, (B, positions) bool: which are real). None: rows or positions were
         reduced."""
         formula = entry.formula
         if {formula.positions, *formula.batched} & set(entry.over):

@@ -463,7 +463,7 @@ class Session:
         MemoryBudgetError: refused before the first forward."""
         batch = self.batch(prompts_or_ids, chat)
         most = self.loaded.info.max_positions
-        asked = generation.asked(max_new_tokens, options, batch, most, seed)
+        asked = generation.request(max_new_tokens, options, batch, most, seed)
         where = self.plan(batch, groups, complement, max_new_tokens)
         wanted = {**self._wanted(groups, complement), "generation": asked}
         return self._run(batch, where, wanted, on_token)

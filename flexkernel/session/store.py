@@ -122,7 +122,7 @@ class Store:
         self._claim.close()
 
     def read_everywhere(self, region: Region, slab_bytes: int) -> list[torch.Tensor]:
-        """The numbers that lie in a region of the same slab on each host."""
+        """What lies in a region of the same slab on each host: tensors of the region's shape."""
         return [
             self.slab(region.slab, slab_bytes).tensor(region)
             if host == self.here

@@ -27,6 +27,7 @@ class TensorLike:
     dtype: torch.dtype
 
     def tensor(self) -> torch.Tensor:
+        """All of it, of shape self.shape and dtype self.dtype, on the CPU."""
         raise NotImplementedError
 
     # --- without reading it -----------------------------------------------------------
@@ -74,6 +75,7 @@ class TensorLike:
         return (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy()
 
     def detach(self) -> torch.Tensor:
+        """All of it, of shape self.shape, on the CPU; there is no graph to detach it from."""
         return self.tensor()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
