@@ -73,7 +73,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placing:
+class ParameterPlacing:
     """Where a parameter lies, as the evidence says. over: the placements, in words."""
 
     evidence: str
@@ -312,7 +312,7 @@ def local_shard(runtime: Runtime, owned_here: Owned) -> tuple[ParameterShard, to
     return ParameterShard(shape, dtype, box, placing.evidence, placing.over), local
 
 
-def placing_of_dtensor(tensor: DTensor) -> Placing:
+def placing_of_dtensor(tensor: DTensor) -> ParameterPlacing:
     """tensor: of any shape, over any mesh that this rank is part of."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
@@ -324,12 +324,12 @@ def placing_of_dtensor(tensor: DTensor) -> Placing:
     ]
     pairs = zip(tensor.placements, axes, strict=True)
     over = ", ".join(f"{placement!r} over {axis}" for placement, axis in pairs)
-    return Placing("dtensor", tuple(tensor.shape), splits, over)
+    return ParameterPlacing("dtensor", tuple(tensor.shape), splits, over)
 
 
 def placing_of_plain(
     runtime: Runtime, name: str, module: torch.nn.Module, tensor: torch.Tensor
-) -> Placing:
+) -> ParameterPlacing:
     """tensor: this rank's part, of any shape."""
     info = runtime.part.info
     tp = info.layout.tp
@@ -339,7 +339,7 @@ def placing_of_plain(
         evidence = "described"
     split = Split(placement, tp, info.layout.coordinate(runtime.rank).tp)
     shape = known_shape or whole_shape(tensor, placement, tp)
-    return Placing(evidence, shape, [split], repr(placement))
+    return ParameterPlacing(evidence, shape, [split], repr(placement))
 
 
 def placement_over_tp(
