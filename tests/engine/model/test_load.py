@@ -210,7 +210,7 @@ def test_the_attention_asked_for_is_loaded(attn, tiny, session):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cuda:1", "device='cuda:1' is not there; it is cpu or cuda"),
+        ("cuda:1", "device='cuda:1' is not one of cpu, cuda"),
         ("cuda", "device='cuda': torch sees no GPU on"),
     ],
 )
