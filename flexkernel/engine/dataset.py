@@ -17,23 +17,24 @@ __all__ = ["write"]
 
 
 def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
-    """Write this rank's parts of a stored run's planned captures, without pads; the file appears
-    whole or not at all.
+    """Write this rank's parts of a stored run's planned captures into a file, without pads. The file
+    appears whole or not at all.
 
-    names: index in the plan → the name in the file. Returns name → which part of the whole it is;
-    what this rank wrote nothing of is left out, and where that is all of it no file is made."""
+    names: index in the plan → the name in the file. Returns name → which part of the whole it is.
+    Captures of which this rank wrote nothing are left out; without any no file is made."""
     plan, hooks, report = runtime.memory.runs[number]
     where = runtime.part.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
     mask = torch.tensor(plan.mask).bool()
     parts: dict[str, torch.Tensor] = {}
     boxes: dict[str, Box] = {}
     for i, name in names.items():
-        seen, entry = report.planned.get(i), where.entries[i]
+        seen = report.planned.get(i)
+        entry = where.entries[i]
         if seen is not None and seen.error is None and seen.written is not None:
             slab = runtime.memory.slab(plan.slab, plan.slab_bytes)
             local = seen.written.cut(slab.tensor(where.region(entry, plan.slab, plan.base)))
             parts[name] = Rows(row_dims(entry), entry.shape, seen.written).of(
-                local, kept(mask, entry.hook.kept_positions)
+                local, at_positions(mask, entry.hook.kept_positions)
             )
             boxes[name] = seen.written
     if parts:
@@ -42,5 +43,9 @@ def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) ->
     return boxes
 
 
-def kept(mask: torch.Tensor, positions: tuple[int, ...] | None) -> torch.Tensor:
-    return mask if positions is None else mask[:, [p % mask.shape[1] for p in positions]]
+def at_positions(mask: torch.Tensor, positions: tuple[int, ...] | None) -> torch.Tensor:
+    """The mask's columns at these positions, which may count from the end; None: all. mask: (B, S)
+    bool -> (B, positions) bool."""
+    if positions is None:
+        return mask
+    return mask[:, [p % mask.shape[1] for p in positions]]

@@ -120,7 +120,8 @@ def fits(runtime: Runtime, itemsize: int) -> bool:
 
 def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
     """The unsharded model of what is loaded, ready to run on this rank's device."""
-    info, source = runtime.part.info, runtime.part.source
+    info = runtime.part.info
+    source = runtime.part.source
     name = dtype_name(dtype)
     if source.builder is None:
         if streams:
@@ -154,6 +155,7 @@ def samples(model: torch.nn.Module, names: Sequence[str]) -> dict[str, list[floa
 
 
 def sample(tensor: torch.Tensor) -> list[float]:
+    """Up to about 128 numbers, evenly spread over a tensor of any shape and dtype."""
     flat = tensor.flatten()
     return flat[:: max(1, flat.numel() // 64)].float().tolist()
 
@@ -162,8 +164,9 @@ def sample(tensor: torch.Tensor) -> list[float]:
 
 
 def observe(call: Caller, batch: dict[str, torch.Tensor], plan: Plan, put: Put) -> None:
-    """One forward; put(index in the plan, value) for each value of the plan, in the order in which
-    they come."""
+    """Run one forward and call put(index in the plan, value) for each value of the plan, in the
+    order in which they come. batch: input_ids, attention_mask, position_ids, each (B, S) int64 on
+    the model's device; values have the shapes of the plan's entries."""
     with watching(modules_of(call.model, twice=True), plan, put), torch.no_grad():
         call(batch, use_cache=False)
 

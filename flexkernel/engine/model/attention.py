@@ -26,8 +26,9 @@ TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with i
 def tap(
     module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]
 ) -> None:
-    """Call function at every forward of the module; what it is given returns the point's value,
-    which is computed only if it is called. One function a point."""
+    """Call function(value) at every forward of the module. value() gives the point's tensor, of the
+    shape above, in the model's dtype and on its device; it is computed only if called. What the
+    function returns replaces it, unless that is None. One function a point."""
     module.__dict__.setdefault(TAPS, {})[point] = function
 
 
@@ -74,15 +75,15 @@ def watched(name: str) -> Callable:
 
 
 def mixed(pattern: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """z as it is with another pattern: each query head mixes the values of its key/value head. (B,
-    S, H, D)"""
+    """z with another pattern: each query head mixes the values of its key/value head. pattern:
+    (B, H, S, P+S), v: (B, KV, P+S, D), z: (B, S, H, D) -> (B, S, H, D), same dtype and device."""
     every = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
     return (pattern @ every).transpose(1, 2).contiguous().view(z.shape)
 
 
 def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
-    """The attention pattern: as computed, else computed beside the forward by the model's own
-    eager attention."""
+    """The attention pattern, (B, H, S, P+S), in q's dtype and on its device: as the forward computed
+    it, else computed beside it by the model's own eager attention. q, k, v: as above."""
     if pattern is not None:
         return pattern
     additive = additive_mask(mask, q, k, kwargs.get("sliding_window"))

@@ -32,7 +32,8 @@ class Caller:
     batch: input_ids, attention_mask, position_ids, each (B, S) int64 on the model's device."""
 
     def __init__(self, model: torch.nn.Module, forward: bytes | None = None):
-        self.model, self.compiled = model, is_compiled(model)
+        self.model = model
+        self.compiled = is_compiled(model)
         self.forward: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], Any] | None = None
         if forward is not None:
             self.forward = pickle.loads(forward)
@@ -64,6 +65,8 @@ class Caller:
             return self._called(batch, **more)
 
     def _called(self, batch: Mapping[str, torch.Tensor], **more: Any) -> Any:
+        """The model's output for (B, S) int64 tensors on its device, each under the name that the
+        forward gives it."""
         if self.forward is not None:
             return self.forward(self.model, batch)
         given = {

@@ -135,8 +135,8 @@ def whole_bytes(header: dict[str, Any]) -> int:
 
 
 def copied_out(parameters: Iterable[torch.Tensor]) -> int:
-    """Give each of these that lies in a file memory of its own, tied ones the same; returns how
-    many did."""
+    """Give each parameter that lies in a file memory of its own, in the same shape, dtype and device;
+    tied ones get the same. Returns how many did."""
     regions = files_in_memory()
     starts = [start for start, _ in regions]
     copies: dict[tuple, torch.Tensor] = {}

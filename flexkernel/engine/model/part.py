@@ -116,7 +116,8 @@ def modules_of(
     own = own_modules(model, twice)
     if names is None:
         return own
-    rename, found = renamed(names), {"": own[""]}
+    rename = renamed(names)
+    found = {"": own[""]}
     asked: dict[str, str] = {}
     for name, module in own.items():
         new = rename(name) if name else ""

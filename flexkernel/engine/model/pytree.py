@@ -29,7 +29,8 @@ def arguments(value: Mapping[str, Any], num_args: int) -> tuple[tuple, dict[str,
 
 
 def replaced(value: Any, path: str, tensor: torch.Tensor) -> Any:
-    """The value with another tensor at that path; everything else of it is the same object."""
+    """The value with another tensor, of any shape, at that path. Everything else of it is the same
+    object."""
     if isinstance(value, torch.Tensor):
         return tensor
     key = next(
@@ -67,7 +68,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def leaf(value: Any, path: str) -> torch.Tensor | None:
-    """The tensor at that path, or None. A key may have dots of its own."""
+    """The tensor at that path, of any shape, or None. A key may contain dots."""
     return next((tensor for found, tensor in leaves(value) if found == path), None)
 
 

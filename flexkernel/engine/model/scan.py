@@ -118,7 +118,8 @@ class watching:
     """While it is entered, note every value of every module and virtual point."""
 
     def __init__(self, model: torch.nn.Module, seen: Observed):
-        self.model, self.seen = model, seen
+        self.model = model
+        self.seen = seen
         self.handles: list[Any] = []
 
     def note(self, name: str, at: str, value: Any) -> None:
@@ -126,6 +127,7 @@ class watching:
         self.seen.setdefault((name, at), []).append(shapes)
 
     def note_point(self, name: str, value: Callable[[], torch.Tensor]) -> None:
+        """A virtual point's value, of any shape, on the meta device."""
         self.note(name, "output", value())
 
     def __enter__(self) -> None:
