@@ -50,7 +50,7 @@ ENGINE = [
 
 # Third parties that a room or a file keeps to itself.
 ONLY = {
-    "zmq": ("memory.channel",),
+    "zmq": ("memory.channel", "memory.client", "memory.server"),
     "ipyparallel": ("cluster",),
     "IPython": ("notebook",),
     "ipykernel": ("notebook.kernel",),
@@ -309,7 +309,7 @@ def test_every_exception_is_needed_and_has_a_reason():
 
 # --- the check can fail, and says what and where ------------------------------------------
 
-NAMES = ["", "errors", "wire", "memory", "memory.slab", "memory.channel", "cluster"]
+NAMES = ["", "errors", "wire", "memory", "memory.slab", "memory.server", "cluster"]
 NAMES += ["cluster.cluster", "cluster.launchers", "session", "session.session", "session.capture"]
 NAMES += [
     "engine",
@@ -352,7 +352,11 @@ WITHIN = "imports within the engine go down only"
             "import_module('flexkernel.notebook.magics')",
             f"session.session:1 imports notebook.magics: {DOWN}",
         ),
-        ("session.session", "import zmq.asyncio", "imports zmq: only memory.channel may"),
+        (
+            "session.session",
+            "import zmq.asyncio",
+            "imports zmq: only memory.channel and memory.client and memory.server may",
+        ),
         (
             "session.session",
             "try:\n    import ipyparallel as ipp\nfinally:\n    pass",
@@ -393,7 +397,7 @@ def test_the_check_can_fail(module, source, says):
         ("session.capture", "def show():\n    from flexkernel.views import tensor_map"),
         ("notebook.magics", "from IPython.core.magic import magics_class"),
         ("views.tensormap", "import anywidget, plotly.express\nfrom . import x"),
-        ("engine.run.hooks", "import torch\nfrom flexkernel.memory.channel import Server"),
+        ("engine.run.hooks", "import torch\nfrom flexkernel.memory.server import Server"),
         ("engine", "def call():\n    import torch\n    from .run.hooks import attach"),
     ],
 )

@@ -23,7 +23,8 @@ from torch import nn
 
 import flexkernel as fk
 from flexkernel.errors import ClusterError, FlexError, LoadError, PromptError
-from flexkernel.memory import channel
+from flexkernel.memory import channel, client, server
+from flexkernel.memory.client import Client
 from flexkernel.memory.slab import folder_path
 from flexkernel.notebook.display import as_html
 from flexkernel.session import prompts
@@ -146,14 +147,14 @@ def test_another_user_is_obeyed_by_nobody(served, tiny, tmp_path):
                 dealer.send_multipart(frames)
                 dealer.close()
         context.term()
-        with channel.Client(address, token[:-1] + "x", timeout_s=1) as client:
+        with Client(address, token[:-1] + "x", timeout_s=1) as client:
             try:
                 return str(client.read(region))
             except ClusterError as error:
                 return str(error)
 
     assert "no answer from the data server" in as_nobody(tries)
-    with channel.Client(address, token, timeout_s=10) as client:
+    with Client(address, token, timeout_s=10) as client:
         assert client.read(region).shape == (2, 5, 64)
     bad.healthy(session, tiny("llama"), **bad.TP)
     assert not mark.exists()
@@ -350,8 +351,8 @@ def test_secrets_are_in_no_log_no_status_and_no_command_line(served):
 
 
 def test_nothing_is_unpickled_on_the_data_plane():
-    """Its file knows no pickle at all; what it gets is JSON and bytes."""
-    source = Path(channel.__file__).read_text()
-    assert (
-        "import pickle" not in source and "torch.load" not in source and "recv_pyobj" not in source
-    )
+    """Its files know no pickle at all; what they get is JSON and bytes."""
+    for module in (channel, client, server):
+        source = Path(module.__file__).read_text()
+        for unpickler in ("import pickle", "torch.load", "recv_pyobj"):
+            assert unpickler not in source, module.__name__

@@ -34,7 +34,10 @@ from traitlets.config import Config
 import flexkernel as fk
 from flexkernel.engine.model import checkpoint
 from flexkernel.errors import FlexError, HookError, LoadError
-from flexkernel.memory import channel
+from flexkernel.memory import client
+from flexkernel.memory.channel import DTYPES
+from flexkernel.memory.client import Client
+from flexkernel.memory.server import OPS, Server
 from flexkernel.names import match, nearest, select
 from flexkernel.notebook import lines, magics
 from flexkernel.session import hookfile
@@ -84,7 +87,7 @@ def world() -> Iterator[World]:
         session = shell.run_line_magic("flex_cluster", "local")
         shell.run_line_magic("flex_load", str(models.reading_bytes("llama", path / "model")))
         shell.push({"ids": IDS, "text": "abc", "number": 7, "none": None})
-        with channel.Server(path / "served", TOKEN) as server:
+        with Server(path / "served", TOKEN) as server:
             yield World(path, shell, session, server, session.run(IDS).logits.tensor().clone())
         session.close()
         InteractiveShell.clear_instance()
@@ -130,12 +133,12 @@ ARGS = [
     *("lo", "hi", "bins", "k", "largest", "offset", "slabs", "region"),
 ]
 REQUESTS = st.fixed_dictionaries(
-    {"token": st.just(TOKEN), "op": st.sampled_from(sorted(channel.OPS)) | JSON},
+    {"token": st.just(TOKEN), "op": st.sampled_from(sorted(OPS)) | JSON},
     optional={
         "slab": st.just("a.slab") | JSON,
         "offset": st.integers(0, 16) | JSON,
         "shape": st.lists(st.integers(0, 3) | st.sampled_from([2**31, 2**62]), max_size=4) | JSON,
-        "dtype": st.sampled_from(sorted(channel.DTYPES)) | JSON,
+        "dtype": st.sampled_from(sorted(DTYPES)) | JSON,
         "args": st.dictionaries(st.sampled_from(ARGS), st.integers(-2, 9) | JSON, max_size=6)
         | JSON,
         "id": JSON,
@@ -161,8 +164,8 @@ def frames(world: World, parts: list[bytes]) -> None:
         dealer.linger = 100
         dealer.connect(world.server.address)
         dealer.send_multipart(parts or [b""])
-    with channel.Client(world.server.address, TOKEN, timeout_s=10) as client:
-        assert client.read(Region("a.slab", 0, (3,), "uint8")).tolist() == [0, 0, 0]
+    with Client(world.server.address, TOKEN, timeout_s=10) as reader:
+        assert reader.read(Region("a.slab", 0, (3,), "uint8")).tolist() == [0, 0, 0]
 
 
 class Frame:
@@ -176,7 +179,7 @@ FORMS = st.fixed_dictionaries(
     {},
     optional={
         "shape": st.lists(st.integers(-2, 4) | st.sampled_from([2**31, 2**62]), max_size=5) | JSON,
-        "dtype": st.sampled_from(sorted(channel.DTYPES)) | JSON,
+        "dtype": st.sampled_from(sorted(DTYPES)) | JSON,
         "num_bytes": JSON,
     },
 )
@@ -197,9 +200,9 @@ def an_answer(world: World, header: Any, buffers: list[bytes]) -> None:
         Frame(header if isinstance(header, bytes) else json.dumps(header).encode()),
         *map(Frame, buffers),
     ]
-    channel._number(answer)
+    client._number(answer)
     try:
-        for tensor, raw in zip(channel._unpack(answer), buffers, strict=True):
+        for tensor, raw in zip(client._unpack(answer), buffers, strict=True):
             assert tensor.nbytes == len(raw)
     except FlexError as error:
         assert str(error) or header.get("message") == ""

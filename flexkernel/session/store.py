@@ -100,7 +100,7 @@ class Store:
     def client(self, host: str) -> Any:
         """Who asks another host for its slabs: its first engine serves them from a thread."""
         if host not in self._clients:
-            from flexkernel.memory.channel import Client
+            from flexkernel.memory.client import Client
 
             token = secrets.token_hex(16)
             address, token = self.engines.call(

@@ -20,8 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexkernel.errors import CaptureError, ClusterError, FlexError
-from flexkernel.memory import channel, reduce
-from flexkernel.memory.channel import CHUNK_BYTES, DTYPES, Client, Server
+from flexkernel.memory import reduce
+from flexkernel.memory.channel import CHUNK_BYTES, DTYPES, new_keys
+from flexkernel.memory.client import Client, _error
+from flexkernel.memory.server import OPS, Server, _Slabs
 from flexkernel.wire import Region
 from tests.support.waiting import until
 
@@ -232,11 +234,11 @@ def test_only_loopback_is_served_without_keys(interface, folder):
 
 def test_keys_encrypt_and_a_client_without_them_gets_nothing(folder):
     region = put(folder, torch.arange(5.0), "curve.slab")
-    keys = channel.new_keys()
+    keys = new_keys()
     with Server(folder, TOKEN, keys=keys) as server:
         with Client(server.address, TOKEN, key=server.public_key, timeout_s=10) as client:
             assert torch.equal(client.read(region), torch.arange(5.0))
-        for key in (None, channel.new_keys()[0]):
+        for key in (None, new_keys()[0]):
             with (
                 Client(server.address, TOKEN, key=key, timeout_s=0.4) as client,
                 pytest.raises(ClusterError),
@@ -377,7 +379,7 @@ def test_pages_without_memory_are_read_without_a_map(folder, client):
 
 def test_maps_of_removed_files_are_dropped(folder):
     put(folder, torch.ones(4), "gone.slab")
-    slabs = channel._Slabs(os.open(folder, os.O_RDONLY))
+    slabs = _Slabs(os.open(folder, os.O_RDONLY))
     assert slabs.raw("gone.slab", 0, 16).sum() and list(slabs.maps) == ["gone.slab"]
     os.unlink(folder / "gone.slab")
     slabs.forget_gone()
@@ -424,7 +426,7 @@ ARGS = [
     *("lo", "hi", "bins", "k", "largest", "offset", "slabs", "region"),
 ]
 REQUESTS = st.fixed_dictionaries(
-    {"token": st.just(TOKEN), "op": st.sampled_from(sorted(channel.OPS)) | JSON},
+    {"token": st.just(TOKEN), "op": st.sampled_from(sorted(OPS)) | JSON},
     optional={
         "slab": st.just("fuzz.slab") | JSON,
         "offset": st.integers(0, 16) | JSON,
@@ -553,7 +555,8 @@ def test_a_read_goes_on_after_the_server_came_back(folder):
 def test_the_server_answers_while_the_main_thread_computes(folder, server):
     region = put(folder, torch.ones(65536), "busy.slab")
     script = (
-        "import sys, torch; from flexkernel.memory.channel import Client; from flexkernel.wire import Region;"
+        "import sys, torch; from flexkernel.memory.client import Client;"
+        "from flexkernel.wire import Region;"
         "c = Client(sys.argv[1], sys.argv[2], timeout_s=10);"
         "print(sum(c.slice(Region('busy.slab', 0, (65536,), 'float32'), slice(None)).sum().item() for _ in range(20)))"
     )
@@ -611,7 +614,8 @@ def test_a_closed_client_says_so(server):
 @pytest.mark.slow
 def test_a_process_that_closes_nothing_still_ends(folder):
     script = (
-        "import sys; from flexkernel.memory.channel import Client, Server; from flexkernel.wire import Region;"
+        "import sys; from flexkernel.memory.client import Client;"
+        "from flexkernel.memory.server import Server; from flexkernel.wire import Region;"
         "s = Server(sys.argv[1], 't'); c = Client(s.address, 't');"
         "print(c.read(Region('end.slab', 0, (3,), 'float32')).sum().item())"
     )
@@ -628,7 +632,7 @@ def test_a_port_that_is_taken_is_a_cluster_error(server, folder):
 
 
 def test_errors_keep_their_type_over_the_wire():
-    assert isinstance(channel._error("CaptureExpired", "x"), CaptureError)
-    assert isinstance(channel._error("IndexError", "x"), IndexError)
-    strange = channel._error("SystemExit", "x")
+    assert isinstance(_error("CaptureExpired", "x"), CaptureError)
+    assert isinstance(_error("IndexError", "x"), IndexError)
+    strange = _error("SystemExit", "x")
     assert isinstance(strange, FlexError) and "x" in str(strange)

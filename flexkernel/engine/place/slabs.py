@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from flexkernel.memory.channel import Server
+from flexkernel.memory.server import Server
 from flexkernel.memory.slab import (
     PAGE,
     Slab,
