@@ -164,7 +164,7 @@ class Kept:
     def format(self) -> Format:
         entry = self.entry
         kept = entry.hook.kept_positions
-        return Format(self.capture.dtype, tuple(entry.kept), row_dims(entry), kept)
+        return Format(self.capture.dtype, tuple(entry.kept_shape), row_dims(entry), kept)
 
     @property
     def by_ranks(self) -> bool:

@@ -125,7 +125,7 @@ def preview(
         by_rank=by_rank(info, where.entries, len(batch.ids)),
         free=free,
         budget=store.budget,
-        room=max(store.budget - store.held(), 0),
+        room=max(store.budget - store.pinned_bytes(), 0),
         bandwidth=bandwidth or store.bandwidth or BANDWIDTH,
         measured=bandwidth is None and store.bandwidth is not None,
         unplanned=where.unplanned,

@@ -58,7 +58,7 @@ class Entry:
         return self.key.site.value
 
     @functools.cached_property
-    def kept(self) -> tuple[int, ...]:
+    def kept_shape(self) -> tuple[int, ...]:
         """The shape that a reader sees."""
         return reduced_shape(self.shape, self.over)
 
@@ -67,7 +67,7 @@ class Entry:
         """(shape, dtype) of what lies in the slab: of a reduction (statistics, slots, *kept)."""
         if self.hook.reduce is None:
             return self.shape, self.formula.dtype
-        return (REDUCTIONS[self.hook.reduce.op], self.slots, *self.kept), "float64"
+        return (REDUCTIONS[self.hook.reduce.op], self.slots, *self.kept_shape), "float64"
 
     @property
     def num_bytes(self) -> int:
@@ -123,7 +123,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
+class HookedValue:
     """A value that a hook captures. call: which of the times that it fires in a forward."""
 
     hook: HookSpec
@@ -222,14 +222,14 @@ class Planner:
             unplanned=tuple(value.name for value in values if value.formula.dims is None),
         )
 
-    def _values(self, hooks: Iterable[HookSpec]) -> Iterator[Value]:
+    def _values(self, hooks: Iterable[HookSpec]) -> Iterator[HookedValue]:
         """The values that these hooks read in one forward, in the order of the hooks."""
         for hook in hooks:
             for name in self.names(hook):
                 for call, leaves in enumerate(self._calls(hook, name)):
                     formula = leaf_of(leaves, hook, name)
                     if formula is not None:
-                        yield Value(hook, name, call, formula)
+                        yield HookedValue(hook, name, call, formula)
 
     def _silent(self, hooks: Iterable[HookSpec]) -> Iterator[str]:
         for hook in hooks:
@@ -244,13 +244,13 @@ class Planner:
         dims = tuple((size, "") for size in self.info.parameters[name])
         return [[ShapeFormula("", dims, self.info.dtype)]]
 
-    def _shape(self, value: Value, B: int, S: int, forwards: int) -> tuple[int, ...]:
+    def _shape(self, value: HookedValue, B: int, S: int, forwards: int) -> tuple[int, ...]:
         if value.hook.kept_positions is not None:
             check_positions(value.hook, S, forwards)
         return kept_shape(value.formula, value.hook, B, S, self.info.window, forwards)
 
     def _entry(
-        self, value: Value, at: str, shape: tuple[int, ...], offset: int, newest: bool
+        self, value: HookedValue, at: str, shape: tuple[int, ...], offset: int, newest: bool
     ) -> Entry:
         hook = value.hook
         formula = value.formula

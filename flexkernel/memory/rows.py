@@ -35,12 +35,12 @@ def row_dims(entry: Entry) -> Dims:
             "as long as a prompt. Reduce such dims, or leave it out"
         )
 
-    def kept(dim: int | None) -> int | None:
+    def renumbered(dim: int | None) -> int | None:
         if dim is None or dim in reduced:
             return None
         return dim - sum(other < dim for other in reduced)
 
-    return kept(formula.rows), kept(positions), kept(folded)
+    return renumbered(formula.rows), renumbered(positions), renumbered(folded)
 
 
 class Rows:

@@ -46,7 +46,7 @@ class Reduced(Capture):
         assert self.entry.hook.reduce is not None
         op = self.entry.hook.reduce.op
         dtype = getattr(torch, self.entry.formula.dtype)
-        whole = torch.stack(reduce.nothing(op, self.entry.kept, dtype).parts)
+        whole = torch.stack(reduce.nothing(op, self.entry.kept_shape, dtype).parts)
         for rank, record in sorted(self.records.items()):
             if record.written is not None:
                 into = whole[(slice(None), *self._kept_index(record.written))]
@@ -64,4 +64,4 @@ class Reduced(Capture):
 
     def _kept_index(self, box: Box) -> tuple[slice, ...]:
         """What indexes a part of the whole in what is left of it."""
-        return box.without(self.entry.over).slices(len(self.entry.kept))
+        return box.without(self.entry.over).slices(len(self.entry.kept_shape))

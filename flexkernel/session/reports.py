@@ -84,7 +84,7 @@ class Positions:
         """Takes what there is out of a tensor of the planned shape: a generation may end early.
         None: it is all there."""
         shape = self._shape(entry)
-        if shape == entry.kept:
+        if shape == entry.kept_shape:
             return None
         return functools.partial(
             first_positions, shape=shape, folded=entry.formula.folded, B=self.B
@@ -94,7 +94,7 @@ class Positions:
         generation = self.run.plan.generation
         forwards = self.run.forwards
         if generation is None or entry.newest or forwards == generation.max_new_tokens:
-            return entry.kept
+            return entry.kept_shape
         shape = kept_shape(entry.formula, entry.hook, self.B, self.S, 0, forwards)
         return reduced_shape(shape, entry.over)
 

@@ -439,7 +439,7 @@ class Session:
         if loss is not None and stop_at is not None:
             raise HookError("a loss needs the whole forward: leave stop_at out")
         where = self.plan(batch, groups, complement, backward=loss is not None)
-        wanted = self._wanted(groups, complement)
+        wanted = self._hook_fields(groups, complement)
         return self._run(batch, where, {**wanted, "stop_at": stop_at, "loss": code_of(loss)})
 
     def generate(
@@ -465,7 +465,7 @@ class Session:
         most = self.loaded.info.max_positions
         asked = generation.request(max_new_tokens, options, batch, most, seed)
         where = self.plan(batch, groups, complement, max_new_tokens)
-        wanted = {**self._wanted(groups, complement), "generation": asked}
+        wanted = {**self._hook_fields(groups, complement), "generation": asked}
         return self._run(batch, where, wanted, on_token)
 
     def train_step(
@@ -493,13 +493,15 @@ class Session:
         batch = self.batch(prompts_or_ids, chat)
         where = self.plan(batch, backward=True)
         training = Training(made, own, trained)
-        wanted = {**self._wanted(), "loss": code_of(loss), "training": training}
+        wanted = {**self._hook_fields(), "loss": code_of(loss), "training": training}
         run = self._run(batch, where, wanted)
         run.free()
         assert run.loss is not None
         return run.loss
 
-    def _wanted(self, groups: Sequence[str] | str = (), complement: bool = False) -> dict[str, Any]:
+    def _hook_fields(
+        self, groups: Sequence[str] | str = (), complement: bool = False
+    ) -> dict[str, Any]:
         """The fields of a RunPlan that say which hooks fire, and how."""
         return {
             "groups": (groups,) if isinstance(groups, str) else tuple(groups),

@@ -151,7 +151,7 @@ class Store:
     def _in_memory(self, run: Run) -> bool:
         return not on_disk(self._extents[run.number].slab)
 
-    def held(self) -> int:
+    def pinned_bytes(self) -> int:
         """Bytes that no newer run could have: of runs that are kept or looked into, and of
         parameters in use."""
         free = [run for run in self.runs.values() if self._may_expire(run) and self._in_memory(run)]
@@ -195,7 +195,7 @@ class Store:
                 f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, use "
                 f"--positions or --reduce, raise session.store.budget{instead}{costs}"
             )
-        held = self.held()
+        held = self.pinned_bytes()
         if held + num_bytes > self.budget:
             return MemoryBudgetError(
                 f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold {held:,} of the "

@@ -13,14 +13,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from flexkernel.errors import PlacementError
 
-__all__ = ["Known", "known", "weight_placement"]
+__all__ = ["LayerPlacement", "layer_placement", "weight_placement"]
 
 # paths of the value that is meant
 FIRST = ("", "0", "input", "input_", "input_ids", "query", "hidden_states")
 
 
 @dataclass(frozen=True)
-class Known:
+class LayerPlacement:
     """placement: over tp, None if that is not said. batch: the dim of its rows, None if that is
     not said."""
 
@@ -35,18 +35,18 @@ BSD = 0
 WHOLE = Replicate()
 
 
-def known(
+def layer_placement(
     name: str,
     module: torch.nn.Module | None,
     at: str,
     path: str = "",
     parent: torch.nn.Module | None = None,
-) -> Known | None:
+) -> LayerPlacement | None:
     """What the module's class, or its parent's, says of what goes in ("input") or comes out; None:
     neither does."""
     library, kind = library_of(module), type(module).__name__
     if path == "logits" and library == "transformers":
-        return Known(None, BSD)
+        return LayerPlacement(None, BSD)
     if module is None or path not in FIRST or "experts" in name.split(".")[:-1]:
         return None
     if parent is not None and library_of(parent) == "megatron":
@@ -61,7 +61,7 @@ def known(
         return MODULES[kind](module, at)
     found = parallel_layer(name, module, kind, at)
     if found is not None and library == "fairscale":  # whose layers look at the last dim only
-        return Known(found.placement, None)
+        return LayerPlacement(found.placement, None)
     return found
 
 
@@ -70,24 +70,26 @@ def library_of(module: torch.nn.Module | None) -> str:
     return top if top in ("fairscale", "megatron", "transformers") else ""
 
 
-def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> Known | None:
+def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> LayerPlacement | None:
     # then S is split over tp between the layers
     sequence = bool(getattr(module, "sequence_parallel", False))
     if kind == "ColumnParallelLinear":
         if at == "input":
-            return Known(Shard(0) if sequence else WHOLE, SBD)
+            return LayerPlacement(Shard(0) if sequence else WHOLE, SBD)
         gathered = getattr(module, "gather_output", False)
-        return Known(
+        return LayerPlacement(
             WHOLE if gathered else split_along(-1, name, module, getattr(module, "weight", None)),
             SBD,
         )
     if kind == "RowParallelLinear":
         if at == "input":
-            return Known(Shard(-1) if getattr(module, "input_is_parallel", False) else WHOLE, SBD)
-        return Known(Shard(0) if sequence else WHOLE, SBD)
+            return LayerPlacement(
+                Shard(-1) if getattr(module, "input_is_parallel", False) else WHOLE, SBD
+            )
+        return LayerPlacement(Shard(0) if sequence else WHOLE, SBD)
     if kind in ("VocabParallelEmbedding", "ParallelEmbedding"):
         scattered = at == "output" and getattr(module, "reduce_scatter_embeddings", False)
-        return Known(Shard(0), SBD) if scattered else Known(WHOLE, BSD)
+        return LayerPlacement(Shard(0), SBD) if scattered else LayerPlacement(WHOLE, BSD)
     return None
 
 
@@ -111,32 +113,32 @@ def split_along(
     return Shard(dim)
 
 
-def between(module: torch.nn.Module, _at: str) -> Known:
+def between(module: torch.nn.Module, _at: str) -> LayerPlacement:
     """What goes from layer to layer."""
     config = getattr(module, "config", None)
-    return Known(Shard(0) if getattr(config, "sequence_parallel", False) else WHOLE, SBD)
+    return LayerPlacement(Shard(0) if getattr(config, "sequence_parallel", False) else WHOLE, SBD)
 
 
-def attention_core(_module: torch.nn.Module, at: str) -> Known:
+def attention_core(_module: torch.nn.Module, at: str) -> LayerPlacement:
     # query (S, B, heads, D); (S, B, heads × D)
-    return Known(Shard(2) if at == "input" else Shard(-1), SBD)
+    return LayerPlacement(Shard(2) if at == "input" else Shard(-1), SBD)
 
 
-def embedding(module: torch.nn.Module, at: str) -> Known:
+def embedding(module: torch.nn.Module, at: str) -> LayerPlacement:
     if at == "input":
-        return Known(WHOLE, BSD)
+        return LayerPlacement(WHOLE, BSD)
     scattered = (
         getattr(module, "reduce_scatter_embeddings", False) or module.scatter_to_sequence_parallel
     )
-    return between(module, at) if scattered else Known(WHOLE, SBD)
+    return between(module, at) if scattered else LayerPlacement(WHOLE, SBD)
 
 
-def language_model(module: torch.nn.Module, at: str) -> Known:
+def language_model(module: torch.nn.Module, at: str) -> LayerPlacement:
     if at == "input":
-        return Known(WHOLE, BSD)
+        return LayerPlacement(WHOLE, BSD)
     if not getattr(module, "post_process", True):
         return between(module, at)
-    return Known(Shard(-1) if getattr(module, "parallel_output", False) else WHOLE, BSD)
+    return LayerPlacement(Shard(-1) if getattr(module, "parallel_output", False) else WHOLE, BSD)
 
 
 MODULES = {
@@ -150,21 +152,21 @@ MODULES = {
 }
 
 
-def heads(_module: torch.nn.Module, _at: str) -> Known:
-    return Known(Shard(2), SBD)  # (S, B, heads, D)
+def heads(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    return LayerPlacement(Shard(2), SBD)  # (S, B, heads, D)
 
 
-def pattern(_module: torch.nn.Module, _at: str) -> Known:
-    return Known(Shard(1), BSD)  # (B, heads, S, S)
+def pattern(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    return LayerPlacement(Shard(1), BSD)  # (B, heads, S, S)
 
 
-def places(_module: torch.nn.Module, _at: str) -> Known:
-    return Known(WHOLE, BSD)
+def places(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    return LayerPlacement(WHOLE, BSD)
 
 
 # What the parts of Megatron's modules see that have no class of their own: its norms may be
 # torch's
-CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], Known]]] = {
+CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], LayerPlacement]]] = {
     "TransformerLayer": dict.fromkeys(
         ("input_layernorm", "pre_cross_attn_layernorm", "cross_attention", "pre_mlp_layernorm"),
         between,

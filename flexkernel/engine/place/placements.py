@@ -22,7 +22,7 @@ from flexkernel.errors import PlacementError
 from flexkernel.names import match
 from flexkernel.wire import STYLES, Coordinate, Layout, ShapeFormula
 
-from .layers import Known, known
+from .layers import LayerPlacement, layer_placement
 
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "rows_held"]
 
@@ -139,7 +139,9 @@ class Placer:
         if placement is None:
             evidence, placement = "scan", inferred(local.shape, expected, here, name)
         sharded = checked(placement, local.shape, expected, here, name, evidence)
-        return Placed(local, evidence, placement, held(whole, formula, sharded, here, name, batch))
+        return Placed(
+            local, evidence, placement, local_shard(whole, formula, sharded, here, name, batch)
+        )
 
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
@@ -162,7 +164,7 @@ class Placer:
         first = path in ("", "0", "input", "hidden_states")
         if planned is not None and self.layout.tp > 1 and first:
             return "plan", planned, local
-        by_class = self._known(name, at, path) if self.layout.tp > 1 else None
+        by_class = self._by_class(name, at, path) if self.layout.tp > 1 else None
         if by_class is not None and by_class.placement is not None:
             return "class", plain(by_class.placement, f"{name} {at}"), local
         return "scan", None, local
@@ -173,12 +175,12 @@ class Placer:
         for glob, of, placed in self.declared:
             if of == at and placed.batch is not None and match(glob, name):
                 return placed.batch
-        by_class = self._known(name, at, path)
+        by_class = self._by_class(name, at, path)
         return None if by_class is None else by_class.batch
 
-    def _known(self, name: str, at: str, path: str) -> Known | None:
+    def _by_class(self, name: str, at: str, path: str) -> LayerPlacement | None:
         parent = self.modules.get(name.rpartition(".")[0]) if name else None
-        return known(name, self.modules.get(name), at, path, parent)
+        return layer_placement(name, self.modules.get(name), at, path, parent)
 
 
 def aimed(key: str) -> tuple[str, str]:
@@ -304,7 +306,7 @@ def for_rows(
     whole: tuple[int, ...], rows: tuple[int, ...], formula: ShapeFormula, said: int | str | None
 ) -> tuple[int, ...]:
     """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch.
-    said: as in held()."""
+    said: as in local_shard()."""
     if not isinstance(said, int) or len(formula.batched) < 2:
         return rows
     return tuple(
@@ -313,7 +315,7 @@ def for_rows(
     )
 
 
-def held(
+def local_shard(
     whole: Sequence[int],
     formula: ShapeFormula,
     part: Box,

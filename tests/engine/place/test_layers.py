@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from flexkernel.engine.place.layers import known, weight_placement
+from flexkernel.engine.place.layers import layer_placement, weight_placement
 from flexkernel.errors import PlacementError
 
 
@@ -48,13 +48,13 @@ def linear(name: str, module: str, **flags) -> torch.nn.Module:
 )
 def test_a_known_parallel_layer_says_what_goes_in_and_out(name, flags, inner, outer):
     module = linear(name, "megatron.core.layers", **flags)
-    found = [known("a", module, at) for at in ("input", "output")]
+    found = [layer_placement("a", module, at) for at in ("input", "output")]
     assert [one and one.placement for one in found] == [inner, outer]
 
 
 def test_a_layer_of_that_name_from_elsewhere_says_nothing():
-    assert known("a", linear("ColumnParallelLinear", "mine.layers"), "output") is None
-    assert known("a", None, "output") is None
+    assert layer_placement("a", linear("ColumnParallelLinear", "mine.layers"), "output") is None
+    assert layer_placement("a", None, "output") is None
 
 
 BETWEEN = SimpleNamespace(sequence_parallel=False), SimpleNamespace(sequence_parallel=True)
@@ -75,13 +75,13 @@ BETWEEN = SimpleNamespace(sequence_parallel=False), SimpleNamespace(sequence_par
     ],
 )
 def test_megatrons_modules_say_which_dim_has_the_rows(name, flags, outer, batch):
-    found = known("a", linear(name, "megatron.core.x", **flags), "output", "0")
+    found = layer_placement("a", linear(name, "megatron.core.x", **flags), "output", "0")
     assert (found.placement, found.batch) == (outer, batch)
 
 
 def test_fairscales_layers_look_at_the_last_dim_only():
     assert (
-        known(
+        layer_placement(
             "a", linear("ColumnParallelLinear", "fairscale.nn", gather_output=True), "output"
         ).batch
         is None
@@ -90,17 +90,18 @@ def test_fairscales_layers_look_at_the_last_dim_only():
 
 def test_other_tensors_of_a_value_and_what_experts_order_are_not_meant():
     layer = linear("RowParallelLinear", "megatron.core.x")
-    assert known("a", layer, "output", "0") is not None
+    assert layer_placement("a", layer, "output", "0") is not None
     assert (
-        known("a", layer, "output", "1") is None
-        and known("mlp.experts.0", layer, "output", "0") is None
+        layer_placement("a", layer, "output", "1") is None
+        and layer_placement("mlp.experts.0", layer, "output", "0") is None
     )
 
 
 def test_logits_of_transformers_have_the_rows_first():
     model = linear("LlamaForCausalLM", "transformers.models.llama")
     assert (
-        known("", model, "output", "logits").batch == 0 and known("", model, "output", "") is None
+        layer_placement("", model, "output", "logits").batch == 0
+        and layer_placement("", model, "output", "") is None
     )
 
 
@@ -113,7 +114,7 @@ def test_packed_projections_are_split_each_by_itself_or_refused():
     assert weight_placement("linear_qkv.weight", layer, weight) == Shard(0)
     for ask in (
         lambda: weight_placement("mlp.linear_fc1.weight", layer, weight),
-        lambda: known("mlp.linear_fc1", layer, "output", "0"),
+        lambda: layer_placement("mlp.linear_fc1", layer, "output", "0"),
     ):
         with pytest.raises(
             PlacementError, match="packs several projections, whose order over tp is not known"
@@ -123,7 +124,7 @@ def test_packed_projections_are_split_each_by_itself_or_refused():
     assert weight_placement("mlp.linear_fc1.weight", layer, weight) == _StridedShard(
         0, split_factor=2
     )
-    assert known("mlp.linear_fc1", layer, "output", "0").placement == _StridedShard(
+    assert layer_placement("mlp.linear_fc1", layer, "output", "0").placement == _StridedShard(
         -1, split_factor=2
     )
     assert weight_placement("norm.weight", linear("LayerNorm", "megatron.core.x"), weight) is None
