@@ -58,6 +58,7 @@ def collect(
     check(session, active)
     if batch_size < 1:
         raise HookError(f"batch_size={batch_size}: give 1 or more prompts per batch")
+    groups = [GROUP] if specs else []
     writer = Writer(session, Path(path), header(session, active, batch_size))
     with (
         reporting(session.bar, progress, "collect", "prompt") as report,
@@ -68,12 +69,12 @@ def collect(
             for rows in batched(prompts, batch_size):
                 batch = session.batch(rows, chat)
                 if not writer.has(batch):
-                    run_and_add(session, batch, [GROUP] * bool(specs), writer)
+                    run_and_add(session, batch, groups, writer)
                 speed = f"collecting ({writer.speed():,.0f} tokens/s)"
                 report(speed, writer.done, max(count_of(prompts), writer.done))
             writer.index["complete"] = True
         except KeyboardInterrupt:
-            total = f" of {count_of(prompts)}" * isinstance(prompts, Sized)
+            total = f" of {count_of(prompts)}" if isinstance(prompts, Sized) else ""
             print(f"{writer.done}{total} prompts done: the same call goes on", file=sys.stderr)
     return Dataset(path)
 

@@ -63,19 +63,23 @@ class Preview:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value), but for the hooks."""
         how = "as in the last run" if self.measured else "a guess until a run was measured"
-        new = f" + {self.new} new" * bool(self.new)
-        more = f"; beside it {len(self.unplanned)} modules whose size depends on the data"
+        tokens = f"{self.B} × {self.S} tokens"
+        if self.new:
+            tokens += f" + {self.new} new"
+        size = f"{shown(self.num_bytes)} on each host"
+        if self.unplanned:
+            size += f"; beside it {len(self.unplanned)} modules whose size depends on the data"
         rows = [
-            ("batch", f"{self.B} × {self.S} tokens{new}"),
-            ("to keep", f"{shown(self.num_bytes)} on each host{more * bool(self.unplanned)}"),
+            ("batch", tokens),
+            ("to keep", size),
             ("by rank", ", ".join(map(shown, self.by_rank))),
             ("to copy", f"{self.seconds:.3g} s at {shown(self.bandwidth)}/s, {how}"),
             ("budget", f"{shown(self.budget)}, of which {shown(self.room)} can be had"),
         ]
         for host, (slabs, memory) in self.free.items():
             rows.append((f"free on {host}", f"{shown(slabs)} for slabs, {shown(memory)} of memory"))
-        on_disk = f", on disk, in {self.on_disk}" * bool(self.on_disk)
-        rows.append(("fits", self.problem or f"yes{on_disk}"))
+        fits = f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes"
+        rows.append(("fits", self.problem or fits))
         return rows
 
     def __repr__(self) -> str:
@@ -96,7 +100,7 @@ class Preview:
 
     def _left_out(self) -> str:
         left = len(self.hooks) - SHOWN
-        return f"... and {left} more hooks" * (left > 0)
+        return f"... and {left} more hooks" if left > 0 else ""
 
 
 def preview(
@@ -130,7 +134,7 @@ def preview(
         measured=bandwidth is None and store.bandwidth is not None,
         unplanned=where.unplanned,
         problem=problem_of(store, where, free),
-        on_disk=f"{store.spill.root}" * store.beyond_memory(where.num_bytes),
+        on_disk=str(store.spill.root) if store.beyond_memory(where.num_bytes) else "",
     )
 
 

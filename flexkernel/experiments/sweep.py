@@ -253,7 +253,7 @@ class Sweep:
 
     def _headline(self) -> str:
         num_modules, num_positions = self.values.shape
-        left = f", {self.left} left: sweep.resume()" * bool(self.left)
+        left = f", {self.left} left: sweep.resume()" if self.left else ""
         return (
             f"Sweep of {self._change.name!r} over {num_modules} modules × {num_positions} "
             f"positions{left}; baseline {self.baseline:.4g}"

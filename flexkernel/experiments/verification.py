@@ -111,7 +111,7 @@ class Verification:
 
     def _result(self) -> str:
         model = f"{self.info.cls} ({self.info.layout}, {self.info.dtype})"
-        how = ", which ran one layer at a time" * self.streamed
+        how = ", which ran one layer at a time" if self.streamed else ""
         if self.shapes_only:
             return (
                 f"{model}: {len(self)} values have the unsharded model's shapes. reference() "
@@ -146,12 +146,14 @@ class Verification:
     def _line(self, kind: str, rows: Sequence[Compared]) -> tuple[str, ...]:
         worst = max(rows, key=lambda row: row.drift)
         yardstick = max(row.yardstick or 0.0 for row in rows)
-        diverges = not worst.ok and not self.shapes_only
+        drift = f"{worst.drift:.1e}"
+        if not worst.ok and not self.shapes_only:
+            drift += " DIVERGES"
         return (
             kind if len(rows) > 1 else worst.name,
             str(len(rows)),
-            f"{worst.drift:.1e}" + " DIVERGES" * diverges,
-            f"{yardstick:.1e}" * bool(yardstick),
+            drift,
+            f"{yardstick:.1e}" if yardstick else "",
             f"{worst.placement} by {worst.evidence}",
         )
 
@@ -166,14 +168,15 @@ class Verification:
 
     def _repr_html_(self) -> str:
         title, *rest = (html.escape(sentence) for sentence in self.sentences())
-        color = "color:#c22" * (not self.ok)
-        yardstick = f"{self.info.dtype} from float32" * bool(self.ratio)
+        color = "" if self.ok else "color:#c22"
+        opened = "" if self.ok else " open"
+        yardstick = f"{self.info.dtype} from float32" if self.ratio else ""
         head = ("value", "n", "worst drift", yardstick, "placement")
         table = Table(self.table(), head, right=(1,)).html()
         paragraphs = "".join(f"<p>{text}</p>" for text in rest)
         return (
             f'<div><b style="{color}">{title}</b>{paragraphs}'
-            f"<details{' open' * (not self.ok)}><summary>{len(self)} values</summary>"
+            f"<details{opened}><summary>{len(self)} values</summary>"
             f"{table}</details></div>"
         )
 
@@ -185,6 +188,8 @@ def few(reasons: dict[str, str]) -> str:
         names.setdefault(why.removeprefix(f"{name}: "), []).append(name)
     texts = []
     for why, (first, *others) in names.items():
-        more = f" and {len(others)} more" * bool(others)
+        more = f" and {len(others)} more" if others else ""
         texts.append(f"{first}{more} ({why})")
-    return "; ".join(texts[:MOST_REASONS]) + "; ..." * (len(texts) > MOST_REASONS)
+    if len(texts) > MOST_REASONS:
+        texts[MOST_REASONS:] = ["..."]
+    return "; ".join(texts)

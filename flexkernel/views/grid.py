@@ -140,8 +140,10 @@ class Grid:
         """The row in a sentence, before the column: "row 3 Paris, ", and nothing for a vector."""
         if not self.lead:
             return ""
-        kind = "row " * (len(self.lead) == 1)
-        return f"{kind}{self.row_label(row)}, "
+        label = self.row_label(row)
+        if len(self.lead) == 1:
+            return f"row {label}, "
+        return f"{label}, "
 
     def column_label(self, column: int) -> str:
         if self.words.column_labels:
@@ -150,8 +152,10 @@ class Grid:
 
     def column_name(self, column: int) -> str:
         """The column in a sentence, after the row: "column 3", or its label."""
-        kind = "column " * (not self.words.column_labels)
-        return kind + self.column_label(column)
+        label = self.column_label(column)
+        if self.words.column_labels:
+            return label
+        return f"column {label}"
 
     def cell_name(self, row: int, column: int) -> str:
         return self.row_name(row) + self.column_name(column)

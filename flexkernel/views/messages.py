@@ -112,7 +112,7 @@ def probe(grid: Grid, rows: Span, cols: Span, how: str) -> str:
         return f"{grid.cell_name(rows.start, cols.start)}: {exact(block.flatten()[0])}"
     value = reduced(grid, block, how)
     nan = reduce.count_nan(block)
-    missing = f" · {nan} NaN" * bool(nan)
+    missing = f" · {nan} NaN" if nan else ""
     place = f"rows {rows.start}–{rows.stop - 1}, columns {cols.start}–{cols.stop - 1}"
     if how in ("mean", "std") or value.isnan():
         return f"{place}: {REDUCED[how]} {exact(value)}{missing}"

@@ -103,16 +103,17 @@ def render(
     rows, cols = rows.shortened(), cols.shortened()
     plot = _grown(quantise(values, scale.lo, scale.hi, LEVELS), (rows, cols), cells)
     gutter = _widest(rows.ticks) + GAP
-    strip = STRIP * bool(cols.shards)
+    strip = STRIP if cols.shards else 0
     paint = _Paint(scale, plot, left=max(gutter, MARGIN), top=TITLE + strip)
-    side = STRIP * bool(rows.shards)
+    side = STRIP if rows.shards else 0
     bar_left = paint.right + side + GAP
     width = max(
         bar_left + BAR + 6 + _widest(scale.ticks) + 12,
         paint.left + fonts.width(title) + 8,
         paint.left + fonts.width(caption) + 8,
     )
-    paint.start(paint.bottom + TICKS + CAPTION * bool(caption), width)
+    below = TICKS + CAPTION if caption else TICKS
+    paint.start(paint.bottom + below, width)
     paint.text(paint.left, 8, title)
     paint.draw_plot()
     paint.row_axis(rows)

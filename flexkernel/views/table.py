@@ -78,7 +78,7 @@ class Table:
         if column in self.code and tag == "td" and inside:
             inside = f"<code>{inside}</code>"
         side = "right" if column in self.right else "left"
-        span = f' colspan="{cell.span}"' * (cell.span > 1)
+        span = f' colspan="{cell.span}"' if cell.span > 1 else ""
         return f'<{tag}{span} style="{style}{side};{cell.style}">{inside}</{tag}>'
 
 

@@ -82,7 +82,8 @@ class Tile:
             what = f"{REDUCED[self.window.how]} of {down}×{along} cells/pixel"
         parts = [f"range {range_text(self.range, self.middle)}"]
         if self.beyond:
-            parts.append(f"{self.beyond:,} pixel{'s' * (self.beyond > 1)} beyond")
+            pixels = "pixel" if self.beyond == 1 else "pixels"
+            parts.append(f"{self.beyond:,} {pixels} beyond")
         caption = f"{what} · {', '.join(parts)}"
         if nan:
             caption += f" · {nan:,} NaN"

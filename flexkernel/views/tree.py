@@ -79,12 +79,14 @@ class ModelTree:
         return {"text/html": self._repr_html_(), "text/plain": str(self)}
 
     def _repr_html_(self) -> str:
-        title = f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>'
+        title = ""
+        if self.title:
+            title = f'<div style="font-weight:600;padding:2px 0">{html.escape(self.title)}</div>'
         head = "".join(_cell(column.name, column) for column in COLUMNS)
         top = "".join(_html(node, 0) for node in self._top)
         return (
             f'<div style="font-size:12px;line-height:1.7;overflow-x:auto">'
-            f'<div style="min-width:{TOTAL}px">{title * bool(self.title)}'
+            f'<div style="min-width:{TOTAL}px">{title}'
             f'<div style="{LINE}padding-left:16px;opacity:.65;{RULE}">{head}</div>'
             f"{top}</div></div>"
         )
@@ -176,10 +178,12 @@ def counted(number: int) -> str:
     >>> counted(0), counted(9_500), counted(28_311_552)
     ('', '9,500', '28.31 M')
     """
+    if number == 0:
+        return ""
     for least, size, unit in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if number >= least:
             return f"{number / size:.4g} {unit}"
-    return f"{number:,}" * bool(number)
+    return f"{number:,}"
 
 
 def _shape(node: _Node) -> str:
@@ -192,7 +196,7 @@ def _shape(node: _Node) -> str:
 def _hooks(node: _Node) -> str:
     """The hooks, and their groups."""
     return ", ".join(
-        name + f" ({' '.join(groups)})" * bool(groups) for name, groups in node.row.hooks
+        f"{name} ({' '.join(groups)})" if groups else name for name, groups in node.row.hooks
     )
 
 
@@ -241,9 +245,10 @@ def _html(node: _Node, depth: int) -> str:
         return f'<div style="{LINE}padding-left:16px">{line}</div>'
     inside = "".join(_html(child, depth + 1) for child in node.below)
     is_open = not node.label.isdigit() and depth < 2
+    opened = " open" if is_open else ""
     style = f"{LINE}cursor:pointer;list-style-position:outside;margin-left:16px"
     return (
-        f'<details{" open" * is_open}><summary style="{style}">{line}</summary>'
+        f'<details{opened}><summary style="{style}">{line}</summary>'
         f'<div style="padding-left:{INDENT}px">{inside}</div></details>'
     )
 
@@ -251,12 +256,15 @@ def _html(node: _Node, depth: int) -> str:
 def _line(node: _Node, depth: int) -> str:
     """The cells of a module. A closed line still tells that there are hooks inside it."""
     module, *between, hooks = COLUMNS
-    hooked = hooks.text(node) or "below" * _hooked_below(node)
+    hooked = hooks.text(node)
+    if not hooked and _hooked_below(node):
+        hooked = "below"
     count = node.row.num_parameters
     # what the indentation takes comes off the first column: the others stay in line
     cells = [_cell(module.text(node), module, node.row.name, INDENT * depth)]
     for column in between:
-        hint = f"{count:,}" * (column.name == "parameters" and count > 0)
+        exact = column.name == "parameters" and count > 0
+        hint = f"{count:,}" if exact else ""
         cells.append(_cell(column.text(node), column, hint))
     return "".join([*cells, _cell(hooked, hooks)])
 
@@ -267,6 +275,6 @@ def _hooked_below(node: _Node) -> bool:
 
 def _cell(text: str, column: Column, hint: str = "", taken: int = 0) -> str:
     """hint: what hovering says. taken: pixels that the indentation has taken."""
-    title = f' title="{html.escape(hint, quote=True)}"' * bool(hint)
+    title = f' title="{html.escape(hint, quote=True)}"' if hint else ""
     style = f"{CELL}{column.style}width:{column.width - taken}px"
     return f'<span style="{style}"{title}>{html.escape(text) or "&nbsp;"}</span>'
