@@ -71,8 +71,11 @@ def checked_bytes(region: Region) -> int:
 
 
 def typed(raw: torch.Tensor, region: Region) -> torch.Tensor:
-    """Those bytes as the region's tensor. An empty array has strides that torch will not view as
-    another dtype."""
+    """Bytes as the region's tensor: of its shape and dtype, over the same memory.
+
+    raw: (num_bytes,) uint8 on the CPU, contiguous, as many as the region has (checked_bytes) and
+    aligned for its dtype. No bytes: a new empty tensor, since the strides of an empty array are
+    such that torch will not view it as another dtype."""
     dtype = DTYPES[region.dtype]
     return (
         raw.view(dtype).view(region.shape) if len(raw) else torch.empty(region.shape, dtype=dtype)

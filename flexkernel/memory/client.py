@@ -53,8 +53,11 @@ class Client:
     def read(
         self, region: Region, progress: Callable[[int, int], None] | None = None
     ) -> torch.Tensor:
-        """The whole region in memory of its own. progress(bytes here, bytes in all) is called
-        after each chunk."""
+        """The whole region, of its shape and dtype, on the CPU in memory of its own.
+
+        progress(bytes here, bytes in all) is called after each chunk. ClusterError: the server is
+        silent for timeout_s, or sends other bytes than these. CaptureError: the slab is gone, or
+        is shorter. ValueError: the region has no such dtype, shape or offset."""
         total = checked_bytes(region)
         here = np.empty(total, dtype=np.uint8)
         starts = range(0, total, CHUNK_BYTES)
@@ -77,7 +80,11 @@ class Client:
         return typed(torch.from_numpy(here), region)
 
     def slice(self, region: Region, index: Any) -> torch.Tensor:
-        """region[index], without the rest of it. index: whole numbers, slices, None, ... ."""
+        """region[index], without the rest of it: of that shape and the region's dtype, on the CPU
+        in memory of its own.
+
+        index: whole numbers, slices, None, ... . TypeError: something else, such as a mask.
+        IndexError: it is outside the shape. Other errors are those of read()."""
         checked_bytes(region)
         packed = pack_index(index)
         form = torch.empty(region.shape, dtype=DTYPES[region.dtype], device="meta")[
@@ -91,8 +98,10 @@ class Client:
         return self._large_slice(region, packed, form)
 
     def _large_slice(self, region: Region, packed: list, form: torch.Tensor) -> torch.Tensor:
-        """In parts along its first dim that has any: an engine should not copy gigabytes at
-        once."""
+        """The slice, of form's shape and dtype, on the CPU. It is fetched in parts along its first
+        dim of more than 1: an engine should not copy gigabytes at once.
+
+        form: region[index] on the meta device; packed: that index. Errors are those of read()."""
         dim = next(d for d, size in enumerate(form.shape) if size > 1)
         step = max(1, CHUNK_BYTES * form.shape[dim] // form.nbytes)
         starts = range(0, form.shape[dim], step)
@@ -112,7 +121,10 @@ class Client:
         **more,
     ):
         """flexkernel.memory.reduce.partial(name, region, dims, keepdim, ...).value(), computed
-        over there."""
+        over there.
+
+        A tensor of the region's shape without dims (of size 1 there with keepdim), on the CPU;
+        for "topk" two, values and indices. Errors are those of read(), and torch's."""
         found = self._tensors(
             "reduce", region, name=name, dims=_plain(dims), keepdim=keepdim, **more
         )
@@ -122,7 +134,9 @@ class Client:
         self, region: Region, rows=None, cols=None, height=256, width=512, how="extreme", index=None
     ):
         """flexkernel.memory.reduce.tiles of the region, or of region[index], seen as rows of its
-        last dim."""
+        last dim: (h, w) float32 on the CPU, h <= height, w <= width.
+
+        rows, cols: (start, stop) of what is drawn. Errors are those of slice()."""
         packed = None if index is None else pack_index(index)
         place = {"index": packed, "rows": rows, "cols": cols}
         return self._tensors("tiles", region, **place, height=height, width=width, how=how)[0]
@@ -130,12 +144,14 @@ class Client:
     def bounds(
         self, region: Region, rows=None, cols=None, height=256, width=512, index=None
     ) -> Tensors:
+        """The "max" and the "min" tile of the same pixels: two (h, w) float32, as of tiles()."""
         packed = None if index is None else pack_index(index)
         return self._tensors(
             "bounds", region, index=packed, rows=rows, cols=cols, height=height, width=width
         )
 
     def histogram(self, region: Region, lo: float, hi: float, bins: int = 256) -> Histogram:
+        """flexkernel.memory.reduce.histogram of the region; its counts: (bins,) int64."""
         counts, rest = self._tensors("histogram", region, lo=lo, hi=hi, bins=bins)
         return Histogram(lo, hi, counts, *rest.tolist())
 
@@ -169,6 +185,8 @@ class Client:
         return {"token": self._token, "op": op, **place, "args": args}
 
     def _tensors(self, op: str, region: Region, **args: Any) -> Tensors:
+        """What one request is answered: tensors of the shapes and dtypes that the answer says, on
+        the CPU in memory of their own."""
         ((_, answer),) = self._ask([(self._header(op, region, **args), None)])
         return _unpack(answer)
 
@@ -326,7 +344,9 @@ def _head(answer: list) -> dict[str, Any]:
 
 
 def _unpack(answer: list) -> Tensors:
-    """The tensors of an answer, in memory of their own."""
+    """The tensors of an answer, of the shapes and dtypes that its header says, on the CPU in
+    memory of their own. ClusterError: header and buffers disagree. Raises the error that the
+    answer reports."""
     buffers = _buffers(answer)
     forms = _head(answer).get("tensors")
     if not isinstance(forms, list) or len(forms) != len(buffers):

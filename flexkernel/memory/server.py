@@ -222,7 +222,8 @@ def _run(slabs: _Slabs, request: dict) -> Tensors:
 
 
 def _read(slabs: _Slabs, region: Region, start: Any, num_bytes: Any) -> Tensors:
-    """Bytes of the region from `start`, relative to it."""
+    """Bytes of the region from `start`, relative to it: (num_bytes,) uint8.
+    ValueError: they reach beyond the region or are too many. CaptureError: the slab is gone."""
     whole_number(start, "start"), whole_number(num_bytes, "num_bytes")
     total = checked_bytes(region)
     slabs.check(region.slab, region.offset, total)
@@ -254,7 +255,8 @@ def _reduce(
 
 
 def _matrix(slabs: _Slabs, region: Region, index: Any) -> torch.Tensor:
-    """What is drawn: the region, or a part of it, as rows of its last dim."""
+    """What is drawn, the region or region[index], as rows of its last dim: (rows, last dim), or
+    (1, 1) for a 0-d value, in the region's dtype. IndexError: the index is outside the shape."""
     whole = slabs.tensor(region)
     part = whole if index is None else whole[unpack_index(index)]
     return part.reshape(-1, part.shape[-1] if part.dim() else 1)
@@ -313,8 +315,11 @@ class _Slabs:
     )
 
     def raw(self, name: str, offset: int, num_bytes: int) -> torch.Tensor:
-        """Those bytes as uint8; mapped only where every page has memory behind it: reading others
-        can be a SIGBUS."""
+        """Those bytes: (num_bytes,) uint8 on the CPU. A view of the mapped file where every page
+        has memory behind it, else a copy: reading a mapped page without memory can be a SIGBUS.
+
+        CaptureError: the slab is gone or shorter, or has pages without memory and more than
+        ANSWER_BYTES were asked for."""
         found = self.check(name, offset, num_bytes)
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
@@ -374,8 +379,11 @@ class _Slabs:
         return data
 
     def _map(self, name: str, found: os.stat_result) -> torch.Tensor:
-        """The whole file. Private and never written: a read-only map would make torch warn at
-        every look."""
+        """The whole file, mapped: (num_bytes,) uint8 on the CPU. CaptureError: another file has
+        taken its name since `found`.
+
+        The map is private and never written: a read-only one would make torch warn at every
+        read."""
         state = (found.st_dev, found.st_ino, found.st_size)
         if self.maps.get(name, (None,))[0] != state:
             with self._open(name) as fd:
@@ -398,6 +406,11 @@ class _Slabs:
                 self._stat(name)
 
     def tensor(self, region: Region) -> torch.Tensor:
+        """The region, of its shape and dtype, on the CPU: a view of the mapped file, or a copy
+        where its bytes are not aligned for the dtype or have no memory behind them. Never write
+        to it.
+
+        ValueError: it is no region. CaptureError: the slab is gone or shorter."""
         raw = self.raw(region.slab, region.offset, checked_bytes(region))
         if raw.storage_offset() % DTYPES[region.dtype].itemsize:
             raw = raw.clone()
@@ -405,5 +418,6 @@ class _Slabs:
 
 
 def _raw(tensor: torch.Tensor) -> np.ndarray:
-    """A contiguous tensor's bytes, not copied."""
+    """A tensor's bytes, in order: (num_bytes,) uint8 array. tensor: any shape and dtype, on the
+    CPU; copied only where it is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

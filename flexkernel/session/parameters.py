@@ -192,7 +192,10 @@ def lying_in(store: Store, new: torch.Tensor, name: str) -> Iterator[SlabValue]:
 
 
 def parts(new: torch.Tensor, holds: Box) -> tuple[Blob, ...]:
-    """What a rank on another host holds of it, as it travels with the call."""
+    """What a rank on another host holds of it, as plain data that travels with the call: a Blob
+    for each of the boxes that `holds` consists of, of that box's shape and new's dtype.
+
+    new: the whole parameter, on the CPU. holds: which part of it the rank holds."""
     return tuple(to_blob(box.cut(new)) for box in holds.parts())
 
 
