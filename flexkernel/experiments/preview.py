@@ -78,7 +78,9 @@ class Preview:
         ]
         for host, (slabs, memory) in self.free.items():
             rows.append((f"free on {host}", f"{shown(slabs)} for slabs, {shown(memory)} of memory"))
-        fits = f"yes, on disk, in {self.on_disk}" if self.on_disk else "yes"
+        fits = "yes"
+        if self.on_disk:
+            fits += f", on disk, in {self.on_disk}"
         rows.append(("fits", self.problem or fits))
         return rows
 
@@ -100,7 +102,9 @@ class Preview:
 
     def _left_out(self) -> str:
         left = len(self.hooks) - SHOWN
-        return f"... and {left} more hooks" if left > 0 else ""
+        if left <= 0:
+            return ""
+        return f"... and {left} more hooks"
 
 
 def preview(

@@ -168,8 +168,10 @@ class Verification:
 
     def _repr_html_(self) -> str:
         title, *rest = (html.escape(sentence) for sentence in self.sentences())
-        color = "" if self.ok else "color:#c22"
-        opened = "" if self.ok else " open"
+        color = opened = ""
+        if not self.ok:
+            color = "color:#c22"
+            opened = " open"
         yardstick = f"{self.info.dtype} from float32" if self.ratio else ""
         head = ("value", "n", "worst drift", yardstick, "placement")
         table = Table(self.table(), head, right=(1,)).html()
@@ -188,8 +190,9 @@ def few(reasons: dict[str, str]) -> str:
         names.setdefault(why.removeprefix(f"{name}: "), []).append(name)
     texts = []
     for why, (first, *others) in names.items():
-        more = f" and {len(others)} more" if others else ""
-        texts.append(f"{first}{more} ({why})")
+        if others:
+            first += f" and {len(others)} more"
+        texts.append(f"{first} ({why})")
     if len(texts) > MOST_REASONS:
         texts[MOST_REASONS:] = ["..."]
     return "; ".join(texts)

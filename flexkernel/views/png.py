@@ -112,7 +112,9 @@ def render(
         paint.left + fonts.width(title) + 8,
         paint.left + fonts.width(caption) + 8,
     )
-    below = TICKS + CAPTION if caption else TICKS
+    below = TICKS
+    if caption:
+        below += CAPTION
     paint.start(paint.bottom + below, width)
     paint.text(paint.left, 8, title)
     paint.draw_plot()

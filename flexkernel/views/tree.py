@@ -244,8 +244,9 @@ def _html(node: _Node, depth: int) -> str:
     if not node.below:
         return f'<div style="{LINE}padding-left:16px">{line}</div>'
     inside = "".join(_html(child, depth + 1) for child in node.below)
-    is_open = not node.label.isdigit() and depth < 2
-    opened = " open" if is_open else ""
+    opened = ""
+    if not node.label.isdigit() and depth < 2:
+        opened = " open"
     style = f"{LINE}cursor:pointer;list-style-position:outside;margin-left:16px"
     return (
         f'<details{opened}><summary style="{style}">{line}</summary>'
@@ -263,8 +264,9 @@ def _line(node: _Node, depth: int) -> str:
     # what the indentation takes comes off the first column: the others stay in line
     cells = [_cell(module.text(node), module, node.row.name, INDENT * depth)]
     for column in between:
-        exact = column.name == "parameters" and count > 0
-        hint = f"{count:,}" if exact else ""
+        hint = ""
+        if column.name == "parameters" and count > 0:
+            hint = f"{count:,}"
         cells.append(_cell(column.text(node), column, hint))
     return "".join([*cells, _cell(hooked, hooks)])
 
