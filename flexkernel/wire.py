@@ -99,6 +99,16 @@ class Layout:
         return " × ".join(used) or "one engine"
 
 
+def either(layouts: Sequence[Layout]) -> str:
+    """Layouts to choose from, in words.
+
+    >>> either([Layout(tp=2), Layout(pp=2), Layout(dp=2)])
+    'tp=2, pp=2 or dp=2'
+    """
+    *most, last = map(str, layouts)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 @dataclass(frozen=True)
 class RankInfo:
     """Which rank this process is. local_rank: its number among the ranks of its host, which is

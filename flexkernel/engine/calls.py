@@ -33,8 +33,7 @@ from flexkernel.wire import (
 from . import dataset, recover, verify
 from .compat import is_placeholder, made_groups
 from .failure import gave_up
-from .model import attention, load
-from .model.inspection import inspect
+from .model import attention, inspection, load
 from .model.part import Pending, RankModel, modules_of
 from .ranks import mesh
 from .ranks.gather import make_groups
@@ -136,7 +135,12 @@ def inspect_model(
     rank 0's; None on the others."""
     if runtime.rank != 0:
         return None
-    return inspect(source, layout, dtype, attention, placements)
+    return inspection.inspect(source, layout, dtype, attention, placements)
+
+
+def possible_layouts(runtime: Runtime, path: str, world: int) -> tuple[Layout, ...] | None:
+    """The layouts that a model can have over so many engines. The answer is rank 0's."""
+    return inspection.possible_layouts(path, world) if runtime.rank == 0 else None
 
 
 def load_model(
@@ -214,6 +218,7 @@ CALLS: dict[str, Call] = {
     "close": close,
     "call": call,
     "inspect_model": inspect_model,
+    "possible_layouts": possible_layouts,
     "load": load_model,
     "adopt": adopt,
     "unload": Runtime.unload,

@@ -11,11 +11,20 @@ from typing import Any
 from flexkernel.errors import HookError, LayoutError, LoadError
 from flexkernel.memory.plan import Planner
 from flexkernel.names import nearest, select, split_point
-from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
+from flexkernel.wire import AXES, Layout, ModelInfo, ModuleInfo, Source, either
 
 from . import prompts
 
-__all__ = ["NONE_LOADED", "Loaded", "check_stop", "check_world", "inspect", "load", "merged"]
+__all__ = [
+    "NONE_LOADED",
+    "Loaded",
+    "check_degrees",
+    "check_stop",
+    "fitted",
+    "inspect",
+    "load",
+    "merged",
+]
 __all__ += ["source", "trainable"]
 
 NONE_LOADED = "no model is loaded: session.load(path, tp=, pp=, dp=, fsdp=), or %flex_load PATH"
@@ -43,24 +52,50 @@ class Loaded:
         return f"<Loaded {self.info.cls} from {self.info.path}, {self.info.layout}>"
 
 
-def check_world(layout: Layout, world: int) -> None:
-    """LayoutError unless the degrees multiply to the number of engines."""
-    for axis in ("pp", "dp", "fsdp", "tp"):
+def check_degrees(layout: Layout) -> None:
+    """LayoutError unless each degree is a whole number from 1."""
+    for axis in AXES:
         degree = getattr(layout, axis)
         if not isinstance(degree, int) or degree < 1:
             raise LayoutError(f"{axis}={degree!r} is not a degree; it is a whole number from 1")
-    if layout.world != world:
-        asked = str(layout) if layout.world > 1 else "no degree"
-        there = f"{world} engines" if world > 1 else "1 engine"
-        instead = (
-            f"for instance pp={world} or tp={world}"
-            if world > 1
-            else "so leave them out, or start more engines"
-        )
-        raise LayoutError(
-            f"{asked} makes {layout.world} rank{'s' * (layout.world > 1)}, the cluster has {there}: "
-            f"the degrees must multiply to {world}, {instead}"
-        )
+
+
+def fitted(cluster: Any, source: Source, layout: Layout) -> Layout:
+    """The layout for all engines: the one asked for, or the first that the model can have where no
+    degree was given. LayoutError: the degrees do not multiply to the number of engines."""
+    world = cluster.size
+    if layout.world == world:
+        return layout
+    fits: tuple[Layout, ...] = ()
+    if world > 1 and source.builder is None:
+        fits = cluster.call("possible_layouts", source.path, world)[0]
+    if layout.world == 1 and fits:
+        return fits[0]
+    raise LayoutError(f"{mismatch(layout, world)}, {instead(world, fits)}")
+
+
+def mismatch(layout: Layout, world: int) -> str:
+    """That the degrees make another number of ranks than there are engines, in words."""
+    degrees = str(layout) if layout.world > 1 else "no degree"
+    ranks = counted(layout.world, "rank")
+    engines = counted(world, "engine")
+    return (
+        f"{degrees} makes {ranks}, the cluster has {engines}: the degrees must multiply to {world}"
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 rank", "2 ranks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def instead(world: int, fits: Sequence[Layout]) -> str:
+    """What to ask for instead, as the end of a sentence."""
+    if world == 1:
+        return "so leave them out, or start more engines"
+    if fits:
+        return f"this model can have {either(fits)}"
+    return f"for instance pp={world} or tp={world}"
 
 
 def source(what: Any, packed: Callable[[Any], bytes], **of_builder: Any) -> Source:

@@ -220,8 +220,9 @@ class Session:
     ) -> ModelInfo:
         """Load a model folder or hub id, split over the engines. It replaces the loaded model.
 
-        The degrees multiply to the number of engines; each engine reads only its part. source may
-        be a builder instead: it returns a rank's nn.Module, however that is distributed, and the
+        The degrees multiply to the number of engines; each engine reads only its part. Without any
+        degree the model is split as it can be: by tp, else pp, else fsdp, else dp. source may be a
+        builder instead: it returns a rank's nn.Module, however that is distributed, and the
         degrees say how.
 
         reference: builds the unsharded model, for the scan of shapes. names: a rank's module names
@@ -230,13 +231,14 @@ class Session:
         forward: forward(model, batch) calls a model that takes more than ids, attention_mask,
         position_ids and use_cache; batch is a dict of the first three. LoadError, LayoutError:
         refused before anything is read."""
-        layout = Layout(pp, dp, fsdp, tp)
-        model.check_world(layout, self.engines.size)
+        degrees = Layout(pp, dp, fsdp, tp)
+        model.check_degrees(degrees)
         where = model.source(source, pack, reference=reference, forward=forward, names=names)
         kind = dtype_name(dtype)
         name = where.path.rstrip("/").rpartition("/")[2]
-        with reporting(self.bar, progress, name, "engine", layout.world) as report:
+        with reporting(self.bar, progress, name, "engine", self.engines.size) as report:
             self.engines.use_device(device or self.engines.best_device())
+            layout = model.fitted(self.engines, where, degrees)
             info = model.inspect(
                 self.engines, where, layout, kind, attn, dict(placements or {}), report
             )

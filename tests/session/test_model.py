@@ -7,8 +7,15 @@ import dataclasses
 import pytest
 
 from flexkernel.errors import HookError, LayoutError, LoadError
-from flexkernel.session.model import check_sharded, check_stop, check_world, merged, source
-from flexkernel.wire import Layout, ModelInfo, ModuleInfo, ShapeFormula
+from flexkernel.session.model import (
+    check_degrees,
+    check_sharded,
+    check_stop,
+    fitted,
+    merged,
+    source,
+)
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo, ShapeFormula, Source
 
 NAMES = ("", "model", "model.embed", "model.layers", "model.layers.0", "model.layers.1", "head")
 
@@ -27,24 +34,49 @@ def part(*names: str, parameters: int = 50) -> tuple[list[ModuleInfo], int, int]
 # --- degrees --------------------------------------------------------------------------
 
 
-def test_degrees_must_multiply_to_the_engines():
-    check_world(Layout(pp=2, tp=3), 6)
-    with pytest.raises(
-        LayoutError, match=r"pp=2 × tp=3 makes 6 ranks, the cluster has 4 engines.*pp=4 or tp=4"
-    ):
-        check_world(Layout(pp=2, tp=3), 4)
+class Engines:
+    """So many engines, over which a model can have these layouts."""
+
+    def __init__(self, size: int, *fits: Layout):
+        self.size = size
+        self.fits = fits
+
+    def call(self, method: str, path: str, world: int) -> list:
+        assert (method, path, world) == ("possible_layouts", "a-model", self.size)
+        return [self.fits] + [None] * (self.size - 1)
+
+
+FOLDER = Source("a-model")
+BUILDER = Source("build", b"code")
+
+
+def test_degrees_that_multiply_to_the_engines_are_taken_as_they_are():
+    layout = Layout(pp=2, tp=3)
+    assert fitted(Engines(6), FOLDER, layout) is layout
+    assert fitted(Engines(1), FOLDER, Layout()) == Layout()
+
+
+def test_without_a_degree_the_model_is_split_as_it_can_be():
+    assert fitted(Engines(2, Layout(pp=2), Layout(fsdp=2)), FOLDER, Layout()) == Layout(pp=2)
+
+
+def test_other_degrees_are_refused_with_those_that_the_model_can_have():
+    makes = r"pp=2 × tp=3 makes 6 ranks, the cluster has 4 engines.*multiply to 4, "
+    with pytest.raises(LayoutError, match=f"{makes}this model can have pp=4 or dp=4"):
+        fitted(Engines(4, Layout(pp=4), Layout(dp=4)), FOLDER, Layout(pp=2, tp=3))
+    with pytest.raises(LayoutError, match=f"{makes}for instance pp=4 or tp=4"):
+        fitted(Engines(4), BUILDER, Layout(pp=2, tp=3))
     with pytest.raises(LayoutError, match="no degree makes 1 rank, the cluster has 2 engines"):
-        check_world(Layout(), 2)
-    with pytest.raises(
-        LayoutError, match=r"tp=2 makes 2 ranks, the cluster has 1 engine: .*leave them out"
-    ):
-        check_world(Layout(tp=2), 1)
+        fitted(Engines(2), BUILDER, Layout())
+    one = r"tp=2 makes 2 ranks, the cluster has 1 engine: .*leave them out"
+    with pytest.raises(LayoutError, match=one):
+        fitted(Engines(1), FOLDER, Layout(tp=2))
 
 
 @pytest.mark.parametrize("degree", [0, -1, 1.5, "2", None])
 def test_a_degree_is_a_whole_number_from_one(degree):
     with pytest.raises(LayoutError, match=f"dp={degree!r} is not a degree"):
-        check_world(Layout(dp=degree), 1)
+        check_degrees(Layout(dp=degree))
 
 
 # --- sources --------------------------------------------------------------------------
@@ -54,8 +86,8 @@ def test_a_source_is_a_folder_or_a_builder(tmp_path):
     assert source(tmp_path, None).path == str(tmp_path)
     assert not source("~/x", None).path.startswith("~")
     assert source("owner/name", None).path == "owner/name"
-    built = source(info, lambda function: function.__name__.encode(), reference=check_world)
-    assert (built.path, built.builder, built.reference) == ("info", b"info", b"check_world")
+    built = source(info, lambda function: function.__name__.encode(), reference=check_degrees)
+    assert (built.path, built.builder, built.reference) == ("info", b"info", b"check_degrees")
 
 
 @pytest.mark.parametrize("what", [3, None, ["a"], b"path"])

@@ -4,6 +4,7 @@ whether it can have the degrees and the dtype that are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from dataclasses import dataclass, replace
@@ -16,12 +17,19 @@ from flexkernel.engine.compat import tp_styles
 from flexkernel.engine.place.placements import aimed, parse
 from flexkernel.errors import LayoutError, LoadError, first_line
 from flexkernel.names import select
-from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source
+from flexkernel.wire import Layout, ModelInfo, ModuleInfo, Source, either
 
 from .checkpoint import check_files
 from .scan import Scan, read_config, runnable_on_meta, scan, unsharded
 
-__all__ = ["attention_of", "check_degrees", "check_path", "dtype_of", "inspect"]
+__all__ = [
+    "attention_of",
+    "check_degrees",
+    "check_path",
+    "dtype_of",
+    "inspect",
+    "possible_layouts",
+]
 
 ATTENTION = {"flash": "flash_attention_2"}  # short names; transformers' own are taken as they are
 # What tp splits evenly: in words, and its key in a config
@@ -183,7 +191,10 @@ def model_of_path(path: str, dtype: torch.dtype, layout: Layout) -> WholeModel:
         raise LoadError(
             f"no model can be made from the config of {path}: {type(error).__name__}: {first_line(error)}"
         ) from error
-    check_degrees(config, model, layout)
+    try:
+        check_degrees(config, model, layout)
+    except LayoutError as error:
+        raise LayoutError(f"{error}{advice(config, model, layout.world)}") from None
     if folder.is_dir():
         check_files(folder)
     return WholeModel(model, config)
@@ -280,6 +291,30 @@ def check_degrees(config: Any, model: torch.nn.Module, layout: Layout) -> None:
         raise LayoutError(
             f"fsdp={layout.fsdp}, dp={layout.dp}: {type(model).__name__} has no FSDP plan in transformers"
         )
+
+
+def possible_layouts(path: str, world: int) -> tuple[Layout, ...]:
+    """The layouts of one axis that the model of a folder or hub id can have over so many engines,
+    those that split it most evenly first. LoadError: there is no such model."""
+    check_path(path)
+    config = config_of(path)
+    return layouts_of(config, unsharded(config, torch.float32), world)
+
+
+def layouts_of(config: Any, model: torch.nn.Module, world: int) -> tuple[Layout, ...]:
+    """As possible_layouts, of a model that is on the meta device."""
+    fits = []
+    for layout in (Layout(tp=world), Layout(pp=world), Layout(fsdp=world), Layout(dp=world)):
+        with contextlib.suppress(LayoutError):
+            check_degrees(config, model, layout)
+            fits.append(layout)
+    return tuple(fits)
+
+
+def advice(config: Any, model: torch.nn.Module, world: int) -> str:
+    """What the model can have instead over so many engines, as the end of a sentence."""
+    fits = layouts_of(config, model, world)
+    return f"; over {world} engines it can have {either(fits)}" if fits else ""
 
 
 def check_tp(whole: WholeModel, layout: Layout) -> None:

@@ -12,11 +12,13 @@ import transformers
 from torch import nn
 
 from flexkernel.engine.model.inspection import (
+    advice,
     attention_of,
     check_degrees,
     check_path,
     dtype_of,
     inspect,
+    layouts_of,
 )
 from flexkernel.engine.model.load import build, local_bytes, local_parameters
 from flexkernel.errors import LayoutError, LoadError
@@ -54,6 +56,20 @@ def test_tp_must_divide_the_heads_and_says_what_would():
         LayoutError, match="tp=9 does not divide LlamaForCausalLM's 3 key/value heads"
     ):
         check_degrees(config, model, Layout(tp=9))
+
+
+def test_the_advice_is_what_this_model_and_these_engines_can_have():
+    config, model = on_meta("Llama", **SMOLLM2)
+    expected = (Layout(pp=2), Layout(fsdp=2), Layout(dp=2))
+    assert layouts_of(config, model, 2) == expected, "2 does not divide 9 heads"
+    assert layouts_of(config, model, 3)[0] == Layout(tp=3)
+    assert advice(config, model, 2) == "; over 2 engines it can have pp=2, fsdp=2 or dp=2"
+
+
+@pytest.mark.engines(2)
+def test_without_a_degree_a_model_is_split_as_it_can_be(session, tiny):
+    assert session.load(tiny("llama")).layout == Layout(tp=2)
+    assert session.load(tiny("gpt2")).layout == Layout(fsdp=2), "it has no plan for tp or pp"
 
 
 def test_tp_must_divide_the_mlp():
