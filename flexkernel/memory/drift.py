@@ -8,18 +8,20 @@ from flexkernel.wire import ShapeFormula
 
 __all__ = ["drift", "real_part"]
 
-# of the largest vector: what a vector far smaller than it is measured against instead of its own
-# norm
+# A vector smaller than this share of the largest one is measured against that share, not against
+# its own norm
 FLOOR = 1e-3
 
 
 def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = None) -> float:
-    """The largest ‖got − truth‖ / ‖truth‖ of any vector along the last dim; inf where one has NaN
-    and the other none.
+    """The largest ‖got − truth‖ / ‖truth‖ of all vectors along the last dim; inf if their NaN are
+    at different places.
 
-    A measure over the whole tensor would hide the small vectors: the first token of many models is
-    a thousand times larger than the others. real: bool, broadcast to the tensor; what is False
-    does not count. Integers have to be equal: 0 or inf.
+    got, truth: of one shape, on one device. real: bool, broadcast to that shape; elements where it
+    is False do not count. Integers give 0 if all are equal, else inf.
+
+    A norm over the whole tensor would hide small vectors: in many models the first token is a
+    thousand times larger than the others.
 
     >>> drift(torch.tensor([[1.0, 1.1], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]])) < 0.08
     True
@@ -33,7 +35,7 @@ def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = No
         return float("inf")
     if truth.numel() == 0:
         return 0.0
-    same = (got == truth) | truth.isnan()  # infinities too: their difference is NaN
+    same = (got == truth) | truth.isnan()  # infinities too: inf - inf is NaN
     apart = (got - truth).masked_fill(same, 0).norm(dim=-1)
     size = truth.masked_fill(~truth.isfinite(), 0).norm(dim=-1)
     size = size.clamp(min=max(FLOOR * size.max().item(), torch.finfo(torch.float64).tiny))
@@ -41,10 +43,11 @@ def drift(got: torch.Tensor, truth: torch.Tensor, real: torch.Tensor | None = No
 
 
 def real_part(formula: ShapeFormula, mask: torch.Tensor) -> torch.Tensor | None:
-    """Where a value of this formula belongs to real tokens, as a view that broadcasts to its shape;
-    None: it has no positions, or several numbers for each.
+    """Where a value of this formula belongs to real tokens: a view of the mask that broadcasts to
+    the value's shape.
 
-    mask: (B, S) bool, False on pads."""
+    None: the value has no positions, or has several entries for each. mask: (B, S) bool, False on
+    pads."""
     one_each = (formula.rows, formula.positions)
     if formula.folded is None and any(
         d is not None and (formula.dims or ())[d][0] != 1 for d in one_each

@@ -1,6 +1,6 @@
 """A rank's heartbeat in shared memory: modules entered, the current one, whether it is running.
 
-Others can read it while the rank is busy, hangs or has died."""
+Other processes can read it while the rank is busy, hangs or has died."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NUM_BYTES = 32
 class Heartbeat:
     """Three numbers in a small mapped file.
 
-    count: how many modules this rank has entered since its engine started. module: the index of the
-    last one in the model, -1 before any. running: whether the rank is in a forward.
-    write: only the rank itself passes it; it creates the file."""
+    count: how many modules this rank has entered since its engine started. module: the index of
+    the last one in the model, -1 before any. running: whether the rank is in a forward. write:
+    True only on the rank itself, which creates the file."""
 
     def __init__(self, folder: Path, rank: int, write: bool = False):
         self._names_path = folder / f"heartbeat-{rank}-names"
@@ -45,13 +45,14 @@ class Heartbeat:
             self._numbers[2] = 0
 
     def beat(self, module: int) -> None:
-        """Count one more module, and say which."""
+        """The rank enters the module of that index."""
         self._numbers[1] = module
         self._numbers[0] += 1
 
     def name_modules(self, names: Mapping[int, str]) -> None:
-        """Say which names the modules have that `beat` counts, by index. They lie in a file beside
-        the numbers, so that the driver can name a module whose rank has died."""
+        """Write the modules' names by index to a file beside the numbers.
+
+        With it the driver can name the module of a rank that has died."""
         part = self._names_path.with_name(self._names_path.name + ".part")
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:
@@ -60,7 +61,8 @@ class Heartbeat:
 
     @property
     def module_name(self) -> str:
-        """The name of the last module entered; "" before any, or if it has none here."""
+        """The name of the last module entered; "" before any, or if the module has no name in the
+        file."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._names_path.read_text()).get(str(self.module), "")
         return ""
@@ -85,8 +87,8 @@ class Heartbeat:
 def start_time(pid: int) -> float:
     """When a process started, in seconds after the host's boot.
 
-    With its pid this identifies a process. It does not use the clock, which can be set meanwhile.
-    psutil.NoSuchProcess: there is none of that pid."""
+    Together with its pid this identifies a process. It does not depend on the clock, which can be
+    set meanwhile. psutil.NoSuchProcess: no process has this pid."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[19]) / os.sysconf("SC_CLK_TCK")

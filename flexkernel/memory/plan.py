@@ -1,8 +1,7 @@
 """What a run keeps, and where each value lies.
 
-A run is planned before its forward. Every process computes the same plan, so that no process has to
-be told where an activation goes. Captures start on page boundaries, so that one can be mapped alone.
-"""
+A run is planned before its forward. Every process computes the same plan, so nobody has to send it
+where an activation goes. Captures start on page boundaries, so that each can be mapped alone."""
 
 from __future__ import annotations
 
@@ -29,18 +28,19 @@ from .slab import pages, size_of
 
 __all__ = ["Entry", "Plan", "Planner", "logits_path"]
 
-LOGITS_BYTES = 64 << 20  # above this a run keeps the last position's logits only
-MOST_PLANS = 64  # that a Planner remembers
+LOGITS_BYTES = 64 << 20  # if all logits are larger, a run keeps only the last position's
+MOST_PLANS = 64  # how many plans a Planner caches
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A planned capture.
 
-    key: which value. formula, shape: of the whole value, in this run. offset: its first byte, after
-    the run's base. newest: each forward of a generation writes over the one before. over: the dims
-    that are reduced; then `slots` ranks each keep float64 statistics of their part. ranks: which
-    ranks see the value; (): not known before the run."""
+    key: which value. formula, shape: of the whole value in this run. offset: its first byte,
+    counted from the run's base. newest: each forward of a generation overwrites the value of the
+    one before. over: the dims that are reduced. slots: how many ranks keep float64 statistics of
+    their part of a reduction. ranks: those that see the value; () if that is unknown before the
+    run."""
 
     key: CaptureKey
     hook: HookSpec
@@ -54,17 +54,19 @@ class Entry:
 
     @property
     def at(self) -> str:
-        """The key's, of the value before it was reduced."""
+        """What the hook reads, `output` for example, without the reduction that the key's site
+        also names."""
         return self.key.site.value
 
     @functools.cached_property
     def kept_shape(self) -> tuple[int, ...]:
-        """The shape that a reader sees."""
+        """The shape that a reader sees: without the reduced dims."""
         return reduced_shape(self.shape, self.over)
 
     @functools.cached_property
     def lies(self) -> tuple[tuple[int, ...], str]:
-        """(shape, dtype) of what lies in the slab: of a reduction (statistics, slots, *kept)."""
+        """(shape, dtype) of what is stored in the slab; of a reduction (statistics, slots,
+        *kept_shape) float64."""
         if self.hook.reduce is None:
             return self.shape, self.formula.dtype
         return (REDUCTIONS[self.hook.reduce.op], self.slots, *self.kept_shape), "float64"
@@ -74,7 +76,7 @@ class Entry:
         return size_of(*self.lies)
 
     def slot(self, layout: Layout, rank: int) -> int:
-        """The slot of a rank's statistics."""
+        """The index of a rank's statistics among the slots."""
         where = layout.coordinate(rank)
         if self.slots == layout.tp:
             return where.tp
@@ -85,9 +87,9 @@ class Entry:
 class Plan:
     """What a run will keep.
 
-    silent: names of a hook that never fire in a forward. unplanned: names whose size depends on the
-    data. logits_last: only the last position's logits are kept. text: the first byte of a
-    generation's new tokens, int64 of text_shape."""
+    silent: names that a hook matches and that never fire in a forward. unplanned: names whose size
+    depends on the data. logits_last: only the last position's logits are kept. text: the first
+    byte of a generation's new tokens, which are int64 of text_shape."""
 
     entries: tuple[Entry, ...]
     num_bytes: int
@@ -96,7 +98,7 @@ class Plan:
     text: int = 0
     text_shape: tuple[int, int] = (0, 0)
     unplanned: tuple[str, ...] = ()
-    # what this process works out once a plan, for all its runs
+    # what this process computes once for all runs of the plan
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
@@ -108,7 +110,7 @@ class Plan:
         }
 
     def by_hook(self) -> dict[str, tuple[int, int]]:
-        """Hook → (number of captures, bytes in whole pages). The largest comes first."""
+        """Hook → (number of captures, bytes in whole pages), the largest first."""
         found: dict[str, tuple[int, int]] = {}
         for entry in self.entries:
             count, num_bytes = found.get(entry.key.hook, (0, 0))
@@ -116,15 +118,18 @@ class Plan:
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def text_region(self, slab: str, base: int) -> Region:
+        """Where the new tokens of a run lie whose extent begins at `base`."""
         return Region(slab, base + self.text, self.text_shape, "int64")
 
     def region(self, entry: Entry, slab: str, base: int) -> Region:
+        """Where the entry lies in a run whose extent begins at `base`."""
         return Region(slab, base + entry.offset, *entry.lies)
 
 
 @dataclasses.dataclass(frozen=True)
 class HookedValue:
-    """A value that a hook captures. call: which of the times that it fires in a forward."""
+    """A value that a hook captures. call: its number among the times that the module fires in one
+    forward."""
 
     hook: HookSpec
     name: str
@@ -133,7 +138,7 @@ class HookedValue:
 
 
 class Planner:
-    """Plans the runs of one model. It remembers its plans, so that a run costs nothing per
+    """Plans the runs of one model. It caches its plans, so that a repeated run costs nothing per
     module."""
 
     def __init__(self, info: ModelInfo):
@@ -147,8 +152,8 @@ class Planner:
     # --- names ------------------------------------------------------------------------
 
     def names(self, hook: HookSpec) -> tuple[str, ...]:
-        """The modules and virtual points, or the parameters, that the hook's glob names.
-        HookError: none."""
+        """The modules and virtual points, or the parameters, that match the hook's glob.
+        HookError: there are none."""
         if hook.of == "param":
             return self.parameters(hook.glob)
         return self.targets(hook.glob)
@@ -171,7 +176,7 @@ class Planner:
         return tuple(select(glob, self.info.names))
 
     def _ranks(self, name: str, of: str) -> tuple[int, ...]:
-        """The ranks that see this value of a module or virtual point; (): not known."""
+        """The ranks that see this value of a module or virtual point; () if that is unknown."""
         module = self._modules.get(split_point(name)[0])
         if of == "param" or module is None:
             return ()
@@ -185,10 +190,10 @@ class Planner:
         self, hooks: Sequence[HookSpec], B: int, S: int, new: int = 0, backward: bool = False
     ) -> Plan:
         """Where each capture of these hooks lies, for B rows of S positions and at most `new`
-        generated tokens. HookError: an index or a position that a value has not.
+        generated tokens.
 
-        backward: the run has a loss, so that it has gradients, and keeps the logits of all
-        positions."""
+        backward: the run has a loss. Then it has gradients, and keeps the logits of all positions.
+        HookError: a value lacks the index or the position that a hook names."""
         key = (tuple(hooks), B, S, new, backward)
         if key not in self._plans:
             if len(self._plans) > MOST_PLANS:
@@ -295,8 +300,9 @@ def logits_path(paths: Sequence[str]) -> str | None:
 
 
 def num_slots(layout: Layout, formula: ShapeFormula, over: Sequence[int]) -> int:
-    """How many ranks keep statistics of their own. Where rows are not reduced, those of a tp
-    group: ranks with other rows keep other numbers."""
+    """How many ranks keep statistics of their own: all, or one tp group if rows are not reduced.
+
+    In the second case ranks with other rows fill other entries of the same slot."""
     rows = set(formula.batched)
     if rows and not rows & set(over):
         return layout.tp

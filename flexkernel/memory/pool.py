@@ -1,4 +1,4 @@
-"""The driver's book of slabs: which bytes a run has, and which can be used again."""
+"""The driver's record of the slabs: which bytes belong to a run, and which are free again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLAB_BYTES = 64 << 20  # the smallest slab: many small runs share one
 
 @dataclasses.dataclass
 class Extent:
-    """A run's bytes in a slab. They are not used again while they are pinned."""
+    """A run's bytes in a slab. They are not reused while tensors made from them live."""
 
     slab: str
     slab_bytes: int
@@ -29,12 +29,12 @@ class Extent:
 
     @property
     def tensors(self) -> int:
-        """How many live tensors look into it."""
+        """How many live tensors were made from it."""
         return self._pins - len(self._dead)
 
     def pin(self) -> Callable[[], None]:
-        """Count a tensor made from it; call the result when that has died, from any thread, even a
-        finalizer."""
+        """Count a tensor made from it. Call the returned function when that tensor dies; any
+        thread or finalizer may."""
         while self._dead:
             self._dead.popleft()
             self._pins -= 1
@@ -43,8 +43,8 @@ class Extent:
 
 
 class Pool:
-    """The driver's book of slabs: hands out extents, and takes them back when nothing looks into
-    them any more."""
+    """Leases extents of slabs to runs. It reuses an extent once it is released and no tensor made
+    from it lives."""
 
     def __init__(self, prefix: str, smallest: int = SLAB_BYTES):
         self._prefix, self._smallest, self._count = prefix, smallest, 0
@@ -52,7 +52,7 @@ class Pool:
         self._extents: dict[str, list[Extent]] = {}  # slab → its extents by base
 
     def lease(self, num_bytes: int) -> Extent:
-        """An extent for a run: in the first slab with a gap, else in a new one."""
+        """An extent for a run: in the first slab with a large enough gap, else in a new slab."""
         self.drain()
         need = max(pages(num_bytes), PAGE)
         for slab, extents in self._extents.items():
@@ -66,7 +66,7 @@ class Pool:
         return self._put(slab, 0, need)
 
     def growth(self, num_bytes: int) -> int:
-        """Bytes of the file that such an extent would need beside those that are there."""
+        """Bytes of the new slab that such an extent would need; 0 if an existing one has a gap."""
         need = max(pages(num_bytes), PAGE)
         fits = any(
             first_gap(e, need, self._sizes[slab]) is not None for slab, e in self._extents.items()
@@ -80,30 +80,31 @@ class Pool:
         return extent
 
     def adopt(self, extent: Extent) -> None:
-        """Book an extent that an earlier driver handed out."""
+        """Add an extent that an earlier driver leased."""
         self._sizes[extent.slab] = extent.slab_bytes
         self._extents.setdefault(extent.slab, []).append(extent)
         self._extents[extent.slab].sort(key=lambda e: e.base)
 
     def release(self, extent: Extent) -> None:
-        """The run is done with it; reused once no tensor looks into it."""
+        """The run no longer needs it. It is reused once no tensor made from it lives."""
         extent.released = True
         self.drain()
 
     def abandon(self, extent: Extent) -> None:
-        """Release it, and its slab too if nothing else lies there: the slab could not be made."""
+        """Release an extent whose slab could not be made, and forget the slab if nothing else lies
+        in it."""
         self.release(extent)
         if not self._extents[extent.slab]:
             del self._extents[extent.slab], self._sizes[extent.slab]
 
     def drain(self) -> None:
-        """Take back what is released and not pinned any more."""
+        """Take back the extents that are released and no longer pinned."""
         for slab, extents in self._extents.items():
             self._extents[slab] = [e for e in extents if not (e.released and e.tensors <= 0)]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are handed out."""
+        """Bytes that are leased."""
         return sum(e.num_bytes for extents in self._extents.values() for e in extents)
 
     @property
@@ -113,6 +114,8 @@ class Pool:
 
 
 def first_gap(extents: Sequence[Extent], need: int, size: int) -> int | None:
+    """Where the first gap of `need` bytes begins in a slab of `size` bytes; None if it has none.
+    extents: sorted by base."""
     base = 0
     for extent in extents:
         if extent.base - base >= need:

@@ -1,11 +1,9 @@
-"""Partial results, and how they combine exactly: reductions of a tensor that lies in pieces, and
-tiles to draw.
+"""Reductions of a tensor that is split into shards, and tiles of a matrix to draw.
 
-Two families. `partial` / `combine` / `reduce_shards` follow torch: NaN propagates, and the result
-over shards is the result over the whole. `tiles`, `histogram` and `count_nan` are for looking: NaN
-is counted and never hides its neighbours. Everything runs where the tensor lies and copies no more
-than a cache-sized block at a time.
-"""
+`partial`, `combine` and `reduce_shards` follow torch: NaN propagates, and the result over shards
+equals the result over the whole. `tiles`, `histogram` and `count_nan` are for looking: they count
+NaN, and a NaN never hides its neighbours. All of them run on the tensor's device and copy at most
+a cache-sized block at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ __all__ = [
 
 Tensors = tuple[torch.Tensor, ...]
 Dims = tuple[int, ...]
-# 1 MiB of fp32: the second reduction of a block still finds it in the cache
+# 1 MiB of fp32, so that a block is still in the cache for its second reduction
 BLOCK_ELEMENTS = 1 << 18
 
 
@@ -47,8 +45,10 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 class _Op(NamedTuple):
-    """first(x, dims, keepdim) -> statistics; merge(statistics, dims) reduces them further; last ->
-    the value."""
+    """One reduction, in three steps.
+
+    first(x, dims, keepdim) -> statistics of one shard. merge(statistics, dims) -> fewer
+    statistics. last(statistics) -> the value."""
 
     first: Callable[[torch.Tensor, Dims, bool], Tensors]
     merge: Callable[[Tensors, Dims], Tensors]
@@ -56,31 +56,38 @@ class _Op(NamedTuple):
 
 
 def _only(parts: Tensors) -> torch.Tensor:
+    """The only statistic, of the reduced shape."""
     return parts[0]
 
 
 def _count(x: torch.Tensor, dims: Dims, like: torch.Tensor) -> torch.Tensor:
+    """How many elements of x each result stands for: float64, of the shape and on the device of
+    `like`."""
     return torch.full_like(like, math.prod(x.shape[d] for d in dims), dtype=torch.float64)
 
 
 def _first_mean(x: torch.Tensor, dims: Dims, keepdim: bool) -> Tensors:
+    """(sum, count): float64, of the reduced shape, on x's device."""
     total = x.sum(dims, keepdim=keepdim, dtype=torch.float64)
     return total, _count(x, dims, total)
 
 
 def _merge_sums(parts: Tensors, dims: Dims) -> Tensors:
+    """The sums of each statistic over `dims`."""
     return tuple(part.sum(dims) for part in parts)
 
 
 def _first_var(x: torch.Tensor, dims: Dims, keepdim: bool) -> Tensors:
-    """Count, mean and the sum of squared distances from it."""
+    """(count, mean, sum of squared distances from the mean): float64, of the reduced shape, on x's
+    device."""
     var, mean = torch.var_mean(x.double(), dims, correction=0, keepdim=keepdim)
     num = _count(x, dims, mean)
     return num, mean, var * num
 
 
 def _merge_var(parts: Tensors, dims: Dims) -> Tensors:
-    """Chan's rule; an empty part (count 0) has no say."""
+    """Merge (count, mean, squared distances) over `dims` by Chan's rule. Parts with count 0 are
+    ignored."""
     num, mean, squares = parts
     total = num.sum(dims, keepdim=True)
     weighted = torch.where(num > 0, mean * num, 0).sum(dims, keepdim=True)
@@ -91,6 +98,7 @@ def _merge_var(parts: Tensors, dims: Dims) -> Tensors:
 
 
 def _last_var(parts: Tensors) -> torch.Tensor:
+    """The variance, of the statistics' shape and dtype. A single element gives NaN."""
     num, _, squares = parts
     return squares / (num - 1)  # correction 1, torch's default
 
@@ -112,17 +120,18 @@ OPS: dict[str, _Op] = {
         lambda x, d, k: (x.amin(d, keepdim=k),), lambda parts, d: (parts[0].amin(d),), _only
     ),
 }
-_EXACT = {"amax", "amin"}  # their value is one of the elements, so it keeps the dtype
+_EXACT = {"amax", "amin"}  # the result is one of the elements, so it keeps the dtype
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What one shard knows about a reduction: a few tensors of the reduced shape, float64 unless
-    they are elements.
+    """One shard's contribution to a reduction: statistics of the reduced shape.
 
-    op: the name in OPS, or "topk". dtype: of the tensor that was reduced. k, largest, dim: for
-    topk only.
-    """
+    Statistics are float64. The exceptions are amax, amin and topk, where `partial` keeps the dtype
+    of the elements.
+
+    op: a name in OPS, or "topk". dtype: that of the tensor that was reduced. k, largest, dim: for
+    topk only."""
 
     op: str
     parts: Tensors
@@ -132,15 +141,16 @@ class Partial:
     dim: int = 0
 
     def value(self) -> torch.Tensor | Tensors:
-        """The reduced tensor (topk: values and indices). Float64 stays; other floating results are
-        float32."""
+        """The reduced tensor, of the statistics' shape and device, in result_dtype(). topk:
+        (values, indices)."""
         if self.op == "topk":
             return self.parts
         return OPS[self.op].last(self.parts).to(result_dtype(self.op, self.dtype))
 
 
 def result_dtype(op: str, dtype: torch.dtype) -> torch.dtype:
-    """Of a reduction of a tensor of that dtype."""
+    """The dtype of `op` over a tensor of `dtype`: amax and amin keep it, float64 stays, all others
+    give float32."""
     if op in _EXACT:
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -156,11 +166,13 @@ def partial(
     largest: bool = True,
     offset: int = 0,
 ) -> Partial:
-    """One shard's part of `op` over `dim` (None: all dims). x: any shape, float, int or bool, any
-    device.
+    """One shard's part of `op` over `dim`; None means all dims. Its statistics are on x's device.
 
-    For "topk" `dim` is one dim and `offset` is where this shard begins in it, so that indices are
-    those of the whole; which of several equal elements is named is not defined, as in torch.
+    x: any shape, float, int or bool, any device. ValueError: there is no such op, or topk gets
+    several dims.
+
+    topk reduces one dim. `offset` is where this shard starts in that dim, so that indices count in
+    the whole. As in torch, it is undefined which of several equal elements is named.
 
     >>> a, b = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     >>> combine([partial("norm", a), partial("norm", b)]).value()
@@ -174,8 +186,11 @@ def partial(
 
 
 def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | None) -> Partial:
-    """One shard's part of `op` over `dims` of only those elements that count. mask: bool, on the
-    CPU, to be broadcast over x; None: all count. Where none counts it is what `nothing` is.
+    """One shard's part of `op` over `dims`, counting only the elements where the mask is True.
+
+    x: any shape and device. mask: bool, on the CPU, broadcast over x with the same number of dims;
+    None counts all. The statistics are float64 on x's device. Where no element counts they equal
+    those of `nothing`.
 
     >>> masked("mean", torch.tensor([9.0, 1.0, 3.0]), (0,), torch.tensor([False, True, True])).value()
     tensor(2.)
@@ -198,9 +213,12 @@ def masked(op: str, x: torch.Tensor, dims: Sequence[int], mask: torch.Tensor | N
 
 
 def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor) -> Partial:
-    """The part of those that are real along one dim. They mostly lie together: pads are on one
-    side."""
-    index = real.nonzero().flatten()  # on the CPU: where x is on a GPU nobody waits for it
+    """`masked` for a mask that varies along one dim: float64 statistics of the reduced shape, on
+    x's device.
+
+    real: (x.shape[along],) bool on the CPU, or (1,) if nothing counts. Pads are on one side, so
+    the real elements are mostly adjacent and need no copy."""
+    index = real.nonzero().flatten()  # on the CPU, so that a GPU does not have to synchronize
     shape = [size for dim, size in enumerate(x.shape) if dim not in dims]
     none = Partial(
         op, tuple(part.to(x.device) for part in nothing(op, shape, x.dtype).parts), x.dtype
@@ -220,9 +238,10 @@ def _picked(op: str, x: torch.Tensor, dims: Dims, along: int, real: torch.Tensor
 
 
 def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
-    """`partial` as a forward can wait for it: statistics of float32 and narrower in float32, as
-    torch has them, which takes a twentieth of the time. They are combined in float64 all the
-    same."""
+    """`partial` for use during a forward: float64 statistics of the reduced shape, on x's device.
+
+    For float32 and narrower floats torch computes them in float32, which is 20 times as fast. They
+    are still combined in float64."""
     if not x.is_floating_point() or x.dtype == torch.float64 or op in _EXACT or not dims:
         exact = partial(op, x, dims)
         return Partial(op, tuple(part.double() for part in exact.parts), x.dtype)
@@ -239,8 +258,11 @@ def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
 
 
 def _quick_norm(x: torch.Tensor, dims: Dims) -> torch.Tensor:
-    """Along the last dim by torch's own; over others a cache-sized block at a time, summed in
-    float64: torch's would add up millions of squares in float32, and strides through memory."""
+    """The 2-norm over `dims`: float64, of the reduced shape, on x's device.
+
+    torch computes it along the last dim. Over other dims it runs on cache-sized blocks, whose
+    squares are summed in float64: torch would add millions of squares in float32 and stride
+    through memory."""
     along = x.dim() - 1
     rest = tuple(d for d in dims if d != along)
     if along in dims:
@@ -256,8 +278,9 @@ def _quick_norm(x: torch.Tensor, dims: Dims) -> torch.Tensor:
 
 
 def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
-    """The part of a shard that has no elements: combined with another it changes nothing. shape:
-    the reduced one.
+    """The part of a shard without elements: combined with another part it changes nothing.
+
+    shape: the reduced shape. The statistics are float64 on the CPU.
 
     >>> combine([nothing("norm", (), torch.float32), partial("norm", torch.tensor([3.0, 4.0]))]).value()
     tensor(5.)
@@ -268,8 +291,8 @@ def nothing(op: str, shape: Sequence[int], dtype: torch.dtype) -> Partial:
 
 
 def combine(partials: Sequence[Partial]) -> Partial:
-    """The part of all shards together: the reduced dim was cut, and each shard gave its
-    `partial`."""
+    """The part of all shards together, from each shard's `partial` over the dim that was cut. Same
+    shape and device."""
     one = partials[0]
     if one.op == "topk":
         return _combine_topk(partials)
@@ -287,8 +310,11 @@ def reduce_shards(
     k: int = 1,
     largest: bool = True,
 ) -> torch.Tensor | Tensors:
-    """`op` of the whole tensor, from the shards it was cut into along `shard_dim`, without putting
-    it together.
+    """`op` of a whole tensor from its shards along `shard_dim`, without building the whole.
+
+    shards: equal in shape except along shard_dim, same dtype and device. dim: None means all dims,
+    for topk the last one. Returns the reduced shape in result_dtype() on that device; topk gives
+    (values, indices). ValueError: as partial().
 
     >>> x = torch.arange(12.0).reshape(2, 6)
     >>> reduce_shards("mean", x.split(4, dim=1), shard_dim=1, dim=-1)
@@ -316,6 +342,7 @@ def reduce_shards(
 
 
 def _dims(x: torch.Tensor, dim: int | Sequence[int] | None) -> Dims:
+    """The dims counted from 0; None gives all dims of x, which has any shape."""
     if dim is None:
         return tuple(range(x.dim()))
     return tuple(d % x.dim() for d in ([dim] if isinstance(dim, int) else dim))
@@ -324,6 +351,8 @@ def _dims(x: torch.Tensor, dim: int | Sequence[int] | None) -> Dims:
 def _partial_topk(
     x: torch.Tensor, dim: int | Sequence[int], k: int, largest: bool, offset: int
 ) -> Partial:
+    """(values, indices): x's shape with at most k entries along `dim`. Indices are int64 and count
+    from `offset`. ValueError: several dims."""
     if not isinstance(dim, int):
         raise ValueError(f"topk goes along one dim, not {dim!r}")
     values, indices = x.topk(min(k, x.shape[dim]), dim=dim, largest=largest)
@@ -331,6 +360,7 @@ def _partial_topk(
 
 
 def _combine_topk(partials: Sequence[Partial]) -> Partial:
+    """The k best of all shards, from each shard's own k best."""
     one = partials[0]
     values, indices = (
         torch.cat(parts, one.dim) for parts in zip(*(p.parts for p in partials), strict=True)
@@ -345,11 +375,13 @@ def _combine_topk(partials: Sequence[Partial]) -> Partial:
 
 
 def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
-    """amax or amin that skips NaN; NaN only where there is nothing else."""
+    """amax or amin along `dim`, skipping NaN: x's shape without `dim`, same dtype and device.
+
+    It is NaN only where all elements are NaN."""
     out = x.amax(dim) if largest else x.amin(dim)
     poisoned = out.isnan()
     if poisoned.any():
-        runs = x.movedim(dim, -1)[poisoned]  # only the runs that hold a NaN are looked at again
+        runs = x.movedim(dim, -1)[poisoned]  # repeat only the runs that hold a NaN
         nan = runs.isnan()
         runs = runs.masked_fill_(nan, -math.inf if largest else math.inf)
         again = runs.amax(-1) if largest else runs.amin(-1)
@@ -358,12 +390,15 @@ def _peak(x: torch.Tensor, dim: int, largest: bool) -> torch.Tensor:
 
 
 def extreme(most: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """The "extreme" tile from the two that `bounds` gives: whichever is farther from zero, with
-    its sign."""
+    """The "extreme" tile from the two that `bounds` returns: whichever is farther from zero, with
+    its sign.
+
+    most, least: of one shape, which the result has too."""
     return torch.where(most.abs() >= least.abs(), most, least)
 
 
 def _tile_mean(x: torch.Tensor, dim: int) -> Tensors:
+    """(sum, count) along `dim`, skipping NaN: x's shape without `dim`, same dtype and device."""
     total = x.sum(dim)
     if not total.isnan().any():
         return total, torch.full_like(total, x.shape[dim])
@@ -371,8 +406,10 @@ def _tile_mean(x: torch.Tensor, dim: int) -> Tensors:
 
 
 def _tile_var(x: torch.Tensor, dim: int) -> Tensors:
-    """Count, mean, squared distances; in steps, because torch.var_mean over a strided dim takes
-    ten times as long."""
+    """(count, mean, squared distances) along `dim`, skipping NaN: x's shape without `dim`, same
+    dtype and device.
+
+    It takes separate steps, because torch.var_mean over a strided dim takes ten times as long."""
     total, num = _tile_mean(x, dim)
     mean = total / num
     squares = (x - mean.unsqueeze(dim)).square_()
@@ -380,8 +417,10 @@ def _tile_var(x: torch.Tensor, dim: int) -> Tensors:
 
 
 class _How(NamedTuple):
-    """first(x, dim) -> statistics down one dim; merge(statistics, dim) along the other; last ->
-    the tile."""
+    """One kind of tile, in three steps.
+
+    first(x, dim) -> statistics along one dim. merge(statistics, dim) -> along the other.
+    last(statistics) -> the tile."""
 
     first: Callable[[torch.Tensor, int], Tensors]
     merge: Callable[[Tensors, int], Tensors]
@@ -389,6 +428,7 @@ class _How(NamedTuple):
 
 
 def _peaks(parts: Tensors, dim: int) -> Tensors:
+    """(largest, smallest) along `dim`, skipping NaN."""
     return _peak(parts[0], dim, True), _peak(parts[1], dim, False)
 
 
@@ -420,14 +460,16 @@ def tiles(
     width: int = 512,
     how: str = "extreme",
 ) -> torch.Tensor:
-    """The part `rows` × `cols` of a matrix in at most height × width pixels, each standing for an
-    equal block of cells.
+    """The part `rows` × `cols` of a matrix, drawn in at most height × width pixels.
 
     x_2d: (R, C), any real dtype, any strides -> (h, w) float32 on the CPU, h <= height, w <=
-    width. A pixel stands for ceil(R / height) × ceil(C / width) cells; those of the last row and
-    column may stand for fewer. how: "extreme" is the element farthest from zero, with its sign, so
-    that no single hot cell gets lost; "max", "min", "mean", "std" (of the block, correction 0).
-    NaN is skipped; a pixel is NaN where every cell of its block is.
+    width. Each pixel stands for a block of ceil(r / height) × ceil(c / width) cells of the r × c
+    part; blocks at the lower and right edge may be smaller.
+
+    how: "extreme" is the element farthest from zero, with its sign, so that no single large cell
+    gets lost. The others are "max", "min", "mean" and "std" (correction 0). NaN is skipped; a
+    pixel is NaN only if all cells of its block are. ValueError: there is no such `how`, or rows
+    and cols lie outside the matrix.
 
     >>> tiles(torch.tensor([[1.0, -9.0, 2.0], [0.0, 0.0, 3.0]]), height=1, width=2)
     tensor([[-9.,  3.]])
@@ -446,8 +488,10 @@ def bounds(
     height: int = 256,
     width: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The "max" and the "min" tile of the same pixels from one pass. Two (h, w) float32 tensors,
-    as `tiles` says."""
+    """The "max" and the "min" tile of the same pixels, in one pass: two (h, w) float32 tensors on
+    the CPU.
+
+    The arguments and errors are those of `tiles`."""
     most, least = _tile_parts(_crop(x_2d, rows, cols), height, width, _BOUNDS)
     return most.float().cpu(), least.float().cpu()
 
@@ -455,11 +499,14 @@ def bounds(
 def count_nan(
     x_2d: torch.Tensor, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
 ) -> int:
-    """How many NaN the part holds. One summing pass, which finds the blocks worth counting."""
+    """How many NaN are in the part `rows` × `cols` of x_2d, (R, C) of any real dtype.
+
+    One pass sums each block; only blocks whose sum is NaN are counted. ValueError: the part lies
+    outside."""
     if not x_2d.dtype.is_floating_point:
         return 0
     part = _crop(x_2d, rows, cols)
-    # float8: no sum
+    # torch cannot sum float8
     blocks = (
         block if block.element_size() > 1 else block.float() for block in _row_blocks(part, 1)
     )
@@ -469,6 +516,8 @@ def count_nan(
 def _crop(
     x: torch.Tensor, rows: tuple[int, int] | None, cols: tuple[int, int] | None
 ) -> torch.Tensor:
+    """A view of the part `rows` × `cols` of x, (R, C) -> (r, c), detached. ValueError: it is empty
+    or lies outside."""
     (r0, r1), (c0, c1) = rows or (0, x.shape[0]), cols or (0, x.shape[1])
     if not (0 <= r0 < r1 <= x.shape[0] and 0 <= c0 < c1 <= x.shape[1]):
         raise ValueError(
@@ -478,8 +527,10 @@ def _crop(
 
 
 def _tile_parts(part: torch.Tensor, height: int, width: int, how: _How) -> Tensors:
-    """Statistics of the blocks: down the rows first, which runs along memory, then along the few
-    rows left."""
+    """Statistics of the blocks of a (R, C) matrix: each (h, w), on its device, float32 or float64.
+
+    It reduces down the rows first, which follows the memory, and then along the few rows that are
+    left."""
     down, along = (
         -(-n // max(size, 1)) for n, size in zip(part.shape, (height, width), strict=True)
     )
@@ -492,21 +543,23 @@ def _tile_parts(part: torch.Tensor, height: int, width: int, how: _How) -> Tenso
 
 
 def _row_blocks(part: torch.Tensor, multiple: int) -> Sequence[torch.Tensor]:
-    """Groups of rows, a multiple of `multiple` each, that fit the cache."""
+    """Views of groups of rows that fit the cache: (R, C) -> (r, C) each, r a multiple of
+    `multiple`."""
     rows = max(1, BLOCK_ELEMENTS // (multiple * part.shape[1])) * multiple
     return part.split(rows)
 
 
 def _workable(block: torch.Tensor) -> torch.Tensor:
-    """fp32 for everything narrower and for integers: torch's half reductions on the CPU are slower
-    than converting."""
+    """The block in float32, or float64 if it is: same shape and device.
+
+    On the CPU torch reduces half precision more slowly than it converts it."""
     return block if block.dtype in (torch.float32, torch.float64) else block.float()
 
 
 def _fold(
     parts: Tensors, dim: int, block: int, reduce: Callable[[Tensors, int], Tensors]
 ) -> Tensors:
-    """Each run of `block` entries along `dim` becomes one; the last may be shorter."""
+    """Reduce each run of `block` entries along `dim` to one entry. The last run may be shorter."""
     full, rest = divmod(parts[0].shape[dim], block)
     folded = []
     if full:
@@ -523,8 +576,10 @@ def _fold(
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in equal bins from lo to hi (hi belongs to the last bin). counts: (bins,)
-    int64."""
+    """Counts of values in equal bins from lo to hi, where hi belongs to the last bin.
+
+    counts: (bins,) int64 on the CPU. below, above, nan: how many values lie outside, or are NaN.
+    """
 
     lo: float
     hi: float
@@ -534,7 +589,7 @@ class Histogram:
     nan: int = 0
 
     def __add__(self, other: Histogram) -> Histogram:
-        """The histogram of both shards; they must have been made with the same bins."""
+        """The histogram of both. ValueError: their bins differ."""
         mine, theirs = (self.lo, self.hi, len(self.counts)), (other.lo, other.hi, len(other.counts))
         if mine != theirs:
             raise ValueError(f"bins (lo, hi, number) {mine} and {theirs} do not add up")
@@ -546,8 +601,9 @@ class Histogram:
 
 
 def histogram(x: torch.Tensor, lo: float, hi: float, bins: int = 256) -> Histogram:
-    """Counts of x's elements in `bins` equal bins, and of those outside and NaN. x: any shape and
-    real dtype.
+    """Counts of x's elements in `bins` equal bins, with those outside and those that are NaN.
+
+    x: any shape and real dtype. ValueError: lo is not less than hi.
 
     >>> h = histogram(torch.tensor([0.0, 0.6, 1.0, 7.0, math.nan]), 0, 1, bins=2)
     >>> h.counts.tolist(), h.above, h.nan
@@ -556,14 +612,15 @@ def histogram(x: torch.Tensor, lo: float, hi: float, bins: int = 256) -> Histogr
     if not hi > lo:
         raise ValueError(f"a histogram needs lo < hi, not {lo} and {hi}")
     total = Histogram(lo, hi, torch.zeros(bins, dtype=torch.int64))
-    # histc counts in fp32: exact up to 2**24 a block
+    # histc counts in fp32, which is exact up to 2**24 elements a block
     for block in x.detach().reshape(-1).split(BLOCK_ELEMENTS):
         total += _block_histogram(_workable(block), lo, hi, bins)
     return total
 
 
 def _block_histogram(block: torch.Tensor, lo: float, hi: float, bins: int) -> Histogram:
-    # skips what lies outside, and NaN
+    """The histogram of a 1-D float32 or float64 block on any device."""
+    # histc ignores values outside lo..hi, and NaN
     counts = block.histc(bins, lo, hi).round().to(torch.int64).cpu()
     if int(counts.sum()) == len(block):
         return Histogram(lo, hi, counts)
@@ -572,11 +629,11 @@ def _block_histogram(block: torch.Tensor, lo: float, hi: float, bins: int) -> Hi
 
 
 def robust_range(values: torch.Tensor, share: float = 0.995) -> tuple[float, float]:
-    """A range (lo, hi) that `share` of the finite values lie in: symmetric about 0 where some are
+    """A range (lo, hi) that holds `share` of the finite values; symmetric about 0 if some are
     negative.
 
-    values: any shape, float. Outliers beyond it do not wash out a picture that is coloured by it.
-    lo < hi always.
+    values: any shape, float. Use it as a colour range: outliers do not wash out the picture. lo <
+    hi always.
 
     >>> robust_range(torch.tensor([-1.0, 0.5, 1.0]))
     (-1.0, 1.0)
@@ -588,7 +645,7 @@ def robust_range(values: torch.Tensor, share: float = 0.995) -> tuple[float, flo
     signed = bool((finite < 0).any())
     rank = max(1, min(len(finite), math.ceil(share * len(finite))))
     top = float((finite.abs() if signed else finite).kthvalue(rank).values)
-    # nearly all zero: then the few others make the range
+    # nearly all are zero: the largest of the others sets the range
     top = top or float(finite.abs().max()) or 1.0
     if signed:
         return -top, top

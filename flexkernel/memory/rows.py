@@ -14,15 +14,15 @@ from .plan import Entry
 
 __all__ = ["Rows", "row_dims"]
 
-LONG = ("S", "P", "P+S", "W+S", "B", "B*S")  # terms that grow with the batch or the prompt
+LONG = ("S", "P", "P+S", "W+S", "B", "B*S")  # terms of dims that grow with the batch or the prompt
 Dims = tuple[int | None, int | None, int | None]
 
 
 def row_dims(entry: Entry) -> Dims:
-    """(dim of the batch's rows, of the positions, of both folded into one) of what is kept; None:
-    there is no such dim.
+    """(dim of the batch's rows, of the positions, of both folded into one) of what is kept. None:
+    it has no such dim.
 
-    HookError: rows cannot be told apart, or another dim is as long as the prompt."""
+    HookError: the prompts' rows cannot be separated, or another dim is as long as a prompt."""
     formula = entry.formula
     reduced = set(entry.over)
     folded = formula.folded
@@ -44,9 +44,9 @@ def row_dims(entry: Entry) -> Dims:
 
 
 class Rows:
-    """One rank's part of a value, taken apart by rows, or by tokens without pads.
+    """One rank's part of a value, split into rows, or into tokens without pads.
 
-    dims: as row_dims() gives them. shape: the whole's. box: the part's."""
+    dims: from row_dims(). shape: the whole value's. box: the part's place in it."""
 
     def __init__(self, dims: tuple[int | None, ...], shape: Sequence[int], box: Box):
         self.first = [dim for dim in dims if dim is not None]
@@ -55,18 +55,19 @@ class Rows:
         self.spans = [slice(*box.span(dim, size)) for dim, size in enumerate(shape)]
 
     def of(self, part: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(rows or tokens, the other dims), dtype and device of part, in memory of its own.
+        """(rows or tokens, the other dims), in part's dtype and device, in memory of its own.
 
-        part: box.shape_in(shape). mask: (B, S) bool, of the whole; False on pads."""
+        part: of box.shape_in(shape). mask: (B, S) bool, of the whole batch; False on pads."""
         rows = part.permute(*self.first, *self.rest)
         if self.by_token:
             rows = rows[self._own(mask)]
         return rows.clone(memory_format=torch.contiguous_format)
 
     def put(self, rows: torch.Tensor, mask: torch.Tensor, into: torch.Tensor) -> None:
-        """The way back of of(): write its result into its place among the whole's rows or tokens.
+        """The inverse of of(): write its result to its place among the whole's rows or tokens.
 
-        into: (all rows or tokens, the other dims). mask: (B, S) bool, of the whole."""
+        rows: the result of of(). into: (all rows or tokens, the other dims). mask: (B, S) bool, of
+        the whole batch."""
         index: list[Any] = [self.spans[self.first[0]]]
         if self.by_token:
             numbers = torch.full(mask.shape, -1)
@@ -75,7 +76,8 @@ class Rows:
         into[(*index, *(self.spans[dim] for dim in self.rest))] = rows
 
     def _own(self, whole: torch.Tensor) -> torch.Tensor:
-        """This part of a (B, S) tensor: of its two dims, or of one in which they are folded."""
+        """This part of a (B, S) tensor: a view with two dims, or with one if rows and positions
+        are folded."""
         if len(self.first) == 1:
             whole = whole.reshape(-1)
         return whole[tuple(self.spans[dim] for dim in self.first)]

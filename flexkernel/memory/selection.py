@@ -1,4 +1,5 @@
-"""What a hook takes of a value: which of its tensors, which positions, what a reduction leaves."""
+"""What a hook selects of a value: which of its tensors, which positions, which dims remain after a
+reduction."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ __all__ = [
 
 
 def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeFormula | None:
-    """The tensor of a value that a hook reads. None: the value holds no tensor. HookError: it has
-    none at the hook's index."""
+    """The tensor of a value that a hook reads. None: the value holds no tensor.
+
+    HookError: it has no tensor at the hook's index."""
     if hook.index is None:
         return leaves[0] if leaves else None
     for leaf in leaves:
@@ -40,7 +42,8 @@ def leaf_of(leaves: Sequence[ShapeFormula], hook: HookSpec, name: str) -> ShapeF
 
 
 def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
-    """HookError: the value of one of these modules lacks the hook's index, or a dim to reduce."""
+    """HookError if the value of one of these modules lacks the hook's index or a dim that it
+    reduces."""
     if hook.of == "param":
         return
     for name in names:
@@ -54,8 +57,8 @@ def check_index(info: ModelInfo, names: Sequence[str], hook: HookSpec) -> None:
 
 
 def reduced_dims(hook: HookSpec, formula: ShapeFormula, name: str) -> tuple[int, ...]:
-    """The dims of a value that its hook reduces: () of one that reduces nothing. HookError: the
-    value has no such dim."""
+    """The dims of a value that its hook reduces; () without a reduction. HookError: the value
+    lacks such a dim."""
     if hook.reduce is None:
         return ()
     try:
@@ -82,9 +85,10 @@ def reduced_shape(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
 def kept_shape(
     formula: ShapeFormula, hook: HookSpec, B: int, S: int, window: int, forwards: int = 1
 ) -> tuple[int, ...]:
-    """The shape that a capture keeps: of the whole value, or of the positions its hook names.
+    """The shape of what a capture keeps: the whole value, or only the positions that the hook
+    names.
 
-    A prompt has S positions; each forward of a generation after the first adds one."""
+    A prompt has S positions. Each forward of a generation after the first adds one."""
     shape = list(formula.shape(B, S + forwards - 1, 0, window))
     if hook.kept_positions is not None and formula.positions is not None:
         columns = kept_columns(hook.kept_positions, S, forwards)
@@ -95,10 +99,10 @@ def kept_shape(
 def kept_columns(
     positions: tuple[int, ...] | None, S: int, forwards: int = 1
 ) -> list[tuple[int, ...]]:
-    """For each forward the positions that it runs of these; None: all that it runs.
+    """For each forward, which of these positions it runs. None: all positions that it runs.
 
-    Positions count over the whole text. Negative ones count from its end as it is in that forward:
-    -1 is each forward's newest token.
+    Positions count from the start of the text. Negative ones count from the end of the text in
+    that forward: -1 is each forward's newest token.
 
     >>> kept_columns((0, -1), 5, 3)
     [(0, 4), (5,), (6,)]
@@ -113,7 +117,7 @@ def kept_columns(
 
 
 def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
-    """HookError: the hook names a position that no forward of the run has."""
+    """HookError if the hook names a position that no forward of the run has."""
     end = S + forwards - 1
     outside = [p for p in hook.positions or () if not -S <= p < end]
     if not outside:
@@ -126,10 +130,10 @@ def check_positions(hook: HookSpec, S: int, forwards: int = 1) -> None:
 def first_positions(
     whole: torch.Tensor, shape: Sequence[int], folded: int | None, B: int
 ) -> torch.Tensor:
-    """A view of what a generation that ended early has of a planned whole: its first positions.
+    """A view of the first positions of a planned whole, for a generation that ended early.
 
-    whole: the planned shape -> `shape`, the same but for the dims along which positions lie.
-    folded: the dim in which rows and positions lie together, if any. B: rows of the batch."""
+    whole: of the planned shape -> `shape`, which differs only in the dims of positions. folded:
+    the dim in which rows and positions lie together, if any. B: rows of the batch."""
     for dim, size in enumerate(shape):
         if size == whole.shape[dim]:
             continue

@@ -1,4 +1,5 @@
-"""A slab: one memory-mapped file in which whole tensors lie, its folder and who claims the folder."""
+"""A slab is a memory-mapped file that holds whole tensors. Also here: slab folders, and who claims
+them."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ __all__ = [
 ]
 
 PAGE = mmap.ALLOCATIONGRANULARITY
-SPILLED = "spill-"  # how the name of a slab begins that lies on disk
-CHUNK = 16 << 20  # bytes that are written to disk at a time
-LOCK = ".lock"  # in each folder: whoever uses the folder holds a shared lock on it
+SPILLED = "spill-"  # names of slabs on disk start with it
+CHUNK = 16 << 20  # bytes per write to disk
+LOCK = ".lock"  # in each folder; every process that uses the folder holds a shared lock on it
 
 
 def pages(num_bytes: int) -> int:
@@ -53,7 +54,8 @@ def size_of(shape: Sequence[int], dtype: str) -> int:
 
 
 def spill_root() -> Path:
-    """Under which folder captures are moved to disk, where the user names none."""
+    """The folder under which captures move to disk if the user names none: FLEX_SPILL, /var/tmp or
+    the temporary folder."""
     return Path(
         os.environ.get("FLEX_SPILL")
         or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
@@ -61,12 +63,15 @@ def spill_root() -> Path:
 
 
 def on_disk(slab: str) -> bool:
+    """Whether a slab of this name lies on disk."""
     return slab.startswith(SPILLED)
 
 
 def folder_path(name: str, root: Path | None = None) -> Path:
-    """Where this user's slab folder of that name is, or would be: in memory where the system has
-    /dev/shm, or under that root."""
+    """The path of this user's slab folder of that name, which need not exist yet.
+
+    It lies under `root`; by default under FLEX_SLABS, /dev/shm or /tmp. CaptureError: that is not
+    a folder."""
     if root is None:
         root = Path(
             os.environ.get("FLEX_SLABS") or ("/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
@@ -83,7 +88,9 @@ def folder_path(name: str, root: Path | None = None) -> Path:
 
 
 def make_folder(name: str, root: Path | None = None) -> Path:
-    """This user's private folder of that name for slabs, 0700, made if it is not there."""
+    """This user's private slab folder of that name, mode 0700. It is created if it does not exist.
+
+    CaptureError: another user owns it, or others can open it."""
     found_at = folder_path(name, root)
     for path in (found_at.parent, found_at):
         with contextlib.suppress(FileExistsError):
@@ -97,12 +104,13 @@ def make_folder(name: str, root: Path | None = None) -> Path:
 
 
 def claim_folder(name: str, root: Path | None = None) -> tuple[Path, IO[bytes]]:
-    """The folder of that name, and what claims it for as long as it is open, which ends with the
-    process however that ends. Folders that nobody claims any more are removed: their slabs would
-    hold memory for ever."""
+    """(the folder of that name, an open file that claims it).
+
+    The claim ends when the file is closed or the process ends, however that happens. Folders
+    without a claim are removed here, because their slabs would hold memory for ever."""
     while True:
         path = make_folder(name, root)
-        # it was swept before it was claimed: once more
+        # another process removed it before we had the lock: try again
         with contextlib.suppress(FileNotFoundError):
             lock = open(
                 os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
@@ -116,8 +124,9 @@ def claim_folder(name: str, root: Path | None = None) -> tuple[Path, IO[bytes]]:
 
 
 def sweep_unclaimed(home: Path) -> None:
+    """Remove the folders in `home` that no process claims."""
     for path in home.iterdir():
-        with contextlib.suppress(OSError):  # somebody claims it, makes it or sweeps it
+        with contextlib.suppress(OSError):  # another process claims, makes or removes it
             lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,15 +144,17 @@ def remove_folder(path: Path) -> None:
 
 
 class _Bytes(np.ndarray):
-    """An ndarray that can be referenced weakly: how a mapping tells that the last tensor made from
-    it has died."""
+    """An ndarray that supports weak references, to notice when the last tensor made from a mapping
+    dies."""
 
 
 class Slab:
-    """One slab file, mapped. Whoever comes first makes it: 0600, and allocated, since a write past
-    a full /dev/shm would kill the process. create=False: for who only reads, and must not find
-    zeros where nothing is. populate: have all its pages there at once; None: unless it lies on
-    disk."""
+    """One slab file, mapped into this process.
+
+    The first process creates the file with mode 0600 and allocates all of it: a write past a full
+    /dev/shm would kill the process. create=False refuses a missing file, so that a reader never
+    sees zeros instead of data. populate: bring in all pages at once; None does so unless the slab
+    lies on disk. CaptureExpired: the file is gone. MemoryBudgetError: it does not fit."""
 
     def __init__(
         self, path: Path, num_bytes: int, create: bool = True, populate: bool | None = None
@@ -163,15 +174,20 @@ class Slab:
         self.bytes = torch.from_numpy(np.frombuffer(self.map, dtype=np.uint8))
 
     def tensor(self, region: Region) -> torch.Tensor:
-        """The region through the map that all processes share: what is written here is seen
-        everywhere."""
+        """The region as a tensor of its shape and dtype on the CPU, in the memory that all
+        processes share.
+
+        A write to it is visible to all of them."""
         return shaped(self.bytes[region.offset :], region)
 
     def private(self, region: Region, freed) -> torch.Tensor:
-        """The region through a copy-on-write map of its own; freed() when the last tensor made
-        from it dies."""
+        """The region as a tensor of its shape and dtype on the CPU, in a copy-on-write map of its
+        own.
+
+        freed() runs when the last tensor made from it dies; for an empty region at once.
+        CaptureExpired: the file is gone."""
         num_bytes = size_of(region.shape, region.dtype)
-        if num_bytes == 0:  # nothing to map, and nothing that could outlive the run
+        if num_bytes == 0:  # an empty region cannot be mapped, and cannot outlive the run
             freed()
             return torch.empty(region.shape, dtype=getattr(torch, region.dtype))
         try:
@@ -197,6 +213,8 @@ class Slab:
 
 
 def opened(path: Path, flags: int) -> int:
+    """A file descriptor of the file, mode 0600 if it is created. CaptureExpired: it does not
+    exist."""
     try:
         return os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
@@ -206,10 +224,10 @@ def opened(path: Path, flags: int) -> int:
 
 
 def write_out(source: torch.Tensor, path: Path) -> None:
-    """Bytes (uint8) into a new file, 0600, piece by piece: nothing of it is mapped. It is there
-    whole or not at all.
+    """Write bytes to a new file, mode 0600, piece by piece and without mapping it. On an error the
+    file is removed.
 
-    MemoryBudgetError: the disk is full."""
+    source: (n,) uint8 on the CPU. MemoryBudgetError: the disk is full."""
     fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
     try:
         allocate(fd, source.numel(), path)
@@ -225,7 +243,8 @@ def write_out(source: torch.Tensor, path: Path) -> None:
 
 
 def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
-    """Bytes (uint8) seen as the region's tensor."""
+    """The region's tensor as a view of raw bytes. raw: (n,) uint8, n at least what the region
+    needs -> region.shape."""
     return (
         raw[: size_of(region.shape, region.dtype)]
         .view(getattr(torch, region.dtype))
@@ -234,8 +253,8 @@ def shaped(raw: torch.Tensor, region: Region) -> torch.Tensor:
 
 
 def allocate(fd: int, num_bytes: int, path: Path) -> None:
-    """Make the file that long, with memory behind every page; MemoryBudgetError when there is
-    none."""
+    """Make the file at least that long, with memory or disk behind every page. MemoryBudgetError:
+    there is none."""
     if os.fstat(fd).st_size >= num_bytes:
         return
     try:

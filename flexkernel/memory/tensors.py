@@ -17,7 +17,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_blob(tensor: torch.Tensor) -> Blob:
-    """A small tensor of any device as plain data.
+    """A tensor's shape, dtype and bytes as plain data to send. tensor: any shape, dtype and
+    device; it should be small.
 
     >>> from_blob(to_blob(torch.arange(3)))
     tensor([0, 1, 2])
@@ -27,7 +28,7 @@ def to_blob(tensor: torch.Tensor) -> Blob:
 
 
 def from_blob(blob: Blob) -> torch.Tensor:
-    """The blob's tensor, on the CPU, in memory of its own."""
+    """The blob's tensor on the CPU, of its shape and dtype, in memory of its own."""
     dtype = getattr(torch, blob.dtype)
     if not blob.data:
         return torch.empty(blob.shape, dtype=dtype)

@@ -1,6 +1,7 @@
-"""What the modules of fairscale, Megatron-core and transformers say by class and flags: how their
-values lie over tp, which dim has the rows of a batch, and how they split their weights.
-"""
+"""What fairscale's, Megatron-core's and transformers' modules tell by their class and flags.
+
+That is how their values lie over tp, which dim has the batch's rows, and how they split their
+weights."""
 
 from __future__ import annotations
 
@@ -15,21 +16,23 @@ from flexkernel.errors import PlacementError
 
 __all__ = ["LayerPlacement", "layer_placement", "weight_placement"]
 
-# paths of the value that is meant
+# paths of the tensor, in a module's value, that these tables describe
 FIRST = ("", "0", "input", "input_", "input_ids", "query", "hidden_states")
 
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """placement: over tp, None if that is not said. batch: the dim of its rows, None if that is
-    not said."""
+    """What a module's class tells of a value.
+
+    placement: over tp; None if the class does not tell. batch: the dim of the batch's rows; None
+    if it does not tell."""
 
     placement: Placement | None
     batch: int | None
 
 
-# S positions, B rows, D width: Megatron's values are (S, B, D), and its models' and embeddings'
-# ends (B, S)
+# The dim of the rows. S positions, B rows, D width: Megatron's values are (S, B, D), but what
+# enters and leaves its models and embedding layers is (B, S, D)
 SBD = 1
 BSD = 0
 WHOLE = Replicate()
@@ -42,8 +45,9 @@ def layer_placement(
     path: str = "",
     parent: torch.nn.Module | None = None,
 ) -> LayerPlacement | None:
-    """What the module's class, or its parent's, says of what goes in ("input") or comes out; None:
-    neither does."""
+    """What the class of a module, or of its parent, tells of its value. at: "input" or "output".
+
+    None: neither class tells."""
     library, kind = library_of(module), type(module).__name__
     if path == "logits" and library == "transformers":
         return LayerPlacement(None, BSD)
@@ -60,18 +64,20 @@ def layer_placement(
     if library == "megatron" and kind in MODULES:
         return MODULES[kind](module, at)
     found = parallel_layer(name, module, kind, at)
-    if found is not None and library == "fairscale":  # whose layers look at the last dim only
+    if found is not None and library == "fairscale":  # rows may be in any dim but the last
         return LayerPlacement(found.placement, None)
     return found
 
 
 def library_of(module: torch.nn.Module | None) -> str:
+    """The library that the module's class comes from, if it is one of the three; else ""."""
     top = type(module).__module__.partition(".")[0]
     return top if top in ("fairscale", "megatron", "transformers") else ""
 
 
 def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> LayerPlacement | None:
-    # then S is split over tp between the layers
+    """What the class of a tensor-parallel layer tells of its value; None for any other layer."""
+    # with sequence parallelism S is split over tp between the layers
     sequence = bool(getattr(module, "sequence_parallel", False))
     if kind == "ColumnParallelLinear":
         if at == "input":
@@ -96,10 +102,11 @@ def parallel_layer(name: str, module: torch.nn.Module, kind: str, at: str) -> La
 def split_along(
     dim: int, name: str, module: torch.nn.Module, weight: torch.Tensor | None
 ) -> Placement:
-    """Over tp, of a layer's output or weight: one that packs several projections splits each of
-    them by itself.
+    """The placement over tp of a layer's output or weight that is split along `dim`.
 
-    PlacementError: it packs some and its weight does not say how."""
+    A layer that packs several projections splits each of them by itself. weight: of any shape, or
+    None; only its attributes are read. PlacementError: the layer packs several projections and its
+    weight does not tell how."""
     packs = getattr(weight, "partition_stride", 1)
     if isinstance(packs, int) and packs > 1:
         return _StridedShard(dim, split_factor=packs)
@@ -114,7 +121,7 @@ def split_along(
 
 
 def between(module: torch.nn.Module, _at: str) -> LayerPlacement:
-    """What goes from layer to layer."""
+    """The values that pass from layer to layer."""
     config = getattr(module, "config", None)
     return LayerPlacement(Shard(0) if getattr(config, "sequence_parallel", False) else WHOLE, SBD)
 
@@ -164,8 +171,7 @@ def places(_module: torch.nn.Module, _at: str) -> LayerPlacement:
     return LayerPlacement(WHOLE, BSD)
 
 
-# What the parts of Megatron's modules see that have no class of their own: its norms may be
-# torch's
+# Children of Megatron's modules whose own class tells nothing: a norm, for example, may be torch's
 CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], LayerPlacement]]] = {
     "TransformerLayer": dict.fromkeys(
         ("input_layernorm", "pre_cross_attn_layernorm", "cross_attention", "pre_mlp_layernorm"),
@@ -180,8 +186,7 @@ CHILDREN: dict[str, dict[str, Callable[[torch.nn.Module, str], LayerPlacement]]]
     },
 }
 
-# The dim along which parallel layers split what they own; what is not named lies whole on each
-# rank
+# The dim along which parallel layers split their parameters. Each rank has the others whole
 WEIGHTS = {
     "ColumnParallelLinear": {"weight": 0, "bias": 0},
     "RowParallelLinear": {"weight": 1},
@@ -191,7 +196,10 @@ WEIGHTS = {
 
 
 def weight_placement(name: str, module: torch.nn.Module, tensor: torch.Tensor) -> Placement | None:
-    """How such a layer splits a parameter over tp; None: it is none of these layers."""
+    """How such a layer splits a parameter over tp; None if the layer is not one of them.
+
+    tensor: this rank's part of the parameter, of any shape; only its attributes are read.
+    PlacementError: as split_along()."""
     kind, last = type(module).__name__, name.rpartition(".")[2]
     if library_of(module) not in ("fairscale", "megatron") or kind not in WEIGHTS:
         return None

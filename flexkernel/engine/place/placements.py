@@ -1,10 +1,9 @@
-"""Where this rank's value lies in the whole one. Never a guess: evidence is named, and checked
-against the shapes.
+"""Where this rank's value lies in the whole value.
 
-The order of truth: the value is a DTensor and says so; the user declared it; the model's parallel
-plan covers the module; its class is a known parallel layer; the scan's whole shape against the
-local one. Else PlacementError.
-"""
+This is never a guess: each placement has named evidence, and is checked against the shapes. The
+first evidence counts: the value is a DTensor; the user declared it; the model's parallel plan
+covers the module; its class is a known parallel layer; the local shape compared with the whole
+shape from the scan. Without any it is a PlacementError."""
 
 from __future__ import annotations
 
@@ -27,19 +26,18 @@ from .layers import LayerPlacement, layer_placement
 __all__ = ["NO_BATCH", "Place", "Placed", "Placer", "rows_held"]
 
 PLANNED: dict[str, Placement] = {"Replicate()": Replicate(), "Shard(-1)": Shard(-1)}
-MOST_DECIDED = 4096  # places that a Placer remembers
-# where a rank's columns do not lie together
+MOST_DECIDED = 4096  # how many placements a Placer caches
+# styles in which a rank's columns are not adjacent in the whole
 STRIDED = {"packed_colwise": "output", "packed_rowwise": "input"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank needs to know of itself to place a value: where it sits, and its rows of the
-    batch.
+    """What a rank must know to place a value: its own coordinate, and its rows of the batch.
 
-    rows: (start, stop) in the whole batch; equal where it has none and runs a copied row. S: how
-    many positions this forward runs; past: how many a generation's earlier ones have run; step:
-    its number."""
+    rows: (start, stop) in the whole batch; equal if this rank has no rows and runs a copy of one.
+    S: how many positions this forward runs. past: how many positions a generation's earlier
+    forwards ran. step: the number of this forward."""
 
     layout: Layout
     rank: int
@@ -51,15 +49,15 @@ class Place:
     step: int = 0
 
     def whole(self, formula: ShapeFormula) -> tuple[int, ...]:
-        """The shape of a value of this forward, over all ranks."""
+        """The shape of a value in this forward, over all ranks."""
         return formula.shape(self.B, self.S, self.past, self.window)
 
     def own(self, formula: ShapeFormula) -> tuple[int, ...]:
-        """The same for this rank's rows of the batch."""
+        """The same shape with only this rank's rows of the batch."""
         return formula.shape(self.local_rows, self.S, self.past, self.window)
 
     def columns(self, size: int) -> range:
-        """Which positions of the text those are that a dim of that size spans: the newest."""
+        """The positions of the text that a dim of this size spans: the newest ones."""
         return range(self.past + self.S - size, self.past + self.S)
 
     @functools.cached_property
@@ -76,14 +74,13 @@ class Place:
 
     @property
     def idle(self) -> bool:
-        """This rank's rows are a copy that nobody wants."""
+        """Whether this rank's rows are only a copy that is not recorded."""
         return self.rows[0] == self.rows[1]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A local tensor and its place: local == whole[box] for the box it holds; over tp it is
-    `placement`."""
+    """A local tensor and its place: local == whole[shard]. placement: over tp."""
 
     local: torch.Tensor
     evidence: str
@@ -92,8 +89,10 @@ class Placed:
 
 
 class Placer:
-    """Places the values of one model. styles: name → transformers' tensor-parallel style;
-    declared: glob → placement; modules: this rank's, by name."""
+    """Places the values of one model.
+
+    styles: name → transformers' tensor-parallel style. declared: glob → placement. modules: this
+    rank's, by name."""
 
     def __init__(
         self,
@@ -109,12 +108,12 @@ class Placer:
     def place(
         self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place
     ) -> Placed:
-        """Where the value lies in the whole. Every rank decides by itself and alike.
-        PlacementError when unknown.
+        """Where the value lies in the whole. value: this rank's, of any shape; PlacementError:
+        unknown.
 
-        Decided once for plain tensors of one shape: what a model's layers leave in a processor's
-        caches is not this code, so that deciding it again took five times as long in a forward as
-        beside one."""
+        Each rank decides alone and all decide alike; nothing is sent. The decision for plain
+        tensors of one shape is cached: in a forward, with cold processor caches, deciding again
+        took five times as long as outside of one."""
         if isinstance(value, DTensor):
             return self._place(name, at, value, formula, here)
         local = waited(value)
@@ -131,6 +130,7 @@ class Placer:
     def _place(
         self, name: str, at: str, value: torch.Tensor, formula: ShapeFormula, here: Place
     ) -> Placed:
+        """As place(), without the cache. value: this rank's, of any shape."""
         evidence, placement, local = self.evidence(name, at, value, formula.path)
         name += " input" if at == "input" else ""  # as a declaration would name it
         whole = here.whole(formula)
@@ -146,8 +146,11 @@ class Placer:
     def evidence(
         self, name: str, at: str, value: torch.Tensor, path: str
     ) -> tuple[str, Placement | None, torch.Tensor]:
-        """(kind, placement over tp, local tensor) by the first evidence that there is; None leaves
-        it to the scan."""
+        """(kind of evidence, placement over tp, local tensor) by the first evidence; placement
+        None leaves it to the scan.
+
+        value: this rank's, of any shape; the local tensor has this rank's shape, once its
+        collective has ended. PlacementError: the placement is one that cannot be put together."""
         if isinstance(value, DTensor):
             return "dtensor", plain(tp_placement(value), name), waited(value.to_local())
         local = waited(value)
@@ -170,8 +173,8 @@ class Placer:
         return "scan", None, local
 
     def batch_dim(self, name: str, at: str, path: str) -> int | str | None:
-        """The dim of the batch's rows, as declared or by class; NO_BATCH: there is none; None:
-        nothing says it."""
+        """The dim of the batch's rows, as declared or by class. NO_BATCH: it has none. None:
+        nothing tells."""
         for glob, of, placed in self.declared:
             if of == at and placed.batch is not None and match(glob, name):
                 return placed.batch
@@ -184,7 +187,8 @@ class Placer:
 
 
 def aimed(key: str) -> tuple[str, str]:
-    """(glob, at) of a declaration's key: a module's output, or with "input" after it what goes in.
+    """(glob, at) of a declaration's key. A key names a module's output, or its input if it ends in
+    " input".
 
     >>> aimed("model.layers.*.mlp"), aimed("lm_head input")
     (('model.layers.*.mlp', 'output'), ('lm_head', 'input'))
@@ -194,7 +198,7 @@ def aimed(key: str) -> tuple[str, str]:
 
 
 def plain(placement: Placement, name: str) -> Placement:
-    """The placement, if it is one of those that are put together here."""
+    """The placement, if it is one that can be put together here; else PlacementError."""
     if type(placement) in (Shard, Replicate) or (
         type(placement) is Partial and placement.reduce_op == "sum"
     ):
@@ -210,8 +214,7 @@ NO_BATCH = "none"
 
 @dataclass(frozen=True)
 class Declared:
-    """placement: over tp. batch: the dim of the batch's rows, or NO_BATCH. What is None was not
-    declared."""
+    """placement: over tp. batch: the dim of the batch's rows, or NO_BATCH. None: not declared."""
 
     placement: Placement | None = None
     batch: int | str | None = None
@@ -249,7 +252,8 @@ PLACEMENTS: dict[str, Placement] = {"replicate": Replicate(), "partial": Partial
 
 
 def tp_placement(value: DTensor) -> Placement:
-    """A DTensor's placement over tp: it has one axis, or one that is called tp."""
+    """A DTensor's placement over tp: its only axis, or the one named "tp". PlacementError: it has
+    neither."""
     names = value.device_mesh.mesh_dim_names or ()
     if len(value.placements) == 1:
         return value.placements[0]
@@ -261,8 +265,10 @@ def tp_placement(value: DTensor) -> Placement:
 
 
 def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: str) -> Placement:
-    """The placement that explains the local shape: the expected one, or smaller in just one
-    dim."""
+    """The placement that explains the local shape: equal to the expected one, or different in
+    exactly one dim.
+
+    PlacementError: neither."""
     if tuple(local) == tuple(expected):
         return Replicate()
     smaller = [dim for dim, (a, b) in enumerate(zip(local, expected, strict=False)) if a != b]
@@ -282,7 +288,7 @@ def checked(
     name: str,
     evidence: str,
 ) -> Box:
-    """This rank's part over tp. PlacementError: the shapes disagree."""
+    """This rank's part over tp. PlacementError: the local shape contradicts the placement."""
     want = list(expected)
     part = WHOLE
     if isinstance(placement, Shard):
@@ -305,7 +311,9 @@ def checked(
 def for_rows(
     whole: tuple[int, ...], rows: tuple[int, ...], formula: ShapeFormula, said: int | str | None
 ) -> tuple[int, ...]:
-    """The whole's shape with this rank's rows only; `rows` has them in every dim of the batch.
+    """The whole's shape with this rank's rows only. rows: the shape with them in every dim of the
+    batch.
+
     said: as in local_shard()."""
     if not isinstance(said, int) or len(formula.batched) < 2:
         return rows
@@ -323,8 +331,10 @@ def local_shard(
     name: str,
     said: int | str | None = None,
 ) -> Box:
-    """Which part of the whole this rank holds: its rows of the batch, its part over tp. said: the
-    dim of the rows by declaration or class; else the formula says it."""
+    """The part of the whole that this rank holds: its rows of the batch, its part over tp.
+
+    said: the dim of the rows by declaration or class; without it the formula decides.
+    PlacementError: the dim of the rows, or their order, is unknown."""
     dims = formula.batched
     if here.layout.batch_groups == 1 or not dims:
         return part
@@ -350,7 +360,8 @@ def local_shard(
 
 
 def with_rows(part: Box, dim: int, size: int, here: Place, name: str) -> Box:
-    """What is held, of these rows only."""
+    """The part, restricted to this rank's rows along `dim`. PlacementError: that dim is also split
+    over tp."""
     if dim in part.dims:
         raise PlacementError(
             f"{name}: dim {dim} is split over the batch and over tp; its order is not known"
@@ -360,7 +371,7 @@ def with_rows(part: Box, dim: int, size: int, here: Place, name: str) -> Box:
 
 
 def rows_held(part: Box, dim: int, local: Sequence[int], here: Place, name: str) -> Box:
-    """The same for a value without a formula, whose rows are said to lie along dim."""
+    """As with_rows(), for a value without a formula whose rows are declared to lie along `dim`."""
     if not -len(local) <= dim < len(local) or local[dim] % here.local_rows:
         raise PlacementError(
             f"{name}: its {here.local_rows} rows are said to lie along dim {dim}, but rank {here.rank} holds "

@@ -1,6 +1,5 @@
-"""This rank's slabs: which it has mapped, the files of its own for values that had no planned
-place, and what has been moved to disk.
-"""
+"""This rank's slabs: the mapped ones, its own files for values without a planned place, and those
+on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ StoredRun = tuple[RunPlan, tuple[HookSpec, ...], RunReport]
 
 @dataclasses.dataclass(frozen=True)
 class ClaimedFolder:
-    """A folder of slabs. claim: an open file; while it is open the folder is not swept."""
+    """A folder of slabs. claim: an open file; while it is open nobody removes the folder as
+    unclaimed."""
 
     path: Path
     claim: Any
@@ -50,31 +50,33 @@ class Memory:
         self._server: Server | None = None
         self._token = ""
 
-    # --- where it lies --------------------------------------------------------------
+    # --- where slabs lie ------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
-        """This host's run folder. Only after claim()."""
+        """This host's folder of slabs. Call it after claim()."""
         assert self._folder is not None
         return self._folder.path
 
     @property
     def spill_folder(self) -> Path | None:
-        """The folder on disk that captures are moved to, if there is one."""
+        """The folder on disk to which captures move, or None."""
         return None if self._spill is None else self._spill.path
 
     def claim(self, name: str) -> Path:
-        """Claim this host's run folder, so that nobody sweeps it while this process lives. name:
-        the same on all hosts; FLEX_HOST tells apart hosts that are one machine."""
+        """Claim this host's folder of slabs, so that nobody removes it while this process lives.
+
+        name: the same on all hosts. FLEX_HOST distinguishes hosts that share one machine."""
         host = os.environ.get("FLEX_HOST")
         self._folder = ClaimedFolder(*claim_folder(f"{name}-{host}" if host else name))
         return self.folder
 
     def free(self) -> tuple[int, int]:
-        """Bytes that are free on this host: (where its slabs lie, of memory)."""
+        """(bytes free in the folder of slabs, bytes of memory available), on this host."""
         return shutil.disk_usage(self.folder).free, psutil.virtual_memory().available
 
     def path_of(self, name: str) -> Path:
+        """The path of the slab of that name, in memory or on disk."""
         if not on_disk(name):
             return self.folder / name
         assert self.spill_folder is not None
@@ -83,18 +85,18 @@ class Memory:
     # --- slabs ----------------------------------------------------------------------
 
     def slab(self, name: str, num_bytes: int) -> Slab:
-        """The slab of that name on this host. It is mapped once and kept."""
+        """The slab of that name on this host. It is mapped once and then reused."""
         if name not in self.slabs:
             self.slabs[name] = Slab(self.path_of(name), num_bytes)
         return self.slabs[name]
 
     def slab_of_size(self, name: str, num_bytes: int) -> Slab:
-        """A slab of at least so many bytes. Its name says how many it has."""
+        """A slab of at least that many bytes. Its size is part of its name."""
         size = power(num_bytes)
         return self.slab(f"{name}-{size}.slab", size)
 
     def extra(self, run: int, num_bytes: int) -> tuple[Slab, str]:
-        """(a file of this rank's own for a value that has no planned place, its name)."""
+        """(slab, name) of a new file of this rank's own, for a value without a planned place."""
         prefix = self._extra_prefix(run)
         taken = [name for name in self.slabs if name.startswith(prefix)]
         name = f"{prefix}{len(taken)}.slab"
@@ -106,15 +108,15 @@ class Memory:
     # --- runs -----------------------------------------------------------------------
 
     def has(self, run: int, slab: str, base: int) -> bool:
-        """Whether what this run keeps still lies there. Nothing else is written there until its
-        number is freed."""
+        """Whether the run's captures still lie at that place. No other run writes there until this
+        one is freed."""
         if run not in self.runs:
             return False
         plan = self.runs[run][0]
         return (plan.slab, plan.base) == (slab, base)
 
     def forget(self, runs: tuple[int, ...]) -> None:
-        """Let go of runs that the driver's store has freed."""
+        """Drop the runs that the driver has freed, and their own files."""
         for number in runs:
             self.runs.pop(number, None)
             prefix = self._extra_prefix(number)
@@ -124,7 +126,7 @@ class Memory:
                 self._drop_spilled(f"-{number}.slab")
 
     def drop_all(self) -> None:
-        """Remove all runs and the files they lie in. Tensors that look into one stay valid."""
+        """Remove all runs and their files. Tensors that look into one stay valid."""
         self._drop_spilled()
         for slab in self.slabs.values():
             slab.path.unlink(missing_ok=True)
@@ -132,8 +134,8 @@ class Memory:
         self.runs = {}
 
     def close(self) -> None:
-        """Stop serving, and remove this host's folders; the first rank of each host removes
-        them."""
+        """Stop serving and drop all runs. The first rank of each host also removes the host's
+        folders."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -150,9 +152,10 @@ class Memory:
     # --- on disk --------------------------------------------------------------------
 
     def spill_to(self, root: Path | None) -> tuple[Path | None, int]:
-        """Claim a folder on disk below `root`: (its root, bytes that are free in it). None asks
-        for the folder that there is. Runs that lie in an earlier one stay there until the next
-        load at most."""
+        """Claim a folder on disk below `root` and return (its root, bytes free in it).
+
+        root=None only returns them, or (None, 0) if there is no folder. If the root changes, the
+        files in the earlier folder are removed."""
         if root is not None and root != self._spill_root:
             claimed = ClaimedFolder(*claim_folder(self.folder.name, root))
             self._drop_spilled()
@@ -167,18 +170,18 @@ class Memory:
     def spill(
         self, number: int, name: str, slab: str, slab_bytes: int, base: int, num_bytes: int
     ) -> None:
-        """Move what a run keeps from a slab to a file of its own on disk. The first rank of each
-        host does it."""
+        """Move a run's captures from a slab to their own file on disk. The first rank of each host
+        writes the file."""
         if self.rank_info.local_rank == 0:
             source = self.slab(slab, slab_bytes).bytes[base : base + num_bytes]
             write_out(source, self.path_of(name))
-        if number in self.runs:  # an engine that took a dead one's place may not know it
+        if number in self.runs:  # an engine that replaced a dead one may not have the run
             plan, hooks, report = self.runs[number]
             plan = dataclasses.replace(plan, slab=name, slab_bytes=num_bytes, base=0)
             self.runs[number] = plan, hooks, report
 
     def _drop_spilled(self, ending: str = ".slab") -> None:
-        """Remove the files on disk whose names end so."""
+        """Remove the files on disk whose names end with `ending`."""
         for name in [n for n in self.slabs if on_disk(n) and n.endswith(ending)]:
             self.slabs.pop(name)
         if self.spill_folder is not None and self.rank_info.local_rank == 0:
@@ -188,8 +191,9 @@ class Memory:
     # --- for another host -----------------------------------------------------------
 
     def serve(self, token: str, interface: str) -> tuple[str, str]:
-        """Serve this host's slabs to a driver on another host: (address, token). Call it on a
-        host's first rank."""
+        """Serve this host's slabs to a driver on another host; returns (address, token).
+
+        The first rank of each host calls it."""
         if self._server is None:
             self._server = Server(self.folder, token, interface)
             self._token = token
@@ -199,5 +203,5 @@ class Memory:
 
 
 def power(num_bytes: int) -> int:
-    """The next power of two: few sizes, so that few files are made."""
+    """The next power of two. With few different sizes, few files are made."""
     return 1 << max(num_bytes - 1, 1).bit_length()
