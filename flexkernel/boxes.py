@@ -22,9 +22,9 @@ class Box(tuple[Run, ...]):
     """A part of a whole tensor: (dim, start, stop) for each dim of which it has a part.
 
     A dim that it does not name belongs to it entirely, so that the empty box is the whole tensor.
-    In a parameter's box a dim occurs once for each run of it: a rank's part of packed weights (gate
-    and up in one matrix) lies in several. Only `parts`, `pieces`, `put`, `take`, `shape_in` and
-    `volume` accept such a box; `parts` splits it into boxes of one run a dim.
+    In a parameter's box a dim occurs once for each run of it: a rank's part of packed weights
+    (gate and up in one matrix) lies in several. Only `parts`, `pieces`, `put`, `take`, `shape_in`
+    and `volume` accept such a box; `parts` splits it into boxes of one run a dim.
 
     >>> Box(((0, 2, 4),)).shape_in((8, 5)), Box(((1, 0, 2), (1, 4, 6))).shape_in((8, 9))
     ((2, 5), (8, 4))

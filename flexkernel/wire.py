@@ -220,8 +220,8 @@ class ShapeFormula:
         return self.dims_of("B", "B*S")
 
     def broadcast(self, mask: Any) -> Any:
-        """A (B, S) bool tensor as a view that broadcasts over a value of this formula. Without rows
-        a position counts if it does in any row. None: the value has no positions."""
+        """A (B, S) bool tensor as a view that broadcasts over a value of this formula. Without
+        rows a position counts if it does in any row. None: the value has no positions."""
         shape = [1] * len(self.dims or ())
         if self.folded is not None:
             shape[self.folded] = -1
@@ -595,8 +595,8 @@ class ParameterShard:
 
 @dataclass(frozen=True)
 class RunReport:
-    """One rank's answer to a RunPlan. planned: index in the plan → ShardRecord; others: values that had
-    no planned place."""
+    """One rank's answer to a RunPlan. planned: index in the plan → ShardRecord; others: values
+    that had no planned place."""
 
     rank: int
     run: int

@@ -78,8 +78,8 @@ def can_open(paths: list[str]) -> list[str]:
 
 
 def files_of(session) -> list[Path]:
-    """Everything that a session has on disk and in shared memory: slabs, heartbeats, the store, logs,
-    keys."""
+    """Everything that a session has on disk and in shared memory: slabs, heartbeats, the store,
+    logs, keys."""
     cluster = session.engines
     profile, name = Path(cluster.ipcluster.profile_dir), cluster.cluster_id
     home = folder_path(cluster.folder)

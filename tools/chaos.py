@@ -133,7 +133,8 @@ def rounds(
             except Exception as error:
                 raise AssertionError(f"{what}: {error}") from error
             say(
-                f"{what}: {outcome.error_s:.2f} s to the error, {outcome.usable_s:.2f} s to the next run"
+                f"{what}: {outcome.error_s:.2f} s to the error, {outcome.usable_s:.2f} s to the "
+                "next run"
             )
             done.append((kind, outcome))
     finally:
@@ -159,7 +160,8 @@ def main() -> None:
             if mine:
                 error, usable = max(o.error_s for o in mine), max(o.usable_s for o in mine)
                 print(
-                    f"{kind:6} {len(mine):4} times: at most {error:.2f} s to the error, {usable:.2f} s to the next run"
+                    f"{kind:6} {len(mine):4} times: at most {error:.2f} s to the error, "
+                    f"{usable:.2f} s to the next run"
                 )
 
 

@@ -931,7 +931,8 @@ def main() -> int:
         print(line, flush=True)
 
     say(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, flexkernel {fk.__version__}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, flexkernel "
+        f"{fk.__version__}\n"
     )
     say(HEAD)
     with tempfile.TemporaryDirectory() as where:

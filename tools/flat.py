@@ -147,7 +147,8 @@ def grown(samples: list[tuple[int, Sample]], warm: int, growth_mb: float = GROWT
                 most = growth_mb if what == "MB" else 0 if name == "slabs" else FEW
                 if number - base[name][what] > most:
                     wrong.append(
-                        f"{name}: {base[name][what]:.0f} {what} after {warm} runs, {number:.0f} after {runs}"
+                        f"{name}: {base[name][what]:.0f} {what} after {warm} runs, {number:.0f} "
+                        f"after {runs}"
                     )
     return wrong
 

@@ -1,8 +1,8 @@
 """Parity: every module's input and output, captured whole from a sharded model, against the
 unsharded one.
 
-`python -m tools.parity` prints the table for all layouts; tests/layouts/test_parity.py runs the same and
-asserts.
+`python -m tools.parity` prints the table for all layouts; tests/layouts/test_parity.py runs the
+same and asserts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Row:
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self.evidence.items()))
         return (
-            f"{self.arch:<14} {self.layout:<16} {self.attn:<6} {self.compared:>6} {len(self.refused):>8} "
+            f"{self.arch:<14} {self.layout:<16} {self.attn:<6} {self.compared:>6} "
+            f"{len(self.refused):>8} "
             f"{len(self.skipped):>8} {len(self.wrong):>6} {self.worst[0]:>9.1e}  {kinds}"
         )
 

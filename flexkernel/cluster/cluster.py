@@ -1,8 +1,8 @@
 """The engines as one thing to call. A call goes to every rank and returns one answer a rank.
 
 Engines never raise through a call. They answer with an ErrorReport; the earliest one that is not
-about another rank is the cause, and is raised here. Before that, process groups that were broken to
-free other ranks are made anew.
+about another rank is the cause, and is raised here. Before that, process groups that were broken
+to free other ranks are made anew.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Cluster:
     """Engines by rank.
 
     owned: this driver started them and ends them. reader: another notebook has them, this session
-    only reads. gpus: host → how many GPUs it has. folder: the name of their slab folder. generation:
-    counts the process groups that they have had. fresh: nothing has been loaded under these groups.
-    loaded: the engines had a model when this driver came to them.
-    broken: the groups are broken, and a rank is missing to make new ones. timeout_s: a run in which
-    no module begins for so long is broken off. auto_restart: the session replaces dead engines
-    before its next call. poll: called again and again while ranks work."""
+    only reads. gpus: host → how many GPUs it has. folder: the name of their slab folder.
+    generation: counts the process groups that they have had. fresh: nothing has been loaded under
+    these groups. loaded: the engines had a model when this driver came to them. broken: the groups
+    are broken, and a rank is missing to make new ones. timeout_s: a run in which no module begins
+    for so long is broken off. auto_restart: the session replaces dead engines before its next
+    call. poll: called again and again while ranks work."""
 
     owned = True
     device = "cpu"

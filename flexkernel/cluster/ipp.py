@@ -351,7 +351,8 @@ class IPyParallel(Cluster):
         if late:
             raise ClusterError(
                 f"rank {late[0]} did not answer within {self.timeout_s:g} s "
-                f"(session.engines.timeout_s): {self.owner_text()} and may have it run something; try again"
+                f"(session.engines.timeout_s): {self.owner_text()} and may have it run something; "
+                "try again"
             )
         return [self.answer_of(rank, results[rank]) for rank in ranks]
 
@@ -432,8 +433,8 @@ class IPyParallel(Cluster):
             result.wait(max(deadline - time.monotonic(), 0))
 
     def _forget(self, results: Iterable[Any]) -> None:
-        """Have the client forget these results. It would keep what it knows of every call, and what
-        engines print after it, for ever."""
+        """Have the client forget these results. It would keep what it knows of every call, and
+        what engines print after it, for ever."""
         done = [result for result in results if result.done()]
         if done:  # to purge none is an error
             self.client.purge_local_results(done)

@@ -38,8 +38,8 @@ INTERRUPTS_S = 0.5
 class Door:
     """One engine as drivers reach it: it has one owner, and makes each call once.
 
-    owner: the driver that attached last. detached: it has left. last: (driver, turn, answer) of the
-    last call."""
+    owner: the driver that attached last. detached: it has left. last: (driver, turn, answer) of
+    the last call."""
 
     def __init__(self) -> None:
         self.owner: Owner | None = None
@@ -63,8 +63,8 @@ class Door:
 
     def call(self, driver: str, turn: int, method: str, *args: Any) -> Any:
         """The answer to a driver's call. A call that comes twice, because its driver cannot know
-        whether it had arrived, is made once and answered twice. One that later calls have overtaken
-        is not made: its driver has gone on.
+        whether it had arrived, is made once and answered twice. One that later calls have
+        overtaken is not made: its driver has gone on.
 
         turn: numbers a driver's calls."""
         if method in READS:  # made as often as it comes; the owner's last answer stays what it is
@@ -109,7 +109,8 @@ class Door:
         if present is not None and present.driver != who.driver and not take:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(present.since))
             return (
-                f"another notebook has these engines: pid {present.pid} on {present.host}, since {since}. "
+                f"another notebook has these engines: pid {present.pid} on {present.host}, since "
+                f"{since}. "
                 "To take them over: %flex_cluster attach --take, or fk.attach(take=True)"
             )
         self.owner = who
@@ -127,7 +128,8 @@ class Door:
         if owner is None or owner.driver == driver or method in READS:
             return None
         return (
-            f"another notebook (pid {owner.pid} on {owner.host}) has attached to these engines since; "
+            f"another notebook (pid {owner.pid} on {owner.host}) has attached to these engines "
+            "since; "
             "to take them back: %flex_cluster attach --take"
         )
 

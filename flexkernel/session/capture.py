@@ -209,7 +209,8 @@ class Capture(TensorLike):
         return self._reduced("norm", dim, keepdim)
 
     def var(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
-        """The variance over `dim`, unbiased: its shape without these dims, in float32 or float64."""
+        """The variance over `dim`, unbiased: its shape without these dims, in float32 or
+        float64."""
         return self._reduced("var", dim, keepdim)
 
     def std(self, dim: Dims = None, keepdim: bool = False) -> torch.Tensor:
@@ -386,8 +387,8 @@ class Capture(TensorLike):
         return whole.reshape(-1, whole.shape[-1]) if whole.dim() else whole.reshape(1, 1)
 
     def _assemble(self) -> torch.Tensor:
-        """The whole, of shape self.shape, in memory of its own: from each host's part, or as the sum
-        of its addends."""
+        """The whole, of shape self.shape, in memory of its own: from each host's part, or as the
+        sum of its addends."""
         if self.is_partial:
             return self._sum()
         client = self._client()
@@ -406,7 +407,8 @@ class Capture(TensorLike):
         return self._lies.shown(whole)
 
     def _own_part(self, rank: int, region: Region) -> torch.Tensor:
-        """What a rank keeps in a region of its own, of the region's shape and dtype, on the CPU."""
+        """What a rank keeps in a region of its own, of the region's shape and dtype, on the
+        CPU."""
         home = self._lies.home
         host = home.hosts[rank]
         if host == home.here:
@@ -414,7 +416,8 @@ class Capture(TensorLike):
         return home.client(host).read(region)
 
     def _part(self, rank: int, index: tuple) -> torch.Tensor:
-        """What a rank wrote into the planned region: the shape that the index picks, on the CPU."""
+        """What a rank wrote into the planned region: the shape that the index picks, on the
+        CPU."""
         lies = self._lies
         assert lies.region is not None
         host = lies.home.hosts[rank]
@@ -423,8 +426,8 @@ class Capture(TensorLike):
         return lies.home.client(host).slice(lies.region, index)
 
     def _sum(self) -> torch.Tensor:
-        """The whole, of shape self.shape. Its addends are kept apart by the ranks and summed here in
-        float32, or float64."""
+        """The whole, of shape self.shape. Its addends are kept apart by the ranks and summed here
+        in float32, or float64."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         whole = torch.zeros(self.shape, dtype=exact)
         for rank, record in self.records.items():

@@ -99,7 +99,8 @@ def value_of(value: Any, near: bool = True) -> Any:
     tensor = torch.as_tensor(value)
     if tensor.nbytes > BLOB_BYTES:
         raise HookError(
-            f"an edit's tensor has {tensor.nbytes:,} bytes; up to {BLOB_BYTES:,} travel, patch takes a capture"
+            f"an edit's tensor has {tensor.nbytes:,} bytes; up to {BLOB_BYTES:,} travel, patch "
+            "takes a capture"
         )
     return to_blob(tensor)
 

@@ -93,7 +93,8 @@ def request(
     longest = max(map(sum, batch.mask))
     if max_positions is not None and longest + max_new_tokens > max_positions:
         raise PromptError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are {longest + max_new_tokens}, and the model "
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are "
+            f"{longest + max_new_tokens}, and the model "
             f"has {max_positions} positions: at most {max(max_positions - longest, 0)} more fit"
         )
     seed = secrets.randbits(31) if seed is None else seed
@@ -141,7 +142,8 @@ def generated(reports: Sequence[RunReport], B: int) -> list[list[int]]:
             rank, other = rows.setdefault(row, (report.rank, ids))
             if ids != other:
                 raise EngineError(
-                    f"ranks {rank} and {report.rank} run the same row and went on differently with it: "
+                    f"ranks {rank} and {report.rank} run the same row and went on differently with "
+                    "it: "
                     f"{other[:8]}... and {ids[:8]}...; these ranks have diverged",
                     report.rank,
                 )

@@ -60,7 +60,8 @@ def read(
         raise HookError(f"{path} is no file of hooks; session.hooks.save(path) writes one")
     if schema != SCHEMA:
         raise HookError(
-            f"{path} has schema {schema!r}, this flexkernel reads {SCHEMA}: it was written by another version"
+            f"{path} has schema {schema!r}, this flexkernel reads {SCHEMA}: it was written by "
+            "another version"
         )
     try:
         edits = {name: to_edit(name, entry, packed) for name, entry in content["edits"].items()}
@@ -76,7 +77,8 @@ def of_hook(hook: HookSpec) -> dict[str, Any]:
     """What differs from a hook's defaults, as JSON has it."""
     if isinstance(hook.value, SlabValue):
         raise HookError(
-            f"hook {hook.key!r} patches in a capture, which lies in this session's memory and not in a file: "
+            f"hook {hook.key!r} patches in a capture, which lies in this session's memory and not "
+            "in a file: "
             f"session.unhook({hook.key!r}) first, and hook it again after loading"
         )
     defaults = HookSpec(hook.glob)

@@ -106,11 +106,13 @@ def source(what: Any, packed: Callable[[Any], bytes], **of_builder: Any) -> Sour
         return Source(getattr(what, "__name__", type(what).__name__), packed(what), **given)
     if given:
         raise LoadError(
-            f"{', '.join(f'{key}=' for key in given)}: that belongs to a builder, and {what!r} is none"
+            f"{', '.join(f'{key}=' for key in given)}: that belongs to a builder, and {what!r} is "
+            "none"
         )
     if not isinstance(what, str | os.PathLike):
         raise LoadError(
-            f"a model is a folder, a hub id or a function that builds it; found {type(what).__name__}"
+            "a model is a folder, a hub id or a function that builds it; found "
+            f"{type(what).__name__}"
         )
     path = os.fspath(what)
     return Source(os.path.expanduser(path) if path.startswith("~") else path)
@@ -160,7 +162,8 @@ def check_stop(info: ModelInfo, name: str) -> None:
         )
     if info.scan and not info.scan.get((name, "output")):
         raise HookError(
-            f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one that does"
+            f"stop_at={name!r} never fires in a forward, so that nothing can end there; name one "
+            "that does"
         )
 
 
@@ -245,6 +248,7 @@ def check_sharded(info: ModelInfo) -> None:
     layout = info.layout
     if layout.tp * layout.pp * layout.fsdp > 1 and min(info.rank_parameters) >= info.num_parameters:
         raise LoadError(
-            f"{info.path} was loaded as {layout}, but every rank holds all {info.num_parameters:,} parameters: "
+            f"{info.path} was loaded as {layout}, but every rank holds all {info.num_parameters:,} "
+            "parameters: "
             f"transformers has no plan that splits {info.cls}"
         )

@@ -132,7 +132,8 @@ def check_tied(info: ModelInfo, edits: Mapping[str, Any]) -> None:
     """HookError for nothing to edit, or for two names of one parameter."""
     if not isinstance(edits, Mapping) or not edits:
         raise HookError(
-            "parameters_edited takes {name: tensor, or function of the whole parameter}, at least one"
+            "parameters_edited takes {name: tensor, or function of the whole parameter}, at least "
+            "one"
         )
     for group in info.tied:
         twice = [name for name in edits if name in group]
@@ -175,7 +176,8 @@ def changed(capture: Capture, name: str, change: Any) -> torch.Tensor:
         )
     if tuple(new.shape) != capture.shape or new.dtype != capture.dtype:
         raise EditError(
-            f"{name}: its new value is {tuple(new.shape)} {new.dtype}; it is {capture.shape} {capture.dtype}"
+            f"{name}: its new value is {tuple(new.shape)} {new.dtype}; it is {capture.shape} "
+            f"{capture.dtype}"
         )
     return new.detach().cpu().contiguous()
 
@@ -216,7 +218,8 @@ def agreed(name: str, held: Mapping[int, ParameterShard]) -> tuple[tuple[int, ..
     for rank, other in held.items():
         if (other.shape, other.dtype) != (one.shape, one.dtype):
             raise PlacementError(
-                f"{name} is {one.shape} {one.dtype} on rank {first} and {other.shape} {other.dtype} on rank {rank}: if "
+                f"{name} is {one.shape} {one.dtype} on rank {first} and {other.shape} "
+                f"{other.dtype} on rank {rank}: if "
                 f"it is split, declare it, placements={{{name!r}: 'shard:0'}}"
             )
     return one.shape, one.dtype
@@ -242,7 +245,8 @@ def check_cover(name: str, shape: tuple[int, ...], held: Mapping[int, ParameterS
             for box, ranks in list(there.items())[:6]
         )
         raise PlacementError(
-            f"{name}: the parts there are make {written:,} of its {total:,} elements, or lie over each other: {what}"
+            f"{name}: the parts there are make {written:,} of its {total:,} elements, or lie over "
+            f"each other: {what}"
         )
 
 
@@ -254,7 +258,9 @@ def check_copies(
         for rank in others:
             if seen[rank].digest != seen[first].digest:
                 raise PlacementError(
-                    f"{name}: ranks {first} and {rank} hold the same part of it with different numbers: it is split "
-                    f"and nothing says so, or these ranks have diverged. If it is split, declare it, "
+                    f"{name}: ranks {first} and {rank} hold the same part of it with different "
+                    "numbers: it is split "
+                    "and nothing says so, or these ranks have diverged. If it is split, declare "
+                    "it, "
                     f"placements={{{name!r}: 'shard:0'}}"
                 )

@@ -133,7 +133,8 @@ def _rows(prompts: Any, tokenizer: Any, chat: bool) -> list[list[int]]:
         prompts = _from_array(prompts)
     if not isinstance(prompts, list | tuple):
         raise PromptError(
-            f"a prompt is text, token ids or a list of messages; found {_kind(prompts)}: {_short(prompts)}"
+            f"a prompt is text, token ids or a list of messages; found {_kind(prompts)}: "
+            f"{_short(prompts)}"
         )
     if not prompts:
         raise PromptError("the prompt is empty: write some text or give at least one token id")
@@ -198,7 +199,8 @@ def _ids(row: Sequence, where: str) -> list[int]:
     for position, token in enumerate(row):
         if isinstance(token, bool) or not hasattr(token, "__index__") or _ndim(token):
             raise PromptError(
-                f"token ids are integers; position {position}{where} has {_kind(token)}: {_short(token)}"
+                f"token ids are integers; position {position}{where} has {_kind(token)}: "
+                f"{_short(token)}"
             )
     try:
         return [operator.index(token) for token in row]
@@ -241,7 +243,8 @@ def _check_text(text: Any, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt{where} has half a character ({text[error.start]!r}) at {error.start}: a lone surrogate is not "
+            f"the prompt{where} has half a character ({text[error.start]!r}) at {error.start}: a "
+            "lone surrogate is not "
             "text; read the file as UTF-8, or use text.encode('utf-8', 'replace').decode()"
         ) from None
 
@@ -260,7 +263,8 @@ def _render(messages: list[Mapping], tokenizer: Any) -> str:
     for number, message in enumerate(messages):
         if not (isinstance(message, Mapping) and {"role", "content"} <= set(message)):
             raise PromptError(
-                f'a message is {{"role": ..., "content": ...}}; message {number} is {_short(message)}'
+                f'a message is {{"role": ..., "content": ...}}; message {number} is '
+                f"{_short(message)}"
             )
         if isinstance(message["content"], str):
             _check_text(message["content"], f" (message {number})")
@@ -274,7 +278,8 @@ def _render(messages: list[Mapping], tokenizer: Any) -> str:
 def _need(tokenizer: Any) -> None:
     if tokenizer is None:
         raise PromptError(
-            "the prompt is text and the model's folder has no tokenizer: give token ids, e.g. [[5, 6, 7]]"
+            "the prompt is text and the model's folder has no tokenizer: give token ids, e.g. [[5, "
+            "6, 7]]"
         )
 
 
@@ -288,7 +293,8 @@ def _check(row: list[int], where: str, vocab_size: int | None, max_positions: in
     for position, token in enumerate(row):
         if not 0 <= token <= limit:
             raise PromptError(
-                f"token id {token} at position {position}{where} is outside the vocabulary, 0 to {limit}"
+                f"token id {token} at position {position}{where} is outside the vocabulary, 0 to "
+                f"{limit}"
             )
     if max_positions is not None and len(row) > max_positions:
         raise PromptError(

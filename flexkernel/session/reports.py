@@ -156,7 +156,8 @@ def check_edited(reports: Sequence[RunReport]) -> None:
         problem = differing(key, ranks)
         if problem is not None and key.site.side == EDITED:
             raise EditError(
-                f"the edit of hook {key.hook!r} made different values of the copies of {key.module} that ranks hold: "
+                f"the edit of hook {key.hook!r} made different values of the copies of "
+                f"{key.module} that ranks hold: "
                 "draw what is random in an edit that is per='whole', which runs once",
                 min(ranks),
             )

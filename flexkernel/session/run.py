@@ -248,7 +248,8 @@ class Run:
         of its last step."""
         if self.logits.ndim != 3 and self.logits.error is None:
             raise CaptureError(
-                f"next tokens are read from (B, S, V) logits; the model puts out {self.logits.shape}"
+                "next tokens are read from (B, S, V) logits; the model puts out "
+                f"{self.logits.shape}"
             )
         last = self.logits[:, -1].float().softmax(-1)
         values, ids = last.topk(min(k, last.shape[-1]))

@@ -327,15 +327,16 @@ class Session:
         in another order, as torch's own full backward hooks do.
 
         index: path of a tensor in the value ("0", "logits", "0.1"); by default its first.
-        positions: keep only these, of the padded batch, in a generation of all the text; -1 is each
-        forward's last one. A hook is its name, else (glob, at, index): hooking again replaces it.
+        positions: keep only these, of the padded batch, in a generation of all the text; -1 is
+        each forward's last one. A hook is its name, else (glob, at, index): hooking again replaces
+        it.
 
         edit: change the value, by a preset (zero mean scale add set project_out clamp noise patch;
         value: what it takes), by the name of an edit that you defined, or by a function (x, ctx);
         at these positions, heads (of @q @k @v @pattern @z) and neurons (of the last dim) only.
         capture: what is kept of an edited activation, "after" the edit, "before" it, "both" or
-        "none". Edits of the same values add up; the same edit of the same parts is one, of which the
-        last value counts. replace: of all these only this one stays.
+        "none". Edits of the same values add up; the same edit of the same parts is one, of which
+        the last value counts. replace: of all these only this one stays.
 
         reduce: keep only this: "norm:-1", "mean:0,1", "amax", ... over these dims or all, computed
         where the shards lie, over rows and positions without pads; "last" is positions=-1.

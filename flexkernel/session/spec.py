@@ -38,7 +38,8 @@ def spec_of(
     if reduce == "last":
         if positions is not None:
             raise HookError(
-                f"reduce='last' keeps the last position, and positions={positions!r} others: say one"
+                f"reduce='last' keeps the last position, and positions={positions!r} others: say "
+                "one"
             )
         positions = -1
         reduce = None
@@ -88,7 +89,8 @@ def reduction(text: str) -> Reduction:
         op = ""
     if op not in REDUCTIONS:
         raise HookError(
-            f"reduce={text!r} is not OP:DIMS, as in norm:-1 or mean:0,1; OP alone is over all dims, "
+            f"reduce={text!r} is not OP:DIMS, as in norm:-1 or mean:0,1; OP alone is over all "
+            "dims, "
             f"'last' keeps the last position. OP is one of {', '.join(REDUCTIONS)}"
         )
     return Reduction(op, dims)
@@ -119,7 +121,8 @@ def check_place(glob: Any, at: str, name: Any) -> None:
     """HookError: no model has such a place."""
     if not isinstance(glob, str) or not isinstance(name, str):
         raise HookError(
-            f"a hook's glob and name are text; found {type(glob).__name__} and {type(name).__name__}"
+            f"a hook's glob and name are text; found {type(glob).__name__} and "
+            f"{type(name).__name__}"
         )
     if at not in AT:
         raise HookError(f"at={at!r} is not one of {', '.join(AT)}")
@@ -138,7 +141,8 @@ def check_parts(spec: HookSpec) -> None:
         return
     if spec.edit == "mean" or spec.positions is not None or spec.heads is not None:
         raise HookError(
-            "the gradient of a parameter has no rows, positions or heads: edit all of it, or its neurons"
+            "the gradient of a parameter has no rows, positions or heads: edit all of it, or its "
+            "neurons"
         )
     if spec.reduce is not None:
         raise HookError("the gradient of a parameter is kept whole: reduce it when it is there")
@@ -163,7 +167,8 @@ def check_heads(spec: HookSpec, name: str, info: ModelInfo) -> None:
     point = split_point(name)[1]
     if not point:
         raise HookError(
-            f"{spec.key}: there are heads at @q, @k, @v, @pattern and @z, not at {display_name(name)}"
+            f"{spec.key}: there are heads at @q, @k, @v, @pattern and @z, not at "
+            f"{display_name(name)}"
         )
     for shape in shapes_at(spec, name, info):
         check_range(name, "head", spec.heads, shape[2 if point == "z" else 1])

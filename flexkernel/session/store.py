@@ -186,19 +186,23 @@ class Store:
             if num_bytes <= room:
                 return None
             return MemoryBudgetError(
-                f"{what} would keep {num_bytes:,} bytes; the session's budget of memory is {self.budget:,}, and of its "
-                f"budget on disk, in {self.spill.root}, {room:,} are free: free runs (run.free()) or hook less{costs}"
+                f"{what} would keep {num_bytes:,} bytes; the session's budget of memory is "
+                f"{self.budget:,}, and of its "
+                f"budget on disk, in {self.spill.root}, {room:,} are free: free runs (run.free()) "
+                f"or hook less{costs}"
             )
         if num_bytes > self.budget:
             instead = ", or have it on disk, session.store.spill_to(FOLDER)" if disk else ""
             return MemoryBudgetError(
-                f"{what} would keep {num_bytes:,} bytes and the session's budget is {self.budget:,}: hook less, use "
+                f"{what} would keep {num_bytes:,} bytes and the session's budget is "
+                f"{self.budget:,}: hook less, use "
                 f"--positions or --reduce, raise session.store.budget{instead}{costs}"
             )
         held = self.pinned_bytes()
         if held + num_bytes > self.budget:
             return MemoryBudgetError(
-                f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold {held:,} of the "
+                f"{what} would keep {num_bytes:,} bytes; runs that are kept or looked into hold "
+                f"{held:,} of the "
                 f"session's budget of {self.budget:,}: free some (run.free()){costs}"
             )
         return None

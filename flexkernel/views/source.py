@@ -37,9 +37,9 @@ Drawable: TypeAlias = torch.Tensor | np.ndarray | CaptureLike
 class Words:
     """What a source says of itself beside its numbers. A tensor made by hand says nothing.
 
-    name: its title. evidence: how its placement is known. tokens: the batch's, by row and position.
-    row_labels, column_labels: one a row, one a column. shards: (dim, cuts, ranks). centre: the value
-    that is nothing special; colours diverge from it, and "far" is far from it.
+    name: its title. evidence: how its placement is known. tokens: the batch's, by row and
+    position. row_labels, column_labels: one a row, one a column. shards: (dim, cuts, ranks).
+    centre: the value that is nothing special; colours diverge from it, and "far" is far from it.
     """
 
     name: str = "tensor"

@@ -55,10 +55,10 @@ def tensor_map(
     """A map of a Capture, or of a torch tensor or numpy array made by hand, to zoom into.
 
     Leading dims become rows, the last dim columns. source: anything with `shape`, `dtype` and
-    either `tensor()` or `tiles(rows, cols, height, width, how)` and `__getitem__`; what views.source
-    calls Words is shown where it has them. rows, cols: the part to open at, (start, stop) in rows
-    and columns; Home shows the whole. x, y: labels of all columns, of all rows, for instance
-    tokens.
+    either `tensor()` or `tiles(rows, cols, height, width, how)` and `__getitem__`; what
+    views.source calls Words is shown where it has them. rows, cols: the part to open at, (start,
+    stop) in rows and columns; Home shows the whole. x, y: labels of all columns, of all rows, for
+    instance tokens.
     """
     return TensorMap(Grid(source, title, x, y), rows=rows, cols=cols)
 

@@ -500,7 +500,8 @@ def test_a_capture_that_expires_freezes_the_map_in_jupyterlab(browser, lab):
     output is replaced."""
     lab.write(
         "expire.ipynb",
-        "import time, torch\nfrom flexkernel.errors import CaptureExpired\nfrom flexkernel.views import tensor_map\n"
+        "import time, torch\nfrom flexkernel.errors import CaptureExpired\nfrom flexkernel.views "
+        "import tensor_map\n"
         "class Fleeting:\n"
         "    shape, dtype, name, gone = (300, 400), torch.float32, 'fleeting', False\n"
         "    def __init__(self): self.held = torch.randn(300, 400)\n"

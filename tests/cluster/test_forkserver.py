@@ -31,7 +31,8 @@ MODULES = ("numpy", CHILD)
 
 @pytest.fixture(autouse=True)
 def _child_on_path(request, monkeypatch):
-    """`python -m` warns of a module of a package that is imported already: the child is in none."""
+    """`python -m` warns of a module of a package that is imported already: the child is in
+    none."""
     if "session" in request.fixturenames:
         return  # its engines were forked in the environment that there was
     support = Path(__file__).parents[1] / "support"
@@ -171,8 +172,8 @@ time.sleep(60)
 
 
 def killed_driver(tmp_path: Path, *modules: str, **environment: str) -> list[int]:
-    """The pids that a driver told before it was killed: its fork server's, and those of two that it
-    had it fork."""
+    """The pids that a driver told before it was killed: its fork server's, and those of two that
+    it had it fork."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path / "log"), *modules],
         env={**os.environ, **environment},

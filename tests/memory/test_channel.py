@@ -558,7 +558,8 @@ def test_the_server_answers_while_the_main_thread_computes(folder, server):
         "import sys, torch; from flexkernel.memory.client import Client;"
         "from flexkernel.wire import Region;"
         "c = Client(sys.argv[1], sys.argv[2], timeout_s=10);"
-        "print(sum(c.slice(Region('busy.slab', 0, (65536,), 'float32'), slice(None)).sum().item() for _ in range(20)))"
+        "print(sum(c.slice(Region('busy.slab', 0, (65536,), 'float32'), slice(None)).sum().item() "
+        "for _ in range(20)))"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", script, server.address, TOKEN], stdout=subprocess.PIPE, text=True

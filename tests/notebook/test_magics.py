@@ -436,11 +436,13 @@ def test_a_load_that_fails_leaves_no_bar(monkeypatch):
 
 def test_a_hook_and_its_twin_are_the_same(loaded):
     hooked = loaded.do(
-        f"x = %flex_hook {MLP} --at input --index 0 --group a --group b --positions -1,0 --name mine\nx"
+        f"x = %flex_hook {MLP} --at input --index 0 --group a --group b --positions -1,0 --name "
+        "mine\nx"
     )
     assert (
         loaded.do(
-            f"flex.hook('{MLP}', at='input', index=0, groups=['a', 'b'], positions=[-1, 0], name='mine')"
+            f"flex.hook('{MLP}', at='input', index=0, groups=['a', 'b'], positions=[-1, 0], "
+            "name='mine')"
         ).spec
         == hooked.spec
     )
@@ -489,7 +491,8 @@ def test_verify_is_the_sessions(loaded):
 
 def test_unhook_takes_a_name_a_glob_or_all(loaded):
     loaded.do(
-        f"%flex_hook {MLP}\n%flex_hook {MLP} --at input\n%flex_hook lm_head --name head\n%flex_hook model.norm"
+        f"%flex_hook {MLP}\n%flex_hook {MLP} --at input\n%flex_hook lm_head --name "
+        "head\n%flex_hook model.norm"
     )
     assert loaded.do("%flex_unhook head") == ["head"]
     assert loaded.do(f"%flex_unhook {MLP} input") == [f"{MLP} input"]
@@ -931,7 +934,8 @@ def test_completion_offers_what_can_stand_there(loaded, code, offers, before):
     if "--edit" in code:
         loaded.do("%%flex_edit mine\nx")
     loaded.do(
-        f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name head"
+        f"my_prompt = 'abc'\n%flex_hook {MLP} --group red\n%flex_hook lm_head --group blue --name "
+        "head"
     )
     loaded.do("%flex_hook model.norm --at input\n%flex_run abc")
     if code.startswith("%%"):

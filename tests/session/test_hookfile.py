@@ -171,11 +171,13 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
         ('{"flexkernel hooks": 2}', "has schema 2, this flexkernel reads 1"),
         ('{"flexkernel hooks": 1}', "is damaged: KeyError"),
         (
-            '{"flexkernel hooks": 1, "hooks": [{"glob": "a", "colour": 1}], "off": [], "edits": {}}',
+            '{"flexkernel hooks": 1, "hooks": [{"glob": "a", "colour": 1}], "off": [], "edits": '
+            "{}}",
             "is damaged",
         ),
         (
-            '{"flexkernel hooks": 1, "hooks": [], "off": [], "edits": {"e": {"per": "row", "imports": {}, '
+            '{"flexkernel hooks": 1, "hooks": [], "off": [], "edits": {"e": {"per": "row", '
+            '"imports": {}, '
             '"source": "import os"}}}',
             "is damaged: ValueError: the source of edit 'e' is not one function",
         ),
@@ -184,7 +186,8 @@ def test_a_patched_capture_is_refused_by_name_and_nothing_is_written(session, ti
             r"no module matches 'nothing\.\*'",
         ),
         (
-            '{"flexkernel hooks": 1, "hooks": [{"glob": "lm_head", "edit": "mine"}], "off": [], "edits": {}}',
+            '{"flexkernel hooks": 1, "hooks": [{"glob": "lm_head", "edit": "mine"}], "off": [], '
+            '"edits": {}}',
             "no edit is called 'mine'",
         ),
     ],

@@ -72,7 +72,8 @@ def test_a_hook_tells_where_it_is_and_what_never_fires():
     names = tuple(f"model.layers.{i}.mlp" for i in range(9))
     text = repr(Hook(MLP, names, silent=("model.layers",)))
     assert text == (
-        "Hook 'model.layers.*.mlp' on 9 modules: model.layers.0.mlp, model.layers.1.mlp, ..., model.layers.8.mlp; "
+        "Hook 'model.layers.*.mlp' on 9 modules: model.layers.0.mlp, model.layers.1.mlp, ..., "
+        "model.layers.8.mlp; "
         "groups early; 1 of them never fire in a forward: model.layers"
     )
     assert repr(Hook(HookSpec(""), ("",))) == "Hook '(root)' on 1 module: (root)"

@@ -1,4 +1,5 @@
-"""A capture behaves like its tensor: arithmetic, comparisons, torch's functions, a tensor's methods."""
+"""A capture behaves like its tensor: arithmetic, comparisons, torch's functions, a tensor's
+methods."""
 
 from __future__ import annotations
 

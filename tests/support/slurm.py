@@ -65,7 +65,8 @@ def sbatch(jobs: Path, arguments: list[str]) -> None:
         [
             sys.executable,
             "-c",
-            f"import pathlib; from tests.support import slurm; slurm.turn(pathlib.Path({str(jobs / job)!r}))",
+            "import pathlib; from tests.support import slurm; "
+            f"slurm.turn(pathlib.Path({str(jobs / job)!r}))",
         ],
         env=env | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         start_new_session=True,

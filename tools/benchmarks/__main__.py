@@ -1,5 +1,5 @@
-"""`python -m tools.benchmarks [--quick] [--repeats N] [--runs N] [row ...]`: measures the rows, prints
-and writes them.
+"""`python -m tools.benchmarks [--quick] [--repeats N] [--runs N] [row ...]`: measures the rows,
+prints and writes them.
 
 Ends with 1 only if a row could not be run; a goal that is missed is a figure like any other."""
 

@@ -89,8 +89,10 @@ ROWS = [
         "`apply_sync` round trip",
         "≤ 0.1 ms · ≤ 1 ms p50",
         moves.slices,
-        "With both engines computing two cores leave none to the notebook, which stands in for another host: from one "
-        "try to the next the median was 0.8 or 8 ms, by which core the kernel wakes the serving thread on. Idle is "
+        "With both engines computing two cores leave none to the notebook, which stands in for "
+        "another host: from one "
+        "try to the next the median was 0.8 or 8 ms, by which core the kernel wakes the serving "
+        "thread on. Idle is "
         "what the channel takes.",
     ),
     Row(
@@ -99,7 +101,8 @@ ROWS = [
         "ipyparallel pull; raw zmq",
         "≥ 3 × pull; ≥ 0.8 of raw zmq",
         moves.from_far,
-        "Where raw zmq is not three times as fast as pull, no channel over it is much more: of a chunk the kernel "
+        "Where raw zmq is not three times as fast as pull, no channel over it is much more: of a "
+        "chunk the kernel "
         "copies its bytes into and out of the socket, this process into their place.",
     ),
     Row(

@@ -91,7 +91,8 @@ def within(lab: Lab, counts: Sequence[int], limit_s: float) -> tuple[list[Size],
         left, expected = begin + limit_s - now, last * n / sizes[-1].engines if sizes else 0.0
         if left < expected:
             skipped[n] = (
-                f"it would take {expected:.0f} s as the machine is, of which {max(left, 0):.0f} s were left"
+                f"it would take {expected:.0f} s as the machine is, of which {max(left, 0):.0f} s "
+                "were left"
             )
             continue
         try:

@@ -26,9 +26,9 @@ TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with i
 def tap(
     module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]
 ) -> None:
-    """Call function(value) at every forward of the module. value() gives the point's tensor, of the
-    shape above, in the model's dtype and on its device; it is computed only if called. What the
-    function returns replaces it, unless that is None. One function a point."""
+    """Call function(value) at every forward of the module. value() gives the point's tensor, of
+    the shape above, in the model's dtype and on its device; it is computed only if called. What
+    the function returns replaces it, unless that is None. One function a point."""
     module.__dict__.setdefault(TAPS, {})[point] = function
 
 
@@ -82,8 +82,8 @@ def mixed(pattern: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tens
 
 
 def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
-    """The attention pattern, (B, H, S, P+S), in q's dtype and on its device: as the forward computed
-    it, else computed beside it by the model's own eager attention. q, k, v: as above."""
+    """The attention pattern, (B, H, S, P+S), in q's dtype and on its device: as the forward
+    computed it, else computed beside it by the model's own eager attention. q, k, v: as above."""
     if pattern is not None:
         return pattern
     additive = additive_mask(mask, q, k, kwargs.get("sliding_window"))

@@ -39,7 +39,8 @@ class Caller:
             self.forward = pickle.loads(forward)
             if not callable(self.forward):
                 raise LoadError(
-                    f"forward= is a function of the model and a batch; found {type(self.forward).__name__}"
+                    "forward= is a function of the model and a batch; found "
+                    f"{type(self.forward).__name__}"
                 )
             return
         inner = unwrapped(model)
@@ -121,6 +122,7 @@ class Caller:
             what = f"needs {', '.join(needs)}" if needs else "takes no token ids"
             raise LoadError(
                 f"{self.name}.forward({', '.join(self.parameters)}) {what}: say how it is called, "
-                f"session.load(..., forward=lambda model, batch: model(batch['input_ids'], ...)); a batch has "
+                "session.load(..., forward=lambda model, batch: model(batch['input_ids'], ...)); "
+                "a batch has "
                 "input_ids, attention_mask and position_ids"
             )

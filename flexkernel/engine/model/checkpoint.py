@@ -65,7 +65,8 @@ def named(index: Path) -> list[str]:
         ) from None
     if outside:
         raise LoadError(
-            f"{index} names {outside[0]!r}, which is outside of its folder: do not trust this checkpoint"
+            f"{index} names {outside[0]!r}, which is outside of its folder: do not trust this "
+            "checkpoint"
         )
     return names
 
@@ -107,7 +108,8 @@ def check_file(path: Path) -> None:
         there += int.from_bytes(start, "little")
         if there != found.st_size:
             raise LoadError(
-                f"{path} has {found.st_size:,} bytes and its header says {there:,}: it was cut off, or is still being "
+                f"{path} has {found.st_size:,} bytes and its header says {there:,}: it was cut "
+                "off, or is still being "
                 "written; copy or fetch it again"
             )
 
@@ -135,8 +137,8 @@ def whole_bytes(header: dict[str, Any]) -> int:
 
 
 def copied_out(parameters: Iterable[torch.Tensor]) -> int:
-    """Give each parameter that lies in a file memory of its own, in the same shape, dtype and device;
-    tied ones get the same. Returns how many did."""
+    """Give each parameter that lies in a file memory of its own, in the same shape, dtype and
+    device; tied ones get the same. Returns how many did."""
     regions = files_in_memory()
     starts = [start for start, _ in regions]
     copies: dict[tuple, torch.Tensor] = {}

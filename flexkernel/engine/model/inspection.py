@@ -1,5 +1,5 @@
-"""What can be known of a model before any of it is loaded: its modules, the shape of every value, and
-whether it can have the degrees and the dtype that are asked for.
+"""What can be known of a model before any of it is loaded: its modules, the shape of every value,
+and whether it can have the degrees and the dtype that are asked for.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise LoadError(
-            f"dtype {name!r} is not one of torch's floating point types, such as float32 or bfloat16"
+            f"dtype {name!r} is not one of torch's floating point types, such as float32 or "
+            "bfloat16"
         )
     if found.itemsize < 2:
         raise LoadError(
@@ -189,7 +190,8 @@ def model_of_path(path: str, dtype: torch.dtype, layout: Layout) -> WholeModel:
         model = unsharded(config, dtype)
     except Exception as error:
         raise LoadError(
-            f"no model can be made from the config of {path}: {type(error).__name__}: {first_line(error)}"
+            f"no model can be made from the config of {path}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     try:
         check_degrees(config, model, layout)
@@ -272,7 +274,8 @@ def new_scan(model: torch.nn.Module, forward: bytes | None) -> Scan:
         raise
     except Exception as error:
         raise LoadError(
-            f"{type(model).__name__} cannot be scanned, its forward does not run on the meta device "
+            f"{type(model).__name__} cannot be scanned, its forward does not run on the meta "
+            "device "
             f"({first_line(error)}): load it with a builder that returns it and no reference="
         ) from error
 
@@ -289,7 +292,8 @@ def check_degrees(config: Any, model: torch.nn.Module, layout: Layout) -> None:
         check_pp(whole, layout)
     if layout.batch_groups > 1 and not getattr(model, "fsdp_plan", None):
         raise LayoutError(
-            f"fsdp={layout.fsdp}, dp={layout.dp}: {type(model).__name__} has no FSDP plan in transformers"
+            f"fsdp={layout.fsdp}, dp={layout.dp}: {type(model).__name__} has no FSDP plan in "
+            "transformers"
         )
 
 
@@ -323,7 +327,8 @@ def check_tp(whole: WholeModel, layout: Layout) -> None:
     text = whole.text_config
     if not getattr(whole.model, "tp_plan", None):
         raise LayoutError(
-            f"tp={layout.tp}: {name} has no tensor-parallel plan in transformers; use fsdp= or dp=, "
+            f"tp={layout.tp}: {name} has no tensor-parallel plan in transformers; use fsdp= or "
+            "dp=, "
             "or load it with a builder that shards it"
         )
     for words, key in SPLIT_BY_TP.items():

@@ -91,8 +91,10 @@ def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Wh
             )
             if stored is None:
                 raise LoadError(
-                    f"{path}: its files hold no tensor {called[0]!r}; transformers converts this checkpoint as it "
-                    "loads it, so that its layers cannot be read one at a time: verify where the whole model fits"
+                    f"{path}: its files hold no tensor {called[0]!r}; transformers converts this "
+                    "checkpoint as it "
+                    "loads it, so that its layers cannot be read one at a time: verify where the "
+                    "whole model fits"
                 )
             found.setdefault(module, []).append((short, parameter, files[stored], stored))
     return found
@@ -117,7 +119,8 @@ def fetch(unit: torch.nn.Module, lies: Whereabouts, device: str) -> None:
             tensor = read(path, stored, device).to(parameter.dtype)
             if tensor.shape != parameter.shape:
                 raise LoadError(
-                    f"{stored} is {tuple(tensor.shape)} in {path}, the model's is {tuple(parameter.shape)}"
+                    f"{stored} is {tuple(tensor.shape)} in {path}, the model's is "
+                    f"{tuple(parameter.shape)}"
                 )
             module._parameters[short] = torch.nn.Parameter(tensor, requires_grad=False)
             module.__dict__.setdefault("_flex_meta", {})[short] = parameter

@@ -21,8 +21,8 @@ __all__ = ["build", "load", "load_part", "local_bytes", "local_parameters"]
 
 
 def load_part(info: ModelInfo, source: Source, device: str) -> torch.nn.Module:
-    """This rank's part of the model, in eval mode. All ranks must call; their process group exists.
-    LoadError: it cannot be loaded or built."""
+    """This rank's part of the model, in eval mode. All ranks must call; their process group
+    exists. LoadError: it cannot be loaded or built."""
     if source.builder is not None:
         return build(source.builder)
     return load(info.path, info.layout, info.dtype, device, info.attention)
@@ -34,7 +34,8 @@ def build(builder: bytes) -> torch.nn.Module:
     model = pickle.loads(builder)()
     if not isinstance(model, torch.nn.Module):
         raise LoadError(
-            f"the builder returned {type(model).__name__} on this rank; it should return an nn.Module"
+            f"the builder returned {type(model).__name__} on this rank; it should return an "
+            "nn.Module"
         )
     model.requires_grad_(False)  # the base is frozen unless a run asks for a gradient
     copied_out(model.parameters())
@@ -75,8 +76,8 @@ def local_bytes(model: torch.nn.Module) -> int:
 
 
 def own(model: torch.nn.Module) -> list[torch.Tensor]:
-    """This rank's parameters as they lie here, tied ones once: of a DTensor its local shard, in the
-    shape and on the device that it has. Placeholders of other stages have none."""
+    """This rank's parameters as they lie here, tied ones once: of a DTensor its local shard, in
+    the shape and on the device that it has. Placeholders of other stages have none."""
     by_address: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if is_placeholder(module):

@@ -143,7 +143,8 @@ def renamed(names: bytes) -> Rename:
         isinstance(part, str) for pair in given.items() for part in pair
     ):
         raise LoadError(
-            "names= is a function of a module's name, or a mapping of prefixes like {'stage.layers': 'model.layers'}, "
+            "names= is a function of a module's name, or a mapping of prefixes like "
+            "{'stage.layers': 'model.layers'}, "
             f"not {type(given).__name__}"
         )
 
@@ -162,7 +163,8 @@ def checked(function: Callable[[str], str | None]) -> Rename:
         new = function(name)
         if new is not None and not isinstance(new, str):
             raise LoadError(
-                f"names= gave {new!r} for {name!r}; it gives a name, or None for what the model has not"
+                f"names= gave {new!r} for {name!r}; it gives a name, or None for what the model "
+                "has not"
             )
         return new
 

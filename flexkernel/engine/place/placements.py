@@ -160,7 +160,8 @@ class Placer:
         style = self.styles.get(name)
         if STRIDED.get(style or "") == at and self.layout.tp > 1:
             raise PlacementError(
-                f"{name} is {style} over tp={self.layout.tp}: each rank's columns are interleaved in the whole; "
+                f"{name} is {style} over tp={self.layout.tp}: each rank's columns are interleaved "
+                "in the whole; "
                 "hook the modules around it"
             )
         planned = PLANNED.get(STYLES.get(style or "", {}).get(at, ""))
@@ -204,7 +205,8 @@ def plain(placement: Placement, name: str) -> Placement:
     ):
         return placement
     raise PlacementError(
-        f"{name} is {placement} over tp: that is no sum, or its parts lie interleaved in the whole, and is not put "
+        f"{name} is {placement} over tp: that is no sum, or its parts lie interleaved in the "
+        "whole, and is not put "
         "together here; hook the modules around it"
     )
 
@@ -243,7 +245,8 @@ def parse(text: str) -> Declared:
         if found != Declared():
             return found
     raise PlacementError(
-        f"a placement is 'shard:DIM', 'replicate' or 'partial' over tp, and 'batch:DIM' or 'batch:none' for the rows "
+        "a placement is 'shard:DIM', 'replicate' or 'partial' over tp, and 'batch:DIM' or "
+        "'batch:none' for the rows "
         f"of a batch, like 'batch:1 shard:0'; not {text!r}"
     )
 
@@ -275,8 +278,10 @@ def inferred(local: Sequence[int], expected: Sequence[int], here: Place, name: s
     if len(local) == len(expected) and len(smaller) == 1 and here.layout.tp > 1:
         return Shard(smaller[0])
     raise PlacementError(
-        f"{name}: this rank holds {tuple(local)}, the unsharded model's value is {tuple(expected)} for its rows; "
-        f"no one split over tp={here.layout.tp} explains it: declare it, placements={{{name!r}: 'shard:-1'}}"
+        f"{name}: this rank holds {tuple(local)}, the unsharded model's value is {tuple(expected)} "
+        "for its rows; "
+        f"no one split over tp={here.layout.tp} explains it: declare it, "
+        f"placements={{{name!r}: 'shard:-1'}}"
     )
 
 
@@ -302,8 +307,10 @@ def checked(
         part = WHOLE.plus(dim, start, stop)
     if tuple(local) != tuple(want):
         raise PlacementError(
-            f"{name}: {evidence} says {placement} over tp={here.layout.tp}, so rank {here.rank} should hold "
-            f"{tuple(want)}; it holds {tuple(local)}: declare it, placements={{{name!r}: 'shard:-1'}}"
+            f"{name}: {evidence} says {placement} over tp={here.layout.tp}, so rank {here.rank} "
+            "should hold "
+            f"{tuple(want)}; it holds {tuple(local)}: declare it, "
+            f"placements={{{name!r}: 'shard:-1'}}"
         )
     return part
 
@@ -347,13 +354,16 @@ def local_shard(
         return with_rows(part, said, whole[said], here, name)
     if len(dims) > 1:
         raise PlacementError(
-            f"{name} is {formula}: dims {' and '.join(map(str, dims))} could both be the batch, which is split "
-            f"{here.layout.batch_groups} ways; say which it is, placements={{{name!r}: 'batch:{dims[0]}'}}"
+            f"{name} is {formula}: dims {' and '.join(map(str, dims))} could both be the batch, "
+            "which is split "
+            f"{here.layout.batch_groups} ways; say which it is, "
+            f"placements={{{name!r}: 'batch:{dims[0]}'}}"
         )
     factor, term = (formula.dims or ())[dims[0]]
     if term == "B" and factor > 1:
         raise PlacementError(
-            f"{name}: dim {dims[0]} has {factor} entries for each row of the batch, in an order that is not known, and "
+            f"{name}: dim {dims[0]} has {factor} entries for each row of the batch, in an order "
+            "that is not known, and "
             f"the batch is split {here.layout.batch_groups} ways; hook the modules around it"
         )
     return with_rows(part, dims[0], whole[dims[0]], here, name)
@@ -374,7 +384,8 @@ def rows_held(part: Box, dim: int, local: Sequence[int], here: Place, name: str)
     """As with_rows(), for a value without a formula whose rows are declared to lie along `dim`."""
     if not -len(local) <= dim < len(local) or local[dim] % here.local_rows:
         raise PlacementError(
-            f"{name}: its {here.local_rows} rows are said to lie along dim {dim}, but rank {here.rank} holds "
+            f"{name}: its {here.local_rows} rows are said to lie along dim {dim}, but rank "
+            f"{here.rank} holds "
             f"{tuple(local)}"
         )
     return with_rows(part, dim % len(local), local[dim] // here.local_rows * here.B, here, name)

@@ -27,8 +27,8 @@ JOIN_S = 60.0  # how long ranks have at least to join
 def open_store(
     folder: Path, generation: int, interface: str = "127.0.0.1"
 ) -> tuple[str, int, dist.Store | None]:
-    """Open a rendezvous store: (address, port, the object that must live as long as the store). Port
-    0 and None for one that is a file.
+    """Open a rendezvous store: (address, port, the object that must live as long as the store).
+    Port 0 and None for one that is a file.
 
     On loopback the store is a file in this user's private folder: a TCPStore has no password, and
     anybody on this machine could put an address into it. Elsewhere it is a TCPStore in this
@@ -114,6 +114,7 @@ def gpu_of(local_rank: int, count: int) -> int:
     if count == 1:
         return 0
     raise LoadError(
-        f"device='cuda': engine {local_rank} of its host, counted from 0, sees {count} GPUs; start no more than "
+        f"device='cuda': engine {local_rank} of its host, counted from 0, sees {count} GPUs; start "
+        "no more than "
         "there are in CUDA_VISIBLE_DEVICES, or load with device='cpu'"
     )
