@@ -38,7 +38,7 @@ LOW = (torch.bfloat16, torch.float16)
 Put = Callable[[int, torch.Tensor], None]
 
 
-def unsharded(
+def unsharded(  # noqa: PLR0913
     runtime: Runtime,
     hooks: tuple[HookSpec, ...],
     ids: list[list[int]],

@@ -39,7 +39,7 @@ GROUP = "(collect)"  # of the hooks that are there for the collection only
 FLUSH_S = 1.0  # an index is written no more often: of a killed collection so much is done again
 
 
-def collect(
+def collect(  # noqa: PLR0913 - a user's keywords
     session: Session,
     prompts: Iterable[Any],
     hooks: str | Sequence[str] | None = None,

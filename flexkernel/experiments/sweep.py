@@ -37,7 +37,7 @@ Metric = Callable[[Run], Any]
 Edit = str | Callable[..., Any]
 
 
-def sweep(
+def sweep(  # noqa: PLR0913 - a user's keywords
     session: Session,
     prompt: Any,
     modules: str | Sequence[str],

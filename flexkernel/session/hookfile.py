@@ -120,17 +120,26 @@ def to_hook(entry: dict[str, Any]) -> HookSpec:
     elif isinstance(value, list):
         given["value"] = tuple(map(float, value))
     spec = HookSpec(**given)
+    check_kinds(spec)
+    return spec
+
+
+# The fields of a hook, and what each holds
+TEXTS = ("glob", "at", "name", "capture")
+TEXTS_IF_ANY = ("index", "edit")
+LISTS = {"groups": str, "positions": int, "heads": int, "neurons": int}
+
+
+def check_kinds(spec: HookSpec) -> None:
+    """TypeError: a field holds something of another kind."""
     hash(spec)  # TypeError: a list or an object where there is text or a number
-    for name in ("glob", "at", "name", "capture"):
-        if not isinstance(getattr(spec, name), str):
-            raise TypeError(f"a hook's {name} is text, not {getattr(spec, name)!r}")
-    for name, kind in (("groups", str), ("positions", int), ("heads", int), ("neurons", int)):
+    wrong = [name for name in TEXTS if not isinstance(getattr(spec, name), str)]
+    wrong += [name for name in TEXTS_IF_ANY if not isinstance(getattr(spec, name), str | None)]
+    if wrong:
+        raise TypeError(f"a hook's {wrong[0]} is text, not {getattr(spec, wrong[0])!r}")
+    for name, kind in LISTS.items():
         if not all(isinstance(each, kind) for each in getattr(spec, name) or ()):
             raise TypeError(f"a hook's {name} are not {getattr(spec, name)!r}")
-    for name in ("index", "edit"):
-        if not isinstance(getattr(spec, name), str | None):
-            raise TypeError(f"a hook's {name} is text, not {getattr(spec, name)!r}")
-    return spec
 
 
 # --- edits ----------------------------------------------------------------------------

@@ -202,7 +202,7 @@ class Session:
 
     # --- the model --------------------------------------------------------------------
 
-    def load(
+    def load(  # noqa: PLR0913 - a user's keywords
         self,
         source: str | os.PathLike[str] | Callable[[], torch.nn.Module],
         tp: int = 1,
@@ -302,7 +302,7 @@ class Session:
 
     # --- hooks and edits --------------------------------------------------------------
 
-    def hook(
+    def hook(  # noqa: PLR0913 - a user's keywords
         self,
         glob: str,
         at: str = "output",
@@ -600,7 +600,7 @@ class Session:
         }
         return experiments.sweep(self, prompt, modules, positions, **how)
 
-    def collect(
+    def collect(  # noqa: PLR0913 - a user's keywords
         self,
         prompts: Iterable[Any],
         hooks: str | Sequence[str] | None = None,

@@ -19,7 +19,7 @@ __all__ = ["check", "reduction", "spec_of"]
 CAPTURES = ("after", "before", "both", "none")
 
 
-def spec_of(
+def spec_of(  # noqa: PLR0913 - a user's keywords
     glob: str,
     at: str = "output",
     index: str | int | None = None,
