@@ -1,11 +1,10 @@
 """Inside attention: the virtual points @q, @k (after rotary), @v, @pattern and @z of every
 attention module.
 
-transformers looks its attention function up by name on every call. Ours stands in under the names
-that exist, so the masks stay what they are, and calls the original; a module that nobody watches
-pays one dictionary look-up. Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B, H, S,
-P+S), z (B, S, H, D).
-"""
+transformers looks up its attention function by name on every call. Our function is registered
+under each existing name, so that the masks stay the same, and calls the original. A module without
+taps costs one dictionary look-up. Per head: q (B, H, S, D), k and v (B, KV, P+S, D), pattern (B,
+H, S, P+S), z (B, S, H, D)."""
 
 from __future__ import annotations
 
@@ -20,19 +19,22 @@ from flexkernel.engine.compat import attention_functions, eager_attention, set_a
 __all__ = ["POINTS", "install", "tap", "untap"]
 
 POINTS = ("q", "k", "v", "pattern", "z")
-TAPS = "_flex_taps"  # in the module's __dict__: point → what is called with its value
+TAPS = "_flex_taps"  # in the module's __dict__: point → the function that gets its value
 
 
 def tap(
     module: torch.nn.Module, point: str, function: Callable[[Callable[[], torch.Tensor]], Any]
 ) -> None:
-    """Call function(value) at every forward of the module. value() gives the point's tensor, of
-    the shape above, in the model's dtype and on its device; it is computed only if called. What
-    the function returns replaces it, unless that is None. One function a point."""
+    """Call function(value) at every forward of the module. There is one function a point.
+
+    value() returns the point's tensor: of the shape above, in the model's dtype and on its device.
+    It is computed only if value() is called. If the function returns a tensor, that replaces the
+    point's."""
     module.__dict__.setdefault(TAPS, {})[point] = function
 
 
 def untap(module: torch.nn.Module, point: str) -> None:
+    """Remove the function at that point, if there is one."""
     taps = module.__dict__.get(TAPS, {})
     taps.pop(point, None)
     if not taps:
@@ -40,13 +42,14 @@ def untap(module: torch.nn.Module, point: str) -> None:
 
 
 def install() -> None:
-    """Stand in for every attention function that transformers has, eager included. Idempotent."""
+    """Replace every attention function that transformers has, eager included. Calling it again
+    changes nothing."""
     for name in ("eager", *attention_functions()):
         set_attention(name, watched(name))
 
 
 def watched(name: str) -> Callable:
-    """The attention of that name, which tells a module's taps what it computes."""
+    """The attention function of that name, which also gives its values to the module's taps."""
     original = attention_functions().get(name)
 
     def attention(module: torch.nn.Module, q, k, v, mask, **kwargs: Any):
@@ -75,15 +78,19 @@ def watched(name: str) -> Callable:
 
 
 def mixed(pattern: torch.Tensor, v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """z with another pattern: each query head mixes the values of its key/value head. pattern:
-    (B, H, S, P+S), v: (B, KV, P+S, D), z: (B, S, H, D) -> (B, S, H, D), same dtype and device."""
+    """z computed with another pattern: each query head mixes the values of its key/value head.
+
+    pattern: (B, H, S, P+S), v: (B, KV, P+S, D), z: (B, S, H, D) -> (B, S, H, D), same dtype and
+    device."""
     every = v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
     return (pattern @ every).transpose(1, 2).contiguous().view(z.shape)
 
 
 def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
-    """The attention pattern, (B, H, S, P+S), in q's dtype and on its device: as the forward
-    computed it, else computed beside it by the model's own eager attention. q, k, v: as above."""
+    """The attention pattern, (B, H, S, P+S), in q's dtype and on its device. q, k, v: as above.
+
+    It is the forward's own if that returned one. Else the model's eager attention computes it in
+    addition."""
     if pattern is not None:
         return pattern
     additive = additive_mask(mask, q, k, kwargs.get("sliding_window"))
@@ -93,8 +100,11 @@ def pattern_of(module, pattern, q, k, v, mask, kwargs) -> torch.Tensor:
 def additive_mask(
     mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """The mask as eager attention wants it, float (B or 1, 1, Q, K): sdpa hands over bool or None
-    (causal), flash (B, K) or None."""
+    """The mask in the form that eager attention adds: float, (B or 1, 1, S, P+S), on q's device.
+
+    mask: what another implementation gets. sdpa's is bool of that shape, or None (causal). flash's
+    is (B, P+S), or None. An additive mask is returned as it is. window: the size of a sliding
+    window, or None."""
     if mask is not None and mask.dtype != torch.bool and mask.dim() == 4:
         return mask
     keep = mask

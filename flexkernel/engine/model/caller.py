@@ -1,9 +1,8 @@
 """How a model is called with a batch.
 
-A forward gets by name what it asks for by name: input_ids, attention_mask, position_ids,
-use_cache. The ids go to its first parameter if none is called input_ids. What else it needs only
-the user can say: forward=.
-"""
+A forward gets the arguments that it names: input_ids, attention_mask, position_ids, use_cache. If
+it has no input_ids, its first parameter gets the ids. If it needs anything else, the user must say
+how to call it: forward=."""
 
 from __future__ import annotations
 
@@ -26,10 +25,11 @@ VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Caller:
-    """Calls a model. forward: the user's (model, batch) → output, as cloudpickled code; None: as
-    its signature says.
+    """Calls a model with a batch: input_ids, attention_mask, position_ids, each (B, S) int64 on
+    the model's device.
 
-    batch: input_ids, attention_mask, position_ids, each (B, S) int64 on the model's device."""
+    forward: the user's function (model, batch) → output, as cloudpickled code; None: call it by
+    its signature. LoadError: the forward needs an argument that the batch lacks."""
 
     def __init__(self, model: torch.nn.Module, forward: bytes | None = None):
         self.model = model
@@ -50,7 +50,7 @@ class Caller:
             p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters.values()
         )
         first = next((p.name for p in self.parameters.values() if p.kind in POSITIONAL), None)
-        # under the name of another of the batch's tensors it is that one's place
+        # a first parameter with the name of another tensor of the batch takes that one
         self.first = None if IDS in self.parameters or first in (MASK, "position_ids") else first
         # Megatron's masks are True where attention must not look, and its causal layers see no
         # pads in them
@@ -58,16 +58,17 @@ class Caller:
         self._check()
 
     def __call__(self, batch: Mapping[str, torch.Tensor], **more: Any) -> Any:
-        """The model's output. more: use_cache, past_key_values: passed on where they are taken.
+        """The model's output. more: use_cache, past_key_values; passed on if the forward takes
+        them.
 
-        What was compiled runs as it is written: compiled code has the hooks of the moment in which
-        it was made."""
+        Compiled modules run uncompiled here: compiled code contains the hooks of the time when it
+        was compiled."""
         with as_written(self.compiled):
             return self._called(batch, **more)
 
     def _called(self, batch: Mapping[str, torch.Tensor], **more: Any) -> Any:
-        """The model's output for (B, S) int64 tensors on its device, each under the name that the
-        forward gives it."""
+        """The model's output. batch: (B, S) int64 tensors on its device, passed under the names
+        that the forward has."""
         if self.forward is not None:
             return self.forward(self.model, batch)
         given = {
@@ -89,7 +90,7 @@ class Caller:
 
     @property
     def caches(self) -> bool:
-        """Whether it goes on from a cache as transformers' models do."""
+        """Whether the model continues from a cache as transformers' models do."""
         return (
             self.forward is None
             and "past_key_values" in self.parameters
@@ -97,8 +98,7 @@ class Caller:
         )
 
     def check_pads(self, padded: bool) -> None:
-        """PromptError: rows of different length for a forward that would take the pads for
-        tokens."""
+        """PromptError if rows differ in length and the forward would read the pads as tokens."""
         if padded and self.forward is None and (self.megatron or not self.takes(MASK)):
             raise PromptError(
                 f"the rows have different lengths, and {self.name}.forward "
@@ -108,9 +108,9 @@ class Caller:
             )
 
     def _check(self) -> None:
-        """LoadError: the forward needs something that is not known here."""
+        """LoadError: the forward needs an argument that nobody gives."""
         if type(unwrapped(self.model)).forward is torch.nn.Module.forward:
-            return  # it has none: its parameters can be looked at all the same
+            return  # a model without a forward: its parameters can still be read
         known = {IDS, MASK, "position_ids", "use_cache", self.first}
         needs = [
             p.name

@@ -1,13 +1,12 @@
-"""A checkpoint's files: checked before anything is loaded, and not needed any more afterwards.
+"""A checkpoint's files: they are checked before a load, and not needed after it.
 
-A load that has to fail fails while the earlier model is still there. Only headers are read for
-that. A file shorter than its header says would kill an engine that has mapped it.
+The check comes first so that a load that must fail does so while the earlier model is still there.
+It reads only headers. It finds files that are shorter than their header says, which would kill an
+engine that has mapped them.
 
-On the CPU, and where the dtype is the file's, transformers leaves parameters where safetensors has
-mapped them. A file that is written anew under a loaded model would change its numbers without a
-word; one that is cut off would kill the engine (SIGBUS) at its next forward. So parameters are
-copied out of the files.
-"""
+On the CPU, and if the dtype is the file's, transformers leaves parameters in the mapped file.
+Writing that file anew would silently change a loaded model. Truncating it would kill the engine
+(SIGBUS) at its next forward. So parameters are copied out of the files."""
 
 from __future__ import annotations
 
@@ -33,14 +32,15 @@ OTHERS = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save writes", b"G
 
 
 def check_files(folder: Path) -> None:
-    """LoadError unless the folder's weights are whole safetensors files that lie in it. Without
-    any it says nothing: whoever loads does."""
+    """LoadError unless the folder's weights are complete safetensors files inside the folder.
+
+    A folder without any passes: the load itself reports that."""
     for path in weights(folder):
         check_file(path)
 
 
 def weights(folder: Path) -> Iterable[Path]:
-    """The files that the weights of a model folder lie in."""
+    """The files that hold the weights of a model folder."""
     if os.path.lexists(folder / WHOLE):
         return [folder / WHOLE]
     if os.path.lexists(folder / INDEX):
@@ -49,7 +49,8 @@ def weights(folder: Path) -> Iterable[Path]:
 
 
 def named(index: Path) -> list[str]:
-    """The files that an index names, each once."""
+    """The files that an index names, each once. LoadError: it cannot be read, or names files
+    outside its folder."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [
@@ -72,7 +73,7 @@ def named(index: Path) -> list[str]:
 
 
 def check_file(path: Path) -> None:
-    """LoadError unless it is a safetensors file, as long as its header says."""
+    """LoadError unless this is a safetensors file of the length that its header says."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -115,7 +116,8 @@ def check_file(path: Path) -> None:
 
 
 def header(start: bytes, num_bytes: int, file: Any) -> dict[str, Any]:
-    """The parsed header of a file of that many bytes, of which the first eight are read."""
+    """The parsed header of a file of that many bytes. start: its first eight bytes, which are
+    already read."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(num_bytes - 8, HEADER_BYTES):
         raise ValueError(f"it has {num_bytes:,} bytes, and a header of {length:,} would begin it")
@@ -137,8 +139,11 @@ def whole_bytes(header: dict[str, Any]) -> int:
 
 
 def copied_out(parameters: Iterable[torch.Tensor]) -> int:
-    """Give each parameter that lies in a file memory of its own, in the same shape, dtype and
-    device; tied ones get the same. Returns how many did."""
+    """Move each parameter that lies in a mapped file to memory of its own. Returns how many copies
+    were made.
+
+    parameters: of any shape; shapes, dtypes and devices stay. Tied parameters stay tied and share
+    one copy."""
     regions = files_in_memory()
     starts = [start for start, _ in regions]
     copies: dict[tuple, torch.Tensor] = {}
@@ -156,7 +161,8 @@ def copied_out(parameters: Iterable[torch.Tensor]) -> int:
 
 def files_in_memory() -> list[tuple[int, int]]:
     """Where this process has files mapped that others can change: (first byte, end), in order.
-    Libraries are left out; so are the slabs, which are private to this user and never hold a
+
+    Libraries are left out. The slabs need not be: they are private to this user and never hold a
     parameter."""
     found = []
     try:

@@ -1,6 +1,6 @@
 """Torch hooks on this rank's modules, and the recorder that a run gives them.
 
-A torch hook stays registered from `attach` to `detach`; while no run records it returns at once.
+A torch hook stays registered from `attach` to `detach`. While no run records, it returns at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ POINTS = "_flex_hooks"  # in a module's __dict__: virtual point → key → tap
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A hook on one module or virtual point, with all that is asked of it at each call.
+    """A hook on one module or virtual point, with all that a call of it needs.
 
-    at, before: the captures of the value, and of what was there before the hook's edit.
+    at, before: the names of the captured value, and of the value before the hook's edit.
     keeps_after, keeps_before: which of the two are kept."""
 
     hook: HookSpec
@@ -43,6 +43,7 @@ class Tap:
 
     @classmethod
     def of(cls, hook: HookSpec, name: str) -> Tap:
+        """The hook on the module or virtual point of that name."""
         before = hook.before
         kept = hook.kept_at
         return cls(
@@ -51,11 +52,11 @@ class Tap:
 
 
 class Recorder(Protocol):
-    """What the hooks give their values to while a run lasts."""
+    """What the hooks give their values to during a run."""
 
     active: frozenset[str]  # the keys of the run's hooks
-    seconds: float  # that recording took
-    keeps_graph: bool  # whether this run has gradients
+    seconds: float  # how long recording took so far
+    keeps_graph: bool  # whether this run computes gradients
 
     def record(self, tap: Tap, at: str, value: Any) -> None:
         """Keep a value. Never raises."""
@@ -64,21 +65,25 @@ class Recorder(Protocol):
         """Note that a value could not be computed."""
 
     def watch(self, tap: Tap, value: Any) -> Any:
-        """The same value, whose gradient is kept; None if this run has no gradients."""
+        """The same value, with its gradient recorded later; None if this run computes no
+        gradients."""
 
     def edit(self, tap: Tap, value: Any) -> Any:
-        """The value as the hook's edit makes it."""
+        """The value after the hook's edit."""
 
 
 def in_order(hooks: Sequence[HookSpec]) -> list[HookSpec]:
-    """The hooks in the order in which they fire. Those of gradients come first: a gradient is of
-    what the module itself puts out, not of what an edit makes of it."""
+    """The hooks in the order in which they fire. Hooks of gradients come first.
+
+    A gradient is that of what the module itself puts out, before any edit."""
     return sorted(hooks, key=lambda hook: not hook.gradient)
 
 
 class ModuleHooks:
-    """The torch hooks of this rank. modules: this rank's, by name. reads(name, at): whether this
-    rank's pipeline stage is the one that reads that value."""
+    """The torch hooks of this rank.
+
+    modules: this rank's, by name. reads(name, at): whether this rank's pipeline stage is the one
+    that reads that value."""
 
     def __init__(self, modules: dict[str, torch.nn.Module], reads: Callable[[str, str], bool]):
         self.modules = modules
@@ -87,8 +92,9 @@ class ModuleHooks:
         self._handles: dict[str, list[Callable[[], None]]] = {}
 
     def attach(self, hook: HookSpec, names: tuple[str, ...]) -> list[str]:
-        """Register a hook on those of these modules that this rank reads: their names. It replaces
-        a hook of the same key."""
+        """Register a hook on those of these modules that this rank reads; returns their names.
+
+        It replaces a hook of the same key."""
         self.detach(hook.key)
         if hook.of == "param":  # read after the backward, where they lie
             return list(names)
@@ -102,8 +108,9 @@ class ModuleHooks:
         new: Sequence[HookSpec],
         names: Callable[[HookSpec], tuple[str, ...]],
     ) -> None:
-        """Replace the hooks `old` by `new`, each on the modules that names(hook) gives. The hooks
-        that both begin with stay registered."""
+        """Replace the hooks `old` by `new`, each on the modules that names(hook) gives.
+
+        The hooks with which both lists begin stay registered."""
         before = in_order(old)
         after = in_order(new)
         num_same = 0
@@ -118,15 +125,17 @@ class ModuleHooks:
         self.attach(LOGITS, ("",))  # last: they are what a run ends with
 
     def detach(self, key: str) -> None:
+        """Remove the hook of that key, if there is one."""
         for remove in self._handles.pop(key, ()):
             remove()
 
     def clear(self) -> None:
+        """Remove all hooks."""
         for key in list(self._handles):
             self.detach(key)
 
     def _register(self, hook: HookSpec, name: str) -> Callable[[], None]:
-        """Register the hook on one module or virtual point; what removes it."""
+        """Register the hook on one module or virtual point. Returns a function that removes it."""
         tap = Tap.of(hook, name)
         owner, point = split_point(name)
         if point:
@@ -156,7 +165,7 @@ class ModuleHooks:
     def _register_at_point(
         self, tap: Tap, module: torch.nn.Module, point: str
     ) -> Callable[[], None]:
-        """All hooks on a virtual point share one function there."""
+        """As _register(), on a virtual point. All hooks on one point share one function there."""
         taps: dict[str, Tap] = module.__dict__.setdefault(POINTS, {}).setdefault(point, {})
         taps[tap.key] = tap
 
@@ -182,9 +191,9 @@ class ModuleHooks:
         return remove
 
     def _fire_at_point(self, tap: Tap, compute: Callable[[], torch.Tensor]) -> Any:
-        """As fire(). A read whose value cannot be computed fails by itself.
+        """As fire(), for a virtual point. If its value cannot be computed, only this read fails.
 
-        compute: the point's value, of the shape that attention.py says."""
+        compute: returns the point's value, of the shape that attention.py says."""
         recording = self.recording
         if recording is None or tap.key not in recording.active:
             return None
@@ -202,7 +211,7 @@ class ModuleHooks:
         return self.fire(tap, value)
 
     def fire(self, tap: Tap, value: Any) -> Any:
-        """What takes the value's place; None leaves it as it is, bit for bit."""
+        """What replaces the value; None leaves it unchanged."""
         recording = self.recording
         if recording is None or tap.key not in recording.active:
             return None

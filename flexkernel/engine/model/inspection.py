@@ -1,6 +1,5 @@
-"""What can be known of a model before any of it is loaded: its modules, the shape of every value,
-and whether it can have the degrees and the dtype that are asked for.
-"""
+"""What is known of a model before it is loaded: its modules, the shape of every value, and whether
+the requested degrees and dtype are possible."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ __all__ = [
     "possible_layouts",
 ]
 
-ATTENTION = {"flash": "flash_attention_2"}  # short names; transformers' own are taken as they are
+ATTENTION = {"flash": "flash_attention_2"}  # short names; transformers' own names also work
 # What tp splits evenly: in words, and its key in a config
 SPLIT_BY_TP = {
     "attention heads": "num_attention_heads",
@@ -59,10 +58,10 @@ class WholeModel:
 def inspect(
     source: Source, layout: Layout, dtype: str, attention: str | None, placements: dict[str, str]
 ) -> ModelInfo:
-    """What is known of a model before any of it is loaded.
+    """What is known of a model before it is loaded.
 
-    LoadError, LayoutError: what is wrong with the path, the dtype or the degrees. PlacementError,
-    HookError: a declared placement that means nothing."""
+    LoadError, LayoutError: the path, the dtype or the degrees are wrong. PlacementError,
+    HookError: a declared placement is wrong."""
     whole = whole_model(source, dtype_of(dtype), layout)
     info = ModelInfo(
         path=source.path,
@@ -87,7 +86,7 @@ def inspect(
 
 
 def with_model(info: ModelInfo, whole: WholeModel, source: Source) -> ModelInfo:
-    """The same with what the unsharded model says."""
+    """The same info, completed from the unsharded model."""
     model = whole.model
     text = whole.text_config
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
@@ -123,8 +122,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def attention_of(asked: str | None, model: torch.nn.Module | None) -> str:
-    """The attention implementation to load with: the one asked for, else sdpa where the
-    architecture has it."""
+    """The attention implementation to load with: the requested one, else sdpa if the architecture
+    supports it."""
     if asked is not None:
         return ATTENTION.get(asked, asked)
     return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
@@ -148,7 +147,7 @@ def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
-    """The names of each parameter that has several."""
+    """The names of each parameter that has more than one."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
@@ -156,7 +155,7 @@ def tied(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def check_placements(info: ModelInfo) -> None:
-    """PlacementError, HookError: a declared placement that means nothing, or names no module."""
+    """PlacementError, HookError: a declared placement cannot be parsed, or names no module."""
     for key, text in info.placements.items():
         parse(text)
         if not info.built:  # a builder's model may have modules that its reference has not
@@ -167,13 +166,13 @@ def check_placements(info: ModelInfo) -> None:
 
 
 def whole_model(source: Source, dtype: torch.dtype, layout: Layout) -> WholeModel | None:
-    """The unsharded model on the meta device, its degrees checked; None for a builder that has no
+    """The unsharded model on the meta device, its degrees checked; None for a builder without a
     reference."""
     if source.builder is None:
         return model_of_path(source.path, dtype, layout)
     if source.reference is None:
         return None
-    # importing the user's modules may make tensors, which are to be real: so not on meta
+    # outside the meta device: importing the user's modules may make tensors, which must be real
     reference = pickle.loads(source.reference)
     with torch.device("meta"):
         model = reference().eval()
@@ -203,8 +202,7 @@ def model_of_path(path: str, dtype: torch.dtype, layout: Layout) -> WholeModel:
 
 
 def config_of(path: str) -> Any:
-    """The config of a model folder or hub id. LoadError: there is none, or it describes no
-    model."""
+    """The config of a model folder or hub id. LoadError: there is none, or it is invalid."""
     folder = Path(path).expanduser()
     try:
         return read_config(str(folder) if folder.is_dir() else path)
@@ -219,8 +217,7 @@ def config_of(path: str) -> Any:
 
 
 def check_path(path: str) -> None:
-    """LoadError for something that looks like a model folder and is none. Anything else may be a
-    hub id."""
+    """LoadError if the path looks like a model folder but is none. Any other may be a hub id."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -231,7 +228,7 @@ def check_path(path: str) -> None:
 
 
 def beside(folder: Path) -> str:
-    """What else lies in the parent of a folder that is not there, in words."""
+    """What else is in the parent of a missing folder, in words."""
     if not folder.parent.is_dir():
         return ""
     near = sorted(path.name for path in folder.parent.iterdir())[:8]
@@ -242,7 +239,7 @@ def beside(folder: Path) -> str:
 
 
 class ScanCache:
-    """The scans of the models seen last, one for each class, config and dtype."""
+    """The scans of the most recent models, one for each class, config and dtype."""
 
     def __init__(self, most: int):
         self.most = most
@@ -263,11 +260,12 @@ class ScanCache:
         return found
 
 
-SCANS = ScanCache(most=8)  # one a process: a scan takes a second or two
+SCANS = ScanCache(most=8)  # one per process, because a scan takes a second or two
 
 
 def new_scan(model: torch.nn.Module, forward: bytes | None) -> Scan:
-    """LoadError: the model's forward does not run without data, or nobody says how to call it."""
+    """The model's scan. LoadError: its forward does not run without data, or nobody says how to
+    call it."""
     try:
         return scan(model, forward)
     except LoadError:
@@ -284,7 +282,8 @@ def new_scan(model: torch.nn.Module, forward: bytes | None) -> Scan:
 
 
 def check_degrees(config: Any, model: torch.nn.Module, layout: Layout) -> None:
-    """LayoutError for degrees that the model cannot have. model: may be on the meta device."""
+    """LayoutError if the model cannot be split into these degrees. model: may be on the meta
+    device."""
     whole = WholeModel(model, config)
     if layout.tp > 1:
         check_tp(whole, layout)
@@ -322,7 +321,7 @@ def advice(config: Any, model: torch.nn.Module, world: int) -> str:
 
 
 def check_tp(whole: WholeModel, layout: Layout) -> None:
-    """LayoutError unless the model has a plan for tp, and tp divides what it splits."""
+    """LayoutError unless the model has a plan for tp, and tp divides every size that it splits."""
     name = type(whole.model).__name__
     text = whole.text_config
     if not getattr(whole.model, "tp_plan", None):
@@ -341,13 +340,13 @@ def check_tp(whole: WholeModel, layout: Layout) -> None:
 
 
 def divides(text_config: Any, tp: int) -> bool:
-    """Whether tp divides everything that it would split."""
+    """Whether tp divides every size that it would split."""
     sizes = [getattr(text_config, key, None) for key in SPLIT_BY_TP.values()]
     return all(size % tp == 0 for size in sizes if size)
 
 
 def check_pp(whole: WholeModel, layout: Layout) -> None:
-    """LayoutError unless transformers can split the model into so many stages."""
+    """LayoutError unless transformers can split the model into that many stages."""
     model = whole.model
     name = type(model).__name__
     base = getattr(model, model.base_model_prefix, model)

@@ -1,6 +1,5 @@
-"""A model that is larger than the memory: each layer's weights are read from the safetensors files
-when the layer is called, and let go when it returns. The forward is the model's own.
-"""
+"""A model larger than the memory: a layer reads its weights from the safetensors files when it is
+called, and drops them when it returns. The forward is the model's own."""
 
 from __future__ import annotations
 
@@ -22,10 +21,10 @@ __all__ = ["streamed"]
 
 
 def streamed(path: str, dtype: torch.dtype, device: str, attention: str) -> torch.nn.Module:
-    """The unsharded model of a folder or hub id, with no weights in memory until they are needed.
+    """The unsharded model of a folder or hub id, without weights in memory until they are needed.
 
-    LoadError: its checkpoint has no safetensors, or names its tensors otherwise than the model
-    does."""
+    LoadError: the checkpoint has no safetensors files, or its tensors have other names than the
+    model's."""
     folder = local_folder(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -44,6 +43,7 @@ def streamed(path: str, dtype: torch.dtype, device: str, attention: str) -> torc
 
 
 def local_folder(path: str) -> Path:
+    """The folder with the model's files. Those of a hub id are downloaded."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -53,7 +53,7 @@ def local_folder(path: str) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Tensor → the file it lies in."""
+    """Tensor → the file that holds it. LoadError: the folder has no safetensors files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {
@@ -73,10 +73,10 @@ Whereabouts = dict[torch.nn.Module, list[tuple[str, torch.nn.Parameter, Path, st
 
 
 def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Whereabouts:
-    """Module → each of its own parameters: its name there, itself on meta, the file, the tensor in
-    it.
+    """Module → each of its own parameters: its name there, the parameter on meta, the file, the
+    tensor's name in the file.
 
-    A tied parameter is stored under one of its names."""
+    A tied parameter is stored under one of its names. LoadError: the files lack a parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -101,8 +101,8 @@ def whereabouts(model: torch.nn.Module, files: dict[str, Path], path: str) -> Wh
 
 
 def units(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """What is loaded at a time: each layer of the outermost lists of layers, and whatever has
-    weights beside them."""
+    """The modules that load one at a time: each layer of the outermost lists, and each other
+    module with weights."""
     if next(model.parameters(recurse=False), None) is not None:
         yield model
         return
@@ -114,6 +114,8 @@ def units(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def fetch(unit: torch.nn.Module, lies: Whereabouts, device: str) -> None:
+    """A torch pre-hook: give the unit its weights, on the device. LoadError: a tensor in the file
+    has another shape."""
     for module in unit.modules():
         for short, parameter, path, stored in lies.get(module, ()):
             tensor = read(path, stored, device).to(parameter.dtype)
@@ -133,6 +135,7 @@ def read(path: Path, name: str, device: str) -> torch.Tensor:
 
 
 def drop(unit: torch.nn.Module) -> None:
+    """A torch hook: put the unit's parameters on meta back in place of its weights."""
     for module in unit.modules():
         kept: dict[str, Any] = module.__dict__.pop("_flex_meta", {})
         module._parameters.update(kept)

@@ -1,6 +1,5 @@
-"""This rank's part of a model: loaded by transformers, sharded as the layout says, or built by the
-user's function.
-"""
+"""Loads this rank's part of a model: with transformers, sharded as the layout says, or with the
+user's builder."""
 
 from __future__ import annotations
 
@@ -21,16 +20,18 @@ __all__ = ["build", "load", "load_part", "local_bytes", "local_parameters"]
 
 
 def load_part(info: ModelInfo, source: Source, device: str) -> torch.nn.Module:
-    """This rank's part of the model, in eval mode. All ranks must call; their process group
-    exists. LoadError: it cannot be loaded or built."""
+    """This rank's part of the model, in eval mode. All ranks must call; their process group exists
+    already.
+
+    LoadError: it cannot be loaded or built."""
     if source.builder is not None:
         return build(source.builder)
     return load(info.path, info.layout, info.dtype, device, info.attention)
 
 
 def build(builder: bytes) -> torch.nn.Module:
-    """What a user's builder returns on this rank, frozen and in eval mode. LoadError: it is no
-    module."""
+    """The module that a user's builder returns on this rank, frozen and in eval mode. LoadError:
+    it is no module."""
     model = pickle.loads(builder)()
     if not isinstance(model, torch.nn.Module):
         raise LoadError(
@@ -43,8 +44,10 @@ def build(builder: bytes) -> torch.nn.Module:
 
 
 def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> torch.nn.Module:
-    """This rank's part of a folder's or hub id's model, frozen and in eval mode. All ranks of the
-    layout must call; their process group exists. LoadError: transformers cannot load it."""
+    """This rank's part of the model of a folder or hub id, frozen and in eval mode.
+
+    All ranks of the layout must call; their process group exists already. LoadError: transformers
+    cannot load it."""
     options: dict[str, Any] = {
         "dtype": dtype_of(dtype),
         "attn_implementation": attention,
@@ -66,18 +69,20 @@ def load(path: str, layout: Layout, dtype: str, device: str, attention: str) -> 
 
 
 def local_parameters(model: torch.nn.Module) -> int:
-    """How many numbers of parameters lie on this rank; tied ones count once."""
+    """The number of parameter elements on this rank; tied ones count once."""
     return sum(tensor.numel() for tensor in own(model))
 
 
 def local_bytes(model: torch.nn.Module) -> int:
-    """How many bytes of parameters lie on this rank; tied ones count once."""
+    """The bytes of parameters on this rank; tied ones count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in own(model))
 
 
 def own(model: torch.nn.Module) -> list[torch.Tensor]:
-    """This rank's parameters as they lie here, tied ones once: of a DTensor its local shard, in
-    the shape and on the device that it has. Placeholders of other stages have none."""
+    """This rank's parameters, tied ones once. Of a DTensor it is the local shard, of its own shape
+    and device.
+
+    Placeholders for modules of other stages have none."""
     by_address: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if is_placeholder(module):

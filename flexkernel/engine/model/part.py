@@ -1,6 +1,5 @@
-"""This rank's part of a loaded model, with everything that is made for it. A load replaces it as
-one.
-"""
+"""This rank's part of a loaded model, with everything made for it. A load replaces all of it at
+once."""
 
 from __future__ import annotations
 
@@ -27,10 +26,11 @@ __all__ = ["Part", "Pending", "RankModel", "Trainables", "modules_of", "renamed"
 
 
 class RankModel:
-    """A model on this rank, called and named as its source says.
+    """A model on this rank, with the caller and the module names that its source asks for.
 
-    named: this rank's modules by the unsharded model's names, shared ones under each. made: the
-    process groups that a builder made. LoadError: forward= or names= does not fit the model."""
+    named: this rank's modules by the unsharded model's names, shared ones under each of theirs.
+    made: the process groups that a builder made. LoadError: forward= or names= does not fit the
+    model."""
 
     def __init__(self, model: torch.nn.Module, source: Source):
         sum_gradients(model)
@@ -42,8 +42,10 @@ class RankModel:
 
 @dataclass
 class Pending:
-    """A model that not all ranks have. mine: this rank's share, once it is there. info: only a
-    rank that takes a dead one's place knows it before."""
+    """A model that is not yet loaded on all ranks.
+
+    mine: this rank's part, once it is there. info: known already only on a rank that replaces a
+    dead one."""
 
     source: Source
     info: ModelInfo | None = None
@@ -51,10 +53,10 @@ class Pending:
 
 
 class Part:
-    """This rank's part of the model that all ranks have.
+    """This rank's part of the model that all ranks have loaded.
 
-    hook_set: the hooks that are registered. groups: this rank's groups for exchanges. changed:
-    parameters edited for now, as (whose edit, what was there before)."""
+    hook_set: the registered hooks. groups: this rank's groups for exchanges. changed: parameters
+    with a temporary edit, as (whose edit, what was there before)."""
 
     def __init__(self, mine: RankModel, source: Source, info: ModelInfo, rank: int, device: str):
         self.source = source
@@ -83,15 +85,16 @@ class Part:
         return reads
 
     def set_hooks(self, hook_set: HookSet) -> None:
-        """Make the hooks exactly these, in this order: edits on one module are made in it."""
+        """Register exactly these hooks, in this order. Edits of one module run in this order."""
         self.hooks.become(self.hook_set.hooks, hook_set.hooks, self.planner.names)
         self.hook_set = hook_set
 
 
 @dataclass
 class Trainables:
-    """Modules that a user trains beside the model. codes: as they came. optimizers: with what they
-    remember, by what they train."""
+    """Modules that a user trains beside the model.
+
+    codes: their code as it was sent. optimizers: by what they train, with their state."""
 
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     codes: dict[str, bytes] = field(default_factory=dict)
@@ -106,13 +109,13 @@ Rename = Callable[[str], str | None]
 def modules_of(
     model: torch.nn.Module, names: bytes | None = None, twice: bool = False
 ) -> dict[str, torch.nn.Module]:
-    """This rank's modules by the unsharded model's names, placeholders of other stages included,
-    wrappers not.
+    """This rank's modules by the unsharded model's names. Placeholders of other stages are
+    included, wrappers are not.
 
-    twice: a module that is there twice under each of its names, else under the first. names: the
-    user's mapping or function. A name that it gives takes the place of one that was left as it is;
-    the root stays "" unless something else is called so. LoadError: two modules are given one
-    name."""
+    twice: put a module with several names under each of them, else only under the first. names:
+    the user's mapping or function. A name that it gives replaces the same name of another module
+    that keeps its own. The root stays "" unless another module is given that name. LoadError: two
+    modules are given one name."""
     own = own_modules(model, twice)
     if names is None:
         return own
@@ -122,7 +125,7 @@ def modules_of(
     for name, module in own.items():
         new = rename(name) if name else ""
         if new is None:
-            continue  # nothing of the unsharded model
+            continue  # a module that the unsharded model has not
         if new != name:
             if new in asked:
                 raise LoadError(f"names= calls both {asked[new]!r} and {name!r} {new!r}")
@@ -135,7 +138,9 @@ def modules_of(
 
 def renamed(names: bytes) -> Rename:
     """The user's names as a function of one module's name. A mapping replaces the longest prefix
-    that it has."""
+    that matches.
+
+    LoadError: it is neither a function nor such a mapping."""
     given = pickle.loads(names)
     if callable(given):
         return checked(given)
@@ -159,6 +164,8 @@ def renamed(names: bytes) -> Rename:
 
 
 def checked(function: Callable[[str], str | None]) -> Rename:
+    """The user's function, with a LoadError if it returns neither a name nor None."""
+
     def rename(name: str) -> str | None:
         new = function(name)
         if new is not None and not isinstance(new, str):

@@ -1,9 +1,8 @@
-"""The tensors inside a value that goes into or comes out of a module, each under its path.
+"""The tensors inside a value that enters or leaves a module, each under its path.
 
-An output that is itself a tensor has the path "". A tuple's elements are "0", "1"; a mapping's or
-dataclass's values go by their key; nesting joins with a dot. A module's input is its positional
-arguments by number, then its keyword arguments by name.
-"""
+A value that is itself a tensor has the path "". A tuple's elements are "0", "1"; the values of a
+mapping or dataclass go by their key; a dot joins nested paths. A module's input is its positional
+arguments by number, then its keyword arguments by name."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ def inputs(args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments(value: Mapping[str, Any], num_args: int) -> tuple[tuple, dict[str, Any]]:
-    """`inputs` undone: (args, kwargs)."""
+    """The inverse of `inputs`: (args, kwargs)."""
     items = list(value.items())
     return tuple(inner for _, inner in items[:num_args]), dict(items[num_args:])
 
 
 def replaced(value: Any, path: str, tensor: torch.Tensor) -> Any:
-    """The value with another tensor, of any shape, at that path. Everything else of it is the same
-    object."""
+    """The value with another tensor, of any shape, at that path. Its other parts are the same
+    objects."""
     if isinstance(value, torch.Tensor):
         return tensor
     key = next(
@@ -50,6 +49,7 @@ def replaced(value: Any, path: str, tensor: torch.Tensor) -> Any:
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """Each (key, part) of a mapping, tuple, list or dataclass; nothing for any other value."""
     if isinstance(value, Mapping):
         yield from ((str(key), inner) for key, inner in value.items())
     elif isinstance(value, (tuple, list)):
@@ -59,7 +59,7 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Each (path, tensor), in the value's own order."""
+    """Each (path, tensor), in the value's own order. Tensors have any shape."""
     if isinstance(value, torch.Tensor):
         yield path, value
     else:

@@ -1,7 +1,7 @@
-"""The scan: the unsharded model runs on the meta device, and every value's shape becomes a formula
-in the batch size B, the sequence length S and the past P. It costs no memory and a second or two,
-and makes placement a matter of comparison instead of a guess.
-"""
+"""The scan: the unsharded model runs on the meta device, and each value's shape becomes a formula
+in the batch size B, the sequence length S and the past P.
+
+It takes no memory and a second or two. With it placement compares shapes instead of guessing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .pytree import inputs, leaves
 __all__ = ["Scan", "runnable_on_meta", "scan", "unsharded"]
 
 Scan = dict[tuple[str, str], tuple[tuple[ShapeFormula, ...], ...]]
-WINDOW = 8  # every sliding window during the scan, so that it shows
-# (B, S, past): two sizes could agree by chance, 6 and 9 are 3 × B and half of S; a cached step
-# tells S from past + S
+WINDOW = 8  # every sliding window's size during the scan, small enough to take effect
+# (B, S, past). Two sizes could fit a wrong formula by chance. The step with a past tells S from
+# past + S
 SIZES = ((2, 11, 0), (3, 17, 0), (5, 13, 0), (2, 1, 19))
 TERMS = {
     "B": lambda B, S, P: B,
@@ -37,7 +37,7 @@ TERMS = {
 
 
 def unsharded(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """The whole model on the meta device, in the implementations that run there."""
+    """The whole model on the meta device, with the implementations that run there."""
     config = copy.deepcopy(config)
     if getattr(config, "sliding_window", None):
         config.sliding_window = WINDOW
@@ -49,8 +49,8 @@ def unsharded(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def runnable_on_meta(model: torch.nn.Module) -> torch.nn.Module:
-    """A user's reference model, switched to the implementations that run on the meta device where
-    it has any."""
+    """A user's reference model, switched to implementations that run on the meta device if it has
+    them."""
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
     config: Any = getattr(model, "config", None)
@@ -60,6 +60,7 @@ def runnable_on_meta(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def has_experts(config: Any) -> bool:
+    """Whether the config describes a mixture of experts."""
     return any(
         getattr(config, name, None)
         for name in ("num_local_experts", "num_experts", "n_routed_experts")
@@ -70,7 +71,7 @@ def scan(model: torch.nn.Module, forward: bytes | None = None) -> Scan:
     """(module or virtual point, "output" | "input") → for each call in a forward, a formula for
     each tensor leaf.
 
-    forward: the user's own way to call it, as code."""
+    forward: the user's own function that calls the model, as code."""
     call = Caller(model, forward)
     cached = call.caches and not getattr(model, "_is_stateful", False)
     sizes = [size for size in SIZES if cached or not size[2]]
@@ -93,7 +94,8 @@ Observed = dict[tuple[str, str], list[dict[str, tuple[tuple[int, ...], str]]]]
 
 
 def observe(call: Caller, B: int, S: int, past: int) -> Observed:
-    """One forward on the meta device: what went into and came out of every module, each call."""
+    """Run one forward on the meta device and note what entered and left every module, at each
+    call."""
     seen: Observed = {}
     ids = lambda n: torch.ones(B, n, dtype=torch.long, device="meta")  # noqa: E731
     position = lambda a, n: torch.arange(a, a + n, device="meta").expand(B, n)  # noqa: E731
@@ -115,7 +117,7 @@ def observe(call: Caller, B: int, S: int, past: int) -> Observed:
 
 
 class watching:
-    """While it is entered, note every value of every module and virtual point."""
+    """While entered, notes every value of every module and virtual point."""
 
     def __init__(self, model: torch.nn.Module, seen: Observed):
         self.model = model
@@ -123,6 +125,7 @@ class watching:
         self.handles: list[Any] = []
 
     def note(self, name: str, at: str, value: Any) -> None:
+        """Note the shapes and dtypes of a value's tensors."""
         shapes = {path: (tuple(t.shape), dtype_name(t.dtype)) for path, t in leaves(value)}
         self.seen.setdefault((name, at), []).append(shapes)
 
@@ -159,7 +162,7 @@ class watching:
 def shapes_of(
     runs: Sequence[Observed], where: tuple[str, str], call: int, path: str
 ) -> list[tuple[int, ...] | None]:
-    """The shapes of one leaf in each run; None where it did not show."""
+    """The shapes of one leaf in each run; None for a run without it."""
     found = []
     for run in runs:
         calls = run.get(where, [])
@@ -170,10 +173,10 @@ def shapes_of(
 def formula(
     name: str, shapes: Sequence[tuple[int, ...] | None], sizes: Sequence[tuple[int, int, int]]
 ) -> tuple[tuple[int, str], ...] | None:
-    """The dims as terms in B, S and P; None where no formula fits, or the rows are ordered by the
-    data.
+    """The dims as terms in B, S and P; None if no formula fits, or if the data decides the order
+    of the rows.
 
-    Rows inside a mixture's experts are sorted by expert: their shape may fit a formula, their
+    Rows inside a mixture's experts are sorted by expert. Their shape may fit a formula, but their
     order does not."""
     known = [(shape, size) for shape, size in zip(shapes, sizes, strict=True) if shape is not None]
     if (
@@ -192,7 +195,7 @@ def formula(
 
 
 def dim_of(values: Sequence[int], sizes: Sequence[tuple[int, int, int]]) -> tuple[int, str] | None:
-    """(factor, term) of one dim.
+    """(factor, term) of one dim; None if no term fits.
 
     >>> dim_of([22, 33, 22], [(2, 11, 0), (3, 17, 0), (2, 1, 19)])
     (11, 'B')
