@@ -251,9 +251,11 @@ def _quick(op: str, x: torch.Tensor, dims: Dims) -> Partial:
         var, mean = torch.var_mean(x.float(), dims, correction=0)
         num = _count(x, dims, mean)
         parts = num, mean, var.double() * num
-    else:
+    elif op in ("sum", "mean"):
         total = x.sum(dims, dtype=torch.float32)
         parts = (total, _count(x, dims, total)) if op == "mean" else (total,)
+    else:
+        raise ValueError(f"{op!r} has no quick statistics")
     return Partial(op, tuple(part.double() for part in parts), x.dtype)
 
 

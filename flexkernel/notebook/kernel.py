@@ -45,7 +45,8 @@ class FlexKernel(IPythonKernel):
 
     def load_extension(self) -> None:
         """Load the magics; log why not. A kernel that dies at start could not say what is wrong."""
-        assert self.shell is not None
+        if self.shell is None:
+            return
         try:
             self.shell.extension_manager.load_extension("flexkernel")
             self.shell.magics_manager.registry["FlexMagics"].current.promise()

@@ -446,8 +446,7 @@ class FlexMagics(Magics):
     @no_var_expand
     @line_cell_magic
     def flex_run(self, line: str, cell: str | None = None) -> Run | Preview:
-        """Run the prompt, or continue it, and capture what is hooked. %%flex_run: one prompt a
-        line.
+        """Run the prompt, or continue it, and capture what is hooked. %%flex_run: a prompt a line.
 
         Options come before the prompt; -- by itself ends them. Quotes are not needed. Those that
         enclose the whole prompt are taken off, and keep spaces at its ends.

@@ -68,15 +68,20 @@ class Location:
     cut: Callable[[torch.Tensor], torch.Tensor] | None = None
     covers: tuple[int, ...] | None = None
 
+    @property
+    def planned(self) -> Region:
+        """The region, of a capture that has one."""
+        assert self.region is not None
+        return self.region
+
     def pin(self) -> Callable[[], None]:
         """Keep the bytes from being used again; call the result to let go."""
         return nothing if self.extent is None else self.extent.pin()
 
     def slab(self) -> Slab:
         """The slab of this host in which the region lies."""
-        assert self.region is not None
-        num_bytes = own_bytes(self.region) if self.extent is None else self.extent.slab_bytes
-        return self.home.slab(self.region.slab, num_bytes)
+        num_bytes = own_bytes(self.planned) if self.extent is None else self.extent.slab_bytes
+        return self.home.slab(self.planned.slab, num_bytes)
 
     def shown(self, planned: torch.Tensor) -> torch.Tensor:
         """What there is, of the value's shape, of a tensor of the planned shape."""
@@ -181,8 +186,7 @@ class Capture(TensorLike):
         if not self._is_view():
             return self._assemble()
         lies = self._view()
-        assert lies.region is not None
-        return lies.shown(lies.slab().private(lies.region, lies.pin()))
+        return lies.shown(lies.slab().private(lies.planned, lies.pin()))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A slice, in memory of its own."""
@@ -236,7 +240,7 @@ class Capture(TensorLike):
     def tiles(
         self, rows=None, cols=None, height: int = 256, width: int = 512, how: str = "extreme"
     ) -> torch.Tensor:
-        """The activation as rows of its last dim, reduced to at most height × width: what a
+        """The activation as rows of its last dim, reduced to at most (height, width): what a
         picture needs."""
         return self._tiled("tiles", rows=rows, cols=cols, height=height, width=width, how=how)
 
@@ -285,10 +289,9 @@ class Capture(TensorLike):
                 f"{self.name} does not lie in one piece of a slab of this host; give its .tensor()"
             )
         lies = self._view()
-        assert lies.region is not None
         extent = lies.extent
         return SlabValue(
-            lies.region, own_bytes(lies.region) if extent is None else extent.slab_bytes
+            lies.planned, own_bytes(lies.planned) if extent is None else extent.slab_bytes
         )
 
     def pin(self) -> Callable[[], None]:
@@ -374,8 +377,7 @@ class Capture(TensorLike):
     def _shared(self) -> torch.Tensor:
         """The shared map, of shape self.shape: to be read here, never handed out."""
         lies = self._view()
-        assert lies.region is not None
-        return lies.shown(lies.slab().tensor(lies.region))
+        return lies.shown(lies.slab().tensor(lies.planned))
 
     def _whole(self) -> torch.Tensor:
         """All of it, of shape self.shape, on the CPU: to be read here, never handed out."""
@@ -419,11 +421,10 @@ class Capture(TensorLike):
         """What a rank wrote into the planned region: the shape that the index picks, on the
         CPU."""
         lies = self._lies
-        assert lies.region is not None
         host = lies.home.hosts[rank]
         if host == lies.home.here:
-            return lies.slab().tensor(lies.region)[index]
-        return lies.home.client(host).slice(lies.region, index)
+            return lies.slab().tensor(lies.planned)[index]
+        return lies.home.client(host).slice(lies.planned, index)
 
     def _sum(self) -> torch.Tensor:
         """The whole, of shape self.shape. Its addends are kept apart by the ranks and summed here

@@ -154,7 +154,7 @@ def check_indices(spec: HookSpec, info: ModelInfo, names: Sequence[str]) -> None
         check_range("model", "position", spec.positions, info.max_positions)
     for name in names:
         if spec.heads is not None:
-            check_heads(spec, name, info)
+            check_heads(spec, spec.heads, name, info)
         if spec.neurons is not None:
             for shape in shapes_at(spec, name, info):
                 check_range(
@@ -162,8 +162,8 @@ def check_indices(spec: HookSpec, info: ModelInfo, names: Sequence[str]) -> None
                 )
 
 
-def check_heads(spec: HookSpec, name: str, info: ModelInfo) -> None:
-    assert spec.heads is not None
+def check_heads(spec: HookSpec, heads: Sequence[int], name: str, info: ModelInfo) -> None:
+    """HookError: there are no heads at that name, or fewer."""
     point = split_point(name)[1]
     if not point:
         raise HookError(
@@ -171,7 +171,7 @@ def check_heads(spec: HookSpec, name: str, info: ModelInfo) -> None:
             f"{display_name(name)}"
         )
     for shape in shapes_at(spec, name, info):
-        check_range(name, "head", spec.heads, shape[2 if point == "z" else 1])
+        check_range(name, "head", heads, shape[2 if point == "z" else 1])
 
 
 def shapes_at(spec: HookSpec, name: str, info: ModelInfo) -> Iterator[Sequence[int | None]]:
