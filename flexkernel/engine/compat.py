@@ -1,5 +1,5 @@
-"""Every private or fragile API of torch and transformers that we use, each wrapped once and pinned
-by a test."""
+"""Every private or fragile API of torch and transformers that we use. Each is wrapped once and
+pinned by a test."""
 
 from __future__ import annotations
 
@@ -67,9 +67,10 @@ __all__ = [
 
 
 def distributed_config(layout: Layout) -> DistributedConfig:
-    """transformers' config of a layout. Its check refuses pp together with fsdp or dp; both run
-    and are equal to the unsharded model (tests/layouts/test_parity.py), so the degrees are checked
-    apart and joined afterwards."""
+    """transformers' config of a layout.
+
+    Its check refuses pp together with fsdp or dp. Both work, with results equal to the unsharded
+    model's (tests/layouts/test_parity.py). So pp is set after the check of the other degrees."""
     config = DistributedConfig(
         tp_size=layout.tp, fsdp_size=layout.fsdp, dp_replicate_size=layout.dp
     )
@@ -78,14 +79,16 @@ def distributed_config(layout: Layout) -> DistributedConfig:
 
 
 def is_placeholder(module: torch.nn.Module) -> bool:
-    """Whether the module stands in for one of another pipeline stage."""
+    """Whether the module stands in for a module of another pipeline stage."""
     return isinstance(module, PipelineIdentityLayer)
 
 
 @contextlib.contextmanager
 def loading_under(layout: Layout) -> Iterator[None]:
-    """Filter transformers' plans to what this stage holds while a model loads: 5.23 resolves them
-    for all layers before it replaces those that are absent from the stage (KeyError)."""
+    """Inside the context, transformers' plans cover only this stage while a model loads.
+
+    transformers 5.23 resolves a plan for all layers before it replaces those that are absent from
+    the stage (KeyError)."""
     if layout.pp == 1:
         yield
         return
@@ -115,8 +118,9 @@ def loading_under(layout: Layout) -> Iterator[None]:
 
 @contextlib.contextmanager
 def meshes_on(device: str) -> Iterator[None]:
-    """Within it transformers makes its meshes, and loads, on such a device. By itself it takes the
-    machine's accelerator, whatever one asks for."""
+    """Inside the context, transformers makes its meshes, and loads, on this kind of device.
+
+    By itself it uses the machine's accelerator, whatever is asked for."""
     asked = torch._C._get_accelerator
     if asked().type == device:
         yield
@@ -129,8 +133,8 @@ def meshes_on(device: str) -> Iterator[None]:
 
 
 def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
-    """Module or parameter name → the tensor-parallel style that transformers' plan gives it; empty
-    without tp."""
+    """Module or parameter name → its tensor-parallel style in transformers' plan; empty without
+    tp."""
     if layout.tp == 1 or not hasattr(model, "_resolve_parallel_plans"):
         return {}
     return dict(model._resolve_parallel_plans(DistributedConfig(tp_size=layout.tp))[0])
@@ -138,9 +142,10 @@ def tp_styles(model: torch.nn.Module, layout: Layout) -> dict[str, str]:
 
 @contextlib.contextmanager
 def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
-    """Within it a forward keeps what this pipeline stage sends and receives on the tape, as ends
-    of this rank's graph. The last stage returns its own logits, not the copy that it
-    broadcasts."""
+    """Inside the context, the tape keeps what this pipeline stage sends and receives in a forward.
+
+    These tensors are the ends of this rank's graph. The last stage returns its own logits, not the
+    copy that it broadcasts."""
     stage: Any = getattr(model, "_pp_stage", None)
     if stage is None:
         yield
@@ -151,6 +156,8 @@ def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
     def communicate(
         operation: str, *, tensor: torch.Tensor | None = None, **rest: Any
     ) -> torch.Tensor | None:
+        """The stage's send or receive of a tensor, of any shape; it also keeps the tensor on the
+        tape."""
         if tensor is not None:
             if not stage.pp_is_last_stage:
                 tape.sent = tensor
@@ -162,6 +169,9 @@ def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
         return got
 
     def broadcast_from_last(tensor: torch.Tensor | None, **rest: Any) -> torch.Tensor:
+        """The last stage's tensor, of any shape: there its own, elsewhere a copy.
+
+        All ranks of the pipeline group must call."""
         if tensor is None:
             return from_last(None, **rest)
         from_last(tensor.detach(), **rest)
@@ -176,8 +186,8 @@ def stage_edges(model: torch.nn.Module, tape: Any) -> Iterator[None]:
 
 
 def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, int, bool]:
-    """(this rank's pipeline group, the global rank that is `step` stages on, whether they send
-    through host memory)."""
+    """(this rank's pipeline group, the global rank `step` stages on, whether they send through the
+    CPU's memory)."""
     stage: Any = model._pp_stage
     return (
         stage.pp_group,
@@ -188,8 +198,10 @@ def stage_peer(model: torch.nn.Module, step: int) -> tuple[dist.ProcessGroup, in
 
 def fill_buffers(model: Any, device: str) -> None:
     """Give a model that was built on meta its buffers, such as rotary frequencies, which no
-    checkpoint has. As from_pretrained does it: by the model's own initialisation, only of the
-    modules that own some."""
+    checkpoint has.
+
+    As in from_pretrained, the model's own initialisation does it, but only for the modules that
+    own buffers."""
     owners = set()
     for name, buffer in list(model.named_buffers()):
         path, _, short = name.rpartition(".")
@@ -218,7 +230,7 @@ def set_attention(name: str, function: Callable) -> None:
 
 
 def eager_attention(module: torch.nn.Module) -> Callable:
-    """The eager attention of the module's own modeling file."""
+    """The eager attention of the module's own modeling file. LookupError: it has none."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
         if found is not None:
@@ -230,10 +242,11 @@ def eager_attention(module: torch.nn.Module) -> Callable:
 
 
 class StageCache(DynamicCache):
-    """The key/value cache of one pipeline stage. transformers asks the model's first layer of each
-    kind for the lengths that masks and positions need. On another stage that layer stays empty,
-    and its answer 0 would give wrong tokens without an error: a layer that this stage has answers
-    instead."""
+    """The key/value cache of one pipeline stage.
+
+    transformers asks the model's first layer of each kind for the lengths that masks and positions
+    need. On another stage that layer stays empty, and its answer 0 would give wrong tokens without
+    an error. So a layer that this stage has answers instead."""
 
     def __init__(self, model: Any):
         config = model.config.get_text_config(decoder=True)
@@ -242,10 +255,12 @@ class StageCache(DynamicCache):
         self._owned = range(*stage.layer_range_for_rank(stage.pp_rank, config.num_hidden_layers))
 
     def _answers(self, layer: int) -> int:
+        """The layer that answers for this one: itself if this stage has it, else the stage's first
+        of its kind."""
         if layer in self._owned:
             return layer
         alike = [i for i in self._owned if self.is_sliding[i] == self.is_sliding[layer]]
-        return (alike or self._owned)[0]  # with none alike no mask of that kind is used here
+        return (alike or self._owned)[0]  # a stage without that kind uses no such mask
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(self._answers(layer_idx))
@@ -260,9 +275,10 @@ WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.nn.Module]:
-    """The user's modules under the names they have in the unsharded model. What DDP, FSDP, compile
-    and checkpointing wrap around a module is left out. twice: a module that is there twice is
-    under each of its names, else under the first."""
+    """The user's modules by the names that they have in the unsharded model.
+
+    Wrappers of DDP, FSDP, compile and checkpointing are left out. twice: put a module with several
+    names under each of them, else only under the first."""
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
 
@@ -281,7 +297,7 @@ def own_modules(model: torch.nn.Module, twice: bool = False) -> dict[str, torch.
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The user's module inside what DDP, FSDP, compile and checkpointing wrap around it."""
+    """The user's module inside the wrappers of DDP, FSDP, compile and checkpointing."""
     from torch.nn.parallel import DistributedDataParallel
 
     while True:
@@ -298,7 +314,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether the model or one of its modules is compiled by torch.compile."""
+    """Whether torch.compile has compiled the model or one of its modules."""
     return any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -307,7 +323,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def as_written(compiled: bool) -> Iterator[None]:
-    """Within it torch.compile's modules run uncompiled. compiled: whether there are any."""
+    """Inside the context, compiled modules run uncompiled. compiled: whether there are any."""
     if not compiled:
         yield
         return
@@ -319,14 +335,17 @@ def as_written(compiled: bool) -> Iterator[None]:
 
 
 def inner(parameter: torch.Tensor) -> torch.Tensor:
-    """The tensor that holds this rank's part of a parameter, of its local shape, to be given other
-    memory: a DTensor's to_local() is only a view of it."""
+    """The tensor that holds this rank's part of a parameter, of its local shape.
+
+    Use it to give a parameter other memory: a DTensor's to_local() is only a view of this tensor.
+    """
     return getattr(parameter, "_local_tensor", parameter)
 
 
 def waited(value: torch.Tensor) -> torch.Tensor:
-    """The same value, of the same shape and dtype, once its collective has ended: tensor
-    parallelism hands out tensors whose collective still runs."""
+    """The same value, of the same shape, dtype and device, once its collective has ended.
+
+    Tensor parallelism returns tensors whose collective still runs."""
     if not isinstance(value, AsyncCollectiveTensor):
         return value
     if value.requires_grad:
@@ -335,7 +354,7 @@ def waited(value: torch.Tensor) -> torch.Tensor:
 
 
 class _Waited(torch.autograd.Function):
-    """Waiting keeps the graph."""
+    """Waits for a collective and keeps the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
@@ -344,26 +363,30 @@ class _Waited(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient, of the value's shape, as it is."""
+        """The same gradient, of the value's shape."""
         return gradient
 
 
 def is_split(placement: Placement) -> bool:
-    """Whether it gives each rank a part. A strided one counts, which is no Shard to torch."""
+    """Whether a placement gives each rank a part. A strided shard does; torch does not count it as
+    a Shard."""
     return isinstance(placement, Shard | _StridedShard)
 
 
 def split_factor(placement: Placement) -> int:
-    """Into how many groups a strided shard splits its dim before each rank takes a piece of each
-    group; 1 for other placements."""
+    """Into how many groups a strided shard first splits its dim; 1 for other placements.
+
+    Each rank takes one piece of each group."""
     if isinstance(placement, _StridedShard):
         return int(placement.split_factor)
     return 1
 
 
 def split_index(placement: Any, index: torch.Tensor, num_parts: int, part: int) -> torch.Tensor:
-    """The part of a 1-D index that lies on one of `num_parts` ranks, in the order in which it lies
-    there. index: (n,) -> (m,), same dtype. A DTensor's data is split by the same function."""
+    """The part of an index that lies on rank `part` of `num_parts`, in the order in which it lies
+    there.
+
+    index: (n,) -> (m,), same dtype and device. The same function splits a DTensor's data."""
     along_it: Any = Shard(0)
     if split_factor(placement) > 1:
         along_it = type(placement)(0, split_factor=split_factor(placement))
@@ -374,27 +397,28 @@ def split_index(placement: Any, index: torch.Tensor, num_parts: int, part: int) 
 def all_gather_single(
     whole: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup | None = None
 ) -> dist.Work:
-    """Begin to gather every rank's equal part. mine: (n,); whole: (ranks * n,), same dtype and
-    device, filled when the work ends. All ranks of the group must call.
+    """Start to gather every rank's equal part. All ranks of the group must call.
 
+    mine: (n,); whole: (ranks * n,), same dtype and device, filled when the returned work ends.
     torch 2.13 warns of the only name that older versions have."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return function(whole, mine, group=group, async_op=True)
 
 
 def abort_groups() -> None:
-    """Drop every process group of this process, also one that is broken or half made, and start
-    counting groups from 0."""
+    """Drop every process group of this process, even broken or half-made ones, and count groups
+    from 0 again."""
     if dist.is_initialized():
         c10d._abort_process_group()
-    # differs between ranks after an init that failed on some; the next init would hang
+    # the count differs between ranks after an init that failed on some: the next init would hang
     c10d._world.group_count = 0
 
 
 def abort_nccl() -> None:
-    """Abort the NCCL communicators of all groups of this process, at once: one after another they
-    could wait for each other. From any thread. The groups stay until abort_groups() drops them;
-    whoever waits goes on with what the memory holds."""
+    """Abort the NCCL communicators of all groups of this process at once. Any thread may call it.
+
+    One after another they could wait for each other. The groups stay until abort_groups() drops
+    them. Whoever waits goes on with whatever the memory contains."""
     groups = sorted(
         c10d._world.pg_names, key=lambda group: c10d._world.pg_names[group], reverse=True
     )
@@ -407,7 +431,7 @@ def abort_nccl() -> None:
 
 
 def nccl_of(group: dist.ProcessGroup) -> Any:
-    """A group's backend between GPUs; None where that is not NCCL."""
+    """A group's backend between GPUs; None if that is not NCCL."""
     device_types = {device.type for device in group._device_types}
     if not dist.is_nccl_available() or "cuda" not in device_types:
         return None
@@ -418,8 +442,8 @@ def nccl_of(group: dist.ProcessGroup) -> Any:
 
 
 def forget_meshes() -> None:
-    """Empty DTensor's caches. They keep every mesh that a DTensor was ever made on, with its
-    groups, their threads and sockets."""
+    """Empty DTensor's caches. They keep every mesh that had a DTensor, with its groups, threads
+    and sockets."""
     # as torch.distributed.tensor.debug does, which would import torch's compiler: a second, at
     # each engine's start
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
@@ -430,9 +454,11 @@ def forget_meshes() -> None:
 
 @contextlib.contextmanager
 def alone(rank: int, world: int) -> Iterator[None]:
-    """Within it the process groups are fake: this rank has its rank and nobody answers. Whoever
-    builds meshes or shards in them sends nothing and waits for nobody. Only for code that needs no
-    result of a collective."""
+    """Inside the context, the process groups are fake: this rank keeps its number, and no other
+    rank answers.
+
+    Code that builds meshes or shards in them sends nothing and waits for nobody. Use it only for
+    code that needs no result of a collective."""
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend)
 
     abort_groups()
@@ -444,8 +470,10 @@ def alone(rank: int, world: int) -> Iterator[None]:
 
 
 def made_groups() -> list[tuple[int, list[int]]]:
-    """(number, ranks) of every group that any rank has beside the default one, in the order in
-    which they were made. All ranks must call."""
+    """(number, ranks) of every group on any rank except the default one, in the order of their
+    creation.
+
+    All ranks must call."""
     names = c10d._world.pg_names.items()
     mine = {
         int(name): dist.get_process_group_ranks(pg)
@@ -461,7 +489,7 @@ def made_groups() -> list[tuple[int, list[int]]]:
 
 
 def remake_groups(made: list[tuple[int, list[int]]]) -> None:
-    """Make groups of the same ranks again, under the names that they had. All ranks must call."""
+    """Make groups of the same ranks again, under the same names. All ranks must call."""
     for number, ranks in made:
         c10d._world.group_count = number
         dist.new_group(ranks)
@@ -472,15 +500,15 @@ GROUP_LISTS = ("fairscale.nn.model_parallel.initialize", "megatron.core.parallel
 
 
 def refresh_groups(model: torch.nn.Module) -> None:
-    """Replace process groups by the new ones of the same names, where modules and the globals of
-    parallel libraries remember them."""
+    """Replace old process groups by the new ones of the same names, in modules and in the globals
+    of parallel libraries."""
     holders: list[Any] = [
         *model.modules(),
         *(sys.modules[name] for name in GROUP_LISTS if name in sys.modules),
     ]
     # FSDP1's handles
     holders += [m._handle for m in model.modules() if getattr(m, "_handle", None) is not None]
-    # a library's globals may be of a model that is gone
+    # a library's globals may still belong to an earlier model
     new_names = set(c10d._world.pg_names.values())
     for holder in holders:
         for name, value in list(vars(holder).items()):
@@ -489,13 +517,14 @@ def refresh_groups(model: torch.nn.Module) -> None:
 
 
 def rebuild_meshes(layout: Layout) -> Any:
-    """Make transformers' meshes again, in the order of the load. All ranks must call. Groups are
-    found by name, so every old mesh, DTensor and closure works again."""
+    """Make transformers' meshes again, in the order of the load. All ranks must call.
+
+    Groups are looked up by name, so every old mesh, DTensor and closure works again."""
     return initialize_distributed_mesh(distributed_config(layout))[1]
 
 
 def fix_cached_groups(model: torch.nn.Module) -> None:
-    """Replace the process groups that the pipeline stage and FSDP2 remember by the new ones of the
+    """Replace the process groups that the pipeline stage and FSDP2 cache by the new ones of the
     same names."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -510,8 +539,9 @@ def fix_cached_groups(model: torch.nn.Module) -> None:
 
 
 def reset_forward(model: torch.nn.Module | None) -> None:
-    """Forget a forward that broke off: FSDP still holds some layers' parameters whole, and not the
-    same ones on every rank."""
+    """Reset FSDP after a forward that was broken off.
+
+    FSDP then still holds some layers' parameters whole, and not the same ones on every rank."""
     from torch.distributed.fsdp import FSDPModule
 
     # _is_root is None before the first forward
@@ -528,15 +558,16 @@ def reshard(model: torch.nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel) and module._is_root is not None:
-            # _handle is None where all its parameters are those of FSDP modules within it
+            # _handle is None if all its parameters belong to FSDP modules inside it
             handle = module._handle
             if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
                 _reshard(module, handle, True)
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Make FSDP2 sum gradients over the ranks of a batch. By default it averages them, as if each
-    rank's loss were a mean over its own rows."""
+    """Make FSDP2 sum gradients over the ranks of a batch.
+
+    By default it averages them, as if each rank's loss were a mean over its own rows."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -546,15 +577,17 @@ def sum_gradients(model: torch.nn.Module) -> None:
 
 
 def in_fsdp1(model: torch.nn.Module) -> bool:
-    """Whether FSDP1 wraps some of the model."""
+    """Whether FSDP1 wraps a part of the model."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def without_gradient_sync(model: torch.nn.Module) -> Any:
-    """Within it DDP leaves gradients alone. It would average them over all ranks, and expect one
-    for every parameter; ours are summed afterwards."""
+    """A context in which DDP leaves gradients alone.
+
+    DDP would average them over all ranks, and expect one for every parameter. Ours are summed
+    afterwards."""
     from torch.nn.parallel import DistributedDataParallel
 
     if isinstance(model, DistributedDataParallel):
@@ -565,9 +598,9 @@ def without_gradient_sync(model: torch.nn.Module) -> Any:
 def flat_owner(
     model: torch.nn.Module, module: torch.nn.Module, name: str
 ) -> tuple[Any, int] | None:
-    """(the FSDP1 module that keeps this parameter of a module in its flattened one, its number
-    there). Tied names have the number of the first. None where FSDP1 does not wrap it, or splits
-    nothing."""
+    """(the FSDP1 module that keeps a module's parameter flattened, the parameter's number there).
+
+    Tied names have the number of the first. None: FSDP1 does not wrap it, or splits nothing."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     for fsdp in (m for m in model.modules() if isinstance(m, FullyShardedDataParallel)):
@@ -586,7 +619,7 @@ def flat_owner(
 def flat_shape(
     model: torch.nn.Module, module: torch.nn.Module, name: str
 ) -> tuple[int, ...] | None:
-    """The whole shape of a parameter that FSDP1 keeps flattened; None where it does not."""
+    """The whole shape of a parameter that FSDP1 keeps flattened; None if it does not."""
     found = flat_owner(model, module, name)
     if found is None:
         return None
@@ -595,8 +628,10 @@ def flat_shape(
 
 
 def flat_local(model: torch.nn.Module, module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """This rank's piece of the flattened parameter in which FSDP1 keeps it, (numbers,) on the
-    rank's device; None where it does not."""
+    """This rank's piece of the flattened parameter that contains this one: (numbers,) on the
+    rank's device.
+
+    None: FSDP1 does not keep the parameter flattened."""
     found = flat_owner(model, module, name)
     if found is None:
         return None
@@ -607,13 +642,14 @@ def flat_local(model: torch.nn.Module, module: torch.nn.Module, name: str) -> to
 def unflattened(
     model: torch.nn.Module, module: torch.nn.Module, name: str, writeback: bool
 ) -> contextlib.AbstractContextManager:
-    """Within it the parameter is whole on every rank. All ranks must enter it. writeback: what is
-    written into it stays. LookupError: FSDP1 does not keep it flattened."""
+    """A context in which the parameter is whole on every rank. All ranks must enter it.
+
+    writeback: keep what is written to it. LookupError: FSDP1 does not keep it flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._runtime_utils import _lazy_init
 
     for root in FullyShardedDataParallel.fsdp_modules(model, root_only=True):
-        # or the module within it takes itself for the root, before a first forward
+        # else, before a first forward, an inner module would take itself for the root
         _lazy_init(root, root)
     found = flat_owner(model, module, name)
     if found is None:
@@ -622,7 +658,7 @@ def unflattened(
 
 
 def fsdp_groups(module: Any) -> list[Any]:
-    """The parameter groups of an FSDP2 module, which remember process groups."""
+    """The parameter groups of an FSDP2 module, which cache process groups."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
@@ -631,7 +667,7 @@ def fsdp_groups(module: Any) -> list[Any]:
 
 
 def refresh_mesh_info(info: Any) -> None:
-    """Replace the process groups in FSDP2's mesh info by those that its mesh finds now."""
+    """Replace the process groups in FSDP2's mesh info by those that its mesh has now."""
     if info is None:
         return
     for kind in ("shard", "replicate"):

@@ -1,4 +1,4 @@
-"""This rank's share of a dataset: what it wrote of a run's captures goes from its slab into a file
+"""This rank's share of a dataset: it writes its parts of a run's captures from the slab to a file
 of its own."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["write"]
 
 
 def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) -> dict[str, Box]:
-    """Write this rank's parts of a stored run's planned captures into a file, without pads. The
-    file appears whole or not at all.
+    """Write this rank's parts of a stored run's planned captures to a file, without pads.
 
-    names: index in the plan → the name in the file. Returns name → which part of the whole it is.
-    Captures of which this rank wrote nothing are left out; without any no file is made."""
+    The file appears complete or not at all. names: index in the plan → the name in the file.
+    Returns name → the part's box in the whole. Captures of which this rank wrote nothing are left
+    out. If none is left, no file is made."""
     plan, hooks, report = runtime.memory.runs[number]
     where = runtime.part.planner.plan(hooks, len(plan.ids), len(plan.ids[0]))
     mask = torch.tensor(plan.mask).bool()
@@ -44,8 +44,9 @@ def write(runtime: Runtime, number: int, path: str, names: Mapping[int, str]) ->
 
 
 def at_positions(mask: torch.Tensor, positions: tuple[int, ...] | None) -> torch.Tensor:
-    """The mask's columns at these positions, which may count from the end; None: all. mask: (B, S)
-    bool -> (B, positions) bool."""
+    """The mask's columns at these positions, which may count from the end; None: all columns.
+
+    mask: (B, S) bool -> (B, positions) bool."""
     if positions is None:
         return mask
     return mask[:, [p % mask.shape[1] for p in positions]]

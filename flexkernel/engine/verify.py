@@ -1,7 +1,7 @@
-"""The unsharded model beside the sharded one: it runs the same rows, and what its modules take and
-put out is written into a slab, where the driver compares. Plain hooks on one rank: shares nothing
-with the placing that it judges.
-"""
+"""Verifies a sharded model against the unsharded one, which runs the same rows on one rank.
+
+What its modules take and return is written into a slab, and the driver compares. It uses plain
+torch hooks, and shares nothing with the placement that it judges."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .model import attention
 
 __all__ = ["samples", "unsharded"]
 
-ROOM = 1.2  # how many times its weights a model needs, to run a few short rows
+ROOM = 1.2  # memory that a run of a few short rows needs, as a multiple of the weights
 LOW = (torch.bfloat16, torch.float16)
 Put = Callable[[int, torch.Tensor], None]
 
@@ -49,13 +49,13 @@ def unsharded(  # noqa: PLR0913
     stream: bool | None,
     sampled: Sequence[str],
 ) -> Unsharded:
-    """Run these rows through the unsharded model and write what the hooks' plan has, from `region`
-    on. On one rank.
+    """Run these rows through the unsharded model and write the values of the hooks' plan, from
+    `region` on.
 
-    In half precision it runs once more in float32: how far the unsharded model drifts from that is
-    the yardstick. stream: one layer's weights at a time; None: where the model does not fit.
-    sampled: parameters to take samples of. MemoryBudgetError: it does not fit and cannot be
-    streamed."""
+    One rank calls it. In half precision the model runs once more in float32: the drift of the
+    unsharded model from that is the yardstick. stream: keep only one layer's weights at a time;
+    None: only if the model does not fit. sampled: parameters of which samples are returned.
+    MemoryBudgetError: the model does not fit and cannot be streamed."""
     start = time.perf_counter()
     plan = runtime.part.planner.plan(hooks, len(ids), len(ids[0]))
     tensor = lambda rows: torch.tensor(rows, dtype=torch.long, device=runtime.device)  # noqa: E731
@@ -77,6 +77,7 @@ def unsharded(  # noqa: PLR0913
     where = [slab.tensor(plan.region(entry, region.slab, region.offset)) for entry in plan.entries]
 
     def put(i: int, value: torch.Tensor) -> None:
+        """Write the value of plan entry i, which should have the entry's shape, into the slab."""
         order.append(i)
         if value.shape != where[i].shape or value.dtype != where[i].dtype:
             failed[i] = f"the unsharded model has {tuple(value.shape)} {value.dtype} there"
@@ -84,6 +85,7 @@ def unsharded(  # noqa: PLR0913
             where[i].copy_(value)
 
     def measure(i: int, value: torch.Tensor) -> None:
+        """Keep how far the value in the slab drifts from this float32 one of the same shape."""
         if i not in failed:
             real = real_part(plan.entries[i].formula, torch.tensor(mask).bool())
             yardstick[i] = drift(
@@ -100,13 +102,13 @@ def unsharded(  # noqa: PLR0913
             observe(Caller(model, runtime.part.source.forward), batch, plan, what)
         finally:
             del model
-            gc.collect()  # a model is full of cycles
+            gc.collect()  # a model has reference cycles
     return Unsharded(tuple(order), failed, yardstick, streams, taken, time.perf_counter() - start)
 
 
 def fits(runtime: Runtime, itemsize: int) -> bool:
-    """Whether the unsharded model fits into what is free on this rank's device, or held by torch
-    and unused."""
+    """Whether the unsharded model fits into this rank's free memory, including what torch reserves
+    but does not use."""
     needed = int(runtime.part.info.num_parameters * itemsize * ROOM)
     if runtime.device == "cpu":
         return needed < psutil.virtual_memory().available
@@ -119,7 +121,10 @@ def fits(runtime: Runtime, itemsize: int) -> bool:
 
 
 def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Module:
-    """The unsharded model of what is loaded, ready to run on this rank's device."""
+    """The unsharded version of the loaded model, ready to run on this rank's device.
+
+    LoadError: it cannot be built or run. MemoryBudgetError: it must be streamed, but a builder's
+    model cannot be."""
     info = runtime.part.info
     source = runtime.part.source
     name = dtype_name(dtype)
@@ -146,7 +151,7 @@ def whole(runtime: Runtime, dtype: torch.dtype, streams: bool) -> torch.nn.Modul
 
 
 def samples(model: torch.nn.Module, names: Sequence[str]) -> dict[str, list[float]]:
-    """Some numbers of each of these parameters, spread over it."""
+    """A few elements of each of these parameters, spread evenly."""
     there = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: sample(there[name].detach())
@@ -156,7 +161,7 @@ def samples(model: torch.nn.Module, names: Sequence[str]) -> dict[str, list[floa
 
 
 def sample(tensor: torch.Tensor) -> list[float]:
-    """Up to about 128 numbers, evenly spread over a tensor of any shape and dtype."""
+    """At most about 128 elements, spread evenly over a tensor of any shape and dtype."""
     flat = tensor.flatten()
     return flat[:: max(1, flat.numel() // 64)].float().tolist()
 
@@ -166,14 +171,17 @@ def sample(tensor: torch.Tensor) -> list[float]:
 
 def observe(call: Caller, batch: dict[str, torch.Tensor], plan: Plan, put: Put) -> None:
     """Run one forward and call put(index in the plan, value) for each value of the plan, in the
-    order in which they come. batch: input_ids, attention_mask, position_ids, each (B, S) int64 on
-    the model's device; values have the shapes of the plan's entries."""
+    order of the forward.
+
+    batch: input_ids, attention_mask, position_ids, each (B, S) int64 on the model's device. A
+    value should have the shape of its entry."""
     with watching(modules_of(call.model, twice=True), plan, put), torch.no_grad():
         call(batch, use_cache=False)
 
 
 @contextlib.contextmanager
 def watching(modules: dict[str, torch.nn.Module], plan: Plan, put: Put) -> Iterator[None]:
+    """Inside the context, hooks call put() for each value of the plan."""
     wanted: dict[tuple[str, str], dict[int, list[tuple[int, Entry]]]] = {}
     for i, entry in enumerate(plan.entries):
         calls = wanted.setdefault((entry.key.module, entry.key.at), {})
@@ -187,7 +195,8 @@ def watching(modules: dict[str, torch.nn.Module], plan: Plan, put: Put) -> Itera
 
 
 def noting(calls: dict[int, list[tuple[int, Entry]]], put: Put) -> Callable[[Any], None]:
-    """What is told each value of one module, and puts those of each call where they belong."""
+    """A function that receives each value of one module, and calls put() with the tensors planned
+    for that call."""
     count = 0
 
     def note(value: Any) -> None:
@@ -204,7 +213,7 @@ def noting(calls: dict[int, list[tuple[int, Entry]]], put: Put) -> Callable[[Any
 def watch(
     modules: dict[str, torch.nn.Module], name: str, at: str, note: Callable[[Any], None]
 ) -> Callable[[], None]:
-    """Have note told; what undoes it."""
+    """Call note with each value of a module or virtual point. Returns a function that stops it."""
     owner, point = split_point(name)
     if point:
         attention.tap(modules[owner], point, lambda value: note(value()))

@@ -1,2 +1,2 @@
-"""The ranks together: their mesh, their exchanges, how a stuck one is broken off and brought
-back."""
+"""The ranks together: their mesh, their exchanges, and how a stuck collective is broken off and
+recovered."""

@@ -1,9 +1,8 @@
 """The breaker: frees ranks that wait in a collective for a rank that will not come.
 
-gloo has no abort. Shutting down this process's established pair sockets always works: every peer
-raises within a tenth of a second. Only those sockets: touching gloo's listening socket kills the
-process, and without zmq's or the store's the engine would lose its cluster.
-"""
+gloo has no abort. But shutting down this process's established pair sockets always works: every
+peer raises within a tenth of a second. No other sockets may be shut: gloo's listening socket would
+kill the process, and without zmq's or the store's the engine would lose its cluster."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ __all__ = ["Breaker"]
 class Breaker:
     """Breaks the process groups on request, or at an interrupt while the engine is busy.
 
-    busy: this rank is in a collective, or may be. broken: it has broken the present groups.
-    signals: how many interrupts came from outside."""
+    busy: whether this rank is, or may be, in a collective. broken: whether it has broken the
+    present groups. signals: how many interrupts came from outside."""
 
     def __init__(self) -> None:
         self.busy = False
@@ -36,7 +35,7 @@ class Breaker:
         self._watching = False
 
     def before_groups(self) -> None:
-        """Note the ports that listen before the groups exist: those are not ours to break."""
+        """Note which ports listen before the groups exist: those must not be broken."""
         self._before = frozenset(listening())
         self._ports = frozenset()
         self.broken = False
@@ -50,8 +49,9 @@ class Breaker:
         self._ports = frozenset(port for ports in everyone for port in ports)
 
     def break_groups(self) -> int:
-        """Shut the groups' connections down; returns how many. From any thread. NCCL is aborted on
-        this rank only: its peers are freed when the driver interrupts them."""
+        """Shut down the groups' connections; returns how many. Any thread may call it.
+
+        NCCL is aborted on this rank only. Its peers are freed when the driver interrupts them."""
         self.broken = True
         count = 0
         for connection in psutil.Process().net_connections(kind="tcp"):
@@ -65,15 +65,16 @@ class Breaker:
         return connection.laddr.port in self._ports or connection.raddr.port in self._ports
 
     def watch_interrupts(self) -> None:
-        """Break the groups when SIGINT comes while busy. Call it in the main thread. A handler in
-        Python would not run while that thread waits in a collective; the byte that the C level
-        writes into a pipe does arrive."""
+        """Break the groups when SIGINT comes while busy. Call it in the main thread.
+
+        A Python signal handler would not run while that thread waits in a collective. The byte
+        that the C handler writes to a pipe does arrive."""
         if self._watching or threading.current_thread() is not threading.main_thread():
             return
         read, write = os.pipe()
         os.set_blocking(write, False)
         previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        # somebody else reads signals here, such as an event loop: leave it to them
+        # something else, such as an event loop, already reads signals here: leave it alone
         if previous != -1:
             signal.set_wakeup_fd(previous)
             os.close(read)
@@ -90,17 +91,17 @@ class Breaker:
 
 
 def listening() -> list[int]:
-    """The TCP ports that this process listens on."""
+    """The TCP ports on which this process listens."""
     connections = psutil.Process().net_connections(kind="tcp")
     return [c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN]
 
 
 def shut(fd: int) -> int:
-    """Shut a connection down without closing its descriptor, which belongs to gloo: 1; 0 where it
-    was down already."""
+    """Shut down a connection, but leave its descriptor open, which belongs to gloo. Returns 1, or
+    0 if it was down."""
     try:
         with socket.socket(fileno=os.dup(fd)) as copy:
             copy.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it went down by itself meanwhile
+    except OSError:  # it went down meanwhile
         return 0
     return 1

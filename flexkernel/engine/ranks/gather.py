@@ -1,10 +1,9 @@
-"""Our own collectives. Each can be waited for with an end: it is asynchronous and polled, never
-blocking.
+"""Our own collectives. Each has a timeout: it is asynchronous and polled, so it never blocks for
+ever.
 
-An exchange lets one rank see a whole tensor: on one host the parts meet in shared memory, and what
-is sent is a header before, which says whether every rank came to the same place, and one after,
-which says how it went. Between hosts the parts are sent, too.
-"""
+In an exchange one rank sees a whole tensor. On one host the parts meet in shared memory, and the
+ranks send only headers. The first header tells whether all ranks came to the same edit, the second
+how the edit went. Between hosts the parts are sent, too."""
 
 from __future__ import annotations
 
@@ -41,11 +40,11 @@ __all__ = [
 ]
 
 HEADER = 16  # numbers in a header
-# Up to so many ranks a header goes around their ring. Through the first of more it takes the more
-# a fraction of the steps: 9 ms and not 42 for 16 on two cores
+# Up to this many ranks use an all-gather for a header. More ranks send it through the first one,
+# in fewer steps: 9 ms instead of 42 for 16 ranks on two cores
 FEW = 2
-LATE_S = 15.0  # what our collectives wait longer than a run may stand still
-# a third of the CPU that polling without a pause takes, and faster with more ranks than cores
+LATE_S = 15.0  # how much longer our collectives wait than a run may stand still
+# takes a third of the CPU of polling without a pause, and is faster with more ranks than cores
 POLL_S = 2e-4
 DTYPES = [
     torch.float32,
@@ -59,7 +58,10 @@ DTYPES = [
 
 
 class Headers:
-    """What every rank of a group has said: headers["run"] is one number a rank, (ranks,) int64."""
+    """The numbers that every rank of a group has sent: headers["run"] is (ranks,) int64, one for
+    each rank.
+
+    numbers: (ranks, names) int64 on the CPU."""
 
     def __init__(self, names: Sequence[str], numbers: torch.Tensor):
         self._columns = {name: i for i, name in enumerate(names)}
@@ -70,12 +72,12 @@ class Headers:
         return self._numbers[:, self._columns[name]]
 
     def first(self, name: str) -> int:
-        """What the group's first rank has said."""
+        """The number that the group's first rank has sent."""
         return int(self[name][0])
 
     def alike(self, *names: str) -> bool:
-        """Whether all ranks have said the same under these names; under all where none is
-        named."""
+        """Whether all ranks have sent the same numbers under these names; without names, under
+        all."""
         columns = [self._columns[name] for name in names] or list(self._columns.values())
         said = self._numbers[:, columns]
         return bool((said == said[0]).all())
@@ -84,10 +86,10 @@ class Headers:
 def exchange_headers(
     timeout_s: float, group: dist.ProcessGroup | None = None, **numbers: int
 ) -> Headers:
-    """Tell all ranks of the group a few numbers, up to 16, before they go on. Every rank of it must
-    call, with the same names.
+    """Send a few numbers, at most 16, to all ranks of the group. Every rank of it must call, with
+    the same names.
 
-    EngineError when some rank has not come within timeout_s."""
+    EngineError: some rank has not called in time."""
     padding = [0] * (HEADER - len(numbers))
     return Headers(list(numbers), gathered([*numbers.values(), *padding], timeout_s, group))
 
@@ -95,8 +97,10 @@ def exchange_headers(
 def gathered(
     numbers: Sequence[int] | torch.Tensor, timeout_s: float, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """What every rank of the group says: (ranks, *numbers) int64 on the CPU. Every rank must call,
-    with as many numbers."""
+    """The numbers of every rank of the group: (ranks, *numbers) int64 on the CPU.
+
+    Every rank of the group must call, with numbers of the same shape. EngineError: some rank has
+    not called in time."""
     mine = torch.as_tensor(numbers, dtype=torch.int64)
     every = torch.empty(dist.get_world_size(group), *mine.shape, dtype=torch.int64)
     if len(every) > FEW:
@@ -112,20 +116,24 @@ def gathered(
 
 
 def wait(work: dist.Work, timeout_s: float, what: str) -> None:
-    """Until the work is done. EngineError long after timeout_s: the watch, which knows who is
-    missing, comes first."""
+    """Wait until the work is done.
+
+    EngineError after timeout_s and some seconds more: the watch, which knows who is missing,
+    should report first."""
     end = time.monotonic() + timeout_s + LATE_S
     while not work.is_completed():
         if time.monotonic() > end:
             raise EngineError(f"waited {timeout_s:g} s for {what}: some rank did not come")
         time.sleep(POLL_S)
-    work.wait()  # done; this only raises what it failed with
+    work.wait()  # it is done: this only raises its error, if any
 
 
 def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None]:
-    """This rank's groups for exchanges: "tp", which shares its rows, "batch", which holds the same
-    shards for other rows, "stage", which holds the same modules, and "world"; None where that is
-    all ranks. All ranks must call, in every generation, after the model's own groups are there."""
+    """This rank's groups for exchanges; None stands for all ranks.
+
+    "tp" shares this rank's rows. "batch" holds the same shards for other rows. "stage" holds the
+    same modules. "world" is all ranks. All ranks must call, in every generation, after the model's
+    own groups exist."""
     found: dict[str, dist.ProcessGroup | None] = {"world": None}
     for name, axes in (("stage", ("pp",)), ("tp", ("pp", "batch")), ("batch", ("pp", "tp"))):
         members: dict[tuple[int, ...], list[int]] = {}
@@ -145,8 +153,8 @@ def make_groups(layout: Layout, rank: int) -> dict[str, dist.ProcessGroup | None
 def post(
     tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None, timeout_s: float
 ) -> None:
-    """Send a tensor of any shape to a rank, which must fetch it. Of an empty one nothing is
-    sent."""
+    """Send a tensor of any shape and device to a rank, which must call fetched(). An empty tensor
+    is not sent."""
     if tensor.numel():
         data = as_bytes(tensor.cpu())
         _finish(dist.isend(data, rank, group=group), timeout_s)
@@ -159,7 +167,7 @@ def fetched(
     group: dist.ProcessGroup | None,
     timeout_s: float,
 ) -> torch.Tensor:
-    """What a rank posts, of that shape and dtype."""
+    """The tensor that a rank posts to this one, of that shape and dtype, on the CPU."""
     data = torch.empty(shape, dtype=dtype)
     if data.numel():
         _finish(dist.irecv(as_bytes(data), rank, group=group), timeout_s)
@@ -167,8 +175,8 @@ def fetched(
 
 
 def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: float) -> None:
-    """Send a tensor of any shape to the rank at the same place of the stage that is so many steps
-    on. It must receive."""
+    """Send a tensor of any shape to the same rank of the stage `step` stages on. That rank must
+    call receive()."""
     group, peer, on_cpu = stage_peer(model, step)
     data = tensor.detach().contiguous()
     _finish(dist.isend(data.cpu() if on_cpu else data, peer, group=group), timeout_s)
@@ -177,8 +185,10 @@ def send(model: torch.nn.Module, tensor: torch.Tensor, step: int, timeout_s: flo
 def receive(
     model: torch.nn.Module, into: torch.Tensor, step: int, timeout_s: float
 ) -> torch.Tensor:
-    """What the rank so many stages on sends: of the shape and dtype of `into`, which may be
-    overwritten."""
+    """The tensor from the same rank of the stage `step` stages on, of into's shape, dtype and
+    device.
+
+    That rank must call send(). `into` may be overwritten."""
     group, peer, on_cpu = stage_peer(model, step)
     data = into.detach().contiguous()
     data = data.cpu() if on_cpu else data
@@ -187,18 +197,21 @@ def receive(
 
 
 def _finish(work: dist.Work | None, timeout_s: float) -> None:
-    """gloo ends a message between two ranks only in wait(): it cannot be polled, but it has an
-    end, and breaks."""
+    """Wait for a message between two ranks. gloo completes it only in wait(), so it cannot be
+    polled.
+
+    wait() has a timeout, and raises when the group is broken."""
     assert work is not None, "this rank is in the group"
     work.wait(timedelta(seconds=timeout_s))
 
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Which ranks share one tensor, and this rank's part in it.
+    """Which ranks share one tensor, and what this rank gives and takes.
 
-    group: one of make_groups(). shape: the whole's. shard: this rank's part. takes: the part of the
-    result that it gets. gives: whether its shard goes into the whole; of copies one rank's does."""
+    group: one of make_groups(). shape: of the whole. shard: the part that this rank holds. takes:
+    the part of the result that it receives. gives: whether its shard is written into the whole; of
+    several copies only one rank's is."""
 
     group: str
     shape: tuple[int, ...]
@@ -210,9 +223,9 @@ class ExchangePlan:
 class Exchange:
     """Brings the parts of a tensor together on one rank of a group, and the result back.
 
-    On one host the parts meet in two slabs that take turns: a rank that is one exchange ahead
-    writes into the other one, and none can be two ahead. hosts: rank → host; the ranks of a group
-    that is on several send their parts. coordinate: this rank's."""
+    On one host the parts meet in two slabs that take turns. A rank that is one exchange ahead
+    writes to the other slab, and no rank can be two ahead. hosts: rank → host; if a group spans
+    several hosts its ranks send their parts. coordinate: this rank's."""
 
     def __init__(
         self,
@@ -227,7 +240,7 @@ class Exchange:
         self.hosts = hosts
         self.timeout_s = timeout_s
         self._turns: dict[str, int] = {}
-        # what tells the slab of one group from another's of the same kind
+        # distinguishes the slabs of groups of the same kind
         self._slab_names = {
             "world": "world",
             "stage": f"stage-{coordinate.pp}",
@@ -243,12 +256,14 @@ class Exchange:
         local: torch.Tensor,
         function: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """function(whole), run on the group's first rank; this rank's part of the result, of
-        plan.takes' shape, in memory of its own. Every rank of the group must call.
+        """Run function(whole) on the group's first rank; returns this rank's part of the result.
 
-        title, call: of the edit; ranks that come to different ones are refused. local: this rank's
-        part, of plan.shard's shape; the result has its dtype and device. EditError: the function
-        raised it on this rank; OtherRankFailed: on another one."""
+        Every rank of the group must call. title, call: of the edit. local: this rank's part, of
+        plan.shard's shape. The result has plan.takes' shape and local's dtype and device, in
+        memory of its own.
+
+        EngineError: the ranks came to different edits or shapes. EditError: the function raised it
+        on this rank. OtherRankFailed: it raised on another rank."""
         members = self.groups[plan.group]
         meeting = self._meeting(plan, local.dtype)
         meeting.put(local, plan)
@@ -277,7 +292,7 @@ class Exchange:
             failed = int(problem is not None)
             headers = exchange_headers(self.timeout_s, members, **edit, failed=failed)
         finally:
-            if problem is not None:  # also if the groups are broken meanwhile: it is the cause
+            if problem is not None:  # raise it even if the groups break meanwhile: it is the cause
                 raise problem
         if headers["failed"].any():
             raise OtherRankFailed(f"the edit of {title} failed on another rank")
@@ -299,30 +314,35 @@ class Exchange:
 
 
 class InSlab:
-    """Where parts meet on one host: each rank writes its own into the whole, and reads its own of
-    it. whole: in a slab, on the CPU."""
+    """Where parts meet on one host: each rank writes its part into the whole, and reads its part
+    from it.
+
+    whole: of the whole's shape, in a slab, on the CPU."""
 
     def __init__(self, whole: torch.Tensor):
         self.whole = whole
 
     def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
-        """Give this rank's part, of plan.shard's shape, before the ranks agree."""
+        """Write this rank's part, of plan.shard's shape, into the whole. Called before the ranks
+        agree."""
         self.takes = plan.takes
         if plan.gives:
             plan.shard.put(local, self.whole)
 
     def bring(self) -> None:
-        """After the ranks have agreed: on the first one the whole is there."""
+        """Called when the ranks have agreed. The whole is already in the slab."""
 
     def take(self) -> torch.Tensor:
-        """After the first one has changed the whole: this rank's part, of plan.takes' shape, on the
-        CPU."""
+        """This rank's part of the result, of plan.takes' shape, on the CPU. Called when the first
+        rank has written it."""
         return self.takes.take(self.whole)
 
 
 class ByMessages:
-    """Where parts meet if their ranks are on several hosts: each sends its own to the first rank,
-    and gets it back. whole: on the first rank, of that shape and dtype, on the CPU."""
+    """Where parts meet if their ranks are on several hosts: each sends its part to the first rank.
+
+    The first rank sends the result's parts back. whole: on the first rank, of that shape and
+    dtype, on the CPU."""
 
     def __init__(
         self,
@@ -342,12 +362,13 @@ class ByMessages:
             self.whole = torch.empty(shape, dtype=dtype)
 
     def put(self, local: torch.Tensor, plan: ExchangePlan) -> None:
-        """Keep this rank's part, of plan.shard's shape, until the ranks agree."""
+        """Keep this rank's part, of plan.shard's shape. Called before the ranks agree."""
         self.local = local
         self.plan = plan
 
     def bring(self) -> None:
-        """After the ranks have agreed: bring all parts to the first one."""
+        """Called when the ranks have agreed: send all parts to the first rank. Every rank of the
+        group must call."""
         plan = self.plan
         own = [int(plan.gives), *plan.shard.numbers(), *plan.takes.numbers()]
         rows = gathered(own, self.timeout_s, self.group).tolist()
@@ -363,8 +384,8 @@ class ByMessages:
                 shard.put(self.local if i == 0 else self._from(i, shard), self.whole)
 
     def take(self) -> torch.Tensor:
-        """After the first one has changed the whole: this rank's part, of plan.takes' shape, on the
-        CPU."""
+        """This rank's part of the result, of plan.takes' shape, on the CPU. Every rank of the
+        group must call."""
         if not self.is_first:
             return self._from(0, self.plan.takes)
         for rank, takes in zip(self.ranks[1:], self.all_takes[1:], strict=True):
@@ -372,10 +393,10 @@ class ByMessages:
         return self.plan.takes.take(self.whole)
 
     def _from(self, i: int, box: Box) -> torch.Tensor:
-        """The part of the whole that rank i of the group posts: the box's shape, on the CPU."""
+        """The part of the whole that rank i of the group posts: of the box's shape, on the CPU."""
         shape = box.shape_in(self.shape)
         return fetched(shape, self.dtype, self.ranks[i], self.group, self.timeout_s)
 
 
 class OtherRankFailed(EngineError):
-    """This rank's edit did not fail; another's did, and says why."""
+    """This rank's edit succeeded. It failed on another rank, whose error says why."""

@@ -1,8 +1,7 @@
 """This rank among the others: the rendezvous store, the process groups, and their generation.
 
-A generation is one life of the groups. Each has its own prefix in the store, so that it meets
-nothing of a broken one.
-"""
+A generation is one life of the groups. Each has its own prefix in the store, so that nothing of a
+broken generation affects it."""
 
 from __future__ import annotations
 
@@ -21,18 +20,18 @@ from flexkernel.wire import RankInfo
 
 __all__ = ["gpu_of", "join", "leave", "open_store", "set_device"]
 
-JOIN_S = 60.0  # how long ranks have at least to join
+JOIN_S = 60.0  # the least time that ranks have to join
 
 
 def open_store(
     folder: Path, generation: int, interface: str = "127.0.0.1"
 ) -> tuple[str, int, dist.Store | None]:
     """Open a rendezvous store: (address, port, the object that must live as long as the store).
-    Port 0 and None for one that is a file.
 
-    On loopback the store is a file in this user's private folder: a TCPStore has no password, and
-    anybody on this machine could put an address into it. Elsewhere it is a TCPStore in this
-    process, which listens on that interface only; by default it would listen on all of them."""
+    On loopback the store is a file in this user's private folder, with port 0 and no object. A
+    TCPStore has no password, so anybody on this machine could write to it. Elsewhere it is a
+    TCPStore in this process that listens on that interface only; by default it would listen on
+    all."""
     if ipaddress.ip_address(interface).is_loopback:
         for path in folder.glob("store-*"):  # of earlier generations
             path.unlink(missing_ok=True)
@@ -55,12 +54,13 @@ def open_store(
 
 
 def join(rank_info: RankInfo, address: str, port: int, device: str, timeout_s: float) -> dist.Store:
-    """Initialise this generation's default group: this rank's client of the store. All ranks must
-    call. address, port: as open_store() gave them on the rank that opened it."""
+    """Initialise this generation's default group; returns this rank's client of the store. All
+    ranks must call.
+
+    address, port: from open_store() on the rank that called it."""
     if port == 0:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    # NCCL's defaults end the process, and the model with it, where a collective or its watcher
-    # hangs
+    # by default NCCL ends the process, and the model with it, if a collective or its watcher hangs
     os.environ.update(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0")
     store: dist.Store
     if port == 0:
@@ -73,22 +73,23 @@ def join(rank_info: RankInfo, address: str, port: int, device: str, timeout_s: f
         store=dist.PrefixStore(f"generation-{rank_info.generation}", store),
         rank=rank_info.rank,
         world_size=rank_info.world,
-        # longer than the watch's, which knows more and is to come first; and ranks may be slow to
-        # join, whatever a run's timeout is
+        # longer than the watch's timeout: the watch knows more, so it should report first. Ranks
+        # may also join slowly, whatever a run's timeout is
         timeout=timedelta(seconds=max(timeout_s, JOIN_S) + 15),
     )
     return store
 
 
 def leave() -> None:
-    """Drop all groups of this process, whatever state they are in."""
+    """Drop all groups of this process, whatever their state."""
     abort_groups()
 
 
 def set_device(rank_info: RankInfo, device: str) -> None:
-    """Give this rank its number of threads and its own GPU, before anything is put on one. A world
-    of one rank is the user's own process, whose threads and GPU are the user's choice. LoadError:
-    there is no GPU for it."""
+    """Set this rank's number of threads and its own GPU. Call it before anything is put on a GPU.
+
+    A world of one rank is the user's own process: its threads and GPU are the user's choice.
+    LoadError: there is no GPU for this rank."""
     index = rank_info.local_rank
     if device == "cuda":
         index = gpu_of(rank_info.local_rank, torch.cuda.device_count())
@@ -103,8 +104,10 @@ def set_device(rank_info: RankInfo, device: str) -> None:
 
 
 def gpu_of(local_rank: int, count: int) -> int:
-    """The index of an engine's GPU among the `count` that it sees: its number on its host, or 0
-    where a launcher shows each engine only its own. LoadError: there are too few.
+    """The index of an engine's GPU among the `count` GPUs that it sees. LoadError: there are too
+    few.
+
+    It is the engine's number on its host, or 0 if a launcher shows each engine only its own GPU.
 
     >>> gpu_of(2, 4), gpu_of(2, 1)
     (2, 0)

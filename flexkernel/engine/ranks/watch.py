@@ -1,10 +1,9 @@
-"""The watch: which module this rank is in, and freedom for all ranks when nothing moves any more.
+"""The watch: knows which module this rank is in, and frees all ranks when nothing moves any more.
 
-Each layer that begins counts in the heartbeat, which the driver can read. The stack says in which
+Each layer that begins counts in the heartbeat, which the driver can read. The stack tells in which
 module a rank is. When no layer has begun for the run's timeout, a thread of this engine breaks the
-groups, which frees the ranks that wait for another one. If the main thread does not come back
-then, it is interrupted.
-"""
+groups, which frees the ranks that wait for another one. If the main thread does not return then,
+it is interrupted."""
 
 from __future__ import annotations
 
@@ -29,10 +28,10 @@ from .breaker import Breaker
 
 __all__ = ["Stall", "Watch"]
 
-AGAIN_S = 0.7  # how long the main thread has to come back before it is interrupted (again)
+AGAIN_S = 0.7  # how long the main thread may take to return before it is interrupted (again)
 TIMES = 3
-NOTE_S = 0.3  # how far ranks may be apart in seeing that nothing moves
-# In the last one a rank waits for its GPU, which waits for the other ranks' GPUs
+NOTE_S = 0.3  # how far apart ranks may notice that nothing moves
+# In staging.py a rank waits for its GPU, which waits for the other ranks' GPUs
 COLLECTIVES = (
     "/torch/distributed/",
     "/transformers/distributed/",
@@ -42,8 +41,10 @@ COLLECTIVES = (
 
 
 class Stall:
-    """Where this rank was when nothing moved. waiting: for other ranks. line: of the user's own
-    code, "" if it was in none."""
+    """Where this rank was when nothing moved.
+
+    waiting: whether it waited for other ranks. line: of the user's own code, "" if it was in none.
+    """
 
     def __init__(self, module: str, frame: FrameType | None, timeout_s: float):
         self.module = module
@@ -60,7 +61,7 @@ class Stall:
 
 
 class Clock(Protocol):
-    """The module `time`, or what stands in for it in a test."""
+    """The module `time`, or its replacement in a test."""
 
     def monotonic(self) -> float:
         """Seconds."""
@@ -69,8 +70,10 @@ class Clock(Protocol):
 
 
 class Watch:
-    """The watch of one engine. heartbeat: where the driver reads which layer this rank is at; None
-    until this process is a rank. stall: where this rank was when nothing moved in the last run."""
+    """The watch of one engine.
+
+    heartbeat: where the driver reads which layer this rank is in; None until this process is a
+    rank. stall: where this rank was when nothing moved in the last run."""
 
     def __init__(self, breaker: Breaker, clock: Clock = time) -> None:
         self.breaker = breaker
@@ -78,11 +81,11 @@ class Watch:
         self.heartbeat: Heartbeat | None = None
         self.stall: Stall | None = None
         self._names: list[str] = []
-        self._layers: dict[int, str] = {}  # those that beat, by number
+        self._layers: dict[int, str] = {}  # the layers that beat, by number
         self._of: dict[torch.nn.Module, str] = {}
         self._handles: list[Any] = []
         self._turns = itertools.count(1)
-        # the number of the run that is watched; 0 if none is: there is nobody to free
+        # the number of the run that is watched; 0 if none is
         self._turn = 0
         self._timeout_s = 0.0
         self._begun = threading.Event()
@@ -92,11 +95,11 @@ class Watch:
         self._main = 0
 
     def follow(self, names: list[str], modules: dict[str, torch.nn.Module]) -> None:
-        """Have the layers of this model beat from here on. All its modules would cost some percent
-        of a small model's forward.
+        """Make the layers of this model beat from now on. All modules would cost some percent of a
+        small model's forward.
 
-        names: of all the model's modules, in the order by which the heartbeat counts them. modules:
-        those of this rank."""
+        names: of all the model's modules, in the order of the heartbeat's numbers. modules: those
+        of this rank."""
         self._names = names
         self._of = {modules[name]: name for name in reversed(names) if name in modules}
         at = {name: i for i, name in enumerate(names)}
@@ -112,7 +115,7 @@ class Watch:
             self.heartbeat.name_modules(self._layers)
 
     def beat_into(self, heartbeat: Heartbeat) -> None:
-        """Have the layers beat in this heartbeat from here on."""
+        """Make the layers beat in this heartbeat from now on."""
         heartbeat.name_modules(self._layers)
         self.heartbeat = heartbeat
 
@@ -127,14 +130,15 @@ class Watch:
                 entered.register_hook(functools.partial(self._beat_back, at))
 
     def _beat_back(self, at: int, _gradient: torch.Tensor) -> None:
-        """A hook on a tensor of any shape: the backward has come to the module of that number."""
+        """A hook on a tensor of any shape: the backward reaches the module of that number."""
         if self.heartbeat is not None:
             self.heartbeat.beat(at)
 
     @property
     def module(self) -> str:
-        """The module that the thread which runs the model is in. Where its stack shows none, the
-        layer that began last; "" before any."""
+        """The module that the thread with the model is in, by its stack.
+
+        If the stack shows none, it is the layer that began last; "" before any."""
         frame = sys._current_frames().get(self._main)
         while frame is not None:
             if frame.f_code.co_argcount:
@@ -149,8 +153,8 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, timeout_s: float) -> Iterator[None]:
-        """Watch what runs within. timeout_s: how long it may take with no module beginning; while
-        modules begin it may take as long as it likes."""
+        """Watch what runs inside the context. timeout_s: how long no module may begin. The whole
+        may take any time."""
         if self.heartbeat is None:
             yield
             return
@@ -166,7 +170,7 @@ class Watch:
         finally:
             self._turn = 0
             try:
-                # an interrupt that is on its way comes here, not into what this engine does next
+                # a pending interrupt must arrive here, not in what this engine does next
                 self._done.wait()
             finally:
                 self._begun.clear()
@@ -194,14 +198,14 @@ class Watch:
                     break
 
     def _free(self, turn: int) -> None:
-        """Break the groups; interrupt the main thread if it does not come back by itself."""
+        """Break the groups. Interrupt the main thread if it does not return by itself."""
         self._done.clear()
         try:
-            # the run ended before it could know that it has to wait for this
+            # the run ended before it could see that it must wait for this thread
             if self._turn != turn:
                 return
             self.stall = Stall(self.module, sys._current_frames().get(self._main), self._timeout_s)
-            # the other ranks' watches note where they wait: once they are free nobody can tell
+            # let the other ranks' watches note where they wait: once free, nobody can tell
             self.clock.sleep(NOTE_S)
             if self._turn != turn:
                 return
@@ -212,7 +216,7 @@ class Watch:
                     self.clock.sleep(0.02)
                 if self._turn != turn:
                     return
-                self.breaker.signals -= 1  # this one is not from outside
+                self.breaker.signals -= 1  # this interrupt is not from outside
                 signal.pthread_kill(self._main, signal.SIGINT)
         finally:
             self._done.set()
@@ -221,8 +225,9 @@ class Watch:
 
 
 def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:
-    """The modules that count as progress when they begin: the root, and the members of lists; the
-    root's own children where there is no list."""
+    """The modules whose begin counts as progress: the root and the members of lists.
+
+    Without a list they are the root and its children."""
     here = [name for name in names if name in modules]
     kinds = torch.nn.ModuleList | torch.nn.Sequential
     lists = {name for name in here if isinstance(modules[name], kinds)}
@@ -234,8 +239,8 @@ def layers(names: list[str], modules: dict[str, torch.nn.Module]) -> list[str]:
 
 
 def waits(frame: FrameType | None) -> bool:
-    """Whether a thread seems to be in a collective. Not the last word: one that breaking the groups
-    frees was in one, in any case."""
+    """Whether a thread seems to be in a collective. A thread that breaking the groups frees was in
+    one in any case."""
     while frame is not None:
         file = frame.f_code.co_filename
         if any(place in file for place in COLLECTIVES):
