@@ -444,8 +444,8 @@ def nccl_of(group: dist.ProcessGroup) -> Any:
 def forget_meshes() -> None:
     """Empty DTensor's caches. They keep every mesh that had a DTensor, with its groups, threads
     and sockets."""
-    # as torch.distributed.tensor.debug does, which would import torch's compiler: a second, at
-    # each engine's start
+    # copied from torch.distributed.tensor.debug: importing that imports torch's compiler, which
+    # takes each engine a second at its start
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     torch._C._clear_DTensor_sharding_propagator_cache()
     _redistribute.clear_redistribute_planner_cache()

@@ -52,8 +52,8 @@ class Caller:
         first = next((p.name for p in self.parameters.values() if p.kind in POSITIONAL), None)
         # a first parameter with the name of another tensor of the batch takes that one
         self.first = None if IDS in self.parameters or first in (MASK, "position_ids") else first
-        # Megatron's masks are True where attention must not look, and its causal layers see no
-        # pads in them
+        # Megatron's masks are True where attention is not allowed, and its causal layers do not
+        # look for pads in them
         self.megatron = type(inner).__module__.startswith("megatron.")
         self._check()
 

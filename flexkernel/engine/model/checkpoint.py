@@ -172,6 +172,6 @@ def files_in_memory() -> list[tuple[int, int]]:
                 if path.startswith("/") and "x" not in mode and ".so" not in path:
                     start, end = (int(number, 16) for number in where.split("-"))
                     found.append((start, end))
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
     return sorted(found)

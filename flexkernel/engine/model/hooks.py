@@ -96,7 +96,7 @@ class ModuleHooks:
 
         It replaces a hook of the same key."""
         self.detach(hook.key)
-        if hook.of == "param":  # read after the backward, where they lie
+        if hook.of == "param":  # parameters are read after the backward, without a hook
             return list(names)
         read_here = [name for name in names if self.reads(name, hook.of)]
         self._handles[hook.key] = [self._register(hook, name) for name in read_here]
@@ -122,7 +122,7 @@ class ModuleHooks:
             self.detach(hook.key)
         for hook in after[num_same:]:
             self.attach(hook, names(hook))
-        self.attach(LOGITS, ("",))  # last: they are what a run ends with
+        self.attach(LOGITS, ("",))  # last, because a run ends with the logits
 
     def detach(self, key: str) -> None:
         """Remove the hook of that key, if there is one."""

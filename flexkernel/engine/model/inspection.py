@@ -158,7 +158,7 @@ def check_placements(info: ModelInfo) -> None:
     """PlacementError, HookError: a declared placement cannot be parsed, or names no module."""
     for key, text in info.placements.items():
         parse(text)
-        if not info.built:  # a builder's model may have modules that its reference has not
+        if not info.built:  # a builder's model may have modules that its reference lacks
             select(aimed(key)[0], info.names)
 
 
@@ -251,7 +251,7 @@ class ScanCache:
             return new_scan(model, source.forward)
         try:
             key = type(model), config.to_json_string(use_diff=False), dtype, source.forward
-        except TypeError:  # a config that is no JSON
+        except TypeError:  # a config that cannot be written as JSON
             return new_scan(model, source.forward)
         found = self._scans.pop(key, None) or new_scan(model, source.forward)
         self._scans[key] = found

@@ -130,7 +130,7 @@ def fetch(unit: torch.nn.Module, lies: Whereabouts, device: str) -> None:
 
 def read(path: Path, name: str, device: str) -> torch.Tensor:
     """A tensor of a safetensors file, in the file's shape and dtype, on that device."""
-    with safe_open(path, framework="pt") as file:  # it does not know which GPU is this rank's
+    with safe_open(path, framework="pt") as file:  # it does not know this rank's GPU
         return file.get_tensor(name).to(device)
 
 

@@ -38,7 +38,7 @@ def build(builder: bytes) -> torch.nn.Module:
             f"the builder returned {type(model).__name__} on this rank; it should return an "
             "nn.Module"
         )
-    model.requires_grad_(False)  # the base is frozen unless a run asks for a gradient
+    model.requires_grad_(False)  # frozen, except while a run asks for gradients
     copied_out(model.parameters())
     return model.eval()
 

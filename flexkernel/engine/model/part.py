@@ -75,6 +75,7 @@ class Part:
         self.changed: list[tuple[str, list]] = []
 
     def _reads_on(self, rank: int) -> Any:
+        """A function (module or point, at) → whether this rank's stage reads that value."""
         stage = self.info.layout.coordinate(rank).pp
         modules = {module.name: module for module in self.info.modules}
 
@@ -125,7 +126,7 @@ def modules_of(
     for name, module in own.items():
         new = rename(name) if name else ""
         if new is None:
-            continue  # a module that the unsharded model has not
+            continue  # a module that the unsharded model lacks
         if new != name:
             if new in asked:
                 raise LoadError(f"names= calls both {asked[new]!r} and {name!r} {new!r}")

@@ -127,11 +127,13 @@ def between(module: torch.nn.Module, _at: str) -> LayerPlacement:
 
 
 def attention_core(_module: torch.nn.Module, at: str) -> LayerPlacement:
+    """DotProductAttention: heads are split over tp."""
     # query (S, B, heads, D); (S, B, heads × D)
     return LayerPlacement(Shard(2) if at == "input" else Shard(-1), SBD)
 
 
 def embedding(module: torch.nn.Module, at: str) -> LayerPlacement:
+    """LanguageModelEmbedding: token ids in, (S, B, D) out."""
     if at == "input":
         return LayerPlacement(WHOLE, BSD)
     scattered = (
@@ -141,6 +143,7 @@ def embedding(module: torch.nn.Module, at: str) -> LayerPlacement:
 
 
 def language_model(module: torch.nn.Module, at: str) -> LayerPlacement:
+    """GPTModel: token ids in; logits out, or on an earlier stage what passes between layers."""
     if at == "input":
         return LayerPlacement(WHOLE, BSD)
     if not getattr(module, "post_process", True):
@@ -160,14 +163,17 @@ MODULES = {
 
 
 def heads(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    """A value that has a dim of heads, which is split over tp."""
     return LayerPlacement(Shard(2), SBD)  # (S, B, heads, D)
 
 
 def pattern(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    """An attention pattern, whose heads are split over tp."""
     return LayerPlacement(Shard(1), BSD)  # (B, heads, S, S)
 
 
 def places(_module: torch.nn.Module, _at: str) -> LayerPlacement:
+    """Positions, which are whole on each rank."""
     return LayerPlacement(WHOLE, BSD)
 
 

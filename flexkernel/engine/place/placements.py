@@ -132,7 +132,7 @@ class Placer:
     ) -> Placed:
         """As place(), without the cache. value: this rank's, of any shape."""
         evidence, placement, local = self.evidence(name, at, value, formula.path)
-        name += " input" if at == "input" else ""  # as a declaration would name it
+        name += " input" if at == "input" else ""  # the name that a declaration uses
         whole = here.whole(formula)
         batch = self.batch_dim(name.removesuffix(" input"), at, formula.path)
         expected = for_rows(whole, here.own(formula), formula, batch)

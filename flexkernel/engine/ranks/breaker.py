@@ -62,6 +62,7 @@ class Breaker:
         return count
 
     def _is_pair(self, connection) -> bool:
+        """Whether a connection belongs to the groups: one of its ends has a port of theirs."""
         return connection.laddr.port in self._ports or connection.raddr.port in self._ports
 
     def watch_interrupts(self) -> None:
@@ -84,6 +85,7 @@ class Breaker:
         threading.Thread(target=self._watch, args=(read,), name="flex-breaker", daemon=True).start()
 
     def _watch(self, pipe: int) -> None:
+        """The thread: count each interrupt, and break the groups if the engine is busy."""
         while os.read(pipe, 1):
             self.signals += 1
             if self.busy:

@@ -177,11 +177,13 @@ class Watch:
                 self.heartbeat.running = False
 
     def _ensure_thread(self) -> None:
+        """Start the watching thread if there is none."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="flex-watch", daemon=True)
             self._thread.start()
 
     def _watch(self) -> None:
+        """The thread: free the ranks when no module has begun for a run's timeout."""
         while True:
             self._begun.wait()
             turn = self._turn
