@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flexkernel.boxes import share
 from flexkernel.memory.plan import Entry, Plan
+from flexkernel.session.prompts import Prompts
 from flexkernel.session.store import costliest
 from flexkernel.views.table import Table
 from flexkernel.wire import Layout, ModelInfo, ModuleInfo
@@ -109,7 +110,7 @@ class Preview:
 
 def preview(
     session: Session,
-    prompts_or_ids: Any,
+    prompts_or_ids: Prompts,
     groups: Sequence[str] | str = (),
     complement: bool = False,
     chat: bool = False,

@@ -17,7 +17,7 @@ from flexkernel.errors import CaptureError, HookError
 from flexkernel.memory.plan import Planner
 from flexkernel.session.capture import Capture, draw
 from flexkernel.session.progress import Progress, reporting
-from flexkernel.session.prompts import Batch
+from flexkernel.session.prompts import Batch, Prompts
 from flexkernel.session.run import Run
 from flexkernel.views.table import Cell, Table, page
 
@@ -39,7 +39,7 @@ Edit = str | Callable[..., Any]
 
 def sweep(  # noqa: PLR0913 - a user's keywords
     session: Session,
-    prompt: Any,
+    prompt: Prompts,
     modules: str | Sequence[str],
     positions: Sequence[int] | None = None,
     *,

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,7 @@ from flexkernel.memory.pool import Extent
 from flexkernel.names import display_name
 from flexkernel.session.capture import Capture, Location, Value
 from flexkernel.session.progress import Progress, reporting
+from flexkernel.session.prompts import Prompts
 from flexkernel.session.run import Run
 from flexkernel.session.store import Store
 from flexkernel.wire import CaptureKey, HookSpec, ModelInfo, Region, ShardRecord, Unsharded
@@ -46,7 +47,7 @@ REPORTED = 32  # captures between two reports of progress
 
 def verify(
     session: Session,
-    prompt: Any = None,
+    prompt: Prompts | None = None,
     hooks: str | Sequence[str] | None = None,
     stream: bool | None = None,
     progress: Progress | None = None,
@@ -70,7 +71,7 @@ def verify(
     return verification
 
 
-def run_sharded(session: Session, prompt: Any, report: Progress) -> Run:
+def run_sharded(session: Session, prompt: Prompts, report: Progress) -> Run:
     """The sharded model's run of the user's rows, or of ours; with rows of one length for a model
     that takes no pads."""
     report("running the sharded model", 0, 1)

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
 
 from flexkernel.errors import LoadError, PromptError
 from flexkernel.wire import dtype_name
 
-__all__ = ["Batch", "batch", "texts", "token_strings", "tokenizer"]
+__all__ = ["Batch", "Prompts", "batch", "texts", "token_strings", "tokenizer"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,6 +27,14 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 LARGEST_ID = 2**63 - 1  # what an int64 tensor can hold
+
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+# What a user may run: see batch()
+Prompts: TypeAlias = (
+    "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] "
+    "| Sequence[Sequence[Message]] | Mapping[str, Any] | torch.Tensor | numpy.ndarray | Batch"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Batch:
 
 
 def batch(
-    prompts: Any,
+    prompts: Prompts,
     tokenizer: Any = None,
     chat: bool = False,
     vocab_size: int | None = None,

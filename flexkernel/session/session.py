@@ -385,7 +385,7 @@ class Session:
 
     # --- runs -------------------------------------------------------------------------
 
-    def batch(self, prompts_or_ids: Any, chat: bool = False) -> prompts.Batch:
+    def batch(self, prompts_or_ids: prompts.Prompts, chat: bool = False) -> prompts.Batch:
         """Prompts, token ids or chat messages as the batch that a run of them takes. PromptError:
         the loaded model cannot take them."""
         info = self.loaded.info
@@ -422,7 +422,7 @@ class Session:
 
     def run(
         self,
-        prompts_or_ids: Any,
+        prompts_or_ids: prompts.Prompts,
         groups: Sequence[str] | str = (),
         complement: bool = False,
         chat: bool = False,
@@ -447,7 +447,7 @@ class Session:
 
     def generate(
         self,
-        prompts_or_ids: Any,
+        prompts_or_ids: prompts.Prompts,
         max_new_tokens: int = 32,
         groups: Sequence[str] | str = (),
         complement: bool = False,
@@ -473,14 +473,14 @@ class Session:
 
     def train_step(
         self,
-        prompts_or_ids: Any,
+        prompts_or_ids: prompts.Prompts,
         loss: Callable[..., torch.Tensor] | str,
         optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None,
         parameters: str | Sequence[str] = (),
         modules: Sequence[str] | None = None,
         chat: bool = False,
     ) -> float:
-        """One forward, one backward, one step of the optimizer. Returns the loss.
+        """One forward, one backward, one step of the optimizer. Returns the loss, a scalar.
 
         The model stays as it is, but for `parameters`: names or globs of its own that are trained
         as well. optimizer: makes a torch optimizer of parameters, by default AdamW with lr 1e-3;
@@ -534,7 +534,7 @@ class Session:
 
     def preview(
         self,
-        prompts_or_ids: Any,
+        prompts_or_ids: prompts.Prompts,
         groups: Sequence[str] | str = (),
         complement: bool = False,
         chat: bool = False,
@@ -555,7 +555,7 @@ class Session:
 
     def verify(
         self,
-        prompt: Any = None,
+        prompt: prompts.Prompts | None = None,
         hooks: str | Sequence[str] | None = None,
         stream: bool | None = None,
         progress: Progress | None = None,
@@ -572,7 +572,7 @@ class Session:
 
     def sweep(
         self,
-        prompt: Any,
+        prompt: prompts.Prompts,
         modules: str | Sequence[str],
         positions: Sequence[int] | None = None,
         *,
