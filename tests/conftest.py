@@ -55,7 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--long"):
         config.hook.pytest_deselected(items=[item for item in items if is_long(item)])
         items[:] = [item for item in items if not is_long(item)]
-    items.sort(key=num_engines)
+    items.sort(key=group)
+
+
+def group(item: pytest.Item) -> tuple[int, bool]:
+    """Tests that run together: of one number of engines, and those in a browser, which start a
+    JupyterLab each, after the others, when everything has been imported once."""
+    return num_engines(item), item.get_closest_marker("browser") is not None
 
 
 def is_long(item: pytest.Item) -> bool:

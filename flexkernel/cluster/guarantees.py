@@ -1,4 +1,5 @@
-"""What is guaranteed for engines, by how a session came to them. README's table is made of this."""
+"""What is guaranteed for engines, by how a session came to them. The table in
+docs/clusters.md is made of this."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 
 __all__ = ["GUARANTEES", "Origin", "guarantees", "guarantees_table"]
+
+OURS = ("local", "slurm")  # kinds whose launchers make the logs and the environment as we say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Origin:
         """Whether this session can start engines for the cluster."""
         if self.reader or not self.launcher:
             return False
-        return self.owned or (self.launcher in ("local", "slurm") and self.controller)
+        return self.owned or (self.launcher in OURS and self.controller)
 
 
 def engines_end(origin: Origin) -> str:
@@ -91,7 +94,7 @@ def a_dead_controller(origin: Origin) -> str:
 def private_files(origin: Origin) -> str:
     if not origin.launcher:
         return "Slabs are readable by you only."
-    if origin.launcher == "other" and (origin.owned or origin.kept):
+    if origin.launcher not in OURS and (origin.owned or origin.kept):
         return "Slabs and keys are readable by you only. Logs are as the launcher makes them."
     if origin.owned or origin.kept:
         return "Slabs, logs and keys are readable by you only."
@@ -104,7 +107,7 @@ def private_files(origin: Origin) -> str:
 def environment(origin: Origin) -> str:
     if not origin.launcher:
         return "It is the notebook's."
-    if origin.launcher == "other" or not (origin.owned or origin.kept):
+    if origin.launcher not in OURS or not (origin.owned or origin.kept):
         return "It is what the launcher gives them."
     return (
         "Engines inherit an allow-list of the notebook's environment variables. Add more with "

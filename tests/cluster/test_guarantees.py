@@ -17,6 +17,12 @@ def test_every_way_to_come_to_engines_has_every_promise_in_words():
         )
 
 
+def test_a_launcher_of_a_new_kind_is_promised_no_more_than_another():
+    new = dict(guarantees(Origin("kubernetes")))
+    assert new == dict(guarantees(Origin("other")))
+    assert new != dict(guarantees(Origin("local")))
+
+
 @pytest.mark.parametrize(
     ("origin", "may"),
     [
