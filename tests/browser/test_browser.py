@@ -475,13 +475,13 @@ assert capture.shape == (1, 4096, 16384) and capture.placement == "Shard(dim=-1)
 def test_a_large_sharded_activation_is_drawn_and_zoomed_in_jupyterlab(browser, lab, tmp_path):
     """268 MB that two engines wrote: what crosses the wire is pixels, and they are those of the
     whole tensor."""
-    lab.write(
-        "activation.ipynb", ACTIVATION.format(folder=str(tmp_path)), "view = capture.show()\nview"
-    )
+    lab.write("activation.ipynb", "view = capture.show()\nview")
     with open_page(browser, viewport={"width": 1200, "height": 1200}) as page:
         traffic = Traffic().on(page)
         lab.open(page, "activation.ipynb")
-        traffic.take()
+        told = execute(page, ACTIVATION.format(folder=str(tmp_path)) + "print('there')")
+        assert told.endswith("there\n"), told
+        traffic.take()  # of the bars of the start and the load
         command(page, "notebook:run-all-cells")
         page.wait_for_selector(".fk-plot[data-tiles]", timeout=120_000)
         assert traffic.take() <= MAX_VIEW

@@ -598,9 +598,9 @@ def test_a_load_that_is_refused_leaves_the_loaded_model_on_the_engines(session, 
             "tp=4 makes 4 ranks, the cluster has 2 engines",
         ),
         (
-            {"source": tiny("llama")},
+            {"fsdp": 3, "source": tiny("llama")},
             LayoutError,
-            "no degree makes 1 rank, the cluster has 2 engines",
+            "fsdp=3 makes 3 ranks, the cluster has 2 engines",
         ),
     ):
         with pytest.raises(kind, match=says):
