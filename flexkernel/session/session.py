@@ -221,7 +221,7 @@ class Session:
         """Load a model folder or hub id, split over the engines. It replaces the loaded model.
 
         The degrees multiply to the number of engines; each engine reads only its part. Without any
-        degree the model is split as it can be: by tp, else pp, else fsdp, else dp. source may be a
+        degree the model is split as it can be: by tp, else fsdp, else pp, else dp. source may be a
         builder instead: it returns a rank's nn.Module, however that is distributed, and the
         degrees say how.
 

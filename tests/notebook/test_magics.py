@@ -1130,7 +1130,7 @@ def test_two_engines_started_from_a_notebook(smollm2, tmp_path):
         )
         assert "9 attention heads" in k.fails(f"%flex_load {smollm2} --tp 2")[1]
         assert "the degrees must multiply to 2" in k.fails(f"%flex_load {smollm2} --pp 3")[1]
-        assert "can have pp=2, fsdp=2 or dp=2" in k.fails(f"%flex_load {smollm2} --tp 2")[1]
+        assert "can have fsdp=2, pp=2 or dp=2" in k.fails(f"%flex_load {smollm2} --tp 2")[1]
         assert "no model folder" in k.fails(f"%flex_load {smollm2}-none --pp 2")[1]
         table = k.do(f"%flex_load {smollm2} --pp 2")
         assert "pp=2" in table and "rank  pp" in table

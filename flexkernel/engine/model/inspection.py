@@ -184,6 +184,19 @@ def model_of_path(path: str, dtype: torch.dtype, layout: Layout) -> WholeModel:
     """The unsharded model of a folder or hub id, its files and degrees checked."""
     check_path(path)
     folder = Path(path).expanduser()
+    config, model = described(path, dtype)
+    try:
+        check_degrees(config, model, layout)
+    except LayoutError as error:
+        raise LayoutError(f"{error}{advice(config, model, layout.world)}") from None
+    if folder.is_dir():
+        check_files(folder)
+    return WholeModel(model, config)
+
+
+def described(path: str, dtype: torch.dtype) -> tuple[Any, torch.nn.Module]:
+    """(config, unsharded model on the meta device) of a folder or hub id. LoadError: no model can
+    be made of it."""
     config = config_of(path)
     try:
         model = unsharded(config, dtype)
@@ -192,13 +205,7 @@ def model_of_path(path: str, dtype: torch.dtype, layout: Layout) -> WholeModel:
             f"no model can be made from the config of {path}: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-    try:
-        check_degrees(config, model, layout)
-    except LayoutError as error:
-        raise LayoutError(f"{error}{advice(config, model, layout.world)}") from None
-    if folder.is_dir():
-        check_files(folder)
-    return WholeModel(model, config)
+    return config, model
 
 
 def config_of(path: str) -> Any:
@@ -297,17 +304,19 @@ def check_degrees(config: Any, model: torch.nn.Module, layout: Layout) -> None:
 
 
 def possible_layouts(path: str, world: int) -> tuple[Layout, ...]:
-    """The layouts of one axis that the model of a folder or hub id can have over so many engines,
-    those that split it most evenly first. LoadError: there is no such model."""
+    """The layouts of one axis that the model of a folder or hub id can have over so many engines.
+
+    The first is taken where no degree is given. fsdp comes before pp: it changes nothing of a
+    forward, while a pipeline repeats on each stage what a model does between its modules.
+    LoadError: there is no such model."""
     check_path(path)
-    config = config_of(path)
-    return layouts_of(config, unsharded(config, torch.float32), world)
+    return layouts_of(*described(path, torch.float32), world)
 
 
 def layouts_of(config: Any, model: torch.nn.Module, world: int) -> tuple[Layout, ...]:
     """As possible_layouts, of a model that is on the meta device."""
     fits = []
-    for layout in (Layout(tp=world), Layout(pp=world), Layout(fsdp=world), Layout(dp=world)):
+    for layout in (Layout(tp=world), Layout(fsdp=world), Layout(pp=world), Layout(dp=world)):
         with contextlib.suppress(LayoutError):
             check_degrees(config, model, layout)
             fits.append(layout)

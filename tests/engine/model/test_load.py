@@ -60,10 +60,10 @@ def test_tp_must_divide_the_heads_and_says_what_would():
 
 def test_the_advice_is_what_this_model_and_these_engines_can_have():
     config, model = on_meta("Llama", **SMOLLM2)
-    expected = (Layout(pp=2), Layout(fsdp=2), Layout(dp=2))
+    expected = (Layout(fsdp=2), Layout(pp=2), Layout(dp=2))
     assert layouts_of(config, model, 2) == expected, "2 does not divide 9 heads"
     assert layouts_of(config, model, 3)[0] == Layout(tp=3)
-    assert advice(config, model, 2) == "; over 2 engines it can have pp=2, fsdp=2 or dp=2"
+    assert advice(config, model, 2) == "; over 2 engines it can have fsdp=2, pp=2 or dp=2"
 
 
 @pytest.mark.engines(2)
