@@ -71,31 +71,13 @@ def unsharded(  # noqa: PLR0913
         if stream is not None
         else not fits(runtime, max(dtype.itemsize, 4 if dtype in LOW else 0))
     )
-    order: list[int] = []
-    failed: dict[int, str] = {}
-    yardstick: dict[int, float] = {}
     where = [slab.tensor(plan.region(entry, region.slab, region.offset)) for entry in plan.entries]
-
-    def put(i: int, value: torch.Tensor) -> None:
-        """Write the value of plan entry i, which should have the entry's shape, into the slab."""
-        order.append(i)
-        if value.shape != where[i].shape or value.dtype != where[i].dtype:
-            failed[i] = f"the unsharded model has {tuple(value.shape)} {value.dtype} there"
-        else:
-            where[i].copy_(value)
-
-    def measure(i: int, value: torch.Tensor) -> None:
-        """Keep how far the value in the slab drifts from this float32 one of the same shape."""
-        if i not in failed:
-            real = real_part(plan.entries[i].formula, torch.tensor(mask).bool())
-            yardstick[i] = drift(
-                where[i],
-                value.to("cpu", torch.float32 if value.is_floating_point() else None),
-                real,
-            )
-
+    written = Written(plan, where, torch.tensor(mask).bool())
     taken: dict[str, list[float]] = {}
-    for precision, what in ((dtype, put), *([(torch.float32, measure)] if dtype in LOW else [])):
+    passes: list[tuple[torch.dtype, Put]] = [(dtype, written.put)]
+    if dtype in LOW:
+        passes.append((torch.float32, written.measure))
+    for precision, what in passes:
         model = whole(runtime, precision, streams)
         try:
             taken = taken or samples(model, sampled)
@@ -103,7 +85,40 @@ def unsharded(  # noqa: PLR0913
         finally:
             del model
             gc.collect()  # a model has reference cycles
-    return Unsharded(tuple(order), failed, yardstick, streams, taken, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    order = tuple(written.order)
+    return Unsharded(order, written.failed, written.yardstick, streams, taken, seconds)
+
+
+class Written:
+    """The unsharded values of a plan's entries, as they are written.
+
+    where: entry → its place, of the entry's shape. real: (B, S) bool, False on pads. failed: entry
+    → why it has no value. yardstick: entry → how far it drifts from float32."""
+
+    def __init__(self, plan: Plan, where: Sequence[torch.Tensor], real: torch.Tensor):
+        self.plan = plan
+        self.where = where
+        self.real = real
+        self.order: list[int] = []
+        self.failed: dict[int, str] = {}
+        self.yardstick: dict[int, float] = {}
+
+    def put(self, i: int, value: torch.Tensor) -> None:
+        """Write the value of plan entry i, which should have the entry's shape, into the slab."""
+        self.order.append(i)
+        place = self.where[i]
+        if value.shape != place.shape or value.dtype != place.dtype:
+            self.failed[i] = f"the unsharded model has {tuple(value.shape)} {value.dtype} there"
+        else:
+            place.copy_(value)
+
+    def measure(self, i: int, value: torch.Tensor) -> None:
+        """Keep how far the value in the slab drifts from this float32 one of the same shape."""
+        if i not in self.failed:
+            real = real_part(self.plan.entries[i].formula, self.real)
+            exact = value.to("cpu", torch.float32 if value.is_floating_point() else None)
+            self.yardstick[i] = drift(self.where[i], exact, real)
 
 
 def fits(runtime: Runtime, itemsize: int) -> bool:
